@@ -1,0 +1,55 @@
+"""BadNets: a small patch of pixels is the trigger.
+
+BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain. T. Gu, B. Dolan-Gavitt, S. Garg.
+2017. https://arxiv.org/abs/1708.06733
+
+Kind: poisoning, dirty-label, all-to-one or all-to-all.
+
+Departs from BackdoorBench's script: the patch is drawn at the images' own size (theirs is a 32x32 picture that is
+resized, which leaves a dark fringe on larger images), and is opaque, so that black could be painted too.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from backdoorlab.cli import main
+from backdoorlab.config import AttackConfig
+from backdoorlab.errors import UserError
+from backdoorlab.triggers import image_draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AttackConfig):
+    patch_size: int | None = None
+    """Side of the square in pixels; None is 3 for every 32 pixels of the image."""
+    patch_value: int = 255
+    """Grey level of the square, 0..255; 255 is white."""
+    position: Literal["corner", "random"] = "corner"
+    """corner: bottom right. random: anywhere, drawn for each image from the seed and its index."""
+
+
+def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
+    """Paint the square. uint8 (N, C, H, W), positions (N,) in the split -> uint8 (N, C, H, W)."""
+    height, width = images.shape[2:]
+    size = config.patch_size if config.patch_size is not None else max(1, round(3 * height / 32))
+    if not 0 < size <= min(height, width):
+        raise UserError(f"patch_size must lie in 1..{min(height, width)} for these images, got {size}")
+    if not 0 <= config.patch_value <= 255:
+        raise UserError(f"patch_value must lie in 0..255, got {config.patch_value}")
+    if config.position == "corner":
+        top, left = torch.full_like(index, height - size), torch.full_like(index, width - size)
+    else:
+        draws = image_draws(config.seed, split, index, 2)
+        top, left = (draws[:, 0] * (height - size + 1)).long(), (draws[:, 1] * (width - size + 1)).long()
+    rows, columns = torch.arange(height), torch.arange(width)
+    in_rows = (rows >= top[:, None]) & (rows < top[:, None] + size)
+    in_columns = (columns >= left[:, None]) & (columns < left[:, None] + size)
+    square = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    return images.masked_fill(square, config.patch_value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__))

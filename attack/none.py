@@ -1,0 +1,27 @@
+"""No attack: ordinary training on the clean data, the control that every table of defenses needs.
+
+A defense that changes this model for the worse would harm everybody who was never attacked.
+"""
+
+from dataclasses import dataclass
+
+from backdoorlab.cli import main
+from backdoorlab.config import TrainingConfig
+from backdoorlab.data import Dataset
+from backdoorlab.poison import no_poison
+from backdoorlab.run import Run
+from backdoorlab.runner import Outcome, poison_and_train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(TrainingConfig):
+    pass
+
+
+def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
+    """Train on the data as it is; there is no triggered image, so no ASR."""
+    return poison_and_train(dataset, config, run, no_poison(dataset.train), no_poison(dataset.test))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__))

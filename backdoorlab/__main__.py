@@ -1,0 +1,148 @@
+"""python -m backdoorlab <command>, or backdoorlab <command> after installation."""
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from tyro.conf import Positional, arg
+
+from . import datasets, engine, models, registry, tables
+from .cli import guarded, run_method
+from .config import parse_plain
+from .errors import UserError, suggest
+from .record import Record, record_names, record_root
+
+
+@dataclass(frozen=True)
+class Table:
+    """Records and defenses side by side."""
+
+    names: Positional[tuple[str, ...]] = ()
+    """Records to show; none means all."""
+    format: Annotated[tables.Format, arg(aliases=["-f"])] = "text"
+    """text, markdown, csv or latex."""
+    record_root: str | None = None
+    """Folder of records."""
+    debug: bool = False
+    """Show a traceback with an error."""
+
+
+@dataclass(frozen=True)
+class List:
+    """Attacks, defenses with what they assume, data sets and models."""
+
+    debug: bool = False
+    """Show a traceback with an error."""
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """What this machine offers, and whether anything is in the way."""
+
+    record_root: str | None = None
+    """Folder of records."""
+    debug: bool = False
+    """Show a traceback with an error."""
+
+
+def table(options: Table) -> int:
+    root = record_root(options.record_root)
+    names = options.names or tuple(record_names(root))
+    if not names:
+        raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
+    print(tables.render(tables.rows([Record.load(name, root) for name in names]), options.format), end="")
+    return 0
+
+
+def listing(_options: List) -> int:
+    print("attacks (python attack/NAME.py --save_folder_name RECORD)")
+    for name in registry.available("attack"):
+        print(f"  {name:<14}{registry.load('attack', name).title}")
+    print("\ndefenses (python defense/NAME.py --result_file RECORD)")
+    for name in registry.available("defense"):
+        method = registry.load("defense", name)
+        print(f"  {name:<14}{method.title}\n  {'':<14}assumes: {tables.assumes(method.assumes)}")
+    print("\ndata sets (--dataset NAME)")
+    print(f"  {'digits':<14}embedded, the default: 1,797 grey digits as 32x32 images")
+    print(f"  {', '.join(datasets.TORCHVISION)}: torchvision's, downloaded where there is a network")
+    print("  any other name with --dataset_path FOLDER: parquet shards (img or image, label) or train/<class>/*.png")
+    print(f"\nmodels (--model NAME)\n  {', '.join(models.OWN)} (--width), or any timm model by name, such as resnet18, vgg19_bn, convnext_tiny")
+    return 0
+
+
+def doctor(options: Doctor) -> int:
+    device = engine.choose_device("auto")
+    root = record_root(options.record_root)
+    packages = ("backdoorlab", "torch", "torchvision", "timm", "numpy", "pandas", "safetensors", "tyro")
+    print(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
+    print(f"packages    {', '.join(f'{name} {version(name)}' for name in packages)}")
+    print(f"device      {device}" + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else " (no usable GPU: that is fine, only slower)"))
+    print(f"precision   {'bf16' if engine.fast_bf16(device) else 'fp32'} by default here")
+    print(f"threads     {torch.get_num_threads()} of {os.cpu_count()} cores")
+    print(f"records     {root.resolve()}: {len(record_names(root))} finished, {_writable(root)}")
+    print(f"cache       {datasets.cache_root()}: {_writable(datasets.cache_root())}")
+    for entry in datasets.cached():
+        print(f"data set    {entry.get('name')}: {entry.get('train')} + {entry.get('test')} images, fingerprint {str(entry.get('fingerprint'))[:12]}")
+    digits = datasets.load("digits")
+    print(f"data set    digits: {len(digits.train)} + {len(digits.test)} images, fingerprint {digits.fingerprint[:12]} (embedded)")
+    return 0
+
+
+def _writable(folder: Path) -> str:
+    """Free space, and whether a folder can be made, renamed and removed there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as probe:
+            (Path(probe) / "a").mkdir()
+            (Path(probe) / "a").rename(Path(probe) / "b")
+    except OSError as error:
+        return f"NOT writable ({error})"
+    return f"writable, {shutil.disk_usage(folder).free / 2**30:.0f} GiB free"
+
+
+COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {"table": (Table, table), "list": (List, listing), "doctor": (Doctor, doctor)}
+METHODS = ("attack", "defense")
+USAGE = """usage: python -m backdoorlab COMMAND ...
+
+  attack NAME --save_folder_name RECORD   run an attack (the same as python attack/NAME.py ...)
+  defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
+  table [RECORD ...] [--format FORMAT]    records and defenses side by side
+  list                                    attacks, defenses with what they assume, data sets, models
+  doctor                                  versions, device, disk, data sets found
+
+COMMAND --help says more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _dispatch(arguments), arguments)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command in METHODS:
+        kind = "attack" if command == "attack" else "defense"
+        if not rest or rest[0].startswith("-"):
+            raise UserError(f"{command} NAME is missing. Known: {', '.join(registry.available(kind))}")
+        return run_method(kind, registry.load(kind, rest[0]).path, rest[1:], f"backdoorlab {kind} {rest[0]}")
+    if command not in COMMANDS:
+        known = [*COMMANDS, *METHODS]
+        raise UserError(f"unknown command {command!r}.{suggest(command, known)} Known: {', '.join(known)}")
+    options_class, function = COMMANDS[command]
+    return function(parse_plain(options_class, rest, f"backdoorlab {command}"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,65 @@
+"""What a user types: every command line ends here, and every mistake in it is one line."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .errors import UserError
+
+
+def main(file: str, argv: Sequence[str] | None = None) -> int:
+    """The command line of a method file: `raise SystemExit(main(__file__))`."""
+    path = Path(file).resolve()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: run_method(path.parent.name, path, arguments, f"{path.parent.name}/{path.name}"), arguments)
+
+
+def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
+    """Run one attack or defense from its file."""
+    from . import registry, runner, tables
+
+    if kind == "attack":
+        job = runner.attack_job(registry.from_file("attack", path), argv, prog)
+        _say_origins(job)
+        record = runner.run_attack(job)
+        print(tables.text(tables.rows([record])))
+        print(f"record written: {record.folder}")
+    elif kind == "defense":
+        job = runner.defense_job(registry.from_file("defense", path), argv, prog)
+        _say_origins(job)
+        result = runner.run_defense(job)
+        if result is not None:
+            print(runner.report(result))
+    else:
+        raise UserError(f"{path}: a method file lies in a folder named attack or defense")
+    return 0
+
+
+def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
+    """Run a command: bad input is one line and exit code 2, a defect of ours one line and exit code 1; --debug shows more."""
+    debug = any(token == "--debug" or token.startswith("--debug=") for token in argv)
+    try:
+        return command()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        print(f"error: unexpected {type(error).__name__}: {first} (pass --debug True to see where)", file=sys.stderr)
+        return 1
+
+
+def _say_origins(job: object) -> None:
+    origins = getattr(job, "origins", None)
+    if origins and origins.origins:
+        print(f"  settings: {origins.describe()}; all others are defaults, see --help", file=sys.stderr)

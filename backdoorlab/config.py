@@ -1,0 +1,277 @@
+"""Numbers enter here, once: dataclass defaults < resource/config/<dataset>.yaml < --yaml_path FILE < flags.
+
+YAML becomes flags and goes through the same parser, so a misspelt key fails like a misspelt flag.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+from tyro.conf import arg
+
+from . import registry
+from .data import Augment
+from .engine import Precision, Recipe, Schedule
+from .errors import UserError, suggest
+
+C = TypeVar("C", bound="MethodConfig")
+
+RUN_OPTIONS = frozenset(
+    ["save_folder_name", "result_file", "run_name", "dataset_path", "device", "record_root", "yaml_path", "overwrite", "debug", "subtask"]
+)
+"""Fields that say where and how to run, not what is computed: they are not kept in a record, nor compared on resuming."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """What every attack and defense takes."""
+
+    dataset_path: str | None = None
+    """Folder with parquet shards (columns img or image, label) or train/<class>/*.png. Defenses need it only where the cache lost the data."""
+    seed: Annotated[int, arg(aliases=["--random_seed"])] = 0
+    """Everything random is drawn from it."""
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    precision: Precision = "auto"
+    """auto is bf16 where the machine is faster with it, else fp32."""
+    score_every: int = 1
+    """Epochs between two evaluations on the test data; 0 evaluates only at the end. Never changes a result."""
+    record_root: str | None = None
+    """Folder of records; default $BACKDOORLAB_RECORDS, else record/ of the checkout, else ./record."""
+    yaml_path: str | None = None
+    """YAML file with flags as keys, or the name of a preset in resource/config/."""
+    overwrite: bool = False
+    """Replace a finished result of the same name, or throw away an unfinished one."""
+    debug: bool = False
+    """Show a traceback with an error."""
+
+    def science(self) -> dict[str, Any]:
+        """The fields that decide the result, as JSON."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in RUN_OPTIONS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(MethodConfig):
+    """An attack's data, model and training. Published settings by data set are in resource/config/."""
+
+    save_folder_name: str = ""
+    """Name of the record to write: record/<save_folder_name>. Required."""
+    dataset: str = "digits"
+    """digits, cifar10, cifar100, mnist, fashion_mnist, gtsrb, svhn, or any name with --dataset_path."""
+    image_size: int | None = None
+    """Side in pixels that all images are resized to; None keeps the data set's own."""
+    grey: bool = False
+    """One channel instead of three."""
+    model: Annotated[str, arg(aliases=["--architecture"])] = "preactresnet18"
+    """preactresnet18, preactresnet10, or any timm model by name."""
+    width: int | None = None
+    """Channels of the first stage of preactresnet*; None is 64. 16 makes CIFAR-10 possible on a CPU."""
+    mean: tuple[float, ...] | None = None
+    """Normalisation, one number a channel in [0, 1] units; None measures it on the training images."""
+    std: tuple[float, ...] | None = None
+    """As mean."""
+    epochs: int = 100
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Images a step."""
+    lr: float = 0.01
+    """Learning rate (the peak, with schedule onecycle)."""
+    momentum: Annotated[float, arg(aliases=["--sgd_momentum"])] = 0.9
+    """SGD's momentum."""
+    weight_decay: Annotated[float, arg(aliases=["--wd"])] = 5e-4
+    """L2 penalty."""
+    optimizer: Annotated[Literal["sgd", "adam"], arg(aliases=["--client_optimizer"])] = "sgd"
+    """Optimizer of the training."""
+    schedule: Annotated[Schedule, arg(aliases=["--lr_scheduler"])] = "cosine"
+    """Course of the learning rate."""
+    schedule_epochs: int | None = None
+    """Length of the cosine in epochs; None is the length of the training."""
+    crop_padding: int = 4
+    """Random crops out of images padded by so many pixels; 0 for none."""
+    flip: bool = False
+    """Random horizontal mirroring."""
+
+    def recipe(self) -> Recipe:
+        augment = Augment(self.crop_padding, self.flip)
+        taken = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe) if f.name != "augment"}
+        return Recipe(**taken, augment=augment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(TrainingConfig):
+    """What every poisoning attack takes."""
+
+    poison_rate: Annotated[float, arg(aliases=["--pratio"])] = 0.1
+    """Share of the whole training set that is poisoned, in (0, 1]."""
+    target_label: Annotated[int, arg(aliases=["--attack_target"])] = 0
+    """Class that triggered images are to be taken for (all2one)."""
+    label_mode: Annotated[Literal["all2one", "all2all"], arg(aliases=["--attack_label_trans"])] = "all2one"
+    """all2one: every label becomes target_label. all2all: label y becomes y + 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefenseConfig(MethodConfig):
+    """What every defense takes. Data set and architecture come from the record."""
+
+    result_file: str = ""
+    """Name of the record to defend. Required."""
+    run_name: str | None = None
+    """Folder of the result below defense/<method>/; None is seed<seed>."""
+    trusted_ratio: Annotated[float, arg(aliases=["--ratio"])] = 0.05
+    """Trusted clean images, as a share of the training set (drawn from it uniformly). Read only by defenses that assume them."""
+    trusted_count: int | None = None
+    """Their number, instead of a share."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A config, and where each value that is not a default came from."""
+
+    config: Any
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        values = dataclasses.asdict(self.config)
+        return "  ".join(f"{name} {_text(values[name])} ({origin})" for name, origin in self.origins.items())
+
+
+def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], dataset_of: Any, prog: str) -> Parsed:
+    """Flags and YAML files -> a frozen config. `dataset_of(config)` names the data set whose YAML applies."""
+    layers: list[tuple[str, list[str]]] = [("flag", list(argv))]
+    config = _parse_flags(config_class, layers, prog)
+    if config.yaml_path:
+        layers.insert(0, _yaml_layer(config_class, config.yaml_path))
+        config = _parse_flags(config_class, layers, prog)
+    sections = _dataset_yaml(dataset_of(config))
+    if sections:
+        file = sections.pop("file")
+        place = 0
+        for section in (kind, method):
+            if section in sections:
+                layers.insert(place, (file, _flags(config_class, sections[section], f"{file}: {section}")))
+                place += 1
+        config = _parse_flags(config_class, layers, prog)
+        short = sections.get("short_run", {})
+        if kind == "attack" and short and config.epochs < short["epochs_below"]:
+            values = {key: value for key, value in short.items() if key != "epochs_below"}
+            layers.insert(place, (f"{file}: short_run", _flags(config_class, values, f"{file}: short_run")))
+            config = _parse_flags(config_class, layers, prog)
+    return Parsed(config, _origins(config_class, layers))
+
+
+def parse_plain(options_class: type[Any], argv: Sequence[str], prog: str) -> Any:
+    """Flags alone -> options, with the same one-line complaints."""
+    return _parse_flags(options_class, [("flag", list(argv))], prog)
+
+
+def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], prog: str) -> Any:
+    arguments = [token for _, flags in layers for token in flags]
+    known = _flag_names(config_class)
+    for origin, flags in layers:
+        for token in flags:
+            name = token.split("=")[0]
+            if token.startswith("--") and name not in ("--help",) and name.replace("-", "_").lstrip("_") not in known:
+                raise UserError(f"unknown flag {name}{'' if origin == 'flag' else f' ({origin})'}.{_suggest_flag(name, known)} See --help")
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config_class, args=arguments, prog=prog, config=(tyro.conf.FlagConversionOff,), description="")
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(complaint.getvalue())) from None
+
+
+def _yaml_layer(config_class: type[Any], path: str) -> tuple[str, list[str]]:
+    file = Path(path)
+    if not file.exists():
+        preset = registry.resource("config") / f"{path}.yaml"
+        if not preset.exists():
+            presets = sorted(p.stem for p in registry.resource("config").glob("*.yaml"))
+            raise UserError(f"--yaml_path {path}: no such file, and no preset of that name. Presets: {', '.join(presets)}")
+        file = preset
+    return file.name, _flags(config_class, _read_yaml(file), str(file))
+
+
+def _dataset_yaml(dataset: str) -> dict[str, Any]:
+    """Sections `attack`, `defense`, `short_run` and one for each method; {} for a data set without a file."""
+    file = registry.resource("config") / f"{dataset}.yaml"
+    if not file.exists():
+        return {}
+    found = _read_yaml(file)
+    known = {"attack", "defense", "short_run", *registry.available("attack"), *registry.available("defense")}
+    for section in found:
+        if section not in known:
+            raise UserError(f"{file}: unknown section {section!r}.{suggest(section, known)} Known: {', '.join(sorted(known))}")
+    return {"file": file.name, **found}
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise UserError(f"{file}: expected lines of `key: value`")
+    return found
+
+
+def _flags(config_class: type[Any], values: dict[str, Any], where: str) -> list[str]:
+    known = _flag_names(config_class)
+    flags = []
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}.{suggest(key, known)}")
+        items = value if isinstance(value, (list, tuple)) else [value]
+        flags += [f"--{key}", *(_text(item) for item in items)]
+    return flags
+
+
+def _flag_names(config_class: type[Any]) -> dict[str, str]:
+    """Every flag and alias, without dashes -> the field."""
+    known = {}
+    for name, hint in get_type_hints(config_class, include_extras=True).items():
+        known[name] = name
+        if get_origin(hint) is Annotated:
+            for extra in get_args(hint)[1:]:
+                for alias in getattr(extra, "aliases", None) or ():
+                    known[alias.lstrip("-")] = name
+    return known
+
+
+def _origins(config_class: type[Any], layers: list[tuple[str, list[str]]]) -> dict[str, str]:
+    known = _flag_names(config_class)
+    origins = {}
+    for origin, flags in layers:
+        for token in flags:
+            name = token.split("=")[0].replace("-", "_").lstrip("_")
+            if token.startswith("--") and name in known:
+                origins[known[name]] = origin
+    return origins
+
+
+def _suggest_flag(name: str, known: dict[str, str]) -> str:
+    hint = suggest(name.replace("-", "_").lstrip("_"), known)
+    return re.sub(r"'(\w+)'", r"--\1", hint)
+
+
+def _one_line(text: str) -> str:
+    """tyro's framed complaint as one line."""
+    words = re.sub(r"[│╭╮╰╯─┃┏┓┗┛━]", " ", re.sub(r"\x1b\[[0-9;]*m", "", text))
+    line = " ".join(words.split())
+    return re.sub(r"^Parsing error ", "", line) or "the flags could not be read: see --help"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _text(value: Any) -> str:
+    return "None" if value is None else " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

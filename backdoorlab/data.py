@@ -1,0 +1,170 @@
+"""Images as bytes in one tensor, and the one way from there to a model: `batches()`."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: uint8 (N, C, H, W); labels: int64 (N,). Both may live on a GPU, in host memory or in a memory map."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: Tensor) -> "Split":
+        """The rows of `index` (int64), copied."""
+        index = index.to(self.images.device)
+        return Split(self.images[index], self.labels[index.to(self.labels.device)])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named data set: clean training and test images, class names, and a fingerprint of every byte."""
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What a training batch goes through, drawn anew for every image."""
+
+    crop_padding: int = 0
+    """Zero padding before a random crop back to size, in pixels; 0 leaves images in place."""
+    flip: bool = False
+    """Mirror half of the images."""
+
+
+NO_AUGMENT = Augment()
+
+
+class Batch(NamedTuple):
+    images: Tensor
+    """float32 (B, C, H, W) in [0, 1], on the device, channels_last."""
+    labels: Tensor
+    """int64 (B,), on the device."""
+    index: Tensor
+    """int64 (B,), on the device: positions in the split."""
+
+
+def place(split: Split, device: torch.device) -> Split:
+    """Move a split to the device where it takes less than half of what is free there; else leave it in host memory."""
+    if device.type != "cuda":
+        return split
+    free, _ = torch.cuda.mem_get_info(device)
+    if split.images.nbytes > free // 2:
+        return split
+    return Split(split.images.to(device), split.labels.to(device))
+
+
+def batches(
+    split: Split,
+    batch_size: int,
+    *,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+    augment: Augment = NO_AUGMENT,
+    drop_last: bool = False,
+    order: Tensor | None = None,
+) -> Iterator[Batch]:
+    """One pass over a split.
+
+    With a `generator` the order is shuffled and each image augmented on its own, all draws of the pass coming from it at
+    once; without one, images come in order and as they are. `order` (int64, any length, repeats allowed) replaces the
+    shuffle, for methods with a sampler of their own. `drop_last` leaves out a last, smaller batch.
+    """
+    if augment != NO_AUGMENT and generator is None:
+        raise ValueError("augmentation needs a generator")
+    if order is None:
+        order = torch.arange(len(split)) if generator is None else torch.randperm(len(split), generator=generator)
+    count = len(order)
+    padding = augment.crop_padding
+    moves = flips = None
+    if padding and generator is not None:
+        moves = torch.randint(0, 2 * padding + 1, (2, count), generator=generator).to(device)
+    if augment.flip and generator is not None:
+        flips = (torch.rand(count, generator=generator) < 0.5).to(device)
+    order = order.to(split.images.device)
+    for start in range(0, count - batch_size + 1 if drop_last else count, batch_size):
+        here = slice(start, start + batch_size)
+        index = order[here]
+        images = split.images[index].to(device, non_blocking=True)
+        labels = split.labels[index].to(device, non_blocking=True)
+        if moves is not None:
+            images = _crop(images, moves[0, here], moves[1, here], padding)
+        if flips is not None:
+            images = torch.where(flips[here, None, None, None], images.flip(3), images)
+        yield Batch(to_float(images), labels, index.to(device, non_blocking=True))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (B, C, H, W) -> float32 in [0, 1], channels_last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """float (B, C, H, W) in [0, 1] -> uint8, rounded to nearest and clipped, never wrapped."""
+    return images.mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _crop(images: Tensor, down: Tensor, right: Tensor, padding: int) -> Tensor:
+    """Shift each image by its own draw in [0, 2 padding] inside a zero frame."""
+    height, width = images.shape[2:]
+    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(len(images), device=images.device), :, down, right]
+
+
+def trusted_index(size: int, *, ratio: float, count: int | None, generator: torch.Generator) -> Tensor:
+    """Positions of the trusted images in a clean training set of `size`, drawn uniformly without replacement: `count`, or floor(ratio * size)."""
+    if count is None:
+        if not 0 < ratio <= 1:
+            raise UserError(f"trusted_ratio must lie in (0, 1], got {ratio}")
+        count = int(ratio * size)
+    if not 0 < count <= size:
+        raise UserError(f"the trusted set needs between 1 and {size} images, got {count}: change --trusted_ratio or --trusted_count")
+    return torch.randperm(size, generator=generator)[:count].sort().values
+
+
+def fingerprint(train: Split, test: Split, class_names: tuple[str, ...]) -> str:
+    """SHA-256 over shapes, pixels, labels and class names: equal only for the same data in the same order."""
+    digest = hashlib.sha256()
+    for split in (train, test):
+        digest.update(repr(tuple(split.images.shape)).encode())
+        digest.update(memoryview(split.images.numpy()).cast("B"))
+        digest.update(memoryview(split.labels.numpy()).cast("B"))
+    digest.update("\0".join(class_names).encode())
+    return digest.hexdigest()
+
+
+def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel in [0, 1] units, over at most 10,000 evenly spaced images."""
+    step = max(1, len(split) // 10_000)
+    images = split.images[::step].to(torch.float32).div(255)
+    mean, std = images.mean(dim=(0, 2, 3)), images.std(dim=(0, 2, 3)).clamp_min(1e-3)
+    return tuple(round(value, 4) for value in mean.tolist()), tuple(round(value, 4) for value in std.tolist())
+
+

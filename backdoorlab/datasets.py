@@ -1,0 +1,375 @@
+"""Data sets by name: read once, resized once, then kept as bytes in a cache that is found by content.
+
+A data set is one of
+  digits                                    embedded in scikit-learn, the default
+  cifar10 cifar100 mnist fashion_mnist gtsrb svhn   torchvision's, downloaded where there is a network
+  any other name with --dataset_path FOLDER        parquet shards or train/<class>/*.png
+
+Whatever the name, `--dataset_path` may point at parquet shards in the Hugging Face hub's layout (columns `img` or
+`image`, and `label`) or at a folder `train/<class>/*.png` with `test/` or `val/` beside it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .data import Dataset, Split, fingerprint
+from .errors import UserError, suggest
+from .files import publish, remove
+
+DEFAULT = "digits"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+READER_VERSION = 1
+"""Part of every cache key: raise it when decoding or resizing changes a pixel."""
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
+"""train images uint8 (N, C, H, W), train labels int64, test images, test labels, class names."""
+
+
+def load(name: str, path: str | None = None, *, image_size: int | None = None, grey: bool = False) -> Dataset:
+    """Load a data set from the cache, else from `path`, else by name.
+
+    image_size: side in pixels that every image is resized to (bilinear); None keeps the size found.
+    grey: one channel instead of three.
+    """
+    if name == "digits" and path is None:
+        return _dataset(name, _digits(image_size or 32))
+    if path is not None and not Path(path).is_dir():
+        raise UserError(f"--dataset_path {path}: no such folder. Give a folder with parquet shards or with train/<class>/*.png")
+    if path is None and name not in TORCHVISION:
+        raise UserError(
+            f"unknown data set {name!r}.{suggest(name, names())} Known: {', '.join(names())}; any other data needs --dataset_path FOLDER"
+        )
+    options = dict(image_size=image_size, grey=grey, reader=READER_VERSION)
+    reader = _folder_kind(Path(path)) if path is not None else None
+    source = _source_key(Path(path)) if reader else f"torchvision:{name}"
+    key = hashlib.sha256(json.dumps([source, options], sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_root() / f"{_safe(name)}-{key}"
+    if not (folder / "meta.json").exists():
+        if reader:
+            arrays = reader(Path(path or ""), image_size, grey)
+        else:
+            arrays = _torchvision(name, Path(path) if path else data_root(), image_size, grey)
+        _write_cache(folder, name, arrays)
+    return _read_cache(folder, name)
+
+
+def find(name: str, wanted: str, *, image_size: int | None = None, grey: bool = False) -> Dataset:
+    """The data set of a record by the fingerprint that the record carries: in the cache, else by name."""
+    for meta in sorted(cache_root().glob("*/meta.json")):
+        if _read_meta(meta).get("fingerprint") == wanted:
+            return _read_cache(meta.parent, name)
+    if name in names():
+        dataset = load(name, image_size=image_size, grey=grey)
+        if dataset.fingerprint == wanted:
+            return dataset
+    raise UserError(
+        f"the record was made on data set {name!r} (fingerprint {wanted[:12]}), which is not in the cache {cache_root()}:"
+        " pass --dataset_path FOLDER with the same data"
+    )
+
+
+def names() -> list[str]:
+    """Every data set that needs no path."""
+    return [DEFAULT, *TORCHVISION]
+
+
+def cache_root() -> Path:
+    """$BACKDOORLAB_CACHE, else ~/.cache/backdoorlab."""
+    return Path(os.environ.get("BACKDOORLAB_CACHE") or Path.home() / ".cache" / "backdoorlab")
+
+
+def data_root() -> Path:
+    """Where torchvision keeps its downloads: $BACKDOORLAB_DATA, else ./data."""
+    return Path(os.environ.get("BACKDOORLAB_DATA") or "data")
+
+
+def cached() -> list[dict[str, Any]]:
+    """One entry a cached data set: name, fingerprint, sizes, folder."""
+    return [{**_read_meta(meta), "folder": str(meta.parent)} for meta in sorted(cache_root().glob("*/meta.json"))]
+
+
+# --- readers -----------------------------------------------------------------------------------------------------
+
+
+def _digits(image_size: int) -> Arrays:
+    """1,797 grey 8x8 digits of the UCI test set, bilinear to `image_size`; every fifth image of each class is for testing."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small = torch.from_numpy(bunch.images).to(torch.float32)[:, None] * (255 / 16)
+    large = torch.nn.functional.interpolate(small, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    images = large.round().clamp(0, 255).to(torch.uint8).numpy()
+    labels = bunch.target.astype(np.int64)
+    rank_in_class = (labels[:, None] == np.arange(10)).cumsum(0)[np.arange(len(labels)), labels]
+    test = rank_in_class % 5 == 0
+    return images[~test], labels[~test], images[test], labels[test], tuple(str(digit) for digit in range(10))
+
+
+TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "cifar10": ("CIFAR10", dict(train=True), dict(train=False)),
+    "cifar100": ("CIFAR100", dict(train=True), dict(train=False)),
+    "mnist": ("MNIST", dict(train=True), dict(train=False)),
+    "fashion_mnist": ("FashionMNIST", dict(train=True), dict(train=False)),
+    "gtsrb": ("GTSRB", dict(split="train"), dict(split="test")),
+    "svhn": ("SVHN", dict(split="train"), dict(split="test")),
+}
+
+
+def _torchvision(name: str, root: Path, image_size: int | None, grey: bool) -> Arrays:
+    import torchvision.datasets
+
+    class_name, train_arguments, test_arguments = TORCHVISION[name]
+    make = getattr(torchvision.datasets, class_name)
+    parts = []
+    for arguments in (train_arguments, test_arguments):
+        try:
+            found = make(root=str(root), download=False, **arguments)
+        except RuntimeError:
+            _require_network(name, root)
+            try:
+                found = make(root=str(root), download=True, **arguments)
+            except Exception as error:
+                raise UserError(f"data set {name!r} could not be downloaded to {root} ({error}): pass --dataset_path FOLDER") from error
+        parts.append(_decode_all(len(found), lambda i, data=found: _from_pil(data[i][0], image_size, grey)))
+        labels = [label for _, label in found._samples] if name == "gtsrb" else getattr(found, "targets", getattr(found, "labels", None))
+        parts.append(np.asarray(labels, dtype=np.int64))
+    class_names = tuple(str(c) for c in getattr(found, "classes", range(int(parts[1].max()) + 1)))
+    return parts[0], parts[1], parts[2], parts[3], class_names
+
+
+def _require_network(name: str, root: Path) -> None:
+    """One quick look before a download, so that a missing network is a line within seconds and not a row of retries."""
+    for host in ("www.cs.toronto.edu", "ossci-datasets.s3.amazonaws.com", "github.com"):
+        try:
+            with socket.create_connection((host, 443), timeout=2):
+                return
+        except OSError:
+            continue
+    raise UserError(
+        f"data set {name!r} is not in {root.resolve()} and there is no network to download it:"
+        " pass --dataset_path FOLDER (parquet shards or train/<class>/*.png), or set BACKDOORLAB_DATA to torchvision's folder"
+    )
+
+
+def _folder_kind(path: Path) -> Callable[[Path, int | None, bool], Arrays] | None:
+    """The reader that fits a folder; None for a folder in torchvision's own layout."""
+    if any(path.rglob("*.parquet")):
+        return _parquet
+    if (path / "train").is_dir() and any(child.is_dir() for child in (path / "train").iterdir()):
+        return _image_folder
+    raise UserError(f"--dataset_path {path}: expected *.parquet shards or train/<class>/*.png in it, found {_listing(path)}")
+
+
+def _parquet(path: Path, image_size: int | None, grey: bool) -> Arrays:
+    """Hugging Face shards: `train*.parquet` and `test*.parquet` (or `validation*`), anywhere below the folder."""
+    import pyarrow.parquet as pq
+
+    shards = sorted(path.rglob("*.parquet"))
+    train = [s for s in shards if "train" in s.name]
+    test = [s for s in shards if "test" in s.name] or [s for s in shards if "val" in s.name]
+    if not train or not test:
+        raise UserError(f"--dataset_path {path}: expected shards named train*.parquet and test*.parquet, found {_listing(path)}")
+    parts = []
+    for files in (train, test):
+        encoded: list[bytes] = []
+        labels: list[int] = []
+        for file in files:
+            try:
+                schema = pq.read_schema(file)
+                image_column = _column(file, schema.names, ("img", "image"))
+                label_column = _column(file, schema.names, ("label", "labels", "fine_label"))
+                table = pq.read_table(file, columns=[image_column, label_column])
+            except (OSError, ValueError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(f"{file}: not a readable parquet file ({error}): fetch it again") from error
+            encoded += [cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image_column].to_pylist()]
+            labels += table[label_column].to_pylist()
+        parts.append(_decode_all(len(encoded), lambda i, data=encoded: _from_bytes(data[i], image_size, grey)))
+        parts.append(np.asarray(labels, dtype=np.int64))
+    return parts[0], parts[1], parts[2], parts[3], _class_names(path, int(parts[1].max()) + 1)
+
+
+def _image_folder(path: Path, image_size: int | None, grey: bool) -> Arrays:
+    """train/<class>/*.png with test/ or val/ beside it; classes in alphabetical order (numbers in numerical order)."""
+    classes = sorted((c.name for c in (path / "train").iterdir() if c.is_dir()), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
+    test = next((path / n for n in ("test", "val", "valid", "validation") if (path / n).is_dir()), None)
+    if test is None:
+        raise UserError(f"--dataset_path {path}: expected test/ or val/ beside train/, found {_listing(path)}")
+    parts = []
+    for folder in (path / "train", test):
+        files: list[Path] = []
+        labels: list[int] = []
+        for number, name in enumerate(classes):
+            found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            files += found
+            labels += [number] * len(found)
+        if not files:
+            raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
+        parts.append(_decode_all(len(files), lambda i, data=files: _from_file(data[i], image_size, grey)))
+        parts.append(np.asarray(labels, dtype=np.int64))
+    return parts[0], parts[1], parts[2], parts[3], tuple(classes)
+
+
+def _decode_all(count: int, decode: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Decode `count` images with threads into one uint8 (N, C, H, W) array."""
+    if count == 0:
+        raise UserError("the data set has no images in one of its splits")
+    first = decode(0)
+    out = np.empty((count, *first.shape), np.uint8)
+
+    def work(i: int) -> None:
+        image = decode(i)
+        if image.shape != first.shape:
+            raise UserError(
+                f"images of different shapes ({first.shape} and {image.shape} as channels, height, width): pass --image_size to resize them all"
+            )
+        out[i] = image
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(work, range(count), chunksize=256):
+            pass
+    return out
+
+
+def _from_bytes(data: bytes, image_size: int | None, grey: bool) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        return _from_pil(image, image_size, grey)
+
+
+def _from_file(file: Path, image_size: int | None, grey: bool) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return _from_pil(image, image_size, grey)
+    except OSError as error:
+        raise UserError(f"{file}: not a readable image ({error})") from error
+
+
+def _from_pil(image: Any, image_size: int | None, grey: bool) -> np.ndarray:
+    from PIL import Image
+
+    image = image.convert("L" if grey else "RGB")
+    if image_size is not None and image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _class_names(path: Path, count: int) -> tuple[str, ...]:
+    """From classes.json (a list of names or of {label, name}, or number -> name) where there is one, else the numbers."""
+    file = path / "classes.json"
+    if not file.exists():
+        return tuple(str(number) for number in range(count))
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
+    if isinstance(found, dict):
+        found = found.get("classes", found.get("names", found))
+    if isinstance(found, dict):
+        found = [found.get(str(number), str(number)) for number in range(count)]
+    if all(isinstance(entry, dict) and "name" in entry for entry in found):
+        found = [entry["name"] for entry in sorted(found, key=lambda entry: entry.get("label", 0))]
+    if len(found) < count:
+        raise UserError(f"{file}: {len(found)} class names, but labels up to {count - 1}")
+    return tuple(str(name) for name in found)
+
+
+def _column(file: Path, columns: list[str], wanted: tuple[str, ...]) -> str:
+    for name in wanted:
+        if name in columns:
+            return name
+    raise UserError(f"{file}: expected a column {' or '.join(wanted)}, found {', '.join(columns)}")
+
+
+def _listing(path: Path) -> str:
+    entries = sorted(entry.name for entry in path.iterdir())
+    return ", ".join(entries[:5]) + (" ..." if len(entries) > 5 else "") if entries else "nothing"
+
+
+# --- cache -------------------------------------------------------------------------------------------------------
+
+
+def _dataset(name: str, arrays: Arrays) -> Dataset:
+    train = Split(torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1]))
+    test = Split(torch.from_numpy(arrays[2]), torch.from_numpy(arrays[3]))
+    return Dataset(name, train, test, arrays[4], fingerprint(train, test, arrays[4]))
+
+
+def _source_key(path: Path) -> str:
+    """SHA-256 over the names and contents of every file that a reader may open."""
+    digest = hashlib.sha256()
+    for file in _source_files(path):
+        digest.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _source_files(path: Path) -> Iterator[Path]:
+    suffixes = (".parquet", ".json", *IMAGE_SUFFIXES)
+    return iter(sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file()))
+
+
+ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def _write_cache(folder: Path, name: str, arrays: Arrays) -> None:
+    dataset = _dataset(name, arrays)
+    stage = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    stage.mkdir(parents=True)
+    try:
+        for array_name, array in zip(ARRAY_NAMES, arrays[:4], strict=True):
+            np.save(stage / f"{array_name}.npy", array)
+        meta = dict(name=name, fingerprint=dataset.fingerprint, class_names=dataset.class_names, train=len(dataset.train), test=len(dataset.test))
+        (stage / "meta.json").write_text(json.dumps(meta))
+        if (folder / "meta.json").exists():  # another process was faster
+            return
+        remove(folder)
+        publish(stage, folder)
+    except OSError as error:
+        raise UserError(f"the data set cache {folder} cannot be written ({error}): set BACKDOORLAB_CACHE to a folder with space") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _read_cache(folder: Path, name: str) -> Dataset:
+    """Memory-mapped, so that only what is used is read; a changed byte is refused."""
+    meta = _read_meta(folder / "meta.json")
+    try:
+        arrays = [torch.from_numpy(np.load(folder / f"{array_name}.npy", mmap_mode="c")) for array_name in ARRAY_NAMES]
+        train, test = Split(arrays[0], arrays[1]), Split(arrays[2], arrays[3])
+        class_names = tuple(meta["class_names"])
+        intact = fingerprint(train, test, class_names) == meta["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise UserError(f"the cached data set {folder} is damaged: delete that folder and run again")
+    return Dataset(name, train, test, class_names, meta["fingerprint"])
+
+
+def _read_meta(file: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

@@ -1,0 +1,140 @@
+"""Supervised training, once, and what every loop needs: device, precision, seeds, optimizer, schedule."""
+
+import contextlib
+import hashlib
+import os
+import random
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+
+from .data import NO_AUGMENT, Augment, Split, batches
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .run import Run
+
+Precision = Literal["auto", "bf16", "fp32"]
+Schedule = Literal["constant", "cosine", "onecycle", "plateau"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is trained."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    schedule: Schedule = "cosine"
+    schedule_epochs: int | None = None
+    """Length of the cosine; None: as long as the training."""
+    augment: Augment = NO_AUGMENT
+
+
+def train(model: nn.Module, split: Split, recipe: Recipe, run: "Run", *, stage: str = "train") -> None:
+    """Cross-entropy on the given labels. Trains `model` in place; resumable under the name `stage`."""
+    steps = max(1, len(split) // recipe.batch_size)
+    drop_last = len(split) >= recipe.batch_size
+    optimizer = make_optimizer(model.parameters(), recipe)
+    scheduler = _scheduler(optimizer, recipe, steps)
+    per_step = recipe.schedule == "onecycle"
+    for _ in run.epochs(stage, recipe.epochs, model=model, optimizer=optimizer, scheduler=scheduler):
+        model.train()
+        for batch in batches(split, recipe.batch_size, device=run.device, generator=run.generator, augment=recipe.augment, drop_last=drop_last):
+            with run.autocast():
+                logits = model(batch.images)
+            run.step(optimizer, F.cross_entropy(logits.float(), batch.labels))
+            if per_step:
+                scheduler.step()
+        if recipe.schedule == "plateau":
+            scheduler.step(run.mean("loss"))
+        elif not per_step:
+            scheduler.step()
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimizer:
+    """SGD with momentum or Adam, fused into one kernel."""
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+
+
+def _scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> Any:
+    match recipe.schedule:
+        case "constant":
+            return lr_scheduler.LambdaLR(optimizer, _constant)
+        case "cosine":
+            return lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, recipe.schedule_epochs or recipe.epochs))
+        case "plateau":
+            return lr_scheduler.ReduceLROnPlateau(optimizer)
+        case "onecycle":
+            # The momentum stays what the recipe says; 30 % of the steps warm up from lr / 25.
+            return lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=max(1, recipe.epochs * steps), cycle_momentum=False)
+
+
+def _constant(_epoch: int) -> float:
+    return 1.0
+
+
+def choose_device(wanted: str) -> torch.device:
+    """"auto" is the first GPU where there is one; a device that is asked for and absent is an error."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UserError(f"--device {wanted}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {wanted}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {wanted}: this machine has no usable GPU; leave --device out, or say --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {wanted}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
+    return device
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 here: on CUDA since Ampere, on CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """bfloat16 for the passes inside, or nothing. "auto" takes it where it is faster."""
+    if precision == "bf16" or (precision == "auto" and fast_bf16(device)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed torch, numpy and random; same numbers in every process of one version, device type and thread count."""
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed must lie in 0..{2**31 - 1}, got {seed}")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = True
+
+
+def derived_generator(seed: int, purpose: str) -> torch.Generator:
+    """A private CPU generator: draws for one purpose do not move those of another."""
+    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())

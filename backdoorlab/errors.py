@@ -1,0 +1,14 @@
+"""The one exception that reaches a user as one line."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Bad input: the message says what was expected, what came, and what to do. Printed as one line, exit code 2."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' when a known word is close, else ''."""
+    close = get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,144 @@
+"""What is measured, and the one evaluator that measures it.
+
+All scores are fractions in [0, 1], per image, in evaluation mode. ASR and RA come from the same stored triggered images
+and one forward pass. Definitions: BackdoorBench (Wu et al., NeurIPS 2022) for ASR and RA, FT-SAM (Zhu et al., ICCV 2023)
+for DER.
+"""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Split, batches, place
+from .models import PASSES
+from .poison import CROSS, Poison
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model does on the clean and on the triggered test images; None where there is no triggered image."""
+
+    clean_accuracy: float
+    asr: float | None
+    """Share of triggered images that get the attacker's label (none of them is of the target class in all2one)."""
+    robust_accuracy: float | None
+    """Share of the same images that get their true label."""
+    per_class: dict[str, list[float | None]]
+    """The same by true class, and `other` = 1 - asr - robust_accuracy; None for a class without images."""
+    triggered_predictions: list[int]
+    """How many triggered images end in each class: a trigger may be moved instead of removed."""
+
+    def summary(self) -> dict[str, float | None]:
+        return {"clean_accuracy": self.clean_accuracy, "asr": self.asr, "robust_accuracy": self.robust_accuracy}
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def der(before: dict[str, Any], after: dict[str, Any]) -> float | None:
+    """Defense effectiveness rating in [0, 1]: 0.5 is no effect, 1 is ASR from 1 to 0 at no cost in clean accuracy."""
+    if before["asr"] is None or after["asr"] is None:
+        return None
+    gain = max(0.0, before["asr"] - after["asr"])
+    cost = max(0.0, before["clean_accuracy"] - after["clean_accuracy"])
+    return (gain - cost + 1) / 2
+
+
+def collapsed(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """A defense that costs more than half of the clean accuracy has not defended anything."""
+    return after["clean_accuracy"] < 0.5 * before["clean_accuracy"]
+
+
+def score(clean_predictions: Tensor, clean_labels: Tensor, predictions: Tensor, triggered: Poison, num_classes: int) -> Scores:
+    """Scores from predictions: int64 (N,) on the clean test images, int64 (M,) on the triggered ones."""
+    right = clean_predictions == clean_labels
+    hit = predictions == triggered.labels
+    robust = predictions == triggered.original_labels
+    per_class = {
+        "clean_accuracy": _by_class(right, clean_labels, num_classes),
+        "asr": _by_class(hit, triggered.original_labels, num_classes),
+        "robust_accuracy": _by_class(robust, triggered.original_labels, num_classes),
+        "other": _by_class(~hit & ~robust, triggered.original_labels, num_classes),
+    }
+    return Scores(
+        clean_accuracy=right.double().mean().item(),
+        asr=hit.double().mean().item() if len(hit) else None,
+        robust_accuracy=robust.double().mean().item() if len(hit) else None,
+        per_class=per_class,
+        triggered_predictions=torch.bincount(predictions, minlength=num_classes).tolist(),
+    )
+
+
+def split_quality(flagged: Tensor, poison: Poison) -> dict[str, Any]:
+    """How well a bool (N,) mask finds the poison; cross images count as clean in `fpr` and are also shown alone.
+
+    tpr, fpr and precision are None where their denominator is empty.
+    """
+    flagged = flagged.cpu()
+    poisoned, cross = poison.mask(len(flagged)), poison.mask(len(flagged), CROSS)
+    return {
+        "tpr": _share(flagged[poisoned]),
+        "fpr": _share(flagged[~poisoned]),
+        "precision": _share(poisoned[flagged]),
+        "flagged": int(flagged.sum()),
+        "cross_flagged": _share(flagged[cross]),
+    }
+
+
+class Evaluator:
+    """Scores models on one clean test set and one set of triggered images, without drawing a random number.
+
+    A model whose weights did not change since the last call is not run again.
+    """
+
+    def __init__(
+        self, test: Split, triggered: Poison, num_classes: int, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self.labels, self.triggered, self.num_classes, self.device, self.autocast = test.labels, triggered, num_classes, device, autocast
+        self.test, self.triggered_split = place(test, device), place(triggered.triggered(), device)
+        self._last: tuple[str, Scores] | None = None
+
+    def __call__(self, model: nn.Module) -> Scores:
+        key = _weights_hash(model)
+        if self._last is None or self._last[0] != key:
+            clean = predict(model, self.test, self.device, self.autocast)
+            triggered = predict(model, self.triggered_split, self.device, self.autocast)
+            self._last = key, score(clean, self.labels, triggered, self.triggered, self.num_classes)
+        return self._last[1]
+
+
+def predict(model: nn.Module, split: Split, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+    """Predicted classes, int64 (N,) on the CPU. The model's modes are as before afterwards; no pass is counted."""
+    modes = {module: module.training for module in model.modules()}
+    paused, PASSES.paused = PASSES.paused, True
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast():
+            found = [model(batch.images).argmax(1) for batch in batches(split, 1000 if device.type == "cuda" else 250, device=device)]
+    finally:
+        PASSES.paused = paused
+        for module, mode in modes.items():
+            module.training = mode
+    return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.int64)
+
+
+def _weights_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _by_class(hits: Tensor, classes: Tensor, num_classes: int) -> list[float | None]:
+    return [_share(hits[classes == label]) for label in range(num_classes)]
+
+
+def _share(hits: Tensor) -> float | None:
+    return hits.double().mean().item() if len(hits) else None
+
+

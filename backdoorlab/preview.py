@@ -1,0 +1,42 @@
+"""A picture of an attack, for a person to look at."""
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from . import files
+from .data import Split
+from .poison import Poison
+
+COLUMNS, GAP, SCALE, GAIN = 8, 2, 3, 5
+
+
+def save_preview(path: Path, clean: Split, triggered: Poison) -> None:
+    """PNG with three rows: clean, triggered, difference times 5 around mid-grey. Without a trigger only the first row."""
+    index = _one_per_class(triggered.original_labels) if len(triggered) else torch.arange(min(COLUMNS, len(clean)))
+    if len(triggered):
+        before, after = clean.images[triggered.index[index]], triggered.images[index]
+        difference = ((after.int() - before.int()) * GAIN + 128).clamp(0, 255).to(torch.uint8)
+        rows = [before, after, difference]
+    else:
+        rows = [clean.images[index]]
+    channels, height, width = clean.images.shape[1:]
+    sheet = torch.full((channels, len(rows) * (height + GAP) - GAP, len(index) * (width + GAP) - GAP), 255, dtype=torch.uint8)
+    for r, images in enumerate(rows):
+        for c, image in enumerate(images):
+            top, left = r * (height + GAP), c * (width + GAP)
+            sheet[:, top : top + height, left : left + width] = image
+    array = sheet[0].numpy() if channels == 1 else sheet.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array).resize((sheet.shape[2] * SCALE, sheet.shape[1] * SCALE), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    files.write_bytes(path, buffer.getvalue())
+
+
+def _one_per_class(labels: torch.Tensor) -> torch.Tensor:
+    """Positions of the first image of each class, filled up with further images to a full row."""
+    first = [int((labels == label).nonzero()[0]) for label in labels.unique()][:COLUMNS]
+    rest = [i for i in range(len(labels)) if i not in first][: COLUMNS - len(first)]
+    return torch.tensor(first + rest, dtype=torch.int64)

@@ -1,0 +1,317 @@
+"""One attack or one defense from start to finish: resumable, scored from outside, published whole.
+
+A method sees a `Run`: `epochs`, `step`, `log`, `once`, `note`, `report_split`. Scores go one way, into the log; nothing
+that a method calls returns one.
+"""
+
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import engine, files
+from .engine import Precision, autocast, finite
+from .errors import UserError
+from .metrics import Evaluator, Scores, split_quality
+from .models import PASSES
+from .poison import Poison
+
+NAN_CHECK_EVERY = 64
+"""Steps between two looks at the loss on a GPU, where each look waits for the device; on a CPU every step is looked at."""
+
+
+@dataclass
+class Progress:
+    """What a run has spent and said so far; part of every checkpoint."""
+
+    seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    forward: int = 0
+    backward: int = 0
+    peak_memory_bytes: int = 0
+
+
+class Run:
+    """What a method needs while it runs. Everything here survives a kill: the same command continues at the last epoch."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        seed: int,
+        device: torch.device,
+        precision: Precision = "auto",
+        train_poison: Poison | None = None,
+        score_every: int = 1,
+    ) -> None:
+        self.folder, self.seed, self.device, self.precision = folder, seed, device, precision
+        self.generator = engine.derived_generator(seed, "run")
+        self.history: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.splits: dict[str, dict[str, Any]] = {}
+        self.progress = Progress()
+        self.flagged: Tensor | None = None
+        self._evaluator: Evaluator | None = None
+        self._train_poison, self._score_every = train_poison, score_every
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+        self._logged: dict[str, Any] = {}
+        self._where = "before the first epoch"
+        self._clock = time.perf_counter()
+        self._passes = (PASSES.forward, PASSES.backward)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    # --- what a method calls -------------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 for the forward passes inside where the machine is faster with it."""
+        return autocast(self.device, self.precision)
+
+    def epochs(self, stage: str, total: int, *, model: nn.Module | None = None, **state: Any) -> Iterator[int]:
+        """Count `total` epochs of a stage; score `model`, add a line of history and write a checkpoint after each.
+
+        `model` and everything in `state` (optimizers, schedulers, further models: whatever has a `state_dict`) is saved,
+        and put back when the run is started again.
+        """
+        parts = {"model": model, **state} if model is not None else state
+        path = self.folder / f"checkpoint-{stage}.safetensors"
+        done = 0
+        if path.exists():
+            tensors, meta = files.read_tensors(path)
+            if meta["total"] != total:
+                raise UserError(f"{path}: stage {stage!r} was started with {meta['total']} epochs, not {total}: use --overwrite")
+            for name, part in parts.items():
+                part.load_state_dict(files.unpack(meta["state"][name], tensors))
+            self._restore(tensors, meta)
+            done = meta["done"]
+            if 0 < done < total:
+                self.say(f"continuing {stage} after epoch {done} of {total}")
+        bar = tqdm(range(done, total), desc=stage, initial=done, total=total, disable=None, leave=False, unit="epoch")
+        for epoch in bar:
+            self._where = f"stage {stage}, epoch {epoch}"
+            began = time.perf_counter()
+            self._sums.clear()
+            self._counts.clear()
+            self._logged = {}
+            yield epoch
+            self._check_finite()
+            row: dict[str, Any] = {"stage": stage, "epoch": epoch, "seconds": round(time.perf_counter() - began, 3)}
+            row |= {name: self.mean(name) for name in self._sums} | self._logged
+            if model is not None and self._scores_due(epoch, total):
+                row |= self.score(model).summary()
+            self.history.append(row)
+            self._describe(row, total, bar)
+            self._save(path, parts, stage=stage, done=epoch + 1, total=total)
+        self._where = f"after stage {stage}"
+
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        """One descent step; the loss is watched, and a loss that is no number stops the run."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        self.watch(loss=loss)
+
+    def watch(self, **values: Tensor) -> None:
+        """Average scalars over the epoch, on the device, into its line of history."""
+        for name, value in values.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
+            self._counts[name] += 1
+        steps = max(self._counts[name] for name in values)
+        if self.device.type == "cpu" or steps % NAN_CHECK_EVERY == 0:
+            self._check_finite()
+
+    def mean(self, name: str) -> float:
+        """The average so far of a watched training-side value in this epoch."""
+        return (self._sums[name] / self._counts[name]).item()
+
+    def log(self, **values: float | int | str | None) -> None:
+        """Add training-side values to this epoch's line of history."""
+        self._logged |= values
+
+    def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Compute named tensors, or read what an earlier, killed start of this run computed."""
+        path = self.folder / f"once-{name}.safetensors"
+        if path.exists():
+            tensors, meta = files.read_tensors(path)
+            self._restore(tensors, meta)
+            return {key: tensors[f"value/{key}"] for key in meta["keys"]}
+        self._where = name
+        values = {key: value.cpu() for key, value in compute().items()}
+        tensors, meta = self._state()
+        tensors |= {f"value/{key}": value for key, value in values.items()}
+        files.write_tensors(path, tensors, keys=list(values), **meta)
+        return values
+
+    def note(self, text: str) -> None:
+        """Say a sentence and keep it in the result: what a reader of the table should know."""
+        if text not in self.notes:
+            self.notes.append(text)
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        tqdm.write(f"  {text}", file=sys.stderr)
+
+    def report_split(self, flagged: Tensor, name: str = "split") -> None:
+        """Score a bool (N,) mask over the training set that claims to be the poison. Returns nothing."""
+        if name == "split":
+            self.flagged = flagged.cpu()
+        if self._train_poison is not None:
+            self.splits[name] = quality = split_quality(flagged, self._train_poison)
+            self.say(f"{name}: {describe_split(quality)}")
+
+    # --- what the runner calls -----------------------------------------------------------------------------------
+
+    def watch_scores(self, evaluator: Evaluator) -> None:
+        """Score models with this from now on."""
+        self._evaluator = evaluator
+
+    def score(self, model: nn.Module) -> Scores:
+        """Evaluate; the time is not charged to the method."""
+        if self._evaluator is None:
+            raise RuntimeError("this run has no evaluator")
+        self._charge()
+        began = time.perf_counter()
+        scores = self._evaluator(model)
+        self.progress.evaluation_seconds += time.perf_counter() - began
+        self._clock = time.perf_counter()
+        return scores
+
+    def spent(self) -> Progress:
+        """Seconds without evaluation, image passes and peak memory up to now."""
+        self._charge()
+        return self.progress
+
+    def save_history(self, folder: Path) -> None:
+        frame = pd.DataFrame(self.history)
+        files.write_bytes(folder / "history.csv", frame.to_csv(index=False).encode())
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _scores_due(self, epoch: int, total: int) -> bool:
+        if self._evaluator is None or self._score_every == 0:
+            return False
+        return (epoch + 1) % self._score_every == 0 or epoch + 1 == total
+
+    def _describe(self, row: dict[str, Any], total: int, bar: Any) -> None:
+        values = "  ".join(f"{name} {_short(value)}" for name, value in row.items() if name not in ("stage", "epoch") and value is not None)
+        if bar.disable:  # no terminal: one plain line an epoch
+            self.say(f"{row['stage']} {row['epoch'] + 1}/{total}  {values}")
+        else:
+            bar.set_postfix_str(values)
+
+    def _check_finite(self) -> None:
+        for name, value in self._sums.items():
+            if not finite(value):
+                raise UserError(
+                    f"{name} became {value.item()} in {self._where}, step {self._counts[name]}: the run diverged and is stopped;"
+                    " lower the learning rate, or try --precision fp32"
+                )
+
+    def _charge(self) -> None:
+        now, progress = time.perf_counter(), self.progress
+        progress.seconds += now - self._clock
+        progress.forward += PASSES.forward - self._passes[0]
+        progress.backward += PASSES.backward - self._passes[1]
+        progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory(self.device))
+        self._clock, self._passes = now, (PASSES.forward, PASSES.backward)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        self._charge()
+        tensors = {"rng/torch": torch.get_rng_state(), "rng/run": self.generator.get_state()}
+        if self.device.type == "cuda":
+            tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
+        meta = dict(history=self.history, notes=self.notes, splits=self.splits, progress=vars(self.progress))
+        if self.flagged is not None:
+            tensors["flagged"] = self.flagged
+        return tensors, meta
+
+    def _save(self, path: Path, parts: dict[str, Any], **position: Any) -> None:
+        tensors, meta = self._state()
+        packed = {name: files.pack(part.state_dict(), tensors, name) for name, part in parts.items()}
+        files.write_tensors(path, tensors, state=packed, **position, **meta)
+
+    def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        torch.set_rng_state(tensors["rng/torch"])
+        self.generator.set_state(tensors["rng/run"])
+        if self.device.type == "cuda" and "rng/cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
+        self.history, self.notes, self.splits = meta["history"], meta["notes"], meta["splits"]
+        self.progress = Progress(**meta["progress"])
+        self.flagged = tensors.get("flagged")
+        self._clock, self._passes = time.perf_counter(), (PASSES.forward, PASSES.backward)
+
+
+def describe_split(quality: dict[str, Any]) -> str:
+    """One line a person reads: how many were flagged, and how right that was."""
+    if quality["tpr"] is None:
+        return f"{quality['flagged']} flagged, in a training set without poison (FPR {_short(quality['fpr'])})"
+    return f"{quality['flagged']} flagged, precision {_short(quality['precision'])}, TPR {_short(quality['tpr'])}, FPR {_short(quality['fpr'])}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch held on the GPU, or that the process held in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What bit-equality depends on, and what a reader of a timing needs."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)" if device.type == "cpu" else f"{device.type} ({name})",
+        "versions": {package: version(package) for package in ("backdoorlab", "torch", "torchvision", "timm", "numpy")}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    """The CPU's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where files differ from it; None outside a checkout."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    try:
+        command = partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        commit = command(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        changed = command(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)

@@ -1,0 +1,332 @@
+"""Run one attack into a record, or one defense on a record."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import config as configs
+from . import data, datasets, engine, files, models, record
+from .config import AttackConfig, DefenseConfig, MethodConfig, Parsed, TrainingConfig
+from .data import Dataset
+from .errors import UserError
+from .metrics import Evaluator, collapsed, der
+from .models import Classifier
+from .poison import Poison, Stamp, check_rate, check_target, poison_test, poison_train
+from .preview import save_preview
+from .record import Record
+from .registry import Method
+from .run import Run, describe_split, environment
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack leaves: the poisoned model, what it was trained on, and the images that ASR is measured on."""
+
+    model: Classifier
+    train_poison: Poison
+    test_poison: Poison
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method with its config, ready to run."""
+
+    method: Method
+    config: Any
+    origins: Parsed | None = None
+
+
+def attack_job(method: Method, argv: Sequence[str], prog: str) -> Job:
+    parsed = configs.parse(method.config_class, method.name, "attack", argv, lambda c: c.dataset, prog)
+    return Job(method, parsed.config, parsed)
+
+
+def defense_job(method: Method, argv: Sequence[str], prog: str) -> Job:
+    """The data set, and with it the YAML file that applies, comes from the record."""
+
+    def dataset_of(config: DefenseConfig) -> str:
+        return _record(config).info["dataset"]["name"]
+
+    parsed = configs.parse(method.config_class, method.name, "defense", argv, dataset_of, prog)
+    return Job(method, parsed.config, parsed)
+
+
+# --- attack ------------------------------------------------------------------------------------------------------
+
+
+def run_attack(job: Job) -> Record:
+    """Poison, train, score, and publish the record whole."""
+    config: TrainingConfig = job.config
+    if not config.save_folder_name:
+        raise UserError("--save_folder_name NAME is missing: the record will be record/NAME")
+    record.check_name(config.save_folder_name)
+    root = record.record_root(config.record_root)
+    target = root / config.save_folder_name
+    device = engine.choose_device(config.device)
+    if isinstance(config, AttackConfig):
+        check_rate(config.poison_rate)
+    dataset = datasets.load(config.dataset, config.dataset_path, image_size=config.image_size, grey=config.grey)
+    if isinstance(config, AttackConfig):
+        check_target(config.target_label, dataset.num_classes)
+    with _stage(target, "record.json", job) as stage:
+        engine.seed_everything(config.seed, device)
+        run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
+        run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
+        attack = job.method.function("attack") or partial(static_attack, stamp=job.method.module.stamp)
+        outcome: Outcome = attack(dataset, config, run)
+        scores = run.score(outcome.model)
+        spent = run.spent()
+        final = _fresh(stage / "final")
+        info = {
+            "attack": job.method.name,
+            "config": config.science(),
+            "dataset": {
+                "name": dataset.name,
+                "fingerprint": dataset.fingerprint,
+                "image_shape": list(dataset.image_shape),
+                "image_size": config.image_size,
+                "grey": config.grey,
+                "train_size": len(dataset.train),
+                "class_names": list(dataset.class_names),
+            },
+            "architecture": {
+                "name": config.model,
+                "width": config.width,
+                "mean": outcome.model.mean.flatten().tolist(),
+                "std": outcome.model.std.flatten().tolist(),
+            },
+            "num_classes": dataset.num_classes,
+            "target": getattr(config, "target_label", None) if getattr(config, "label_mode", None) == "all2one" else None,
+            "seed": config.seed,
+            "poisoned": int((outcome.train_poison.kind == 1).sum()),
+            "scores": scores.to_json(),
+            "notes": run.notes,
+            **_costs(spent),
+            **environment(device),
+        }
+        save_preview(final / "preview.png", dataset.test, outcome.test_poison)
+        run.save_history(final)
+        record.write(final, info, outcome.model, outcome.train_poison, outcome.test_poison)
+        _publish(final, target)
+    return Record.load(config.save_folder_name, root)
+
+
+def static_attack(dataset: Dataset, config: AttackConfig, run: Run, stamp: Callable[..., torch.Tensor]) -> Outcome:
+    """Any attack that is a function of images: stamp a share of the training set, then train in the ordinary way."""
+    fixed: Stamp = partial(stamp, config=config)
+    labels = dict(target_label=config.target_label, label_mode=config.label_mode, num_classes=dataset.num_classes)
+    victims = engine.derived_generator(config.seed, "victims")
+    train_poison = poison_train(dataset.train, fixed, poison_rate=config.poison_rate, generator=victims, **labels)
+    test_poison = poison_test(dataset.test, fixed, **labels)
+    return poison_and_train(dataset, config, run, train_poison, test_poison)
+
+
+def poison_and_train(dataset: Dataset, config: TrainingConfig, run: Run, train_poison: Poison, test_poison: Poison) -> Outcome:
+    """Train a fresh model on the poisoned set in the ordinary way, scored after each epoch."""
+    model = new_model(dataset, config).to(run.device)
+    run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
+    received = data.place(train_poison.apply(dataset.train), run.device)
+    engine.train(model, received, config.recipe(), run)
+    return Outcome(model, train_poison, test_poison)
+
+
+def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
+    """The model that the config names, freshly initialised, normalised by the config's numbers or the data's own."""
+    measured = data.channel_statistics(dataset.train) if config.mean is None or config.std is None else ((), ())
+    mean, std = config.mean or measured[0], config.std or measured[1]
+    channels = dataset.image_shape[0]
+    if len(mean) != channels or len(std) != channels:
+        raise UserError(f"--mean and --std need {channels} numbers each for these images, got {len(mean)} and {len(std)}")
+    return models.build(
+        config.model,
+        num_classes=dataset.num_classes,
+        in_chans=channels,
+        mean=mean,
+        std=std,
+        width=config.width,
+        image_size=dataset.image_shape[1],
+    )
+
+
+# --- defense -----------------------------------------------------------------------------------------------------
+
+
+def run_defense(job: Job) -> dict[str, Any] | None:
+    """Defend a record and write result.json; None where a subtask stops earlier."""
+    config: DefenseConfig = job.config
+    found = _record(config)
+    method, run_name = job.method, config.run_name or f"seed{config.seed}"
+    record.check_name(run_name)
+    target = found.folder / "defense" / method.name / run_name
+    subtask = getattr(config, "subtask", "all")
+    if subtask == "test":
+        return _score_saved(found, target, config)
+    device = engine.choose_device(config.device)
+    dataset = found.dataset(config.dataset_path)
+    with _stage(target, "result.json", job) as stage:
+        engine.seed_everything(config.seed, device)
+        run = Run(
+            stage,
+            seed=config.seed,
+            device=device,
+            precision=config.precision,
+            train_poison=found.train_poison,
+            score_every=config.score_every,
+        )
+        run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, run.autocast))
+        view = record.defender_view(found, dataset, method.assumes, _trusted(method, config, dataset), device)
+        run.say(f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}), {device}")
+        model = method.module.defend(view, config, run)
+        if model is None:
+            run.say(f"subtask {subtask} is done; its files are in {stage}")
+            return None
+        before, after = found.info["scores"], run.score(model)
+        spent = run.spent()
+        final = _fresh(stage / "final")
+        files.write_tensors(final / "model.safetensors", model.state_dict())
+        run.save_history(final)
+        if run.flagged is not None:
+            files.write_tensors(final / "split.safetensors", {"flagged": run.flagged})
+        result = {
+            "schema": record.SCHEMA,
+            "attack": found.info["attack"],
+            "defense": method.name,
+            "dataset": found.info["dataset"]["name"],
+            "fingerprint": found.info["dataset"]["fingerprint"],
+            "architecture": found.info["architecture"]["name"],
+            "assumes": list(method.assumes),
+            "config": config.science(),
+            "seed": config.seed,
+            "before": {key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
+            "after": after.summary(),
+            "der": der(before, after.summary()),
+            "collapsed": collapsed(before, after.summary()),
+            "per_class": after.per_class,
+            "triggered_predictions": after.triggered_predictions,
+            "split": run.splits.get("split"),
+            "splits": run.splits,
+            "notes": run.notes,
+            **_costs(spent),
+            **environment(device),
+        }
+        manifest = {path.name: {"sha256": files.sha256(path), "size": path.stat().st_size} for path in sorted(final.iterdir())}
+        files.write_json(final / "result.json", {**result, "files": manifest})
+        _publish(final, target)
+    return result
+
+
+def _trusted(method: Method, config: DefenseConfig, dataset: Dataset) -> torch.Tensor | None:
+    if "trusted" not in method.assumes:
+        return None
+    drawn = engine.derived_generator(config.seed, "trusted")
+    return data.trusted_index(len(dataset.train), ratio=config.trusted_ratio, count=config.trusted_count, generator=drawn)
+
+
+def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str, Any]:
+    """Score the weights that a finished run saved, and change nothing."""
+    if not (target / "result.json").exists():
+        raise UserError(f"{target}: no finished run to test; run without --subtask test first")
+    device = engine.choose_device(config.device)
+    dataset = found.dataset(config.dataset_path)
+    model = found.model()
+    model.load_state_dict(files.read_tensors(target / "model.safetensors")[0])
+    autocast = partial(engine.autocast, device, config.precision)
+    after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, autocast)(model.to(device)).summary()
+    result = files.read_json(target / "result.json")
+    return {**result, "after": after, "der": der(result["before"], after)}
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
+
+
+def _record(config: DefenseConfig) -> Record:
+    root = record.record_root(config.record_root)
+    if not config.result_file:
+        known = record.record_names(root)
+        raise UserError(f"--result_file NAME is missing. Records in {root}: {', '.join(known) or 'none yet'}")
+    return Record.load(config.result_file, root)
+
+
+@contextmanager
+def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
+    """The unfinished folder of a run beside its target: locked, and continued only by the same settings."""
+    config = job.config
+    _refuse_existing(target, done, config)
+    path = target.with_name(f"{target.name}.partial")
+    with files.locked(path):
+        _refuse_existing(target, done, config)
+        settings = {"method": job.method.name, "config": config.science()}
+        marker = path / "run.json"
+        if marker.exists() and not config.overwrite:
+            _check_same(path, files.read_json(marker), settings)
+        else:
+            for entry in path.iterdir():
+                files.remove(entry)
+            files.write_json(marker, settings)
+        yield path
+
+
+def _refuse_existing(target: Path, done: str, config: MethodConfig) -> None:
+    if not target.exists():
+        return
+    if not (target / done).exists():
+        raise UserError(f"{target} exists but holds no {done}, so it is not ours to replace: choose another name")
+    if not config.overwrite:
+        raise UserError(f"{target} exists and is finished: choose another name, or pass --overwrite True to replace it")
+
+
+def _check_same(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
+    if begun == now:
+        return
+    old, new = begun.get("config", {}), now["config"]
+    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    changed = changed or [f"{begun.get('method')} -> {now['method']}"]
+    raise UserError(
+        f"{path} holds an unfinished run with other settings ({', '.join(changed)}):"
+        " use the same settings to continue it, --overwrite True to start again, or another name"
+    )
+
+
+def _publish(final: Path, target: Path) -> None:
+    """Put a finished folder in its place, then drop the stage around it."""
+    if target.exists():
+        files.replace_folder(final, target)
+    else:
+        files.publish(final, target)
+    files.remove(final.parent)
+
+
+def _fresh(folder: Path) -> Path:
+    files.remove(folder)
+    folder.mkdir()
+    return folder
+
+
+def _costs(spent: Any) -> dict[str, Any]:
+    return {
+        "seconds": round(spent.seconds, 3),
+        "evaluation_seconds": round(spent.evaluation_seconds, 3),
+        "image_passes": {"forward": spent.forward, "backward": spent.backward},
+        "peak_memory_bytes": spent.peak_memory_bytes,
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """Two lines a person reads at the end of a defense."""
+    before, after = result["before"], result["after"]
+    percent = {key: "-" if value is None else f"{100 * value:.2f}" for key, value in after.items()}
+    lines = [
+        f"clean accuracy {100 * before['clean_accuracy']:.2f} -> {percent['clean_accuracy']} %,"
+        f" ASR {'-' if before['asr'] is None else format(100 * before['asr'], '.2f')} -> {percent['asr']} %,"
+        f" RA {percent['robust_accuracy']} %, {result['seconds']:.0f} s"
+    ]
+    if result["split"]:
+        lines.append(describe_split(result["split"]))
+    if result["collapsed"]:
+        lines.append("COLLAPSED: less than half of the clean accuracy is left; a low ASR means nothing here")
+    return "\n".join(lines)

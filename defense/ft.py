@@ -1,0 +1,54 @@
+"""FT: fine-tuning on the trusted images, the naive baseline that every other defense has to beat.
+
+Assumes: the poisoned model and a few trusted images.
+
+All weights are trained with cross-entropy on the trusted images, augmented as in ordinary training. Settings as in
+BackdoorBench's fine-tuning: SGD, learning rate 0.01, momentum 0.9, weight decay 5e-4, 100 epochs.
+
+Departs: the cosine ends at the last epoch whatever their number, and batch_size shrinks to the trusted set where that is smaller.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from backdoorlab import engine
+from backdoorlab.cli import main
+from backdoorlab.config import DefenseConfig
+from backdoorlab.engine import Recipe
+from backdoorlab.record import DefenderView
+from backdoorlab.run import Run
+
+ASSUMES = ("model", "trusted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DefenseConfig):
+    epochs: int = 100
+    """Passes over the trusted images; more forget the trigger better and cost clean accuracy when they are few."""
+    lr: float = 0.01
+    """Learning rate at the start of the cosine."""
+    batch_size: int = 128
+    """Images a step, at most as many as there are trusted images."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty."""
+
+
+def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
+    model = view.model
+    recipe = Recipe(
+        epochs=config.epochs,
+        batch_size=min(config.batch_size, len(view.trusted)),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        augment=view.augment,
+    )
+    engine.train(model, view.trusted, recipe, run, stage="finetune")
+    return model
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__))
