@@ -43,6 +43,11 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
     """safetensors, atomic, with JSON `metadata` and a SHA-256 over it and all tensors inside the file."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in plain.items():  # a tensor under two names is written twice; safetensors refuses to share
+        if tensor.numel() and tensor.data_ptr() in seen:
+            plain[name] = tensor.clone()
+        seen.add(plain[name].data_ptr())
     text = json.dumps(metadata, sort_keys=True)
     write_bytes(path, save(plain, metadata={"backdoorlab": text, "sha256": _tensor_hash(plain, text)}))
 

@@ -1,0 +1,344 @@
+"""DAU: backdoor defense via Decoupled Adversarial Unlearning.
+
+Z. Zhu, Machine Intelligence Laboratory, Harbin Institute of Technology (Shenzhen), 2025. No paper body is public: the
+losses, the split rule and the constants are those of the author's MindSpore port, examples/community/DAU in
+https://github.com/mindspore-ai/mindarmour; https://github.com/MiLab-HITSZ/DAU holds a README.
+
+Assumes: the poisoned training set and the model trained on it. No clean image, no oracle.
+
+  1. Pool: a small set that is almost pure poison.
+  2. Anti-learning: with the features fixed, the last layer learns all samples but unlearns the pool. The poison outside
+     the pool shares its features and is unlearned with it.
+  3. Split: a sample whose own label the anti-learned head gives less than 1 % is poison.
+  4. Unlearning: from the poisoned model, learn the clean part and unlearn the poisoned part with CCE.
+
+Departs from the port, with reasons and effects in docs/methods/dau.md:
+  - The port draws its pool from the true poison; `isolation` is the pre-filter that its configuration describes,
+    `bimodal` (the default) is ours, because isolation with a fixed schedule does not find every trigger.
+  - Anti-learning runs on cached evaluation-mode features, so that the extractor really is fixed, and takes the median
+    of several heads, because one is noisy.
+  - CCE is computed from logits, unclamped: clamped probabilities have no gradient exactly where the backdoor is intact.
+  - A pool is never larger than half of the cluster it is drawn from, the ascent in `both` is bounded, and two guards
+    return the model unharmed where no poison shows or the anti-learned head breaks down.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backdoorlab.cli import main
+from backdoorlab.config import DefenseConfig
+from backdoorlab.data import Split, batches, place
+from backdoorlab.errors import UserError
+from backdoorlab.features import Features, extract
+from backdoorlab.models import Classifier
+from backdoorlab.record import DefenderView
+from backdoorlab.run import Run
+
+ASSUMES = ("model", "train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DefenseConfig):
+    subtask: Literal["all", "anti_learning", "unlearning", "test"] = "all"
+    """anti_learning stops once the split is written, unlearning goes on from it, test only scores the saved model."""
+    pool: Literal["bimodal", "isolation", "model_loss"] = "bimodal"
+    """How the first poison is found: a label whose features fall in two (ours), early learning (ABL), lowest loss."""
+    pool_rate: float = 0.01
+    """|P0| / N: larger pools lead the head better, but soon hold what should be found."""
+    bimodality: float = 5 / 9
+    """Sarle's coefficient above which a label's features count as two groups (5/9 is the uniform distribution's)."""
+    foreign: float = 0.45
+    """Least information on *other* classes in the poisoned group, as a share of log(K - 1); writing styles within a class have less."""
+    isolation_epochs: int = 20
+    """Length of the isolation training."""
+    isolation_gamma: float = 0.5
+    """gamma: loss below which isolation ascends; 0 is plain cross-entropy."""
+    isolation_lr: float = 0.1
+    """Learning rate of the isolation training."""
+    heads: int = 5
+    """Heads trained side by side; their median decides."""
+    alpha1: float = 1.0
+    """alpha of anti-learning: weight of learning everything outside the pool."""
+    beta1: float = 1000.0
+    """beta of anti-learning: weight of unlearning the pool; higher finds more poison and forgives less impurity."""
+    beta1_fallback: float = 99.0
+    """beta that is tried where the head breaks down at beta1."""
+    head_lr: float = 0.01
+    """Learning rate of the heads, plain SGD."""
+    head_clip: float | None = 10.0
+    """Largest gradient norm of a head; None is the port's. At beta1 the first steps overshoot and take the label's clean samples along."""
+    head_batch_size: int = 512
+    """Samples a step."""
+    head_epochs: int = 10
+    """Passes; many more let the head tell the pool from the other poison."""
+    threshold: float = 0.0103
+    """A sample is poison where the head gives its label less (the port's SCE > 20.53)."""
+    breakdown: float = 0.3
+    """Loss of accuracy on unflagged samples, against the poisoned model, at which a head is refused."""
+    loss: Literal["cce", "both", "gga"] = "cce"
+    """Unlearning loss: cce, gga (gradient ascent), or both = cce + tau gga."""
+    alpha2: float = 1.0
+    """alpha of unlearning: weight of the clean part."""
+    beta2: float = 1.0
+    """beta of unlearning: weight of the poisoned part."""
+    tau: float = 0.2
+    """tau: share of ascent in `both`."""
+    ascent_cap: float | None = -math.log(0.0103)
+    """Cross-entropy at which the ascent of `both` stops pushing; None never stops, as in the port."""
+    epochs: int = 20
+    """Passes of unlearning."""
+    lr: float = 1e-4
+    """Learning rate of unlearning."""
+    momentum: float = 0.9
+    """SGD's momentum in unlearning."""
+    weight_decay: float = 5e-4
+    """L2 penalty in unlearning."""
+    batch_size: int = 128
+    """Images a step in unlearning."""
+
+
+def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
+    def split() -> dict[str, Tensor]:
+        if config.subtask == "unlearning":
+            raise UserError("--subtask unlearning starts from a split, and there is none yet: run --subtask anti_learning first")
+        return {"flagged": find_poison(view, config, run)}
+
+    flagged = run.once("split", split)["flagged"]
+    if config.subtask == "anti_learning":
+        return None
+    if not flagged.any():
+        return view.model
+    return unlearn(view, flagged, config, run)
+
+
+def find_poison(view: DefenderView, config: Config, run: Run) -> Tensor:
+    """Steps 1 to 3: bool (N,), True for what is taken to be poison; all False where a guard says so."""
+    model, train = view.model, place(view.train, run.device)
+    features = extract(model, train, run)
+    pool = find_pool(view, model, train, features, config, run)
+    nothing = torch.zeros(len(train), dtype=torch.bool)
+    if not pool.any():
+        run.report_split(nothing)
+        return nothing
+    run.report_split(pool, "pool")
+
+    own_accuracy = features.logits.argmax(1) == features.labels
+    for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
+        log_p = anti_learn(features, pool, model.get_classifier(), beta, config, run)
+        flagged = log_p.gather(1, features.labels[:, None]).squeeze(1) < math.log(config.threshold)
+        kept = ~flagged
+        lost = (own_accuracy[kept].float().mean() - (log_p.argmax(1) == features.labels)[kept].float().mean()).item() if kept.any() else 1.0
+        if lost <= config.breakdown:
+            break
+        run.note(f"beta {beta:g}: the anti-learned head loses {lost:.2f} of the accuracy on what it calls clean, so its split is refused")
+    else:
+        flagged = torch.zeros_like(flagged)
+        run.note("no poison found: every anti-learned head broke down, so the model is returned as it was")
+    remaining = set(features.labels[~flagged].tolist())
+    if flagged.any() and len(remaining) < view.num_classes:
+        run.note(f"the split would leave {view.num_classes - len(remaining)} label(s) without a clean sample: the model is returned as it was")
+        flagged = torch.zeros_like(flagged)
+    if flagged.any():
+        counts = torch.bincount(features.labels[flagged], minlength=view.num_classes).tolist()
+        run.note("flagged by label: " + ", ".join(f"{label}: {count}" for label, count in enumerate(counts) if count))
+    run.report_split(flagged)
+    return flagged.cpu()
+
+
+# --- 1. pool -----------------------------------------------------------------------------------------------------
+
+
+def find_pool(view: DefenderView, model: Classifier, train: Split, features: Features, config: Config, run: Run) -> Tensor:
+    """bool (N,): at most pool_rate N samples that are almost surely poison; none where no label looks poisoned."""
+    size = max(1, round(config.pool_rate * len(train)))
+    if config.pool == "bimodal":
+        return bimodal_pool(features, size, view.num_classes, config, run)
+    if config.pool == "isolation":
+        model = isolate(view, train, config, run)
+        features = extract(model, train, run)
+    losses = F.cross_entropy(features.logits, features.labels, reduction="none")
+    return _mask(losses.argsort()[:size], len(train))
+
+
+def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> Tensor:
+    """Ours. A label given to two kinds of images has features in two groups; the group that looks like *other* classes is poison."""
+    bimodal = []
+    for label in range(num_classes):
+        members = (features.labels == label).nonzero().squeeze(1)
+        along = first_component(features.pooled[members])
+        coefficient = sarle(along)
+        if coefficient > config.bimodality:
+            bimodal.append((label, coefficient, members, two_means(along)))
+    needed = config.foreign * math.log(max(2, num_classes - 1))
+    if len(bimodal) > num_classes // 2:
+        needed = 0.0  # all-to-all: each label has the images of one other class, so the group need not look like several
+    chosen = []
+    for label, coefficient, members, upper in bimodal:
+        foreign = foreign_classes(features, label, num_classes)[members]
+        groups = sorted(((information(foreign[part]), members[part]) for part in (upper, ~upper)), key=lambda group: group[0])
+        (other_nats, other), (nats, group) = groups
+        verdict = f"the group of {len(group)} is taken for poison" if nats >= needed else "too little for poison, so this is taken for two styles"
+        run.note(
+            f"label {label} has features in two groups (bimodality {coefficient:.2f}) of {len(group)} and {len(other)} samples, which hold"
+            f" {nats:.2f} and {other_nats:.2f} nats on other classes: {verdict}"
+        )
+        if nats >= needed:
+            chosen.append(group)
+    if not chosen:
+        run.note("no poison found: no label has a group of other classes' images, so the model is returned as it was")
+        return torch.zeros(len(features.labels), dtype=torch.bool)
+    found = torch.cat(chosen)
+    # Drawn at random: the most extreme ones would be purer, but not like the rest. Half of the group stays out, to be found.
+    drawn = torch.randperm(len(found), generator=run.generator)[: min(size, max(1, len(found) // 2))].to(found.device)
+    return _mask(found[drawn], len(features.labels))
+
+
+def first_component(x: Tensor) -> Tensor:
+    """(n, D) -> (n,): coordinates along the direction of largest variance."""
+    if len(x) == 0:
+        return x.new_zeros(0, dtype=torch.float64)
+    x = x.double() - x.double().mean(0)
+    return x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -1]
+
+
+def sarle(x: Tensor) -> float:
+    """Sarle's bimodality coefficient (skewness^2 + 1) / kurtosis: 1 for two points, 5/9 uniform, 1/3 normal."""
+    if len(x) < 4:
+        return 0.0
+    x = x - x.mean()
+    variance = x.square().mean()
+    if variance <= 0:
+        return 0.0
+    skewness, kurtosis = (x**3).mean() / variance**1.5, (x**4).mean() / variance**2
+    return ((skewness.square() + 1) / kurtosis).item()
+
+
+def two_means(x: Tensor) -> Tensor:
+    """bool (n,): the upper of the two groups with the least squared distance to their means, exactly (one dimension)."""
+    ordered = x.sort().values
+    n = len(x)
+    below = torch.arange(1, n, device=x.device)
+    sums = ordered.cumsum(0)
+    between = sums[:-1].square() / below + (sums[-1] - sums[:-1]).square() / (n - below)
+    return x > ordered[between.argmax()]
+
+
+def foreign_classes(features: Features, label: int, num_classes: int) -> Tensor:
+    """(N, K): what a linear probe on early features, trained on all samples but those of `label`, takes every sample for."""
+    x = F.pad((features.early - features.early.mean(0)) / features.early.std(0).clamp_min(1e-6), (0, 1), value=1.0)
+    others = features.labels != label
+    weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(x[others] @ weight.T, features.labels[others]) + 1e-3 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]
+    return (x @ weight.detach().T).softmax(1)
+
+
+def information(p: Tensor) -> float:
+    """Mutual information between sample and class in nats, for predictions (n, K): high where they are both sure and diverse."""
+    entropy = torch.special.entr
+    return (entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()).item()
+
+
+def isolate(view: DefenderView, train: Split, config: Config, run: Run) -> Classifier:
+    """ABL's isolation (Li et al., NeurIPS 2021): train from scratch, ascending on samples whose loss is below gamma."""
+    model = view.new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.isolation_lr, momentum=0.9, weight_decay=5e-4, fused=True)
+    for _ in run.epochs("isolate", config.isolation_epochs, model=model, optimizer=optimizer):
+        model.train()
+        for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment, drop_last=True):
+            with run.autocast():
+                logits = model(batch.images)
+            losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+            run.step(optimizer, (losses.detach() - config.isolation_gamma).sign().mul(losses).mean())
+    return model
+
+
+# --- 2. anti-learning --------------------------------------------------------------------------------------------
+
+
+def anti_learn(features: Features, pool: Tensor, head: nn.Module, beta: float, config: Config, run: Run) -> Tensor:
+    """log p (N, K): the median over heads that start as the model's own, learn the samples outside the pool and unlearn the pool."""
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"DAU needs a model that ends in a linear layer, got {type(head).__name__}")
+    n, num_classes = features.logits.shape
+    pool = pool.to(features.labels.device)
+    weight = head.weight.detach().float().expand(config.heads, -1, -1).clone().requires_grad_()
+    bias = head.bias.detach().float().expand(config.heads, -1).clone().requires_grad_()
+    share = n / num_classes / int(pool.sum())  # the pool gets the mass of one class
+    odds = torch.where(pool.cpu(), max(1.0, share), 1.0).expand(config.heads, -1)
+    for _ in range(config.head_epochs):
+        order = torch.multinomial(odds, n, replacement=True, generator=run.generator).to(features.labels.device)
+        for index in order.split(config.head_batch_size, dim=1):
+            labels, poisoned = features.labels[index], pool[index]
+            logits = torch.einsum("hbd,hkd->hbk", features.pooled[index], weight) + bias[:, None]
+            losses = config.alpha1 * cross_entropy(logits, labels) * ~poisoned + beta * cce(logits, labels) * poisoned
+            steps = torch.autograd.grad(losses.mean(1).sum(), [weight, bias])
+            with torch.no_grad():
+                norm = (steps[0].square().sum((1, 2)) + steps[1].square().sum(1)).sqrt()
+                scale = config.head_lr if config.head_clip is None else config.head_lr * (config.head_clip / norm).clamp_max(1)
+                weight -= torch.as_tensor(scale, device=norm.device).view(-1, 1, 1) * steps[0]
+                bias -= torch.as_tensor(scale, device=norm.device).view(-1, 1) * steps[1]
+    with torch.no_grad():
+        found = [(features.pooled @ w.T + b).log_softmax(1) for w, b in zip(weight, bias, strict=True)]
+        return torch.stack(found).median(0).values
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p_y for each sample. (..., K), (...) -> (...)."""
+    return logits.logsumexp(-1) - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def cce(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log(1 - p_y) for each sample: complementary cross-entropy, pushing hardest where the label is believed most. (..., K), (...) -> (...)."""
+    others = logits.scatter(-1, labels.unsqueeze(-1), -math.inf)
+    return logits.logsumexp(-1) - others.logsumexp(-1)
+
+
+# --- 4. unlearning -----------------------------------------------------------------------------------------------
+
+
+def unlearn(view: DefenderView, flagged: Tensor, config: Config, run: Run) -> nn.Module:
+    model, train, flagged = view.model, place(view.train, run.device), flagged.to(run.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
+    for _ in run.epochs("unlearn", config.epochs, model=model, optimizer=optimizer):
+        model.train()
+        for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment):
+            with run.autocast():
+                logits = model(batch.images)
+            run.step(optimizer, unlearning_loss(logits.float(), batch.labels, flagged[batch.index], config))
+    return model
+
+
+def unlearning_loss(logits: Tensor, labels: Tensor, poisoned: Tensor, config: Config) -> Tensor:
+    """alpha CE on the clean part plus beta times the unlearning loss on the poisoned part, both over the whole batch."""
+    learned = cross_entropy(logits, labels)
+    if config.loss == "gga":
+        unlearned = -learned
+    elif config.loss == "both":
+        ascent = learned if config.ascent_cap is None else learned.clamp_max(config.ascent_cap)
+        unlearned = cce(logits, labels) - config.tau * ascent
+    else:
+        unlearned = cce(logits, labels)
+    return torch.where(poisoned, config.beta2 * unlearned, config.alpha2 * learned).mean()
+
+
+def _mask(index: Tensor, size: int) -> Tensor:
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[index.cpu()] = True
+    return mask
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__))
