@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import tyro
 from tyro.conf import Positional, arg
 
 from . import datasets, engine, models, registry, tables
@@ -85,7 +84,9 @@ def doctor(options: Doctor) -> int:
     packages = ("backdoorlab", "torch", "torchvision", "timm", "numpy", "pandas", "safetensors", "tyro")
     print(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"packages    {', '.join(f'{name} {version(name)}' for name in packages)}")
-    print(f"device      {device}" + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else " (no usable GPU: that is fine, only slower)"))
+    print(
+        f"device      {device}" + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else " (no usable GPU: that is fine, only slower)")
+    )
     print(f"precision   {'bf16' if engine.fast_bf16(device) else 'fp32'} by default here")
     print(f"threads     {torch.get_num_threads()} of {os.cpu_count()} cores")
     print(f"records     {root.resolve()}: {len(record_names(root))} finished, {_writable(root)}")
@@ -133,7 +134,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command in METHODS:
-        kind = "attack" if command == "attack" else "defense"
+        kind: registry.Kind = "attack" if command == "attack" else "defense"
         if not rest or rest[0].startswith("-"):
             raise UserError(f"{command} NAME is missing. Known: {', '.join(registry.available(kind))}")
         return run_method(kind, registry.load(kind, rest[0]).path, rest[1:], f"backdoorlab {kind} {rest[0]}")

@@ -67,8 +67,8 @@ class TrainingConfig(MethodConfig):
     """digits, cifar10, cifar100, mnist, fashion_mnist, gtsrb, svhn, or any name with --dataset_path."""
     image_size: int | None = None
     """Side in pixels that all images are resized to; None keeps the data set's own."""
-    grey: bool = False
-    """One channel instead of three."""
+    grey: bool | None = None
+    """One channel (True) or three (False); None keeps what the data set has."""
     model: Annotated[str, arg(aliases=["--architecture"])] = "preactresnet18"
     """preactresnet18, preactresnet10, or any timm model by name."""
     width: int | None = None

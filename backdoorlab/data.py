@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +61,8 @@ class Augment:
 NO_AUGMENT = Augment()
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     images: Tensor
     """float32 (B, C, H, W) in [0, 1], on the device, channels_last."""
     labels: Tensor
@@ -154,8 +154,8 @@ def fingerprint(train: Split, test: Split, class_names: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for split in (train, test):
         digest.update(repr(tuple(split.images.shape)).encode())
-        digest.update(memoryview(split.images.numpy()).cast("B"))
-        digest.update(memoryview(split.labels.numpy()).cast("B"))
+        digest.update(split.images.numpy().data.cast("B"))
+        digest.update(split.labels.numpy().data.cast("B"))
     digest.update("\0".join(class_names).encode())
     return digest.hexdigest()
 
@@ -166,5 +166,3 @@ def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ..
     images = split.images[::step].to(torch.float32).div(255)
     mean, std = images.mean(dim=(0, 2, 3)), images.std(dim=(0, 2, 3)).clamp_min(1e-3)
     return tuple(round(value, 4) for value in mean.tolist()), tuple(round(value, 4) for value in std.tolist())
-
-

@@ -36,35 +36,32 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 """train images uint8 (N, C, H, W), train labels int64, test images, test labels, class names."""
 
 
-def load(name: str, path: str | None = None, *, image_size: int | None = None, grey: bool = False) -> Dataset:
+def load(name: str, path: str | None = None, *, image_size: int | None = None, grey: bool | None = None) -> Dataset:
     """Load a data set from the cache, else from `path`, else by name.
 
     image_size: side in pixels that every image is resized to (bilinear); None keeps the size found.
-    grey: one channel instead of three.
+    grey: one channel (True) or three (False); None keeps what the first image has.
     """
     if name == "digits" and path is None:
         return _dataset(name, _digits(image_size or 32))
     if path is not None and not Path(path).is_dir():
         raise UserError(f"--dataset_path {path}: no such folder. Give a folder with parquet shards or with train/<class>/*.png")
     if path is None and name not in TORCHVISION:
-        raise UserError(
-            f"unknown data set {name!r}.{suggest(name, names())} Known: {', '.join(names())}; any other data needs --dataset_path FOLDER"
-        )
+        raise UserError(f"unknown data set {name!r}.{suggest(name, names())} Known: {', '.join(names())}; any other data needs --dataset_path FOLDER")
     options = dict(image_size=image_size, grey=grey, reader=READER_VERSION)
-    reader = _folder_kind(Path(path)) if path is not None else None
-    source = _source_key(Path(path)) if reader else f"torchvision:{name}"
+    source = f"torchvision:{name}" if path is None else _source_key(Path(path))
     key = hashlib.sha256(json.dumps([source, options], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_root() / f"{_safe(name)}-{key}"
     if not (folder / "meta.json").exists():
-        if reader:
-            arrays = reader(Path(path or ""), image_size, grey)
+        if path is None:
+            arrays = _torchvision(name, image_size, grey)
         else:
-            arrays = _torchvision(name, Path(path) if path else data_root(), image_size, grey)
+            arrays = _folder_reader(Path(path))(Path(path), image_size, grey)
         _write_cache(folder, name, arrays)
     return _read_cache(folder, name)
 
 
-def find(name: str, wanted: str, *, image_size: int | None = None, grey: bool = False) -> Dataset:
+def find(name: str, wanted: str, *, image_size: int | None = None, grey: bool | None = None) -> Dataset:
     """The data set of a record by the fingerprint that the record carries: in the cache, else by name."""
     for meta in sorted(cache_root().glob("*/meta.json")):
         if _read_meta(meta).get("fingerprint") == wanted:
@@ -126,9 +123,10 @@ TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def _torchvision(name: str, root: Path, image_size: int | None, grey: bool) -> Arrays:
+def _torchvision(name: str, image_size: int | None, grey: bool | None) -> Arrays:
     import torchvision.datasets
 
+    root = data_root()
     class_name, train_arguments, test_arguments = TORCHVISION[name]
     make = getattr(torchvision.datasets, class_name)
     parts = []
@@ -141,7 +139,7 @@ def _torchvision(name: str, root: Path, image_size: int | None, grey: bool) -> A
                 found = make(root=str(root), download=True, **arguments)
             except Exception as error:
                 raise UserError(f"data set {name!r} could not be downloaded to {root} ({error}): pass --dataset_path FOLDER") from error
-        parts.append(_decode_all(len(found), lambda i, data=found: _from_pil(data[i][0], image_size, grey)))
+        parts.append(_decode_all(found, lambda item: _from_pil(item[0], image_size, grey)))
         labels = [label for _, label in found._samples] if name == "gtsrb" else getattr(found, "targets", getattr(found, "labels", None))
         parts.append(np.asarray(labels, dtype=np.int64))
     class_names = tuple(str(c) for c in getattr(found, "classes", range(int(parts[1].max()) + 1)))
@@ -162,8 +160,8 @@ def _require_network(name: str, root: Path) -> None:
     )
 
 
-def _folder_kind(path: Path) -> Callable[[Path, int | None, bool], Arrays] | None:
-    """The reader that fits a folder; None for a folder in torchvision's own layout."""
+def _folder_reader(path: Path) -> Callable[[Path, int | None, bool | None], Arrays]:
+    """The reader that fits a folder."""
     if any(path.rglob("*.parquet")):
         return _parquet
     if (path / "train").is_dir() and any(child.is_dir() for child in (path / "train").iterdir()):
@@ -171,7 +169,7 @@ def _folder_kind(path: Path) -> Callable[[Path, int | None, bool], Arrays] | Non
     raise UserError(f"--dataset_path {path}: expected *.parquet shards or train/<class>/*.png in it, found {_listing(path)}")
 
 
-def _parquet(path: Path, image_size: int | None, grey: bool) -> Arrays:
+def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
     """Hugging Face shards: `train*.parquet` and `test*.parquet` (or `validation*`), anywhere below the folder."""
     import pyarrow.parquet as pq
 
@@ -196,12 +194,12 @@ def _parquet(path: Path, image_size: int | None, grey: bool) -> Arrays:
                 raise UserError(f"{file}: not a readable parquet file ({error}): fetch it again") from error
             encoded += [cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image_column].to_pylist()]
             labels += table[label_column].to_pylist()
-        parts.append(_decode_all(len(encoded), lambda i, data=encoded: _from_bytes(data[i], image_size, grey)))
+        parts.append(_decode_all(encoded, lambda item: _from_bytes(item, image_size, grey)))
         parts.append(np.asarray(labels, dtype=np.int64))
     return parts[0], parts[1], parts[2], parts[3], _class_names(path, int(parts[1].max()) + 1)
 
 
-def _image_folder(path: Path, image_size: int | None, grey: bool) -> Arrays:
+def _image_folder(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
     """train/<class>/*.png with test/ or val/ beside it; classes in alphabetical order (numbers in numerical order)."""
     classes = sorted((c.name for c in (path / "train").iterdir() if c.is_dir()), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
     test = next((path / n for n in ("test", "val", "valid", "validation") if (path / n).is_dir()), None)
@@ -217,23 +215,24 @@ def _image_folder(path: Path, image_size: int | None, grey: bool) -> Arrays:
             labels += [number] * len(found)
         if not files:
             raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
-        parts.append(_decode_all(len(files), lambda i, data=files: _from_file(data[i], image_size, grey)))
+        parts.append(_decode_all(files, lambda item: _from_file(item, image_size, grey)))
         parts.append(np.asarray(labels, dtype=np.int64))
     return parts[0], parts[1], parts[2], parts[3], tuple(classes)
 
 
-def _decode_all(count: int, decode: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Decode `count` images with threads into one uint8 (N, C, H, W) array."""
+def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """Decode a sequence of images with threads into one uint8 (N, C, H, W) array."""
+    count = len(items)
     if count == 0:
         raise UserError("the data set has no images in one of its splits")
-    first = decode(0)
+    first = decode(items[0])
     out = np.empty((count, *first.shape), np.uint8)
 
     def work(i: int) -> None:
-        image = decode(i)
+        image = decode(items[i])
         if image.shape != first.shape:
             raise UserError(
-                f"images of different shapes ({first.shape} and {image.shape} as channels, height, width): pass --image_size to resize them all"
+                f"images of different shapes ({first.shape} and {image.shape} as channels, height, width): pass --image_size N, or --grey True or False, for all"
             )
         out[i] = image
 
@@ -243,14 +242,14 @@ def _decode_all(count: int, decode: Callable[[int], np.ndarray]) -> np.ndarray:
     return out
 
 
-def _from_bytes(data: bytes, image_size: int | None, grey: bool) -> np.ndarray:
+def _from_bytes(data: bytes, image_size: int | None, grey: bool | None) -> np.ndarray:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
         return _from_pil(image, image_size, grey)
 
 
-def _from_file(file: Path, image_size: int | None, grey: bool) -> np.ndarray:
+def _from_file(file: Path, image_size: int | None, grey: bool | None) -> np.ndarray:
     from PIL import Image
 
     try:
@@ -260,9 +259,11 @@ def _from_file(file: Path, image_size: int | None, grey: bool) -> np.ndarray:
         raise UserError(f"{file}: not a readable image ({error})") from error
 
 
-def _from_pil(image: Any, image_size: int | None, grey: bool) -> np.ndarray:
+def _from_pil(image: Any, image_size: int | None, grey: bool | None) -> np.ndarray:
     from PIL import Image
 
+    if grey is None:
+        grey = image.mode in ("1", "L", "I;16")
     image = image.convert("L" if grey else "RGB")
     if image_size is not None and image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)

@@ -87,7 +87,7 @@ def _constant(_epoch: int) -> float:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """"auto" is the first GPU where there is one; a device that is asked for and absent is an error."""
+    """ "auto" is the first GPU where there is one; a device that is asked for and absent is an error."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -44,7 +44,7 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
 
 
 def _mean_and_std(x: Tensor) -> Tensor:
-    """Feature maps (N, C, H, W) or (N, H, W, C), or tokens (N, T, C) -> (N, 2 C); the axis of channels is the longest but the first for maps of transformers."""
+    """Feature maps (N, C, H, W), or (N, H, W, C) as in Swin, or tokens (N, T, C) -> (N, 2 C)."""
     x = x.float()
     if x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:  # (N, H, W, C)
         positions: tuple[int, ...] = (1, 2)

@@ -130,7 +130,7 @@ def predict(model: nn.Module, split: Split, device: torch.device, autocast: Call
 def _weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for value in model.state_dict().values():
-        digest.update(memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -140,5 +140,3 @@ def _by_class(hits: Tensor, classes: Tensor, num_classes: int) -> list[float | N
 
 def _share(hits: Tensor) -> float | None:
     return hits.double().mean().item() if len(hits) else None
-
-

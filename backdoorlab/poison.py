@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,28 +55,41 @@ class Poison:
         return found
 
 
-def poison_train(
-    clean: Split, stamp: Stamp, *, poison_rate: float, target_label: int, label_mode: str, num_classes: int, generator: torch.Generator
-) -> Poison:
+@dataclass(frozen=True)
+class Labels:
+    """What the attacker wants triggered images to be taken for."""
+
+    target_label: int
+    label_mode: Literal["all2one", "all2all"]
+    """all2one: every label becomes target_label. all2all: label y becomes y + 1 modulo num_classes."""
+    num_classes: int
+
+    def of(self, original: Tensor) -> Tensor:
+        """True labels -> the attacker's, int64 (M,) -> same."""
+        if self.label_mode == "all2one":
+            return torch.full_like(original, self.target_label)
+        return (original + 1) % self.num_classes
+
+
+def poison_train(clean: Split, stamp: Stamp, labels: Labels, *, poison_rate: float, generator: torch.Generator) -> Poison:
     """round(poison_rate * N) images of *all* classes, drawn without replacement, stamped and relabelled.
 
-    poison_rate: share of the whole training set, in (0, 1]. label_mode: "all2one" (every label becomes target_label) or
-    "all2all" (label y becomes y + 1 modulo num_classes).
+    poison_rate: share of the whole training set, in (0, 1].
     """
     check_rate(poison_rate)
     count = round(poison_rate * len(clean))
     if count == 0:
         raise UserError(f"poison_rate {poison_rate} of {len(clean)} training images is no image at all: raise --poison_rate")
     index = torch.randperm(len(clean), generator=generator)[:count].sort().values
-    return _stamped(clean, index, stamp, "train", target_label, label_mode, num_classes)
+    return _stamped(clean, index, stamp, "train", labels)
 
 
-def poison_test(clean: Split, stamp: Stamp, *, target_label: int, label_mode: str, num_classes: int) -> Poison:
+def poison_test(clean: Split, stamp: Stamp, labels: Labels) -> Poison:
     """The images that ASR is measured on: every test image whose label the attack changes (in all2one, none of the target class)."""
     index = torch.arange(len(clean))
-    if label_mode == "all2one":
-        index = index[clean.labels != target_label]
-    return _stamped(clean, index, stamp, "test", target_label, label_mode, num_classes)
+    if labels.label_mode == "all2one":
+        index = index[clean.labels != labels.target_label]
+    return _stamped(clean, index, stamp, "test", labels)
 
 
 def no_poison(clean: Split) -> Poison:
@@ -94,10 +108,9 @@ def check_target(target_label: int, num_classes: int) -> None:
         raise UserError(f"target_label must lie in 0..{num_classes - 1} for this data set, got {target_label}")
 
 
-def _stamped(clean: Split, index: Tensor, stamp: Stamp, split: str, target_label: int, label_mode: str, num_classes: int) -> Poison:
+def _stamped(clean: Split, index: Tensor, stamp: Stamp, split: str, labels: Labels) -> Poison:
     original = clean.labels[index]
-    labels = torch.full_like(original, target_label) if label_mode == "all2one" else (original + 1) % num_classes
     images = torch.cat([stamp(clean.images[part], part, split) for part in index.split(4096)])
     if images.dtype != torch.uint8 or images.shape[1:] != clean.images.shape[1:]:
         raise TypeError(f"a stamp maps uint8 images to uint8 images of the same shape, got {images.dtype} {tuple(images.shape)}")
-    return Poison(index, images, labels, original, torch.full((len(index),), POISON, dtype=torch.uint8))
+    return Poison(index, images, labels.of(original), original, torch.full((len(index),), POISON, dtype=torch.uint8))

@@ -16,7 +16,7 @@ from .data import Dataset
 from .errors import UserError
 from .metrics import Evaluator, collapsed, der
 from .models import Classifier
-from .poison import Poison, Stamp, check_rate, check_target, poison_test, poison_train
+from .poison import Labels, Poison, Stamp, check_rate, check_target, poison_test, poison_train
 from .preview import save_preview
 from .record import Record
 from .registry import Method
@@ -61,7 +61,7 @@ def defense_job(method: Method, argv: Sequence[str], prog: str) -> Job:
 
 def run_attack(job: Job) -> Record:
     """Poison, train, score, and publish the record whole."""
-    config: TrainingConfig = job.config
+    config = job.config
     if not config.save_folder_name:
         raise UserError("--save_folder_name NAME is missing: the record will be record/NAME")
     record.check_name(config.save_folder_name)
@@ -119,10 +119,10 @@ def run_attack(job: Job) -> Record:
 def static_attack(dataset: Dataset, config: AttackConfig, run: Run, stamp: Callable[..., torch.Tensor]) -> Outcome:
     """Any attack that is a function of images: stamp a share of the training set, then train in the ordinary way."""
     fixed: Stamp = partial(stamp, config=config)
-    labels = dict(target_label=config.target_label, label_mode=config.label_mode, num_classes=dataset.num_classes)
+    labels = Labels(config.target_label, config.label_mode, dataset.num_classes)
     victims = engine.derived_generator(config.seed, "victims")
-    train_poison = poison_train(dataset.train, fixed, poison_rate=config.poison_rate, generator=victims, **labels)
-    test_poison = poison_test(dataset.test, fixed, **labels)
+    train_poison = poison_train(dataset.train, fixed, labels, poison_rate=config.poison_rate, generator=victims)
+    test_poison = poison_test(dataset.test, fixed, labels)
     return poison_and_train(dataset, config, run, train_poison, test_poison)
 
 

@@ -113,9 +113,7 @@ def _percent(value: float | None) -> str:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    aligned = (
-        cell.rjust(width) if column in NUMBERS else cell.ljust(width) for column, cell, width in zip(COLUMNS, cells, widths, strict=True)
-    )
+    aligned = (cell.rjust(width) if column in NUMBERS else cell.ljust(width) for column, cell, width in zip(COLUMNS, cells, widths, strict=True))
     return "  ".join(aligned).rstrip()
 
 

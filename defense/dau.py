@@ -241,7 +241,7 @@ def foreign_classes(features: Features, label: int, num_classes: int) -> Tensor:
         value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     return (x @ weight.detach().T).softmax(1)
 
 
