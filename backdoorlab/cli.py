@@ -21,13 +21,11 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
 
     if kind == "attack":
         job = runner.attack_job(registry.from_file("attack", path), argv, prog)
-        _say_origins(job)
         record = runner.run_attack(job)
         print(tables.text(tables.rows([record])))
         print(f"record written: {record.folder}")
     elif kind == "defense":
         job = runner.defense_job(registry.from_file("defense", path), argv, prog)
-        _say_origins(job)
         result = runner.run_defense(job)
         if result is not None:
             print(runner.report(result))
@@ -57,9 +55,3 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
         first = (str(error).splitlines() or [""])[0]
         print(f"error: unexpected {type(error).__name__}: {first} (pass --debug True to see where)", file=sys.stderr)
         return 1
-
-
-def _say_origins(job: object) -> None:
-    origins = getattr(job, "origins", None)
-    if origins and origins.origins:
-        print(f"  settings: {origins.describe()}; all others are defaults, see --help", file=sys.stderr)

@@ -172,17 +172,28 @@ def parse_plain(options_class: type[Any], argv: Sequence[str], prog: str) -> Any
 
 
 def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], prog: str) -> Any:
-    arguments = [token for _, flags in layers for token in flags]
+    """Later layers win. Each flag reaches the parser once, under its field's name."""
     known = _flag_names(config_class)
+    given: dict[str, list[str]] = {}
+    loose: list[str] = []
     for origin, flags in layers:
+        field_name = None
         for token in flags:
-            name = token.split("=")[0]
-            if token.startswith("--") and name not in ("--help",) and name.replace("-", "_").lstrip("_") not in known:
-                raise UserError(f"unknown flag {name}{'' if origin == 'flag' else f' ({origin})'}.{_suggest_flag(name, known)} See --help")
+            name, equals, value = token.partition("=")
+            if not name.startswith("--"):
+                (given[field_name] if field_name else loose).append(token)
+                continue
+            key = name[2:].replace("-", "_")
+            if key not in known and key != "help":
+                where = "" if origin == "flag" else f" ({origin})"
+                raise UserError(f"unknown flag {name}{where}.{_suggest_flag(key, known)} See --help")
+            field_name = known.get(key, key)
+            given[field_name] = [value] if equals else []
+    arguments = [token for name, values in given.items() for token in (f"--{name}", *values)]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config_class, args=arguments, prog=prog, config=(tyro.conf.FlagConversionOff,), description="")
+            return tyro.cli(config_class, args=[*loose, *arguments], prog=prog, config=(tyro.conf.FlagConversionOff,), description="")
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -251,22 +262,22 @@ def _origins(config_class: type[Any], layers: list[tuple[str, list[str]]]) -> di
     origins = {}
     for origin, flags in layers:
         for token in flags:
-            name = token.split("=")[0].replace("-", "_").lstrip("_")
-            if token.startswith("--") and name in known:
-                origins[known[name]] = origin
+            if token.startswith("--"):
+                origins[known[token.split("=")[0][2:].replace("-", "_")]] = origin
     return origins
 
 
-def _suggest_flag(name: str, known: dict[str, str]) -> str:
-    hint = suggest(name.replace("-", "_").lstrip("_"), known)
-    return re.sub(r"'(\w+)'", r"--\1", hint)
+def _suggest_flag(key: str, known: dict[str, str]) -> str:
+    return re.sub(r"'(\w+)'", r"--\1", suggest(key, known))
 
 
 def _one_line(text: str) -> str:
     """tyro's framed complaint as one line."""
-    words = re.sub(r"[│╭╮╰╯─┃┏┓┗┛━]", " ", re.sub(r"\x1b\[[0-9;]*m", "", text))
-    line = " ".join(words.split())
-    return re.sub(r"^Parsing error ", "", line) or "the flags could not be read: see --help"
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    words = " ".join(re.sub(r"[│╭╮╰╯─┃┏┓┗┛━]|-{5,}", " ", plain).split())
+    words = re.sub(r"^(Parsing error|Value error|Invalid choice|Missing argument|Unrecognized options) ", "", words)
+    words = re.sub(r" (Argument helptext: .*|For full helptext.*)$", "", words).rstrip(". ")
+    return f"{words}. See --help" if words else "the flags could not be read: see --help"
 
 
 def _plain(value: Any) -> Any:

@@ -112,18 +112,23 @@ def batches(
     for start in range(0, count - batch_size + 1 if drop_last else count, batch_size):
         here = slice(start, start + batch_size)
         index = order[here]
-        images = split.images[index].to(device, non_blocking=True)
+        images = split.images.index_select(0, index).to(device, non_blocking=True)
         labels = split.labels[index].to(device, non_blocking=True)
         if moves is not None:
             images = _crop(images, moves[0, here], moves[1, here], padding)
         if flips is not None:
-            images = torch.where(flips[here, None, None, None], images.flip(3), images)
+            # Whole images are picked out of both; torch.where would go byte by byte.
+            either = torch.cat([images, images.flip(3)])
+            images = either.index_select(0, torch.arange(len(images), device=device) + len(images) * flips[here])
         yield Batch(to_float(images), labels, index.to(device, non_blocking=True))
 
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 (B, C, H, W) -> float32 in [0, 1], channels_last."""
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+    out = torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
+    for channel in range(images.shape[1]):  # runs of H * W pixels; one copy of everything would make runs of C
+        out[:, channel] = images[:, channel]
+    return out.div_(255)
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -133,9 +138,13 @@ def to_bytes(images: Tensor) -> Tensor:
 
 def _crop(images: Tensor, down: Tensor, right: Tensor, padding: int) -> Tensor:
     """Shift each image by its own draw in [0, 2 padding] inside a zero frame."""
-    height, width = images.shape[2:]
-    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(len(images), device=images.device), :, down, right]
+    frame = F.pad(images, [padding] * 4)
+    image, channel, row, pixel = frame.stride()
+    # One view of all windows, numbered by where their corner lies in memory: index_select copies whole rows out of it,
+    # advanced indexing would go byte by byte.
+    corners = torch.arange(len(images), device=images.device) * image + down * row + right * pixel
+    last = (len(images) - 1) * image + 2 * padding * (row + pixel)
+    return frame.as_strided((last + 1, *images.shape[1:]), (1, channel, row, pixel)).index_select(0, corners)
 
 
 def trusted_index(size: int, *, ratio: float, count: int | None, generator: torch.Generator) -> Tensor:

@@ -232,7 +232,8 @@ def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
         image = decode(items[i])
         if image.shape != first.shape:
             raise UserError(
-                f"images of different shapes ({first.shape} and {image.shape} as channels, height, width): pass --image_size N, or --grey True or False, for all"
+                f"images of different shapes ({first.shape} and {image.shape} as channels, height, width):"
+                " pass --image_size N, or --grey True or False, for all"
             )
         out[i] = image
 

@@ -48,7 +48,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) ->
         if tensor.numel() and tensor.data_ptr() in seen:
             plain[name] = tensor.clone()
         seen.add(plain[name].data_ptr())
-    text = json.dumps(metadata, sort_keys=True)
+    text = json.dumps(metadata)
     write_bytes(path, save(plain, metadata={"backdoorlab": text, "sha256": _tensor_hash(plain, text)}))
 
 

@@ -38,7 +38,11 @@ class Job:
 
     method: Method
     config: Any
-    origins: Parsed | None = None
+    parsed: Parsed | None = None
+
+    def say_settings(self, run: Run) -> None:
+        if self.parsed is not None and self.parsed.origins:
+            run.say(f"settings: {self.parsed.describe()}; all others are defaults, see --help")
 
 
 def attack_job(method: Method, argv: Sequence[str], prog: str) -> Job:
@@ -76,6 +80,7 @@ def run_attack(job: Job) -> Record:
     with _stage(target, "record.json", job) as stage:
         engine.seed_everything(config.seed, device)
         run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
+        job.say_settings(run)
         run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
         attack = job.method.function("attack") or partial(static_attack, stamp=job.method.module.stamp)
         outcome: Outcome = attack(dataset, config, run)
@@ -180,6 +185,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         )
         run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, run.autocast))
         view = record.defender_view(found, dataset, method.assumes, _trusted(method, config, dataset), device)
+        job.say_settings(run)
         run.say(f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}), {device}")
         model = method.module.defend(view, config, run)
         if model is None:
@@ -262,13 +268,23 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
         _refuse_existing(target, done, config)
         settings = {"method": job.method.name, "config": config.science()}
         marker = path / "run.json"
-        if marker.exists() and not config.overwrite:
+        if marker.exists() and _begun(path) and not config.overwrite:
             _check_same(path, files.read_json(marker), settings)
         else:
             for entry in path.iterdir():
                 files.remove(entry)
             files.write_json(marker, settings)
-        yield path
+        try:
+            yield path
+        except BaseException:
+            if not _begun(path):
+                files.remove(path)
+            raise
+
+
+def _begun(path: Path) -> bool:
+    """Whether an unfinished run has anything worth continuing."""
+    return any(path.glob("checkpoint-*.safetensors")) or any(path.glob("once-*.safetensors"))
 
 
 def _refuse_existing(target: Path, done: str, config: MethodConfig) -> None:

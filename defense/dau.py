@@ -9,14 +9,16 @@ Assumes: the poisoned training set and the model trained on it. No clean image, 
   1. Pool: a small set that is almost pure poison.
   2. Anti-learning: with the features fixed, the last layer learns all samples but unlearns the pool. The poison outside
      the pool shares its features and is unlearned with it.
-  3. Split: a sample whose own label the anti-learned head gives less than 1 % is poison.
+  3. Split: a sample is poison if anti-learning took its label from it.
   4. Unlearning: from the poisoned model, learn the clean part and unlearn the poisoned part with CCE.
 
 Departs from the port, with reasons and effects in docs/methods/dau.md:
   - The port draws its pool from the true poison; `isolation` is the pre-filter that its configuration describes,
     `bimodal` (the default) is ours, because isolation with a fixed schedule does not find every trigger.
-  - Anti-learning runs on cached evaluation-mode features, so that the extractor really is fixed, and takes the median
-    of several heads, because one is noisy.
+  - Anti-learning runs on cached evaluation-mode features, so that the extractor really is fixed; it takes the median of
+    several heads, because one is noisy, and clips their gradients, because at beta = 1000 the first steps overshoot.
+  - What anti-learning took is measured against the poisoned model's own belief, not by a fixed 1 %, which hard clean
+    samples fail from the start.
   - CCE is computed from logits, unclamped: clamped probabilities have no gradient exactly where the backdoor is intact.
   - A pool is never larger than half of the cluster it is drawn from, the ascent in `both` is bounded, and two guards
     return the model unharmed where no poison shows or the anti-learned head breaks down.
@@ -41,6 +43,9 @@ from backdoorlab.run import Run
 
 ASSUMES = ("model", "train")
 
+UNIFORM = 5 / 9
+"""Sarle's coefficient of the uniform distribution: beyond it two groups are plain."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DefenseConfig):
@@ -50,10 +55,12 @@ class Config(DefenseConfig):
     """How the first poison is found: a label whose features fall in two (ours), early learning (ABL), lowest loss."""
     pool_rate: float = 0.01
     """|P0| / N: larger pools lead the head better, but soon hold what should be found."""
-    bimodality: float = 5 / 9
-    """Sarle's coefficient above which a label's features count as two groups (5/9 is the uniform distribution's)."""
+    bimodality: float = 0.45
+    """Sarle's coefficient above which a label's features may be two groups (1/3 normal, 5/9 uniform, 1 two points)."""
     foreign: float = 0.45
     """Least information on *other* classes in the poisoned group, as a share of log(K - 1); writing styles within a class have less."""
+    trim: float = 0.2
+    """Share of the poisoned group, nearest to the other group, that the pool is not drawn from."""
     isolation_epochs: int = 20
     """Length of the isolation training."""
     isolation_gamma: float = 0.5
@@ -68,16 +75,18 @@ class Config(DefenseConfig):
     """beta of anti-learning: weight of unlearning the pool; higher finds more poison and forgives less impurity."""
     beta1_fallback: float = 99.0
     """beta that is tried where the head breaks down at beta1."""
-    head_lr: float = 0.01
-    """Learning rate of the heads, plain SGD."""
+    head_lr: float = 0.1
+    """Learning rate of the heads, plain SGD, falling linearly to 0."""
     head_clip: float | None = 10.0
     """Largest gradient norm of a head; None is the port's. At beta1 the first steps overshoot and take the label's clean samples along."""
     head_batch_size: int = 512
     """Samples a step."""
     head_epochs: int = 10
     """Passes; many more let the head tell the pool from the other poison."""
-    threshold: float = 0.0103
-    """A sample is poison where the head gives its label less (the port's SCE > 20.53)."""
+    threshold: float = 0.1
+    """A sample is poison where the head gives its label less than this ..."""
+    relative: bool = True
+    """... share of what the poisoned model gave it. False: less than this probability, as in the port (0.0103, its SCE > 20.53)."""
     breakdown: float = 0.3
     """Loss of accuracy on unflagged samples, against the poisoned model, at which a head is refused."""
     loss: Literal["cce", "both", "gga"] = "cce"
@@ -127,12 +136,14 @@ def find_poison(view: DefenderView, config: Config, run: Run) -> Tensor:
         return nothing
     run.report_split(pool, "pool")
 
-    own_accuracy = features.logits.argmax(1) == features.labels
+    right = features.logits.argmax(1) == features.labels
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
         log_p = anti_learn(features, pool, model.get_classifier(), beta, config, run)
-        flagged = log_p.gather(1, features.labels[:, None]).squeeze(1) < math.log(config.threshold)
+        belief = log_p.gather(1, features.labels[:, None]).squeeze(1)
+        flagged = belief < math.log(config.threshold) - (cross_entropy(features.logits, features.labels) if config.relative else 0.0)
         kept = ~flagged
-        lost = (own_accuracy[kept].float().mean() - (log_p.argmax(1) == features.labels)[kept].float().mean()).item() if kept.any() else 1.0
+        right_now = log_p.argmax(1) == features.labels
+        lost = (right[kept].float().mean() - right_now[kept].float().mean()).item() if kept.any() else 1.0
         if lost <= config.breakdown:
             break
         run.note(f"beta {beta:g}: the anti-learned head loses {lost:.2f} of the accuracy on what it calls clean, so its split is refused")
@@ -173,27 +184,30 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
         along = first_component(features.pooled[members])
         coefficient = sarle(along)
         if coefficient > config.bimodality:
-            bimodal.append((label, coefficient, members, two_means(along)))
+            bimodal.append((label, coefficient, members, along))
     needed = config.foreign * math.log(max(2, num_classes - 1))
-    if len(bimodal) > num_classes // 2:
+    if sum(coefficient > UNIFORM for _, coefficient, _, _ in bimodal) > num_classes // 2:
         needed = 0.0  # all-to-all: each label has the images of one other class, so the group need not look like several
     chosen = []
-    for label, coefficient, members, upper in bimodal:
+    for label, coefficient, members, along in bimodal:
         foreign = foreign_classes(features, label, num_classes)[members]
-        groups = sorted(((information(foreign[part]), members[part]) for part in (upper, ~upper)), key=lambda group: group[0])
-        (other_nats, other), (nats, group) = groups
-        verdict = f"the group of {len(group)} is taken for poison" if nats >= needed else "too little for poison, so this is taken for two styles"
+        upper = two_means(along)
+        (other_nats, other), (nats, part) = sorted(((information(foreign[part]), part) for part in (upper, ~upper)), key=lambda pair: pair[0])
+        verdict = "the first is taken for poison" if nats >= needed else "too little for poison, so this is taken for two styles"
+        if nats < needed and coefficient <= UNIFORM:
+            continue
         run.note(
-            f"label {label} has features in two groups (bimodality {coefficient:.2f}) of {len(group)} and {len(other)} samples, which hold"
+            f"label {label} has features in two groups (bimodality {coefficient:.2f}) of {int(part.sum())} and {int(other.sum())} samples, which hold"
             f" {nats:.2f} and {other_nats:.2f} nats on other classes: {verdict}"
         )
         if nats >= needed:
-            chosen.append(group)
+            apart = (along[part] - along[other].mean()).abs()
+            chosen.append(members[part][apart >= apart.quantile(config.trim)])
     if not chosen:
         run.note("no poison found: no label has a group of other classes' images, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
     found = torch.cat(chosen)
-    # Drawn at random: the most extreme ones would be purer, but not like the rest. Half of the group stays out, to be found.
+    # Drawn at random: the most extreme ones would be purer, but unlike the rest. Half of the group stays out, to be found.
     drawn = torch.randperm(len(found), generator=run.generator)[: min(size, max(1, len(found) // 2))].to(found.device)
     return _mask(found[drawn], len(features.labels))
 
@@ -278,6 +292,8 @@ def anti_learn(features: Features, pool: Tensor, head: nn.Module, beta: float, c
     bias = head.bias.detach().float().expand(config.heads, -1).clone().requires_grad_()
     share = n / num_classes / int(pool.sum())  # the pool gets the mass of one class
     odds = torch.where(pool.cpu(), max(1.0, share), 1.0).expand(config.heads, -1)
+    total = config.head_epochs * math.ceil(n / config.head_batch_size)
+    done = 0
     for _ in range(config.head_epochs):
         order = torch.multinomial(odds, n, replacement=True, generator=run.generator).to(features.labels.device)
         for index in order.split(config.head_batch_size, dim=1):
@@ -287,9 +303,11 @@ def anti_learn(features: Features, pool: Tensor, head: nn.Module, beta: float, c
             steps = torch.autograd.grad(losses.mean(1).sum(), [weight, bias])
             with torch.no_grad():
                 norm = (steps[0].square().sum((1, 2)) + steps[1].square().sum(1)).sqrt()
-                scale = config.head_lr if config.head_clip is None else config.head_lr * (config.head_clip / norm).clamp_max(1)
-                weight -= torch.as_tensor(scale, device=norm.device).view(-1, 1, 1) * steps[0]
-                bias -= torch.as_tensor(scale, device=norm.device).view(-1, 1) * steps[1]
+                clipped = torch.ones_like(norm) if config.head_clip is None else (config.head_clip / norm).clamp_max(1)
+                scale = config.head_lr * (1 - done / total) * clipped
+                weight -= scale[:, None, None] * steps[0]
+                bias -= scale[:, None] * steps[1]
+            done += 1
     with torch.no_grad():
         found = [(features.pooled @ w.T + b).log_softmax(1) for w, b in zip(weight, bias, strict=True)]
         return torch.stack(found).median(0).values

@@ -1,0 +1,323 @@
+"""How fast images reach the model, and what a training step costs.
+
+    python benchmarks/pipeline.py [--dataset cifar10 --dataset-path FOLDER] [--json FILE]
+
+Three rows, each with its goal beside it; nothing is asserted, since timings belong to the machine:
+  1. `batches()` with random crop, flip, scaling and the model's normalisation, against a torch DataLoader over PIL images
+  2. data handling as a share of a training step at width 16
+  3. a training step in bfloat16 against float32 at width 64
+The two sides of every ratio take turns, so that a load on the machine meets both; given are the median and the range of
+the ratios of neighbours. A DataLoader's first batches, and with them the start of its workers, are left out of its rate.
+Measure on an idle machine and with as many threads as workers: where cores are short, the workers lose more than we do.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from torchvision import transforms
+
+from backdoorlab import datasets
+from backdoorlab.data import Augment, Batch, Split, batches, channel_statistics, place
+from backdoorlab.engine import Precision, Recipe, autocast, choose_device, fast_bf16, make_optimizer, seed_everything
+from backdoorlab.errors import UserError
+from backdoorlab.models import Classifier, build
+
+BATCH = 128
+AUGMENT = Augment(crop_padding=4, flip=True)
+CIFAR_SHAPE = (50_000, 3, 32, 32)
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    goal: str
+    ratios: tuple[float, ...] = ()
+    percent: bool = False
+    detail: str = ""
+    """What the two sides measured, or why there is nothing to measure."""
+
+    @property
+    def measured(self) -> str:
+        if not self.ratios:
+            return "not applicable"
+        values = (statistics.median(self.ratios), min(self.ratios), max(self.ratios))
+        middle, low, high = (f"{100 * v:.1f} %" if self.percent else f"{v:.2f}" for v in values)
+        return f"{middle} ({low} to {high})"
+
+
+class Images(TorchDataset[tuple[Tensor, int]]):
+    """The conventional way: one PIL image at a time through torchvision's transforms."""
+
+    def __init__(self, split: Split, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        self.images = [transforms.functional.to_pil_image(image) for image in split.images.cpu()]
+        self.labels = split.labels.tolist()
+        size = tuple(split.images.shape[2:])
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(size, padding=AUGMENT.crop_padding),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(mean, std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[number]), self.labels[number]
+
+
+class Nothing(nn.Module):
+    """A network that leaves its input alone: what remains of a Classifier is its layer 0, the normalisation."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return x
+
+
+def main() -> None:
+    options = _options()
+    device = choose_device(options.device)
+    seed_everything(0, device)
+    split, source = _data(options.dataset, options.dataset_path)
+    header = _header(device, source, options.repetitions)
+    for key, value in header.items():
+        print(f"{key:<9} {value}", flush=True)
+    print(f"\n{'what':<44} {'goal':<10} {'measured, median (min to max)':<34} detail")
+    rows = []
+    for row in _rows(split, device, options.repetitions, options.force_bf16):
+        print(f"{row.name:<44} {row.goal:<10} {row.measured:<34} {row.detail}", flush=True)
+        rows.append({**asdict(row), "measured": row.measured, "median": statistics.median(row.ratios) if row.ratios else None})
+    if options.json is not None:
+        options.json.write_text(json.dumps(dict(header=header, rows=rows), indent=2) + "\n")
+
+
+def _rows(split: Split, device: torch.device, repetitions: int, force_bf16: bool) -> Iterator[Row]:
+    mean, std = channel_statistics(split)
+    yield from _data_path(split, device, mean, std, repetitions)
+    yield _data_share(split, device, mean, std, repetitions)
+    yield _bf16(split, device, mean, std, force_bf16)
+
+
+def _data_path(split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], repetitions: int) -> Iterator[Row]:
+    count = min(len(split), 50 * BATCH)
+    images = Images(split.subset(torch.arange(count)), mean, std)
+    ours = place(split, device)
+    layer0 = Classifier(Nothing(), mean, std).to(device)
+
+    def our_rate() -> float:
+        seconds, seen = 0.0, 0
+        while seconds < 0.5:  # a pass is too short to be timed alone
+            pass_seconds, pass_seen = _timed(lambda: _normalised(_our_batches(ours, device), layer0), device)
+            seconds, seen = seconds + pass_seconds, seen + pass_seen
+        return seen / seconds
+
+    def loader_rate(workers: int) -> tuple[float, float]:
+        """Images a second after the first batch, and seconds up to it."""
+        prefetch = 2  # batches a worker, torch's default
+        loader = DataLoader(images, BATCH, shuffle=True, num_workers=workers, drop_last=True, pin_memory=device.type == "cuda")
+        begin = time.perf_counter()
+        stream = iter(loader)
+        next(stream)
+        first = time.perf_counter() - begin
+        for _ in range(workers * prefetch):  # batches made before the clock starts would count as free
+            next(stream)
+        seconds, seen = _timed(lambda: _moved(stream, device), device)
+        return seen / seconds, first
+
+    our_rate()
+    rates: dict[int, list[tuple[float, float, float]]] = {2: [], 0: []}
+    for _ in range(repetitions):
+        for workers, found in rates.items():
+            found.append((our_rate(), *loader_rate(workers)))
+    for workers, found in rates.items():
+        a, b, first = (statistics.median(column) for column in zip(*found, strict=True))
+        yield Row(
+            f"1. batches() / DataLoader, {workers} workers",
+            ">= 8" if workers else "-",
+            tuple(rate / loader for rate, loader, _ in found),
+            detail=f"{a:,.0f} and {b:,.0f} images/s; DataLoader's first batch takes {first:.2f} s, not counted",
+        )
+
+
+def _our_batches(split: Split, device: torch.device) -> Iterator[Batch]:
+    return batches(split, BATCH, device=device, generator=torch.Generator().manual_seed(0), augment=AUGMENT, drop_last=True)
+
+
+@torch.no_grad()
+def _normalised(stream: Iterator[Batch], layer0: Classifier) -> int:
+    seen = 0
+    for batch in stream:
+        seen += len(layer0.forward_features(batch.images))
+    return seen
+
+
+def _moved(stream: Iterator[Any], device: torch.device) -> int:
+    seen = 0
+    for images, labels in stream:
+        seen += len(images.to(device, non_blocking=True))
+        labels.to(device, non_blocking=True)
+    return seen
+
+
+def _data_share(split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], repetitions: int) -> Row:
+    """Waiting for the batch against the whole step with it, normalisation counted to the model as in training."""
+    steps = 50 if device.type == "cuda" else 5
+    source = place(split, device)
+    step = _training_step(16, split, mean, std, device, "auto")
+    count = max(len(source) // BATCH, 1) * BATCH
+
+    def endless() -> Iterator[Batch]:
+        while True:
+            yield from _our_batches(Split(source.images[:count], source.labels[:count]), device)
+
+    stream = endless()
+
+    def train() -> int:
+        for _ in range(steps):
+            step(next(stream))
+        return steps
+
+    def fetch() -> int:
+        for _ in range(10 * steps):  # a batch is short
+            next(stream)
+        return steps
+
+    train()
+    pairs = [(_timed(fetch, device)[0] / (10 * steps), _timed(train, device)[0] / steps) for _ in range(repetitions)]
+    data, whole = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return Row(
+        "2. data / training step, width 16",
+        "<= 10 %",
+        tuple(fetching / training for fetching, training in pairs),
+        percent=True,
+        detail=f"{1000 * data:.2f} and {1000 * whole:.2f} ms a step",
+    )
+
+
+def _bf16(split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], force: bool) -> Row:
+    name, goal = "3. fp32 step / bf16 step, width 64", "> 1"
+    if not fast_bf16(device) and not force:
+        return Row(name, goal, detail=f"this {device.type} has no fast bfloat16; --force-bf16 runs it all the same")
+    steps, repetitions = (30, 5) if device.type == "cuda" else (1, 3)
+    precisions: tuple[Precision, Precision] = ("fp32", "bf16")
+    batch = next(_our_batches(place(split, device), device))
+    single, half = (_training_step(64, split, mean, std, device, precision) for precision in precisions)
+
+    def seconds(step: Callable[[Batch], None]) -> float:
+        def work() -> int:
+            for _ in range(steps):
+                step(batch)
+            return steps
+
+        return _timed(work, device)[0] / steps
+
+    single(batch), half(batch)  # the first step chooses kernels
+    pairs = [(seconds(single), seconds(half)) for _ in range(repetitions)]
+    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return Row(name, goal, tuple(a / b for a, b in pairs), detail=f"{1000 * slow:.1f} and {1000 * fast:.1f} ms a step")
+
+
+def _training_step(
+    width: int, split: Split, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, precision: Precision
+) -> Callable[[Batch], None]:
+    _, channels, height, _ = split.images.shape
+    classes = int(split.labels.max()) + 1
+    model = build("preactresnet18", num_classes=classes, in_chans=channels, mean=mean, std=std, width=width, image_size=height).to(device).train()
+    optimizer = make_optimizer(model.parameters(), Recipe(epochs=1, batch_size=BATCH, lr=0.01))
+
+    def step(batch: Batch) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(device, precision):
+            logits = model(batch.images)
+        F.cross_entropy(logits.float(), batch.labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _timed(work: Callable[[], int], device: torch.device) -> tuple[float, int]:
+    """Seconds until the device is done, and what `work` counted."""
+    _wait(device)
+    begin = time.perf_counter()
+    count = work()
+    _wait(device)
+    return time.perf_counter() - begin, count
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _data(name: str, path: str | None) -> tuple[Split, str]:
+    """The training images by path, else from the cache (never a download), else made up."""
+    if path is not None:
+        return datasets.load(name, path).train, f"{name}, from --dataset-path"
+    for entry in datasets.cached():
+        if entry.get("name") == name:
+            try:
+                found = datasets.find(name, entry["fingerprint"])
+            except (KeyError, UserError):
+                continue
+            return found.train, f"{name}, from the cache"
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, CIFAR_SHAPE, generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, CIFAR_SHAPE[:1], generator=generator)
+    return Split(images, labels), f"made-up bytes in the shape of CIFAR-10 ({name} is not in the cache and no path was given)"
+
+
+def _header(device: torch.device, source: str, repetitions: int) -> dict[str, str]:
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU used"
+    return dict(
+        machine=f"{_processor()}, {os.cpu_count()} CPUs, {accelerator}, {platform.system()}, load {load} at the start",
+        versions=f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}",
+        threads=str(torch.get_num_threads()),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        data=source,
+        caution="the machine is busy: row 1 against 2 workers flatters us" if _busy() else "none",
+        pairs=f"{repetitions} of each comparison, batches of {BATCH}",
+    )
+
+
+def _busy() -> bool:
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) - 1.5
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--dataset-path", "--dataset_path", default=None, help="parquet shards or train/<class>/*.png")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--repetitions", type=int, default=5, help="pairs a comparison")
+    parser.add_argument("--force-bf16", "--force_bf16", action="store_true", help="run row 3 where bfloat16 is slow, too")
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the table there, too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
