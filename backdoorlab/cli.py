@@ -3,9 +3,12 @@
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from .errors import UserError
+
+TORCH_FLOOR = (2, 10)
 
 
 def main(file: str, argv: Sequence[str] | None = None) -> int:
@@ -34,10 +37,19 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
     return 0
 
 
+def _check_torch() -> None:
+    """Older versions can be made to run code or corrupt memory by a file, even with weights_only=True (CVE-2025-32434, CVE-2026-24747)."""
+    found = version("torch")
+    if tuple(int(part) for part in found.split(".")[:2]) < TORCH_FLOOR:
+        floor = ".".join(map(str, TORCH_FLOOR))
+        raise UserError(f"torch {floor} or newer is needed to read files safely, found {found}: pip install -U torch torchvision")
+
+
 def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     """Run a command: bad input is one line and exit code 2, a defect of ours one line and exit code 1; --debug shows more."""
     debug = any(token == "--debug" or token.startswith("--debug=") for token in argv)
     try:
+        _check_torch()
         return command()
     except UserError as error:
         if debug:
