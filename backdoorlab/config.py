@@ -48,7 +48,7 @@ class MethodConfig:
     yaml_path: str | None = None
     """YAML file with flags as keys, or the name of a preset in resource/config/."""
     overwrite: bool = False
-    """Replace a finished result of the same name, or throw away an unfinished one."""
+    """Replace a finished result of the same name (a record takes its defenses' results along), or throw away an unfinished one."""
     debug: bool = False
     """Show a traceback with an error."""
 

@@ -271,7 +271,10 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
         if marker.exists() and _begun(path) and not config.overwrite:
             _check_same(path, files.read_json(marker), settings)
         else:
-            for entry in path.iterdir():
+            entries = list(path.iterdir())
+            if entries and not marker.exists():
+                raise UserError(f"{path} is in the way and not ours (no run.json in it): move it, or choose another name")
+            for entry in entries:
                 files.remove(entry)
             files.write_json(marker, settings)
         try:
