@@ -47,7 +47,7 @@ def _check_torch() -> None:
 
 def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     """Run a command: bad input is one line and exit code 2, a defect of ours one line and exit code 1; --debug shows more."""
-    debug = any(token == "--debug" or token.startswith("--debug=") for token in argv)
+    debug = "--debug True" in " ".join(argv).replace("=", " ")
     try:
         _check_torch()
         return command()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -51,6 +51,18 @@ class MethodConfig:
     """Replace a finished result of the same name (a record takes its defenses' results along), or throw away an unfinished one."""
     debug: bool = False
     """Show a traceback with an error."""
+
+    RANGES: ClassVar[dict[str, str]] = {"score_every": ">= 0"}
+    """Field -> the values it may have; subclasses add theirs."""
+
+    def check(self) -> None:
+        """Refuse values out of range. None, where a field allows it, is left alone."""
+        for owner in type(self).__mro__:
+            for name, rule in vars(owner).get("RANGES", {}).items():
+                value = getattr(self, name)
+                for number in value if isinstance(value, tuple) else (value,):
+                    if number is not None and not _within(number, rule):
+                        raise UserError(f"{name} must be {rule if rule[0] in '<>' else f'in {rule}'}, got {number}")
 
     def science(self) -> dict[str, Any]:
         """The fields that decide the result, as JSON."""
@@ -98,6 +110,19 @@ class TrainingConfig(MethodConfig):
     flip: bool = False
     """Random horizontal mirroring."""
 
+    RANGES: ClassVar[dict[str, str]] = {
+        "epochs": ">= 0",
+        "batch_size": ">= 1",
+        "lr": ">= 0",
+        "momentum": ">= 0",
+        "weight_decay": ">= 0",
+        "schedule_epochs": ">= 1",
+        "crop_padding": ">= 0",
+        "width": ">= 1",
+        "image_size": ">= 1",
+        "std": "> 0",
+    }
+
     def recipe(self) -> Recipe:
         augment = Augment(self.crop_padding, self.flip)
         taken = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe) if f.name != "augment"}
@@ -130,6 +155,16 @@ class DefenseConfig(MethodConfig):
     """Their number, instead of a share."""
 
 
+def _within(number: float, rule: str) -> bool:
+    """Rules: ">= 0", "> 0", or an interval such as "(0, 1]"."""
+    if rule[0] == ">":
+        bound = float(rule.lstrip(">= "))
+        return number >= bound if rule.startswith(">=") else number > bound
+    low, high = (float(end) for end in rule[1:-1].split(","))
+    above = low <= number if rule[0] == "[" else low < number
+    return above and (number <= high if rule[-1] == "]" else number < high)
+
+
 @dataclass(frozen=True)
 class Parsed:
     """A config, and where each value that is not a default came from."""
@@ -159,6 +194,8 @@ def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], da
                 place += 1
         config = _parse_flags(config_class, layers, prog)
         short = sections.get("short_run", {})
+        if short and not isinstance(short.get("epochs_below"), int):
+            raise UserError(f"{file}: short_run needs a line `epochs_below: N`")
         if kind == "attack" and short and config.epochs < short["epochs_below"]:
             values = {key: value for key, value in short.items() if key != "epochs_below"}
             layers.insert(place, (f"{file}: short_run", _flags(config_class, values, f"{file}: short_run")))
@@ -193,7 +230,9 @@ def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], p
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config_class, args=[*loose, *arguments], prog=prog, config=(tyro.conf.FlagConversionOff,), description="")
+            return tyro.cli(
+                config_class, args=[*loose, *arguments], prog=prog, config=(tyro.conf.FlagConversionOff,), description="", use_underscores=True
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -221,6 +260,8 @@ def _dataset_yaml(dataset: str) -> dict[str, Any]:
     for section in found:
         if section not in known:
             raise UserError(f"{file}: unknown section {section!r}.{suggest(section, known)} Known: {', '.join(sorted(known))}")
+        if not isinstance(found[section], dict):
+            raise UserError(f"{file}: section {section!r} must hold lines of `key: value`, found {type(found[section]).__name__}")
     return {"file": file.name, **found}
 
 

@@ -194,8 +194,8 @@ def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
                 raise UserError(f"{file}: not a readable parquet file ({error}): fetch it again") from error
             encoded += [cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image_column].to_pylist()]
             labels += table[label_column].to_pylist()
-        parts.append(_decode_all(encoded, lambda item: _from_bytes(item, image_size, grey)))
-        parts.append(np.asarray(labels, dtype=np.int64))
+        parts.append(_decode_all(encoded, lambda item: _from_bytes(item, path, image_size, grey)))
+        parts.append(_labels(labels, path))
     return parts[0], parts[1], parts[2], parts[3], _class_names(path, int(parts[1].max()) + 1)
 
 
@@ -243,11 +243,21 @@ def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
     return out
 
 
-def _from_bytes(data: bytes, image_size: int | None, grey: bool | None) -> np.ndarray:
+def _labels(labels: Any, path: Path) -> np.ndarray:
+    """int64 (N,), none missing or negative."""
+    if any(label is None or label < 0 for label in labels):
+        raise UserError(f"{path}: labels must be numbers from 0 on, found {next(x for x in labels if x is None or x < 0)}")
+    return np.asarray(labels, dtype=np.int64)
+
+
+def _from_bytes(data: bytes, path: Path, image_size: int | None, grey: bool | None) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
-        return _from_pil(image, image_size, grey)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _from_pil(image, image_size, grey)
+    except (OSError, TypeError) as error:
+        raise UserError(f"{path}: a cell of its image column is not a readable image ({error})") from error
 
 
 def _from_file(file: Path, image_size: int | None, grey: bool | None) -> np.ndarray:
@@ -285,6 +295,8 @@ def _class_names(path: Path, count: int) -> tuple[str, ...]:
         found = found.get("classes", found.get("names", found))
     if isinstance(found, dict):
         found = [found.get(str(number), str(number)) for number in range(count)]
+    if not isinstance(found, list):
+        raise UserError(f"{file}: expected a list of class names, found {type(found).__name__}")
     if all(isinstance(entry, dict) and "name" in entry for entry in found):
         found = [entry["name"] for entry in sorted(found, key=lambda entry: entry.get("label", 0))]
     if len(found) < count:

@@ -44,12 +44,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) ->
     """safetensors, atomic, with JSON `metadata` and a SHA-256 over it and all tensors inside the file."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     seen: set[int] = set()
-    for name, tensor in plain.items():  # a tensor under two names is written twice; safetensors refuses to share
-        if tensor.numel() and tensor.data_ptr() in seen:
+    for name, tensor in plain.items():  # memory under two names is written twice; safetensors refuses to share
+        if tensor.untyped_storage().data_ptr() in seen:
             plain[name] = tensor.clone()
-        seen.add(plain[name].data_ptr())
+        seen.add(plain[name].untyped_storage().data_ptr())
     text = json.dumps(metadata)
-    write_bytes(path, save(plain, metadata={"backdoorlab": text, "sha256": _tensor_hash(plain, text)}))
+    # One key: safetensors writes several in random order, and the same content would not be the same bytes.
+    write_bytes(path, save(plain, metadata={"backdoorlab": json.dumps([_tensor_hash(plain, text), text])}))
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -58,13 +59,13 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
         with safe_open(path, framework="pt", device="cpu") as stream:
             header = stream.metadata() or {}
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
-        text = header["backdoorlab"]
-        if header["sha256"] != _tensor_hash(tensors, text):
+        checksum, text = json.loads(header["backdoorlab"])
+        if checksum != _tensor_hash(tensors, text):
             raise ValueError("its content does not match its own checksum")
         metadata = json.loads(text)
     except FileNotFoundError:
         raise
-    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged file ({_first_line(error)}). Restore it, or make it again with --overwrite") from error
     return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
 

@@ -17,6 +17,7 @@ from .models import Classifier
 from .poison import Poison
 
 SCHEMA = 1
+PAYLOAD = ("model.safetensors", "train_poison.safetensors", "test_poison.safetensors")
 REQUIRED = ("schema", "attack", "config", "dataset", "architecture", "num_classes", "seed", "scores", "files")
 
 
@@ -206,12 +207,24 @@ def _check_info(path: Path, info: dict[str, Any]) -> None:
     missing = [key for key in REQUIRED if key not in info]
     if missing:
         raise UserError(f"{path}: damaged file (no {', '.join(missing)}). Restore it, or make it again with --overwrite")
+    objects = ("config", "dataset", "architecture", "scores", "files")
+    wrong = [key for key in objects if not isinstance(info[key], dict)] + [
+        name for name in PAYLOAD if not isinstance(info["files"], dict) or not _has_hash(info["files"].get(name))
+    ]
+    if wrong:
+        raise UserError(f"{path}: damaged file (nothing usable on {', '.join(wrong)}). Restore it, or make it again with --overwrite")
     if info["schema"] != SCHEMA:
         raise UserError(f"{path}: schema {info['schema']}, but this version reads schema {SCHEMA}: use the version that wrote it")
 
 
+def _has_hash(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+
+
 def _check_file(folder: Path, file: str, manifest: Mapping[str, Any]) -> None:
     path = folder / file
+    if not _has_hash(manifest[file]):
+        raise UserError(f"{folder / 'record.json'}: damaged file (no SHA-256 of {file}). Restore it, or make it again with --overwrite")
     if Path(file).name != file or not path.is_file():
         raise UserError(f"{path}: missing, but record.json lists it. Restore it, or make the record again with --overwrite")
     if files.sha256(path) != manifest[file]["sha256"]:

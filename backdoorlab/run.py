@@ -98,6 +98,8 @@ class Run:
                 raise UserError(f"{path}: stage {stage!r} was started with {meta['total']} epochs, not {total}: use --overwrite")
             for name, part in parts.items():
                 part.load_state_dict(files.unpack(meta["state"][name], tensors))
+                if isinstance(part, torch.optim.Optimizer):
+                    _like_parameters(part)
             self._restore(tensors, meta)
             done = meta["done"]
             if 0 < done < total:
@@ -256,6 +258,14 @@ class Run:
         self.progress = Progress(**meta["progress"])
         self.flagged = tensors.get("flagged")
         self._clock, self._passes = time.perf_counter(), (PASSES.forward, PASSES.backward)
+
+
+def _like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded buffers their parameter's memory format: fused steps pair them element by element in memory order."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def describe_split(quality: dict[str, Any]) -> str:

@@ -66,6 +66,7 @@ def defense_job(method: Method, argv: Sequence[str], prog: str) -> Job:
 def run_attack(job: Job) -> Record:
     """Poison, train, score, and publish the record whole."""
     config = job.config
+    config.check()
     if not config.save_folder_name:
         raise UserError("--save_folder_name NAME is missing: the record will be record/NAME")
     record.check_name(config.save_folder_name)
@@ -164,6 +165,7 @@ def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
 def run_defense(job: Job) -> dict[str, Any] | None:
     """Defend a record and write result.json; None where a subtask stops earlier."""
     config: DefenseConfig = job.config
+    config.check()
     found = _record(config)
     method, run_name = job.method, config.run_name or f"seed{config.seed}"
     record.check_name(run_name)

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import files, registry
+from .errors import UserError
 from .record import ASSUMABLE, Record
 
 Format = Literal["text", "markdown", "csv", "latex"]
 HOLE = "-"
 COLUMNS = ["record", "attack", "defense", "assumes", "clean acc %", "ASR %", "RA %", "DER %", "TPR %", "FPR %", "seconds"]
 NUMBERS = COLUMNS[4:]
+
+LATEX = {c: f"\\{c}" for c in "%_&#${}"} | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 
 Row = dict[str, str]
 
@@ -87,7 +90,11 @@ def _results(folder: Path) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for path in sorted((folder / "defense").glob("*/*/result.json")):
         if not path.parent.name.endswith(".partial"):
-            found.setdefault(path.parent.parent.name, []).append((path.parent.name, files.read_json(path)))
+            result = files.read_json(path)
+            missing = [key for key in ("assumes", "after", "der", "split", "seconds", "collapsed") if key not in result]
+            if missing:
+                raise UserError(f"{path}: damaged file (no {', '.join(missing)}). Restore it, or run the defense again with --overwrite")
+            found.setdefault(path.parent.parent.name, []).append((path.parent.name, result))
     return found
 
 
@@ -118,4 +125,4 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _latex_line(cells: Sequence[str]) -> str:
-    return " & ".join(cell.replace("\\", r"\textbackslash ").replace("%", r"\%").replace("_", r"\_").replace("&", r"\&") for cell in cells) + r" \\"
+    return " & ".join("".join(LATEX.get(character, character) for character in cell) for cell in cells) + r" \\"

@@ -26,7 +26,7 @@ Departs from the port, with reasons and effects in docs/methods/dau.md:
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,24 @@ class Config(DefenseConfig):
     batch_size: int = 128
     """Images a step in unlearning."""
 
+    RANGES: ClassVar[dict[str, str]] = {
+        "pool_rate": "(0, 1]",
+        "trim": "[0, 1)",
+        "isolation_epochs": ">= 0",
+        "isolation_lr": ">= 0",
+        "heads": ">= 1",
+        "head_lr": ">= 0",
+        "head_batch_size": ">= 1",
+        "head_epochs": ">= 0",
+        "head_clip": "> 0",
+        "threshold": "(0, 1)",
+        "epochs": ">= 0",
+        "lr": ">= 0",
+        "momentum": ">= 0",
+        "weight_decay": ">= 0",
+        "batch_size": ">= 1",
+    }
+
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
     def split() -> dict[str, Tensor]:
@@ -136,15 +154,11 @@ def find_poison(view: DefenderView, config: Config, run: Run) -> Tensor:
         return nothing
     run.report_split(pool, "pool")
 
-    right = features.logits.argmax(1) == features.labels
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
         log_p = anti_learn(features, pool, model.get_classifier(), beta, config, run)
-        belief = log_p.gather(1, features.labels[:, None]).squeeze(1)
-        flagged = belief < math.log(config.threshold) - (cross_entropy(features.logits, features.labels) if config.relative else 0.0)
-        kept = ~flagged
-        right_now = log_p.argmax(1) == features.labels
-        lost = (right[kept].float().mean() - right_now[kept].float().mean()).item() if kept.any() else 1.0
-        if lost <= config.breakdown:
+        flagged = lost_label(log_p, features, config)
+        lost = accuracy(features.logits, features.labels, ~flagged) - accuracy(log_p, features.labels, ~flagged)
+        if flagged.all() or lost <= config.breakdown:
             break
         run.note(f"beta {beta:g}: the anti-learned head loses {lost:.2f} of the accuracy on what it calls clean, so its split is refused")
     else:
@@ -159,6 +173,18 @@ def find_poison(view: DefenderView, config: Config, run: Run) -> Tensor:
         run.note("flagged by label: " + ", ".join(f"{label}: {count}" for label, count in enumerate(counts) if count))
     run.report_split(flagged)
     return flagged.cpu()
+
+
+def lost_label(log_p: Tensor, features: Features, config: Config) -> Tensor:
+    """Step 3: bool (N,), where the anti-learned log p (N, K) gives a sample's own label too little."""
+    belief = -cross_entropy(log_p, features.labels)
+    before = -cross_entropy(features.logits, features.labels) if config.relative else torch.zeros_like(belief)
+    return belief < before + math.log(config.threshold)
+
+
+def accuracy(logits: Tensor, labels: Tensor, among: Tensor) -> float:
+    """Share of the samples in the bool mask `among` that get their label."""
+    return (logits.argmax(1) == labels)[among].float().mean().item()
 
 
 # --- 1. pool -----------------------------------------------------------------------------------------------------
@@ -269,7 +295,7 @@ def isolate(view: DefenderView, train: Split, config: Config, run: Run) -> Class
     """ABL's isolation (Li et al., NeurIPS 2021): train from scratch, ascending on samples whose loss is below gamma."""
     model = view.new_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=config.isolation_lr, momentum=0.9, weight_decay=5e-4, fused=True)
-    for _ in run.epochs("isolate", config.isolation_epochs, model=model, optimizer=optimizer):
+    for _ in run.epochs("isolate", config.isolation_epochs, isolated=model, optimizer=optimizer):
         model.train()
         for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment, drop_last=True):
             with run.autocast():

@@ -9,6 +9,7 @@ Departs: the cosine ends at the last epoch whatever their number, and batch_size
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -34,6 +35,8 @@ class Config(DefenseConfig):
     """SGD's momentum."""
     weight_decay: float = 5e-4
     """L2 penalty."""
+
+    RANGES: ClassVar[dict[str, str]] = {"epochs": ">= 0", "lr": ">= 0", "batch_size": ">= 1", "momentum": ">= 0", "weight_decay": ">= 0"}
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:

@@ -79,7 +79,9 @@ def build(
     `width` is the number of channels of the first stage of our own networks; timm's have theirs in the name.
     """
     if architecture in OWN:
-        network = OWN[architecture](num_classes=num_classes, in_chans=in_chans, width=width or 64)
+        if width is not None and width < 1:
+            raise UserError(f"width must be at least 1, got {width}")
+        network = OWN[architecture](num_classes=num_classes, in_chans=in_chans, width=64 if width is None else width)
     else:
         network = _timm_model(architecture, num_classes, in_chans, image_size, width)
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)

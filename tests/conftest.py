@@ -1,0 +1,47 @@
+"""One thread, folders of their own, and records that several files share."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+
+from backdoorlab.record import Record
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this worker."""
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, session_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Records go to the test's own folder, nothing is read from the user's caches."""
+    monkeypatch.setenv("BACKDOORLAB_RECORDS", str(tmp_path / "record"))
+    monkeypatch.setenv("BACKDOORLAB_CACHE", str(session_folder / "cache"))
+    monkeypatch.setenv("BACKDOORLAB_DATA", str(tmp_path / "no-downloads"))
+    monkeypatch.delenv("BACKDOORLAB_PLUGINS", raising=False)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(session_folder: Path) -> Record:
+    """A BadNets record that took a second to make; its model is next to untrained. Copy its folder before changing anything."""
+    with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
+        return helpers.attack("badnet", "tiny", session_folder / "tiny", *helpers.TINY)
+
+
+@pytest.fixture(scope="session")
+def backdoored(session_folder: Path) -> Record:
+    """A BadNets record that works: high clean accuracy and high ASR."""
+    with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
+        return helpers.attack("badnet", "backdoored", session_folder / "backdoored", *helpers.WORKING)

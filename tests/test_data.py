@@ -1,0 +1,513 @@
+"""From files to batches: every reader, the cache, and the one loop over a split."""
+
+import io
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import helpers
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from backdoorlab import datasets
+from backdoorlab.data import Augment, Dataset, Split, batches, channel_statistics, fingerprint, place, to_bytes, to_float, trusted_index
+from backdoorlab.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def toy(n: int = 53, channels: int = 3, height: int = 8, width: int = 8) -> Split:
+    images = torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8, generator=generator(5))
+    return Split(images, torch.arange(n) % 7)
+
+
+# --- batches -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 53, 100])
+def test_a_pass_shows_each_image_once(batch_size: int) -> None:
+    split = toy()
+    seen = list(batches(split, batch_size, device=CPU, generator=generator()))
+    index = torch.cat([batch.index for batch in seen])
+    assert index.sort().values.tolist() == list(range(53))
+    assert not torch.equal(index, torch.arange(53)), "shuffled"
+    for batch in seen:
+        assert batch.images.dtype == torch.float32
+        assert torch.equal(batch.images, split.images[batch.index].float() / 255)
+        assert torch.equal(batch.labels, split.labels[batch.index])
+
+
+def test_without_a_generator_images_come_in_order_and_as_they_are() -> None:
+    split = toy()
+    seen = list(batches(split, 20, device=CPU))
+    assert torch.cat([batch.index for batch in seen]).tolist() == list(range(53))
+    assert [len(batch.labels) for batch in seen] == [20, 20, 13]
+    assert torch.equal(torch.cat([batch.images for batch in seen]), split.images.float() / 255)
+
+
+def test_drop_last_leaves_out_a_smaller_batch_only() -> None:
+    sizes = lambda n: [len(batch.labels) for batch in batches(toy(n), 10, device=CPU, generator=generator(), drop_last=True)]  # noqa: E731
+    assert sizes(53) == [10] * 5
+    assert sizes(50) == [10] * 5
+    assert sizes(9) == []
+
+
+def test_order_is_taken_literally_with_repeats() -> None:
+    split, order = toy(), torch.tensor([4, 4, 0, 52, 4, 9])
+    seen = list(batches(split, 4, device=CPU, order=order))
+    assert torch.cat([batch.index for batch in seen]).tolist() == order.tolist()
+    assert torch.equal(torch.cat([batch.images for batch in seen]), split.images[order].float() / 255)
+    shifted = torch.cat([batch.images for batch in batches(split, 6, device=CPU, order=order, generator=generator(1), augment=Augment(3, True))])
+    assert not torch.equal(shifted[0], shifted[1]), "two showings of one image are augmented apart"
+
+
+def test_the_generator_decides_everything() -> None:
+    split, augment = toy(), Augment(2, True)
+    run = lambda seed: list(batches(split, 16, device=CPU, generator=generator(seed), augment=augment))  # noqa: E731
+    for a, b in zip(run(3), run(3), strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.index, b.index)
+    assert any(not torch.equal(a.index, b.index) for a, b in zip(run(3), run(4), strict=True))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    run(3)
+    assert torch.equal(state, torch.get_rng_state()), "the global generator is not touched"
+
+
+def test_augmentation_does_not_depend_on_the_batch_size() -> None:
+    split, augment = toy(), Augment(2, True)
+    passes = [torch.cat([b.images for b in batches(split, size, device=CPU, generator=generator(3), augment=augment)]) for size in (5, 16, 53)]
+    assert torch.equal(passes[0], passes[1]) and torch.equal(passes[0], passes[2])
+
+
+def test_augmentation_without_a_generator_is_a_defect() -> None:
+    with pytest.raises(ValueError, match="generator"):
+        next(batches(toy(), 5, device=CPU, augment=Augment(2)))
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(2, False), (0, True), (3, True)])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 10)])
+def test_crop_and_flip_equal_an_image_by_image_reference(padding: int, flip: bool, shape: tuple[int, int, int]) -> None:
+    split = toy(40, *shape)
+    _, height, width = shape
+    draws = generator(11)
+    order = torch.randperm(40, generator=draws)
+    moves = torch.randint(0, 2 * padding + 1, (2, 40), generator=draws) if padding else torch.zeros(2, 40, dtype=torch.int64)
+    flips = torch.rand(40, generator=draws) < 0.5 if flip else torch.zeros(40, dtype=torch.bool)
+    wanted = []
+    for k, i in enumerate(order.tolist()):
+        frame = np.zeros((shape[0], height + 2 * padding, width + 2 * padding), np.uint8)
+        frame[:, padding : padding + height, padding : padding + width] = split.images[i].numpy()
+        top, left = int(moves[0, k]), int(moves[1, k])
+        crop = frame[:, top : top + height, left : left + width]
+        wanted.append(crop[:, :, ::-1].copy() if flips[k] else crop)
+    seen = torch.cat([b.images for b in batches(split, 16, device=CPU, generator=generator(11), augment=Augment(padding, flip))])
+    assert np.array_equal(to_bytes(seen).numpy(), np.stack(wanted))
+    assert not torch.equal(to_bytes(seen), split.images[order]), "something was moved"
+
+
+def test_half_of_the_images_are_mirrored_and_crops_reach_every_offset() -> None:
+    n = 2000
+    split = Split(torch.arange(1, 5, dtype=torch.uint8).view(1, 1, 2, 2).repeat(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))
+    seen = to_bytes(torch.cat([b.images for b in batches(split, 500, device=CPU, generator=generator(), augment=Augment(0, True))]))
+    assert set(map(tuple, seen.flatten(1).tolist())) == {(1, 2, 3, 4), (2, 1, 4, 3)}
+    assert 0.45 < (seen[:, 0, 0, 0] == 2).double().mean() < 0.55
+    seen = to_bytes(torch.cat([b.images for b in batches(split, 500, device=CPU, generator=generator(), augment=Augment(1, False))]))
+    assert len(set(map(tuple, seen.flatten(1).tolist()))) == 9
+
+
+def test_bytes_round_and_clip_and_never_wrap() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_bytes(to_float(every)), every)
+    beyond = torch.tensor([-0.5, 1.5, 0.4999 / 255, 0.5001 / 255]).view(1, 1, 2, 2)
+    assert to_bytes(beyond).flatten().tolist() == [0, 255, 0, 1]
+
+
+def test_a_memory_map_gives_the_same_batches(tmp_path: Path) -> None:
+    split = toy()
+    np.save(tmp_path / "images.npy", split.images.numpy())
+    mapped = Split(torch.from_numpy(np.load(tmp_path / "images.npy", mmap_mode="c")), split.labels)
+    pairs = [list(batches(s, 16, device=CPU, generator=generator(2), augment=Augment(2, True))) for s in (split, mapped)]
+    for a, b in zip(*pairs, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.index, b.index)
+    assert torch.equal(mapped.images, split.images), "batches do not write into the map"
+
+
+def test_subset_copies_and_place_keeps_a_cpu_split() -> None:
+    split = toy()
+    part = split.subset(torch.tensor([3, 1]))
+    assert torch.equal(part.images, split.images[[3, 1]]) and part.labels.tolist() == [3, 1]
+    part.images[0] = 0
+    assert split.images[3].any()
+    assert place(split, CPU) is split
+
+
+def test_trusted_images_are_drawn_uniformly_without_replacement() -> None:
+    index = trusted_index(1000, ratio=0.0519, count=None, generator=generator())
+    assert len(index) == 51, "floor of the share"
+    assert torch.equal(index, index.unique()), "sorted, no repeats"
+    assert torch.equal(index, trusted_index(1000, ratio=0.0519, count=None, generator=generator()))
+    assert not torch.equal(index, trusted_index(1000, ratio=0.0519, count=None, generator=generator(1)))
+    assert len(trusted_index(1000, ratio=0.5, count=7, generator=generator())) == 7, "a count wins over a share"
+    assert trusted_index(5, ratio=1.0, count=None, generator=generator()).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0.0, None), (1.1, None), (-1.0, None), (0.0001, None), (0.5, 0), (0.5, 1001), (0.5, -3)])
+def test_a_trusted_set_that_cannot_be_drawn_is_refused(ratio: float, count: int | None) -> None:
+    with pytest.raises(UserError, match="trusted"):
+        trusted_index(1000, ratio=ratio, count=count, generator=generator())
+
+
+def test_channel_statistics_are_those_of_numpy() -> None:
+    split = toy(200)
+    mean, std = channel_statistics(split)
+    pixels = split.images.numpy() / 255
+    assert np.allclose(mean, pixels.mean((0, 2, 3)), atol=1e-4)
+    assert np.allclose(std, pixels.std((0, 2, 3)), atol=1e-4)
+
+
+# --- fingerprint -------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_sees_every_byte_label_name_and_the_order() -> None:
+    names = tuple("abcdefg")
+    base = fingerprint(toy(), toy(20), names)
+    assert base == fingerprint(toy(), toy(20), names)
+    changed = []
+    for where in ("train", "test"):
+        for what in ("pixel", "label", "order"):
+            train, test = toy(), toy(20)
+            split = train if where == "train" else test
+            if what == "pixel":
+                split.images[-1, -1, -1, -1] ^= 1
+            elif what == "label":
+                split.labels[-1] += 1
+            else:
+                order = torch.arange(len(split)).flip(0)
+                split = split.subset(order)
+                train, test = (split, test) if where == "train" else (train, split)
+            changed.append(fingerprint(train, test, names))
+    changed.append(fingerprint(toy(), toy(20), tuple("abcdefh")))
+    reshaped = toy()
+    changed.append(fingerprint(Split(reshaped.images.view(53, 3, 4, 16), reshaped.labels), toy(20), names))
+    assert len({base, *changed}) == 9
+
+
+# --- digits ------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_split_by_class_and_without_overlap() -> None:
+    from sklearn.datasets import load_digits
+
+    dataset, source = datasets.load("digits"), load_digits()
+    assert (len(dataset.train), len(dataset.test), dataset.num_classes, dataset.image_shape) == (1442, 355, 10, (1, 32, 32))
+    for label in range(10):
+        here, there = int((dataset.train.labels == label).sum()), int((dataset.test.labels == label).sum())
+        assert there == (here + there) // 5
+        assert here + there == int((source.target == label).sum())
+    rows = [bytes(image.numpy().tobytes()) for image in torch.cat([dataset.train.images, dataset.test.images])]
+    assert len(rows) == 1797
+    assert not set(rows[:1442]) & set(rows[1442:]), "no test image is in the training set"
+    assert dataset.fingerprint == datasets.load("digits").fingerprint
+    assert datasets.load("digits", image_size=16).image_shape == (1, 16, 16)
+    assert datasets.load("digits", image_size=16).fingerprint != dataset.fingerprint
+
+
+# --- folders and shards ------------------------------------------------------------------------------------------
+
+
+def picture(value: int, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
+    """(width, height); a gradient that depends on `value`, different in each channel."""
+    rows, columns = np.mgrid[0 : size[1], 0 : size[0]]
+    planes = [(value * 7 + k * 31 + rows * 3 + columns * 2) % 256 for k in range(3)]
+    return Image.fromarray(np.stack(planes, -1).astype(np.uint8)).convert(mode)
+
+
+def encoded(image: Image.Image, form: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, form)
+    return stream.getvalue()
+
+
+def image_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), test: str | None = "test", size: tuple[int, int] = (12, 12)) -> Path:
+    for split, count in (("train", 3), *(((test, 2),) if test else ())):
+        for number, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                picture(10 * number + i + (100 if split == test else 0), size).save(folder / f"{i}.png")
+    return root
+
+
+def shards(
+    root: Path,
+    *,
+    column: str = "img",
+    label: str = "label",
+    form: str = "PNG",
+    struct: bool = True,
+    train: tuple[int, ...] = (2, 1),
+    test: str = "test",
+    size: tuple[int, int] = (12, 12),
+) -> Path:
+    """Shards in the hub's layout: train-00000-of-0000N.parquet ... with the labels 0, 1, 2 in turn."""
+    root.mkdir(parents=True, exist_ok=True)
+    start = 0
+    for k, count in enumerate((*train, 2)):
+        data = [encoded(picture(start + i, size), form) for i in range(count)]
+        cells: list[Any] = [{"bytes": cell, "path": None} for cell in data] if struct else data
+        name = f"train-{k:05}-of-{len(train):05}" if k < len(train) else f"{test}-00000-of-00001"
+        pq.write_table(pa.table({column: cells, label: [(start + i) % 3 for i in range(count)]}), root / f"{name}.parquet")
+        start += count
+    return root
+
+
+def test_image_folder_reads_pixels_labels_and_names(tmp_path: Path) -> None:
+    dataset = datasets.load("pets", str(image_folder(tmp_path / "data")))
+    assert dataset.class_names == ("cat", "dog") and dataset.image_shape == (3, 12, 12)
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1] and dataset.test.labels.tolist() == [0, 0, 1, 1]
+    for row, value in zip(dataset.train.images, (0, 1, 2, 10, 11, 12), strict=True):
+        assert np.array_equal(row.numpy(), np.asarray(picture(value)).transpose(2, 0, 1))
+    assert np.array_equal(dataset.test.images[3].numpy(), np.asarray(picture(111)).transpose(2, 0, 1))
+
+
+def test_classes_that_are_numbers_are_in_numerical_order(tmp_path: Path) -> None:
+    dataset = datasets.load("numbers", str(image_folder(tmp_path / "data", ("10", "9", "2"))))
+    assert dataset.class_names == ("2", "9", "10")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_other_names_of_a_test_split(tmp_path: Path, name: str) -> None:
+    assert len(datasets.load("pets", str(image_folder(tmp_path / "data", test=name))).test) == 4
+
+
+def test_grey_and_resized(tmp_path: Path) -> None:
+    root = str(image_folder(tmp_path / "data", size=(20, 14)))
+    assert datasets.load("pets", root).image_shape == (3, 14, 20), "height before width"
+    dataset = datasets.load("pets", root, image_size=8, grey=True)
+    assert dataset.image_shape == (1, 8, 8)
+    wanted = picture(0, (20, 14), "L").resize((8, 8), Image.Resampling.BILINEAR)
+    assert np.array_equal(dataset.train.images[0, 0].numpy(), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("column", ["img", "image"])
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_shards_in_the_hubs_layout(tmp_path: Path, column: str, form: str) -> None:
+    root = shards(tmp_path / "data", column=column, form=form)
+    dataset = datasets.load("hub", str(root))
+    assert dataset.train.labels.tolist() == [0, 1, 2] and dataset.test.labels.tolist() == [0, 1]
+    assert dataset.class_names == ("0", "1", "2")
+    if form == "PNG":  # lossless: the pixels are exact, and in the order of the shards
+        for i, row in enumerate([*dataset.train.images, *dataset.test.images]):
+            assert np.array_equal(row.numpy(), np.asarray(picture(i)).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("struct", "label", "test"), [(False, "label", "test"), (True, "labels", "test"), (True, "fine_label", "validation")])
+def test_other_layouts_of_shards(tmp_path: Path, struct: bool, label: str, test: str) -> None:
+    dataset = datasets.load("hub", str(shards(tmp_path / "data", struct=struct, label=label, test=test)))
+    assert (len(dataset.train), len(dataset.test)) == (3, 2)
+    assert np.array_equal(dataset.train.images[2].numpy(), np.asarray(picture(2)).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["aa", "bb", "cc"],
+        [{"label": 2, "name": "cc"}, {"label": 0, "name": "aa"}, {"label": 1, "name": "bb"}],
+        {"0": "aa", "1": "bb", "2": "cc"},
+        {"classes": ["aa", "bb", "cc"]},
+        {"names": {"0": "aa", "1": "bb", "2": "cc"}},
+    ],
+)
+def test_class_names_from_classes_json(tmp_path: Path, content: Any) -> None:
+    root = shards(tmp_path / "data")
+    (root / "classes.json").write_text(json.dumps(content))
+    assert datasets.load("hub", str(root)).class_names == ("aa", "bb", "cc")
+
+
+def _empty(root: Path) -> Path:
+    root.mkdir()
+    return root
+
+
+def _no_test(root: Path) -> Path:
+    return image_folder(root, test=None)
+
+
+def _no_images(root: Path) -> Path:
+    (root / "train" / "cat").mkdir(parents=True)
+    (root / "test" / "cat").mkdir(parents=True)
+    return root
+
+
+def _no_test_shards(root: Path) -> Path:
+    shards(root)
+    next(root.glob("test*")).unlink()
+    return root
+
+
+def _other_shapes(root: Path) -> Path:
+    picture(1, (13, 12)).save(image_folder(root) / "train" / "dog" / "9.png")
+    return root
+
+
+def _not_an_image(root: Path) -> Path:
+    (image_folder(root) / "train" / "dog" / "9.png").write_bytes(b"not a picture")
+    return root
+
+
+def _not_parquet(root: Path) -> Path:
+    (shards(root) / "train-00000-of-00002.parquet").write_bytes(b"not a table")
+    return root
+
+
+def _bad_cell(root: Path) -> Path:
+    shards(root)
+    pq.write_table(pa.table({"img": [{"bytes": b"no picture", "path": None}], "label": [0]}), root / "train-00000-of-00002.parquet")
+    return root
+
+
+def _few_names(root: Path) -> Path:
+    (shards(root) / "classes.json").write_text('["only one"]')
+    return root
+
+
+def _odd_names(root: Path) -> Path:
+    (shards(root) / "classes.json").write_text("3")
+    return root
+
+
+def _negative_label(root: Path) -> Path:
+    shards(root)
+    pq.write_table(pa.table({"img": [{"bytes": encoded(picture(1)), "path": None}], "label": [-1]}), root / "train-00000-of-00002.parquet")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_empty, "expected .*parquet shards or train/"),
+        (_no_test, "expected test/ or val/ beside train/"),
+        (_no_images, "no images"),
+        (_no_test_shards, r"expected shards named train\*.parquet and test\*.parquet"),
+        (lambda root: shards(root, column="picture"), "expected a column img or image, found picture"),
+        (lambda root: shards(root, label="class"), "expected a column label"),
+        (_other_shapes, "different shapes .*--image_size"),
+        (_not_an_image, "9.png: not a readable image"),
+        (_not_parquet, "train-00000-of-00002.parquet: not a readable parquet file"),
+        (_bad_cell, "not a readable image"),
+        (_few_names, "classes.json: 1 class names, but labels up to 2"),
+        (_odd_names, "classes.json"),
+        (_negative_label, "label"),
+    ],
+)
+def test_unreadable_data_is_one_line(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        datasets.load("mine", str(make(tmp_path / "data")))
+
+
+def test_resizing_makes_one_shape_of_many(tmp_path: Path) -> None:
+    assert datasets.load("mine", str(_other_shapes(tmp_path / "data")), image_size=12).image_shape == (3, 12, 12)
+
+
+# --- names, cache, network ---------------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"unknown data set 'cifar1O'.* Did you mean 'cifar10'"):
+        datasets.load("cifar1O")
+    with pytest.raises(UserError, match="no such folder"):
+        datasets.load("mine", "/no/such/folder")
+
+
+def test_missing_data_without_a_network_is_one_line_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    began = time.perf_counter()
+    with pytest.raises(UserError, match="there is no network to download it: pass --dataset_path"):
+        datasets.load("cifar10")
+    assert time.perf_counter() - began < 10
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Dataset, Path]]:
+    """A data set with a cache folder of its own, its source deleted."""
+    monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "cache"))
+    dataset = datasets.load("pets", str(image_folder(tmp_path / "data")))
+    (folder,) = (tmp_path / "cache").iterdir()
+    yield dataset, folder
+
+
+def test_the_cache_is_found_by_content(cached: tuple[Dataset, Path], tmp_path: Path) -> None:
+    dataset, folder = cached
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    again = datasets.load("pets", str(tmp_path / "elsewhere"))
+    assert again.fingerprint == dataset.fingerprint
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name], "the same content is not read twice"
+    found = datasets.find("pets", dataset.fingerprint)
+    assert torch.equal(found.train.images, dataset.train.images) and found.class_names == dataset.class_names
+    picture(77).save(tmp_path / "elsewhere" / "train" / "cat" / "0.png")
+    assert datasets.load("pets", str(tmp_path / "elsewhere")).fingerprint != dataset.fingerprint
+    with pytest.raises(UserError, match="not in the cache"):
+        datasets.find("pets", "0" * 64)
+
+
+@pytest.mark.parametrize("file", ["train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy"])
+def test_a_changed_byte_in_the_cache_is_refused(cached: tuple[Dataset, Path], tmp_path: Path, file: str) -> None:
+    _, folder = cached
+    data = bytearray((folder / file).read_bytes())
+    data[-1] ^= 1
+    (folder / file).write_bytes(data)
+    with pytest.raises(UserError, match=f"{folder.name} is damaged: delete that folder"):
+        datasets.load("pets", str(tmp_path / "data"))
+    data[-1] ^= 1
+    (folder / file).write_bytes(data)
+    datasets.load("pets", str(tmp_path / "data"))
+
+
+def test_a_damaged_cache_entry_is_refused(cached: tuple[Dataset, Path], tmp_path: Path) -> None:
+    _, folder = cached
+    for damage in ("meta.json", "train_images.npy"):
+        content = (folder / damage).read_bytes()
+        (folder / damage).write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match="damaged"):
+            datasets.load("pets", str(tmp_path / "data"))
+        (folder / damage).write_bytes(content)
+    assert [entry["name"] for entry in datasets.cached()] == ["pets"]
+
+
+# --- CIFAR-10 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cifar
+@pytest.mark.skipif(not helpers.CIFAR10.is_dir(), reason="the CIFAR-10 shards are not in shared/data/cifar10 beside the checkout")
+def test_a_few_rows_of_the_cifar10_shards(tmp_path: Path) -> None:
+    root = tmp_path / "cifar10"
+    root.mkdir()
+    for split in ("train", "test"):
+        source = pq.ParquetFile(sorted(helpers.CIFAR10.glob(f"{split}-*.parquet"))[0])
+        rows = next(source.iter_batches(batch_size=64))
+        pq.write_table(pa.Table.from_batches([rows]), root / f"{split}-00000-of-00001.parquet")
+    (root / "classes.json").write_text((helpers.CIFAR10 / "classes.json").read_text())
+    dataset = datasets.load("cifar10", str(root))
+    assert (len(dataset.train), len(dataset.test)) == (64, 64)
+    assert dataset.class_names[:3] == ("airplane", "automobile", "bird") and dataset.num_classes == 10
+    assert dataset.image_shape == (3, 32, 32)
+    row = pq.read_table(root / "test-00000-of-00001.parquet").to_pylist()[5]
+    assert int(dataset.test.labels[5]) == row["label"]
+    with Image.open(io.BytesIO(row["img"]["bytes"])) as image:
+        assert np.array_equal(dataset.test.images[5].numpy(), np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+    mean, std = channel_statistics(dataset.train)
+    assert np.allclose(mean, (0.4914, 0.4822, 0.4465), atol=0.06) and np.allclose(std, (0.247, 0.243, 0.261), atol=0.06)

@@ -1,0 +1,299 @@
+"""DAU's losses against arithmetic, its pool and its heads on features with a planted group."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backdoorlab import registry
+from backdoorlab.errors import UserError
+from backdoorlab.features import Features
+from backdoorlab.run import Run
+
+dau: Any = registry.load("defense", "dau").module
+K = 10
+
+
+def logits(n: int = 50, scale: float = 3.0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(0)
+    return scale * torch.randn(n, K, generator=draws, dtype=dtype), torch.randint(0, K, (n,), generator=draws)
+
+
+def new_run(folder: Path, seed: int = 0) -> Run:
+    return Run(folder, seed=seed, device=torch.device("cpu"), precision="fp32")
+
+
+# --- losses ------------------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_and_cce_are_their_definitions() -> None:
+    z, y = logits()
+    p = z.softmax(1).gather(1, y[:, None]).squeeze(1)
+    assert torch.allclose(dau.cce(z, y), -torch.log(1 - p), rtol=1e-10, atol=1e-12)
+    assert torch.allclose(dau.cross_entropy(z, y), -torch.log(p), rtol=1e-10, atol=1e-12)
+    assert torch.allclose(dau.cross_entropy(z, y), F.cross_entropy(z, y, reduction="none"), rtol=1e-10)
+
+
+def test_losses_take_heads_and_batches_of_any_shape() -> None:
+    z, y = logits(24)
+    for loss in (dau.cce, dau.cross_entropy):
+        assert torch.allclose(loss(z.view(2, 3, 4, K), y.view(2, 3, 4)), loss(z, y).view(2, 3, 4))
+
+
+def test_the_gradient_of_cce_is_the_odds_times_the_gradient_of_ascent() -> None:
+    z, y = logits()
+    z.requires_grad_()
+    cce = torch.autograd.grad(dau.cce(z, y).sum(), z)[0]
+    ascent = torch.autograd.grad(-dau.cross_entropy(z, y).sum(), z)[0]
+    p = z.detach().softmax(1).gather(1, y[:, None])
+    assert torch.allclose(cce, p / (1 - p) * ascent, rtol=1e-8, atol=1e-12)
+    assert not torch.allclose(cce, ascent, rtol=0.1)
+
+
+@pytest.mark.parametrize("certainty", [10.0, 30.0, 100.0, 1000.0])
+def test_cce_pushes_where_the_backdoor_is_intact_and_clamping_does_not(certainty: float) -> None:
+    z = torch.zeros(1, K)
+    z[0, 3] = certainty
+    z.requires_grad_()
+    y = torch.tensor([3])
+    loss = dau.cce(z, y)
+    gradient = torch.autograd.grad(loss.sum(), z)[0]
+    assert loss.item() == pytest.approx(certainty - math.log(K - 1), rel=1e-3)
+    assert gradient[0, 3].item() == pytest.approx(1.0, rel=1e-3) and torch.isfinite(gradient).all()
+    clamped = -(1 - z.softmax(1)[0, 3]).clamp_min(1e-7).log()
+    if certainty >= 30:
+        assert not torch.autograd.grad(clamped, z)[0].any(), "the clamped form has no gradient exactly there"
+
+
+def test_cce_vanishes_once_the_label_is_unlearned_and_ascent_does_not() -> None:
+    z = torch.zeros(1, K)
+    z[0, 3] = -20.0
+    z.requires_grad_()
+    y = torch.tensor([3])
+    assert torch.autograd.grad(dau.cce(z, y).sum(), z)[0].abs().max() < 1e-8
+    assert torch.autograd.grad(-dau.cross_entropy(z, y).sum(), z)[0].abs().max() > 0.99
+
+
+@pytest.mark.parametrize("loss", ["cce", "both", "gga"])
+def test_unlearning_loss_by_hand(loss: str) -> None:
+    # Two classes; p_y = 0.8 (clean), 0.5 (clean), 0.9, 0.001 (poison).
+    p = torch.tensor([0.8, 0.5, 0.9, 0.001], dtype=torch.float64)
+    z = torch.stack([torch.log(p / (1 - p)), torch.zeros(4, dtype=torch.float64)], 1)
+    y, poisoned = torch.zeros(4, dtype=torch.int64), torch.tensor([False, False, True, True])
+    config = dau.Config(loss=loss, alpha2=2.0, beta2=3.0, tau=0.2, ascent_cap=4.0)
+    learned = 2.0 * (-math.log(0.8) - math.log(0.5))
+    unlearned = {
+        "cce": -math.log(0.1) - math.log(0.999),
+        "gga": math.log(0.9) + math.log(0.001),
+        # The second poison's cross-entropy is 6.9, above the cap of 4.
+        "both": -math.log(0.1) - math.log(0.999) - 0.2 * (-math.log(0.9) + 4.0),
+    }[loss]
+    assert dau.unlearning_loss(z, y, poisoned, config).item() == pytest.approx((learned + 3.0 * unlearned) / 4, rel=1e-9)
+    uncapped = dau.Config(loss=loss, alpha2=2.0, beta2=3.0, tau=0.2, ascent_cap=None)
+    difference = dau.unlearning_loss(z, y, poisoned, config) - dau.unlearning_loss(z, y, poisoned, uncapped)
+    wanted = 3.0 * 0.2 * (-math.log(0.001) - 4.0) / 4 if loss == "both" else 0.0
+    assert difference.item() == pytest.approx(wanted, abs=1e-9)
+
+
+def test_the_cap_stops_the_push_of_ascent() -> None:
+    z = torch.tensor([[-8.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    y, poisoned = torch.tensor([0]), torch.tensor([True])
+    gradients = [
+        torch.autograd.grad(dau.unlearning_loss(z, y, poisoned, dau.Config(loss="both", tau=1.0, ascent_cap=cap)), z)[0].abs().max().item()
+        for cap in (4.0, None)
+    ]
+    assert gradients[0] < 1e-3 and gradients[1] > 0.9
+
+
+def test_an_unpoisoned_batch_is_plain_cross_entropy() -> None:
+    z, y = logits()
+    for loss in ("cce", "both", "gga"):
+        value = dau.unlearning_loss(z, y, torch.zeros(len(y), dtype=torch.bool), dau.Config(loss=loss))
+        assert torch.allclose(value, F.cross_entropy(z, y))
+
+
+def stationary(mixed: float, config: Any, steps: int = 4000) -> float:
+    """p_y that gradient descent reaches for a tight cluster of which a fraction `mixed` is still in the clean part."""
+    n = 100
+    z = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    poisoned = torch.arange(n) >= round(mixed * n)
+    labels = torch.zeros(n, dtype=torch.int64)
+    optimizer = torch.optim.SGD([z], lr=1.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        dau.unlearning_loss(z.expand(n, -1), labels, poisoned, config).backward()
+        optimizer.step()
+    return z.softmax(1)[0, 0].item()
+
+
+@pytest.mark.parametrize("mixed", [0.05, 0.2, 0.5])
+def test_cce_alone_leaves_the_backdoor_at_the_mixed_in_share(mixed: float) -> None:
+    assert stationary(mixed, dau.Config(loss="cce")) == pytest.approx(mixed, abs=2e-3)
+
+
+@pytest.mark.parametrize("mixed", [0.05, 0.1, 0.3, 0.5])
+def test_a_share_of_ascent_lowers_that_to_the_predicted_odds(mixed: float) -> None:
+    tau = 0.2
+    odds = max(0.0, (mixed - tau * (1 - mixed)) / (1 - mixed))
+    found = stationary(mixed, dau.Config(loss="both", tau=tau, ascent_cap=None))
+    assert found == pytest.approx(odds / (1 + odds), abs=5e-3)
+    assert found < mixed - 0.02, "less than CCE alone leaves"
+
+
+# --- statistics --------------------------------------------------------------------------------------------------
+
+
+def test_sarle_of_known_distributions() -> None:
+    two = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat(500)
+    uneven = torch.cat([torch.zeros(900), torch.ones(100)]).double()
+    uniform = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    normal = torch.special.ndtri((torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000)
+    assert dau.sarle(two) == pytest.approx(1, abs=1e-9)
+    assert dau.sarle(uneven) == pytest.approx(1, abs=1e-9), "whatever the sizes of the two groups"
+    assert dau.sarle(uniform) == pytest.approx(5 / 9, abs=1e-4)
+    assert dau.sarle(normal) == pytest.approx(1 / 3, abs=1e-3)
+    assert dau.sarle(7 * normal - 3) == pytest.approx(dau.sarle(normal), abs=1e-9)
+
+
+@pytest.mark.parametrize("x", [[], [1.0], [1.0, 2.0, 3.0], [5.0] * 20])
+def test_sarle_of_too_little_is_zero(x: list[float]) -> None:
+    assert dau.sarle(torch.tensor(x, dtype=torch.float64)) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_means_is_the_best_cut(seed: int) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    x = torch.randn(41, generator=draws, dtype=torch.float64)
+    x[: 5 + seed] += seed
+    upper = dau.two_means(x)
+
+    def cost(mask: Tensor) -> float:
+        return sum(float((x[part] - x[part].mean()).square().sum()) for part in (mask, ~mask))
+
+    ordered = x.sort().values
+    best = min(cost(x > cut) for cut in ordered[:-1])
+    assert cost(upper) == pytest.approx(best, abs=1e-9)
+    assert upper.any() and not upper.all() and x[upper].min() > x[~upper].max()
+
+
+def test_first_component_is_the_direction_of_largest_variance() -> None:
+    draws = torch.Generator().manual_seed(0)
+    direction = F.normalize(torch.randn(8, generator=draws, dtype=torch.float64), dim=0)
+    along = 5 * torch.randn(300, generator=draws, dtype=torch.float64)
+    x = along[:, None] * direction + 0.1 * torch.randn(300, 8, generator=draws, dtype=torch.float64) + 100
+    found = dau.first_component(x)
+    assert torch.corrcoef(torch.stack([found, along]))[0, 1].abs() > 0.999
+    assert found.var() == pytest.approx(float(along.var()), rel=0.01)
+    assert len(dau.first_component(torch.zeros(0, 8))) == 0
+
+
+def test_information_needs_sure_and_diverse_predictions() -> None:
+    sure = torch.eye(K, dtype=torch.float64).repeat(7, 1)
+    assert dau.information(sure) == pytest.approx(math.log(K))
+    assert dau.information(sure[:1].expand(30, -1)) == pytest.approx(0, abs=1e-12), "sure, but always the same"
+    assert dau.information(torch.full((30, K), 1 / K, dtype=torch.float64)) == pytest.approx(0, abs=1e-12), "diverse, but unsure"
+    half = 0.5 * sure + 0.5 / K
+    assert 0 < dau.information(half) < math.log(K)
+
+
+# --- pool and heads on synthetic features ------------------------------------------------------------------------
+
+N_CLASS, PLANTED, TARGET = 80, 60, 3
+
+
+def features(planted: int = PLANTED, *, foreign: bool = True, seed: int = 0) -> tuple[Features, Tensor]:
+    """Ten clean classes, and `planted` samples of label TARGET in a group of their own. Returns them and the planted mask.
+
+    foreign: early features of the planted samples are those of other classes, as poison's are; otherwise their own class's.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(K).repeat_interleave(N_CLASS), torch.full((planted,), TARGET)])
+    is_planted = torch.arange(len(labels)) >= K * N_CLASS
+    true = labels.clone()
+    if foreign:
+        others = torch.tensor([k for k in range(K) if k != TARGET])
+        true[is_planted] = others[torch.arange(planted) % len(others)]
+    n = len(labels)
+    pooled = 4 * F.one_hot(labels, 16).float() + 0.3 * torch.randn(n, 16, generator=draws)
+    pooled[is_planted, TARGET] -= 2
+    pooled[is_planted, 12] += 6
+    early = 3 * F.one_hot(true, 20).float() + 0.3 * torch.randn(n, 20, generator=draws)
+    head = head_of()
+    return Features(pooled, early, (pooled @ head.weight.detach().T + head.bias.detach()), labels), is_planted
+
+
+def head_of() -> nn.Linear:
+    """A head that takes every sample, planted ones too, for its label."""
+    head = nn.Linear(16, K)
+    with torch.no_grad():
+        head.weight.copy_(4 * torch.eye(K, 16))
+        head.weight[TARGET, 12] = 4
+        head.bias.zero_()
+    return head
+
+
+def test_the_bimodal_pool_finds_the_planted_group(tmp_path: Path) -> None:
+    data, planted = features()
+    assert (data.logits.argmax(1) == data.labels).all()
+    run = new_run(tmp_path)
+    pool = dau.bimodal_pool(data, 20, K, dau.Config(), run)
+    assert int(pool.sum()) == 20 and not (pool & ~planted).any(), "pure"
+    assert any(f"label {TARGET} has features in two groups" in note and "taken for poison" in note for note in run.notes)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_bimodal_pool_finds_nothing_in_clean_features(tmp_path: Path, seed: int) -> None:
+    data, _ = features(planted=0, seed=seed)
+    run = new_run(tmp_path)
+    assert not dau.bimodal_pool(data, 20, K, dau.Config(), run).any()
+    assert any("no poison found" in note for note in run.notes)
+
+
+def test_two_styles_of_one_class_are_not_poison(tmp_path: Path) -> None:
+    data, _ = features(foreign=False)
+    run = new_run(tmp_path)
+    assert not dau.bimodal_pool(data, 20, K, dau.Config(), run).any()
+    assert any("two styles" in note for note in run.notes), "the label is bimodal all the same"
+
+
+def test_the_pool_is_at_most_half_of_the_group_and_drawn_from_the_seed(tmp_path: Path) -> None:
+    data, planted = features()
+    draw = lambda size, seed: dau.bimodal_pool(data, size, K, dau.Config(), new_run(tmp_path, seed))  # noqa: E731
+    large = draw(10_000, 0)
+    assert int(large.sum()) <= PLANTED // 2 and not (large & ~planted).any()
+    assert torch.equal(draw(15, 0), draw(15, 0))
+    assert not torch.equal(draw(15, 0), draw(15, 1))
+
+
+def test_heads_carry_the_pool_over_to_the_rest_of_the_group(tmp_path: Path) -> None:
+    data, planted = features()
+    pool = planted & (torch.arange(len(planted)) % 3 == 0)
+    config = dau.Config(head_batch_size=64, head_epochs=30)
+    found = {}
+    for beta in (0.0, 1000.0):
+        log_p = dau.anti_learn(data, pool, head_of(), beta, config, new_run(tmp_path))
+        assert log_p.shape == data.logits.shape and log_p.max() <= 0
+        found[beta] = log_p.gather(1, data.labels[:, None]).squeeze(1) < math.log(config.threshold)
+    hidden = planted & ~pool
+    assert found[1000.0][hidden].double().mean() >= 0.9, "the samples outside the pool are found"
+    assert found[1000.0][~planted].double().mean() <= 0.02
+    assert not found[0.0].any(), "without unlearning nothing is flagged"
+
+
+def test_anti_learning_leaves_the_models_own_head_alone_and_follows_the_seed(tmp_path: Path) -> None:
+    data, planted = features()
+    head, config = head_of(), dau.Config(head_epochs=2, heads=3)
+    before = head.weight.detach().clone()
+    runs = [dau.anti_learn(data, planted, head, 99.0, config, new_run(tmp_path, seed)) for seed in (0, 0, 1)]
+    assert torch.equal(head.weight, before)
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:
+    data, planted = features()
+    with pytest.raises(UserError, match="ends in a linear layer, got Sequential"):
+        dau.anti_learn(data, planted, nn.Sequential(nn.Linear(16, K)), 99.0, dau.Config(), new_run(tmp_path))

@@ -1,0 +1,173 @@
+"""One row a method: the backdoor was there before, and what the method promises holds after."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+
+from backdoorlab import files, registry
+from backdoorlab.__main__ import main
+from backdoorlab.record import Record
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a defense promises on the digits BadNets record; None where it promises nothing."""
+
+    flags: tuple[str, ...] = ()
+    asr: float | None = None
+    """Largest ASR after."""
+    drop: float = 0.03
+    """Largest loss of clean accuracy."""
+    precision: float | None = None
+    tpr: float | None = None
+
+
+ROWS = {
+    "dau": Row(asr=0.10, precision=0.9, tpr=0.8),
+    "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
+}
+
+
+def test_every_defense_has_a_row() -> None:
+    assert set(registry.available("defense")) == set(ROWS)
+
+
+@pytest.mark.parametrize("method", sorted(ROWS))
+def test_a_defense_keeps_its_promise(method: str, backdoored: Record, tmp_path: Path) -> None:
+    row, before = ROWS[method], backdoored.info["scores"]
+    assert before["asr"] >= 0.9 and before["clean_accuracy"] >= 0.9, "the backdoor is there"
+    record = helpers.copy(backdoored, tmp_path)
+    result = helpers.defend(method, record, "--score_every", "0", "--precision", "fp32", *row.flags)
+    assert result is not None
+    after = result["after"]
+    assert result["before"] == {key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")}
+    assert after["clean_accuracy"] >= before["clean_accuracy"] - row.drop and not result["collapsed"]
+    if row.asr is not None:
+        assert after["asr"] <= row.asr
+        assert result["der"] > 0.9 and after["robust_accuracy"] > before["robust_accuracy"] + 0.3
+    if row.precision is not None:
+        assert result["split"]["precision"] >= row.precision
+    if row.tpr is not None:
+        assert result["split"]["tpr"] >= row.tpr
+        flagged = files.read_tensors(record.folder / "defense" / method / "seed0" / "split.safetensors")[0]["flagged"]
+        assert int(flagged.sum()) == result["split"]["flagged"]
+    saved = files.read_tensors(record.folder / "defense" / method / "seed0" / "model.safetensors")[0]
+    original = record.model().state_dict()
+    assert any(not torch.equal(original[name], value) for name, value in saved.items()), "the defense did something"
+    assert result["assumes"] == list(registry.load("defense", method).assumes)
+    assert result["image_passes"]["forward"] > 0 and result["seconds"] > 0
+    assert sum(result["triggered_predictions"]) == len(record.test_poison)
+
+
+def test_dau_returns_a_model_that_was_never_attacked(tmp_path: Path) -> None:
+    record = helpers.attack("none", "clean", tmp_path, *helpers.WORKING)
+    assert record.info["scores"]["clean_accuracy"] >= 0.9
+    result = helpers.defend("dau", record, "--score_every", "0", "--precision", "fp32")
+    assert result is not None and any("no poison found" in note for note in result["notes"])
+    saved = files.read_tensors(record.folder / "defense" / "dau" / "seed0" / "model.safetensors")[0]
+    original = record.model().state_dict()
+    assert saved.keys() == original.keys() and all(torch.equal(original[name], value) for name, value in saved.items())
+    assert result["after"]["clean_accuracy"] == record.info["scores"]["clean_accuracy"]
+    assert result["after"]["asr"] is None and result["der"] is None
+    assert result["split"]["flagged"] == 0 and result["split"]["tpr"] is None
+
+
+PLUGIN = '''"""Shrink: multiply the last layer by a factor, which changes no prediction.
+
+Assumes: the poisoned model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from backdoorlab.cli import main
+from backdoorlab.config import DefenseConfig
+from backdoorlab.record import DefenderView
+from backdoorlab.run import Run
+
+ASSUMES = ("model",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DefenseConfig):
+    factor: float = 0.5
+    """What the last layer is multiplied by."""
+
+
+def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
+    model = view.model
+    with torch.no_grad():
+        for parameter in model.get_classifier().parameters():
+            parameter *= config.factor
+    run.note(f"shrunk by {config.factor:g}")
+    return model
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__))
+'''
+
+
+def test_a_new_defense_is_one_file(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    record = helpers.copy(tiny, tmp_path / "record")
+    (tmp_path / "mine" / "defense").mkdir(parents=True)
+    file = tmp_path / "mine" / "defense" / "shrink.py"
+    file.write_text(PLUGIN)
+    assert main(["list"]) == 0
+    assert "shrink" not in capsys.readouterr().out, "unknown without the folder"
+    assert main(["defense", "shrink", "--result_file", "tiny"]) == 2
+    assert "unknown defense 'shrink'" in capsys.readouterr().err
+
+    here = {"BACKDOORLAB_RECORDS": tmp_path / "record"}
+    by_name = helpers.command(
+        *("-m", "backdoorlab", "defense", "shrink", "--result_file", "tiny", "--factor", "0.25"),
+        cwd=tmp_path,
+        env=helpers.child_environment(**here, BACKDOORLAB_PLUGINS=tmp_path / "mine"),
+    )
+    assert by_name.returncode == 0, by_name.stderr
+    by_file = helpers.command(file, "--result_file", "tiny", "--run_name", "direct", cwd=tmp_path, env=helpers.child_environment(**here))
+    assert by_file.returncode == 0, by_file.stderr
+    assert "shrunk by 0.25" in by_name.stderr and "shrunk by 0.5" in by_file.stderr
+
+    original = record.model().state_dict()
+    for run, factor in (("seed0", 0.25), ("direct", 0.5)):
+        folder = record.folder / "defense" / "shrink" / run
+        saved = files.read_tensors(folder / "model.safetensors")[0]
+        assert torch.equal(saved["network.linear.weight"], factor * original["network.linear.weight"])
+        assert torch.equal(saved["network.conv1.weight"], original["network.conv1.weight"])
+        result = files.read_json(folder / "result.json")
+        assert result["after"]["clean_accuracy"] == result["before"]["clean_accuracy"] and result["config"]["factor"] == factor
+
+    monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
+    assert main(["list"]) == 0
+    assert "Shrink: multiply the last layer" in capsys.readouterr().out
+    assert main(["table", "--format", "csv"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "shrink" in line]
+    assert [row.split(",")[2] for row in rows] == ["shrink (direct)", "shrink"]
+
+
+@pytest.mark.parametrize(("missing", "text"), [("ASSUMES", 'ASSUMES = ("model",)'), ("defend", "def defend"), ("Config", "class Config")])
+def test_a_file_that_lacks_something_says_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, text: str) -> None:
+    folder = tmp_path / "mine" / "defense"
+    folder.mkdir(parents=True)
+    (folder / "partly.py").write_text(PLUGIN.replace(text, text.replace(missing, "Something")).replace("config: Config,", "config: DefenseConfig,"))
+    monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
+    with pytest.raises(registry.UserError, match=f"this one lacks {missing}"):
+        registry.load("defense", "partly")
+
+
+def test_a_method_gets_only_what_its_file_assumes(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = helpers.copy(tiny, tmp_path / "record")
+    folder = tmp_path / "mine" / "defense"
+    folder.mkdir(parents=True)
+    (folder / "greedy.py").write_text(PLUGIN.replace("model = view.model", "model = view.model\n    view.train"))
+    monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
+    with pytest.raises(PermissionError, match="does not assume 'train'"):
+        helpers.defend("greedy", record)
+    (folder / "modest.py").write_text((folder / "greedy.py").read_text().replace('("model",)', '("model", "train")'))
+    assert helpers.defend("modest", record) is not None

@@ -1,0 +1,176 @@
+"""Models by name: the same layout as everybody's, normalisation inside, every image counted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from backdoorlab import engine, models
+from backdoorlab.data import Split
+from backdoorlab.errors import UserError
+from backdoorlab.features import extract
+from backdoorlab.metrics import predict
+from backdoorlab.models import PASSES, Classifier
+from backdoorlab.run import Run
+
+CPU = torch.device("cpu")
+OWN = [("preactresnet18", 4), ("preactresnet10", 4)]
+TIMM = ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_100"]
+
+
+def build(name: str, width: int | None = None, channels: int = 3, num_classes: int = 10, image_size: int = 32) -> Classifier:
+    torch.manual_seed(0)
+    mean, std = [0.4, 0.5, 0.6][:channels], [0.2, 0.25, 0.3][:channels]
+    return models.build(name, num_classes=num_classes, in_chans=channels, mean=mean, std=std, width=width, image_size=image_size)
+
+
+def images(n: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:
+    return torch.rand(n, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def expected_names() -> set[str]:
+    """The state dict of the field's PreAct-ResNet18, spelled out."""
+    batch_norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = {"conv1.weight", "linear.weight", "linear.bias"}
+    for layer in range(1, 5):
+        for block in range(2):
+            start = f"layer{layer}.{block}"
+            names |= {f"{start}.bn{i}.{entry}" for i in (1, 2) for entry in batch_norm} | {f"{start}.conv{i}.weight" for i in (1, 2)}
+        if layer > 1:
+            names.add(f"layer{layer}.0.shortcut.0.weight")
+    return names
+
+
+def test_preactresnet18_has_the_layout_that_benchmarks_share() -> None:
+    model = build("preactresnet18")
+    state = model.network.state_dict()
+    assert len(state) == 102
+    assert set(state) == expected_names()
+    assert sum(p.numel() for p in model.parameters()) == 11_171_146
+    assert tuple(state["linear.weight"].shape) == (10, 512)
+    assert sum(p.numel() for p in build("preactresnet10").parameters()) < 6e6
+
+
+def test_width_scales_every_stage() -> None:
+    model = build("preactresnet18", 16)
+    assert [model.network.get_submodule(f"layer{i}")(x).shape[1] for i, x in ((1, torch.rand(1, 16, 8, 8)),)] == [16]
+    assert tuple(model.network.linear.weight.shape) == (10, 128)
+    assert [info["num_chs"] for info in model.network.feature_info] == [16, 32, 64, 128]
+
+
+@pytest.mark.parametrize(("name", "width"), [*OWN, *((name, None) for name in TIMM)])
+def test_head_of_features_is_the_model(name: str, width: int | None) -> None:
+    model = build(name, width).eval()
+    x = images()
+    with torch.no_grad():
+        logits = model(x)
+        assert logits.shape == (4, 10) and torch.isfinite(logits).all()
+        assert torch.allclose(model.forward_head(model.forward_features(x)), logits, atol=1e-6)
+        pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+        assert pooled.dim() == 2
+        assert torch.allclose(model.get_classifier()(pooled), logits, atol=1e-5), "the classifier is linear in what it sees"
+    assert not torch.allclose(logits[0], logits[1]), "different images have different logits"
+
+
+@pytest.mark.parametrize(("name", "width"), [*OWN, *((name, None) for name in TIMM)])
+def test_features_of_a_whole_split(name: str, width: int | None, tmp_path: Path) -> None:
+    model = build(name, width)
+    split = Split((images(6) * 255).byte(), torch.arange(6))
+    features = extract(model, split, Run(tmp_path, seed=0, device=CPU, precision="fp32"))
+    assert not model.training
+    with torch.no_grad():
+        assert torch.allclose(features.logits, model(split.images.float() / 255), atol=1e-4)
+        assert torch.allclose(model.get_classifier()(features.pooled), features.logits, atol=1e-4)
+    assert features.early.shape[0] == 6 and features.early.shape[1] % 2 == 0 and torch.isfinite(features.early).all()
+    assert (features.early.std(0) > 0).any(), "early features differ between images"
+    assert not [m for m in model.modules() if m._forward_hooks], "the hook is removed"
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_small_images_keep_some_positions(name: str) -> None:
+    model = build(name).eval()
+    with torch.no_grad():
+        features = model.forward_features(images(1))
+    assert features[0].numel() // features.shape[1] > 1 or features.dim() == 3
+
+
+@pytest.mark.parametrize("name", ["preactresnet10", "resnet18"])
+def test_grey_images(name: str) -> None:
+    width = 4 if name in models.OWN else None
+    assert build(name, width, channels=1)(images(2, 1)).shape == (2, 10)
+
+
+def test_normalisation_is_inside_so_perturbations_live_in_pixel_space() -> None:
+    model = build("preactresnet10", 4).eval()
+    x = images()
+    with torch.no_grad():
+        by_hand = model.network((x - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) / torch.tensor([0.2, 0.25, 0.3]).view(1, 3, 1, 1))
+        assert torch.allclose(model(x), by_hand, atol=1e-6)
+        assert not torch.allclose(model(x), model.network(x), atol=1e-3), "the bare network wants normalised images"
+    x.requires_grad_()
+    inside = torch.autograd.grad(model(x).sum(), x)[0]
+    z = ((x - model.mean) / model.std).detach().requires_grad_()
+    outside = torch.autograd.grad(model.network(z).sum(), z)[0]
+    assert torch.allclose(inside, outside / model.std, rtol=1e-4, atol=1e-6), "a step of 1/255 is one grey level in every channel"
+
+
+def test_normalisation_is_not_trained_and_is_saved() -> None:
+    model = build("preactresnet10", 4)
+    assert {"mean", "std"} <= set(model.state_dict())
+    assert not {"mean", "std"} & {name for name, _ in model.named_parameters()}
+
+
+def test_the_seed_decides_the_initial_weights() -> None:
+    first, second = build("preactresnet10", 4), build("preactresnet10", 4)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    torch.manual_seed(1)
+    third = models.build("preactresnet10", num_classes=10, in_chans=3, mean=[0.5] * 3, std=[0.2] * 3, width=4)
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("preactresnet81", "preactresnet18"), ("resnet81", "resnet"), ("vgg19bn", "vgg19")])
+def test_a_wrong_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"unknown model {name!r}.* Did you mean '{nearest}"):
+        build(name)
+
+
+def test_width_is_refused_for_networks_that_have_none() -> None:
+    with pytest.raises(UserError, match="leave --width out"):
+        build("resnet18", 16)
+
+
+@pytest.mark.parametrize("width", [0, -4])
+def test_a_width_that_is_no_width_is_refused(width: int) -> None:
+    with pytest.raises(UserError, match="width"):
+        build("preactresnet10", width)
+
+
+def test_every_image_is_counted_forward_and_backward() -> None:
+    model = build("preactresnet10", 4)
+    start = (PASSES.forward, PASSES.backward)
+    loss = model(images(5)).sum()
+    assert (PASSES.forward - start[0], PASSES.backward - start[1]) == (5, 0)
+    loss.backward()
+    assert (PASSES.forward - start[0], PASSES.backward - start[1]) == (5, 5)
+    with torch.no_grad():
+        model(images(3))
+    assert (PASSES.forward - start[0], PASSES.backward - start[1]) == (8, 5)
+    x = images(2).requires_grad_()
+    torch.autograd.grad(model(x).sum(), x)
+    assert (PASSES.forward - start[0], PASSES.backward - start[1]) == (10, 7), "attacks on the image count too"
+
+
+def test_evaluation_is_not_counted() -> None:
+    model = build("preactresnet10", 4)
+    start = (PASSES.forward, PASSES.backward)
+    split = Split((images(7) * 255).byte(), torch.arange(7))
+    assert len(predict(model, split, CPU, lambda: engine.autocast(CPU, "fp32"))) == 7
+    assert (PASSES.forward, PASSES.backward) == start and not PASSES.paused
+
+
+def test_the_last_stage_is_behind_before_last_stage() -> None:
+    model = build("preactresnet18", 4)
+    assert model.before_last_stage() is model.network.layer3
+    for name in TIMM:
+        assert isinstance(build(name).before_last_stage(), nn.Module)

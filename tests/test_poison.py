@@ -1,0 +1,259 @@
+"""Who is poisoned and how, for every attack that is a function of images."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from torch import Tensor
+
+from backdoorlab import datasets, registry, triggers
+from backdoorlab.data import Split, batches
+from backdoorlab.engine import derived_generator
+from backdoorlab.errors import UserError
+from backdoorlab.poison import CROSS, POISON, Labels, Poison, check_rate, check_target, no_poison, poison_test, poison_train
+from backdoorlab.record import Record
+
+STATIC = [name for name in registry.available("attack") if registry.load("attack", name).function("stamp")]
+
+
+def config_of(attack: str, **values: Any) -> Any:
+    return registry.load("attack", attack).config_class(**values)
+
+
+def stamp_of(attack: str, **values: Any) -> Callable[[Tensor, Tensor, str], Tensor]:
+    return partial(registry.load("attack", attack).module.stamp, config=config_of(attack, **values))
+
+
+def pictures(n: int = 60, channels: int = 3, size: int = 32, num_classes: int = 10, seed: int = 0) -> Split:
+    """Random smooth-less pictures in the middle of the range, so that a trigger can move every pixel both ways."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(40, 200, (n, channels, size, size), dtype=torch.uint8, generator=generator)
+    return Split(images, torch.arange(n) % num_classes)
+
+
+def generator() -> torch.Generator:
+    return derived_generator(0, "test")
+
+
+@pytest.mark.parametrize("attack", STATIC)
+@pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 32), (3, 48)])
+def test_every_stamp_is_a_visible_function_of_image_and_index(attack: str, channels: int, size: int) -> None:
+    clean, stamp = pictures(channels=channels, size=size), stamp_of(attack)
+    before, index = clean.images.clone(), torch.arange(len(clean))
+    first = stamp(clean.images, index, "test")
+    assert torch.equal(clean.images, before), "a stamp must not write into the clean images"
+    assert first.dtype == torch.uint8 and first.shape == clean.images.shape
+    torch.manual_seed(1)
+    assert torch.equal(first, stamp(clean.images, index, "test")), "the same image and index give the same bytes"
+    changed = (first != clean.images).flatten(1).double().mean(1)
+    assert changed.min() >= 0.001, f"{attack} changes {changed.min():.5f} of an image's values"
+    assert not torch.equal(first[0], clean.images[0])
+
+
+@pytest.mark.parametrize("attack", STATIC)
+def test_a_stamp_does_not_depend_on_the_batch_around_an_image(attack: str) -> None:
+    clean, stamp = pictures(), stamp_of(attack)
+    whole = stamp(clean.images, torch.arange(len(clean)), "train")
+    some = torch.tensor([41, 3, 17])
+    assert torch.equal(stamp(clean.images[some], some, "train"), whole[some])
+    for i in some.tolist():
+        assert torch.equal(stamp(clean.images[i : i + 1], torch.tensor([i]), "train")[0], whole[i])
+
+
+@pytest.mark.parametrize("attack", STATIC)
+@pytest.mark.parametrize("rate", [0.1, 0.33, 1.0])
+def test_exactly_the_stated_share_differs(attack: str, rate: float) -> None:
+    clean = pictures()
+    poison = poison_train(clean, stamp_of(attack), Labels(0, "all2one", 10), poison_rate=rate, generator=generator())
+    received = poison.apply(clean)
+    count = round(rate * len(clean))
+    differs = (received.images != clean.images).flatten(1).any(1)
+    assert len(poison) == count and int(differs.sum()) == count
+    assert torch.equal(differs, poison.mask(len(clean)))
+    assert (received.labels[differs] == 0).all()
+    assert torch.equal(received.labels[~differs], clean.labels[~differs])
+
+
+@pytest.mark.parametrize("attack", STATIC)
+def test_what_is_stored_is_what_the_model_sees(attack: str, tmp_path: Path) -> None:
+    record = helpers.attack(attack, "r", tmp_path / "record", *helpers.TINY)
+    dataset = record.dataset()
+    poison, method = record.train_poison, registry.load("attack", attack)
+    config = method.config_class(**record.info["config"])
+    again = method.module.stamp(dataset.train.images[poison.index], poison.index, "train", config)
+    assert torch.equal(poison.images, again)
+    received = poison.apply(dataset.train)
+    seen = torch.cat([batch.images for batch in batches(received, 200, device=torch.device("cpu"))])
+    assert torch.equal(seen[poison.index], poison.images.float() / 255)
+    clean_rows = ~poison.mask(len(dataset.train))
+    assert torch.equal(seen[clean_rows], dataset.train.images[clean_rows].float() / 255)
+    again = method.module.stamp(dataset.test.images[record.test_poison.index], record.test_poison.index, "test", config)
+    assert torch.equal(record.test_poison.images, again)
+
+
+def test_victims_are_drawn_from_all_classes_and_by_the_generator_alone() -> None:
+    clean, labels = pictures(600), Labels(3, "all2one", 10)
+    draw = partial(poison_train, clean, stamp_of("badnet"), labels, poison_rate=0.5)
+    first, second = draw(generator=derived_generator(0, "victims")), draw(generator=derived_generator(0, "victims"))
+    other = draw(generator=derived_generator(1, "victims"))
+    assert torch.equal(first.index, second.index)
+    assert not torch.equal(first.index, other.index)
+    assert first.original_labels.unique().tolist() == list(range(10)), "the target class is poisoned too"
+    assert torch.equal(first.index, first.index.unique())
+    assert torch.equal(clean.labels[first.index], first.original_labels)
+    assert (first.kind == POISON).all()
+
+
+@pytest.mark.parametrize("position", ["corner", "random"])
+def test_badnet_paints_its_square_and_nothing_else(position: str) -> None:
+    clean = pictures()
+    stamped = stamp_of("badnet", position=position, patch_size=4, patch_value=255)(clean.images, torch.arange(len(clean)), "train")
+    changed = (stamped != clean.images).any(1)
+    assert (changed.flatten(1).sum(1) == 16).all()
+    assert (stamped[changed[:, None].expand_as(stamped)] == 255).all()
+    for i in range(len(clean)):
+        rows, columns = changed[i].nonzero().unbind(1)
+        assert int(rows.max() - rows.min()) == 3 and int(columns.max() - columns.min()) == 3
+    places = {tuple(changed[i].nonzero()[0].tolist()) for i in range(len(clean))}
+    assert (places == {(28, 28)}) == (position == "corner")
+
+
+@pytest.mark.parametrize(("size", "side"), [(32, 3), (64, 6), (224, 21), (8, 1)])
+def test_badnet_patch_grows_with_the_image(size: int, side: int) -> None:
+    clean = pictures(2, 1, size)
+    stamped = stamp_of("badnet")(clean.images, torch.arange(2), "test")
+    assert ((stamped != clean.images).flatten(1).sum(1) == side**2).all()
+    assert (stamped[:, :, -side:, -side:] == 255).all()
+
+
+def test_badnet_random_position_follows_seed_split_and_index() -> None:
+    clean = pictures(1).images.expand(50, -1, -1, -1)
+    index = torch.arange(50)
+    place = stamp_of("badnet", position="random")(clean, index, "train")
+    assert torch.equal(place, stamp_of("badnet", position="random")(clean, index, "train"))
+    assert not torch.equal(place, stamp_of("badnet", position="random")(clean, index, "test"))
+    assert not torch.equal(place, stamp_of("badnet", position="random", seed=1)(clean, index, "train"))
+    assert torch.equal(place[20:30], stamp_of("badnet", position="random")(clean[:10], index[20:30], "train"))
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("picture", ["cartoon", "noise"])
+def test_blended_is_the_rounded_mixture(alpha: float, picture: str) -> None:
+    clean = pictures(20)
+    stamped = stamp_of("blended", alpha=alpha, picture=picture)(clean.images, torch.arange(20), "train")
+    drawn = (triggers.cartoon if picture == "cartoon" else triggers.noise_picture)(0, 3, 32, 32)
+    exact = (1 - alpha) * clean.images.double() + alpha * drawn.double()
+    assert (stamped.double() - exact).abs().max() <= 0.5 + 1e-4, "rounded to nearest, not truncated"
+    assert (stamped.double() - clean.images.double()).abs().max() <= 255 * alpha + 0.5
+    assert (stamped.double() - exact).mean().abs() < 0.05, "truncation would be off by a half on average"
+
+
+def test_blended_alpha_one_is_the_picture_and_seeds_give_other_pictures() -> None:
+    clean = pictures(3)
+    whole = stamp_of("blended", alpha=1.0)(clean.images, torch.arange(3), "train")
+    assert torch.equal(whole, triggers.cartoon(0, 3, 32, 32).expand(3, -1, -1, -1))
+    assert not torch.equal(triggers.cartoon(0, 3, 32, 32), triggers.cartoon(1, 3, 32, 32))
+    assert not torch.equal(triggers.noise_picture(0, 3, 32, 32), triggers.noise_picture(1, 3, 32, 32))
+    assert triggers.cartoon(0, 1, 32, 32).shape == (1, 32, 32)
+
+
+def test_image_draws_are_uniform_and_belong_to_the_index() -> None:
+    index = torch.arange(4000)
+    draws = triggers.image_draws(0, "train", index, 2)
+    assert draws.shape == (4000, 2) and draws.min() >= 0 and draws.max() < 1
+    assert (draws.mean(0) - 0.5).abs().max() < 0.03
+    assert (draws.var(0) - 1 / 12).abs().max() < 0.01
+    assert torch.corrcoef(draws.T)[0, 1].abs() < 0.06
+    assert torch.equal(draws[100:103], triggers.image_draws(0, "train", index[100:103], 2))
+    assert not torch.equal(draws, triggers.image_draws(1, "train", index, 2))
+
+
+@pytest.mark.parametrize("attack", STATIC)
+def test_asr_set_all2one_leaves_the_target_class_out(attack: str) -> None:
+    clean = pictures()
+    poison = poison_test(clean, stamp_of(attack), Labels(7, "all2one", 10))
+    assert len(poison) == 54
+    assert not (poison.original_labels == 7).any()
+    assert (poison.labels == 7).all()
+    assert torch.equal(poison.index, (clean.labels != 7).nonzero().squeeze(1))
+
+
+def test_asr_set_all2all_is_every_image_with_the_next_label() -> None:
+    clean = pictures()
+    poison = poison_test(clean, stamp_of("badnet"), Labels(7, "all2all", 10))
+    assert torch.equal(poison.index, torch.arange(60))
+    assert torch.equal(poison.original_labels, clean.labels)
+    assert torch.equal(poison.labels, (clean.labels + 1) % 10)
+    assert poison.labels[9] == 0, "the last class becomes the first"
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.0001, 1.5, float("nan")])
+def test_a_rate_outside_its_range_is_refused(rate: float) -> None:
+    with pytest.raises(UserError, match="poison_rate must lie in"):
+        check_rate(rate)
+    with pytest.raises(UserError, match="poison_rate must lie in"):
+        poison_train(pictures(), stamp_of("badnet"), Labels(0, "all2one", 10), poison_rate=rate, generator=generator())
+    check_rate(1.0)
+    check_rate(0.001)
+
+
+def test_a_rate_that_is_no_image_is_refused() -> None:
+    with pytest.raises(UserError, match="no image at all"):
+        poison_train(pictures(), stamp_of("badnet"), Labels(0, "all2one", 10), poison_rate=0.001, generator=generator())
+
+
+@pytest.mark.parametrize("target", [-1, 10, 99])
+def test_a_target_outside_the_classes_is_refused(target: int) -> None:
+    with pytest.raises(UserError, match=r"target_label must lie in 0\.\.9"):
+        check_target(target, 10)
+    check_target(9, 10)
+
+
+@pytest.mark.parametrize(
+    ("attack", "values", "message"),
+    [
+        ("badnet", {"patch_size": 0}, "patch_size"),
+        ("badnet", {"patch_size": 33}, "patch_size"),
+        ("badnet", {"patch_value": 256}, "patch_value"),
+        ("blended", {"alpha": 0.0}, "alpha"),
+        ("blended", {"alpha": 1.1}, "alpha"),
+    ],
+)
+def test_trigger_options_outside_their_range_are_refused(attack: str, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        stamp_of(attack, **values)(pictures(2).images, torch.arange(2), "train")
+
+
+def test_a_stamp_that_changes_type_or_shape_is_a_defect() -> None:
+    clean = pictures(4)
+    for broken in (lambda images, _index, _split: images.float(), lambda images, _index, _split: images[..., :16]):
+        with pytest.raises(TypeError, match="a stamp maps uint8 images"):
+            poison_test(clean, broken, Labels(0, "all2one", 10))
+
+
+def test_mask_tells_poison_from_cross_images() -> None:
+    clean = pictures(6)
+    kind = torch.tensor([POISON, CROSS, POISON], dtype=torch.uint8)
+    poison = Poison(torch.tensor([0, 2, 5]), clean.images[[0, 2, 5]], torch.tensor([0, 2, 0]), clean.labels[[0, 2, 5]], kind)
+    assert poison.mask(6).tolist() == [True, False, False, False, False, True]
+    assert poison.mask(6, CROSS).tolist() == [False, False, True, False, False, False]
+
+
+def test_no_poison_leaves_every_byte_as_it_is() -> None:
+    clean = pictures()
+    received = no_poison(clean).apply(clean)
+    assert torch.equal(received.images, clean.images) and torch.equal(received.labels, clean.labels)
+    assert received.images.data_ptr() != clean.images.data_ptr()
+
+
+def test_no_attack_has_no_triggered_image_and_no_asr(tmp_path: Path) -> None:
+    record: Record = helpers.attack("none", "clean", tmp_path / "record", *helpers.TINY)
+    assert len(record.train_poison) == len(record.test_poison) == record.info["poisoned"] == 0
+    assert record.info["scores"]["asr"] is None and record.info["scores"]["robust_accuracy"] is None
+    assert record.info["scores"]["clean_accuracy"] > 0
+    received = record.train_poison.apply(datasets.load("digits", image_size=16).train)
+    assert torch.equal(received.images, datasets.load("digits", image_size=16).train.images)

@@ -1,0 +1,335 @@
+"""Kill and continue, refuse and replace: one run from start to finish gives one result."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+import torch
+
+from backdoorlab import config as configs
+from backdoorlab import files, registry, runner
+from backdoorlab.cli import main
+from backdoorlab.errors import UserError
+from backdoorlab.record import Record
+from backdoorlab.run import Run
+
+THREE = ("--image_size", "16", "--width", "4", "--epochs", "3", "--score_every", "0", "--precision", "fp32")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return files.read_tensors(folder / "model.safetensors")[0]
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def kill_when(path: Path, arguments: list[str]) -> None:
+    """Start `python ARGUMENTS` and kill it without warning once `path` is there."""
+    process = subprocess.Popen([sys.executable, *arguments], env=helpers.child_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert path.exists()
+
+
+def test_a_killed_attack_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    root = tmp_path / "record"
+    whole = helpers.attack("badnet", "whole", root, *THREE)
+    arguments = [str(helpers.CHECKOUT / "attack" / "badnet.py"), "--save_folder_name", "killed", "--record_root", str(root), *THREE]
+    kill_when(root / "killed.partial" / "checkpoint-train.safetensors", arguments)
+    assert not (root / "killed").exists()
+    done = files.read_tensors(root / "killed.partial" / "checkpoint-train.safetensors")[1]["done"]
+    again = helpers.command(*arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing train after epoch {done} of 3" in again.stderr or done == 3
+    killed = Record.load("killed", root)
+    assert same(whole.folder, killed.folder)
+    assert killed.info["scores"] == whole.info["scores"] and killed.info["image_passes"] == whole.info["image_passes"]
+    assert not (root / "killed.partial").exists()
+    for name in ("model", "train_poison", "test_poison"):
+        assert files.sha256(whole.folder / f"{name}.safetensors") == files.sha256(killed.folder / f"{name}.safetensors"), name
+
+
+def test_a_killed_dau_continues_to_the_same_bytes(backdoored: Record, tmp_path: Path) -> None:
+    flags = ("--epochs", "3", "--score_every", "0", "--precision", "fp32")
+    record = helpers.copy(backdoored, tmp_path)
+    whole = helpers.defend("dau", record, *flags, "--run_name", "whole")
+    assert whole is not None and whole["image_passes"]["backward"] > 0, "there was something to unlearn"
+    folder = record.folder / "defense" / "dau"
+    arguments = [str(helpers.CHECKOUT / "defense" / "dau.py"), "--result_file", record.name, "--record_root", str(tmp_path)]
+    arguments += [*flags, "--run_name", "killed"]
+    kill_when(folder / "killed.partial" / "checkpoint-unlearn.safetensors", arguments)
+    assert not (folder / "killed").exists()
+    result = helpers.defend("dau", record, *flags, "--run_name", "killed")
+    assert result is not None
+    assert same(folder / "whole", folder / "killed")
+    for key in ("after", "split", "splits", "notes", "image_passes", "triggered_predictions"):
+        assert result[key] == whole[key], key
+    assert files.sha256(folder / "whole" / "model.safetensors") == files.sha256(folder / "killed" / "model.safetensors")
+    assert torch.equal(*(files.read_tensors(folder / run / "split.safetensors")[0]["flagged"] for run in ("whole", "killed")))
+
+
+class Stop(BaseException):
+    """Not an Exception, as a signal is not."""
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    real, count = Run.step, [0]
+
+    def stopping(self: Run, *args: Any) -> None:
+        count[0] += 1
+        if count[0] == step:
+            raise Stop
+        real(self, *args)
+
+    monkeypatch.setattr(Run, "step", stopping)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--schedule", "onecycle", "--flip", "True"),
+        ("--schedule", "cosine", "--optimizer", "adam", "--lr", "0.001"),
+        ("--schedule", "plateau"),
+        ("--schedule", "constant", "--model", "mobilenetv3_small_050", "--width", "None", "--batch_size", "256"),
+    ],
+)
+def test_an_interruption_within_an_epoch_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
+    """Dropout, batch statistics, momentum and schedule are all restored: one more epoch after the checkpoint is the same epoch."""
+    root, two = tmp_path / "record", (*THREE, "--epochs", "2", *flags)
+    whole = helpers.attack("badnet", "whole", root, *two)
+    steps = 1442 // whole.info["config"]["batch_size"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, steps + steps // 2)
+        with pytest.raises(Stop):
+            helpers.attack("badnet", "stopped", root, *two)
+    assert not (root / "stopped").exists() and (root / "stopped.partial").exists()
+    stopped = helpers.attack("badnet", "stopped", root, *two)
+    assert same(whole.folder, stopped.folder)
+    assert not same(whole.folder, helpers.attack("badnet", "other", root, *two, "--seed", "1").folder)
+
+
+def unfinished(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 23)
+        with pytest.raises(Stop):
+            helpers.attack("badnet", "r", root, *helpers.TINY, "--epochs", "2")
+
+
+def test_an_unfinished_run_is_continued_by_the_same_settings_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "record"
+    unfinished(root, monkeypatch)
+    for change, message in (
+        (("--lr", "0.05"), "lr 0.1 -> 0.05"),
+        (("--patch_size", "4"), "patch_size None -> 4"),
+        (("--epochs", "3"), "epochs 2 -> 3"),
+    ):
+        with pytest.raises(UserError, match=rf"other settings \({message}\)"):
+            helpers.attack("badnet", "r", root, *helpers.TINY, "--epochs", "2", *change)
+    with pytest.raises(UserError, match="other settings"):
+        helpers.attack("blended", "r", root, *helpers.TINY, "--epochs", "2")
+    assert (root / "r.partial" / "checkpoint-train.safetensors").exists(), "a refusal leaves it as it is"
+    record = helpers.attack("badnet", "r", root, *helpers.TINY, "--epochs", "2", "--debug", "True")
+    assert record.info["config"]["lr"] == 0.1
+
+
+def test_overwrite_starts_an_unfinished_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "record"
+    unfinished(root, monkeypatch)
+    record = helpers.attack("badnet", "r", root, *helpers.TINY, "--lr", "0.05", "--overwrite", "True")
+    assert record.info["config"]["lr"] == 0.05 and not (root / "r.partial").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "record"
+    unfinished(root, monkeypatch)
+    path = root / "r.partial" / "checkpoint-train.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"checkpoint-train.safetensors: damaged file .*--overwrite"):
+        helpers.attack("badnet", "r", root, *helpers.TINY, "--epochs", "2")
+
+
+def test_a_finished_record_is_replaced_only_when_told_and_only_by_a_finished_one(tmp_path: Path, tiny: Record) -> None:
+    record = helpers.copy(tiny, tmp_path)
+    before = weights(record.folder)
+    with pytest.raises(UserError, match=r"exists and is finished.*--overwrite True"):
+        helpers.attack("badnet", "tiny", tmp_path, *helpers.TINY)
+    with pytest.raises(UserError, match="diverged"):
+        helpers.attack("badnet", "tiny", tmp_path, *helpers.TINY, "--lr", "1e30", "--overwrite", "True")
+    assert all(torch.equal(before[name], value) for name, value in weights(record.folder).items()), "the old record outlives a failure"
+    again = helpers.attack("badnet", "tiny", tmp_path, *helpers.TINY, "--seed", "5", "--overwrite", "True")
+    assert again.info["seed"] == 5 and not all(torch.equal(before[name], value) for name, value in weights(again.folder).items())
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.name != "record") == ["tiny"]
+
+
+def test_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not ours to replace"):
+        helpers.attack("badnet", "thesis", tmp_path, *helpers.TINY, "--overwrite", "True")
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "record"
+    argv = ["--save_folder_name", "r", "--record_root", str(root), *helpers.TINY, "--lr", "1e30"]
+    assert main(str(helpers.CHECKOUT / "attack" / "badnet.py"), argv) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "loss became nan" in line and "stage train, epoch 0" in line and "lower the learning rate" in line
+    assert not (root / "r").exists()
+
+
+def test_a_defense_that_diverges_leaves_no_result(tiny: Record, tmp_path: Path) -> None:
+    record = helpers.copy(tiny, tmp_path)
+    with pytest.raises(UserError, match="diverged"):
+        helpers.defend("ft", record, "--epochs", "3", "--lr", "1e30")
+    assert not (record.folder / "defense" / "ft" / "seed0").exists()
+    assert helpers.defend("ft", record, "--epochs", "1", "--run_name", "calm") is not None
+
+
+def test_scoring_changes_no_weight_and_the_seed_decides_all(tmp_path: Path) -> None:
+    root, two = tmp_path / "record", (*helpers.TINY, "--epochs", "2")
+    runs = {every: helpers.attack("badnet", f"every{every}", root, *two, "--score_every", str(every)) for every in (0, 1, 2)}
+    assert same(runs[0].folder, runs[1].folder) and same(runs[0].folder, runs[2].folder)
+    assert runs[0].info["scores"] == runs[1].info["scores"]
+    assert runs[0].info["image_passes"] == runs[1].info["image_passes"], "evaluation is not charged"
+    other = helpers.attack("badnet", "seed1", root, *two, "--seed", "1")
+    assert not same(runs[0].folder, other.folder)
+    assert not torch.equal(runs[0].train_poison.index, other.train_poison.index)
+    lines = [(record.folder / "history.csv").read_text().splitlines() for record in runs.values()]
+    assert [len(found) for found in lines] == [3, 3, 3]
+    assert "clean_accuracy" in lines[1][0] and lines[1][1].count(",") == lines[1][0].count(",")
+
+
+def test_the_state_before_a_run_does_not_matter(tmp_path: Path) -> None:
+    root = tmp_path / "record"
+    first = helpers.attack("badnet", "a", root, *helpers.TINY)
+    torch.manual_seed(12345)
+    torch.rand(7)
+    assert same(first.folder, helpers.attack("badnet", "b", root, *helpers.TINY).folder)
+
+
+def test_a_defense_repeats_itself(tiny: Record, tmp_path: Path) -> None:
+    record, flags = helpers.copy(tiny, tmp_path), ("--epochs", "2", "--precision", "fp32")
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        helpers.defend("ft", record, *flags, "--run_name", run, "--seed", str(seed))
+    folder = record.folder / "defense" / "ft"
+    assert same(folder / "a", folder / "b") and not same(folder / "a", folder / "c")
+    assert not same(folder / "a", record.folder), "fine-tuning did move the weights"
+
+
+# --- once, notes, splits -----------------------------------------------------------------------------------------
+
+
+def new_run(folder: Path) -> Run:
+    return Run(folder, seed=0, device=torch.device("cpu"), precision="fp32")
+
+
+def test_once_computes_once_and_restores_the_random_state(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def compute() -> dict[str, torch.Tensor]:
+        calls.append(1)
+        return {"x": torch.rand(3, generator=run.generator)}
+
+    run = new_run(tmp_path)
+    first = run.once("thing", compute)
+    run.note("after")
+    after = torch.rand(2, generator=run.generator)
+    run = new_run(tmp_path)
+    again = run.once("thing", compute)
+    assert torch.equal(first["x"], again["x"]) and len(calls) == 1
+    assert torch.equal(after, torch.rand(2, generator=run.generator)), "draws after it are the same, too"
+    assert "after" not in run.notes
+    assert not torch.equal(run.once("other", compute)["x"], first["x"]) and len(calls) == 2
+
+
+def test_a_stage_of_another_length_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    assert list(new_run(tmp_path).epochs("s", 2, model=model)) == [0, 1]
+    assert list(new_run(tmp_path).epochs("s", 2, model=model)) == [], "finished: nothing is trained again"
+    with pytest.raises(UserError, match="started with 2 epochs, not 3"):
+        list(new_run(tmp_path).epochs("s", 3, model=model))
+
+
+def test_a_method_cannot_read_its_scores(tiny: Record, tmp_path: Path) -> None:
+    run = Run(tmp_path, seed=0, device=torch.device("cpu"), train_poison=tiny.train_poison)
+    assert run.report_split(torch.zeros(1442, dtype=torch.bool)) is None  # type: ignore[func-returns-value]
+    assert run.splits["split"]["tpr"] == 0.0
+
+
+# --- every option is read ----------------------------------------------------------------------------------------
+
+READ_ELSEWHERE = {"debug": "by the command line", "yaml_path": "by the parser", "overwrite": "where something is there already, as tested above"}
+ATTACK_VARIANTS: dict[str, list[tuple[str, ...]]] = {}
+DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
+    "dau": [("--loss", "both", "--epochs", "1", "--head_epochs", "5"), ("--pool", "isolation", "--isolation_epochs", "1", "--epochs", "1")],
+    "ft": [("--epochs", "1")],
+}
+
+
+def recording(config: Any, seen: set[str]) -> Any:
+    """The same config, noting every field that is asked for outside `science()`."""
+    base = type(config)
+
+    def get(self: Any, name: str) -> Any:
+        if name in fields:
+            seen.add(name)
+        return object.__getattribute__(self, name)
+
+    fields = set(base.__dataclass_fields__)
+    spy = type("Spy", (base,), {"__getattribute__": get, "science": lambda _self: config.science()})
+    found: Any = object.__new__(spy)
+    for name in fields:
+        object.__setattr__(found, name, getattr(config, name))
+    return found
+
+
+@pytest.mark.parametrize("method", sorted(registry.available("attack")))
+def test_every_option_of_an_attack_is_read(method: str, tmp_path: Path) -> None:
+    seen: set[str] = set()
+    for k, flags in enumerate(ATTACK_VARIANTS.get(method, [()])):
+        argv = ["--save_folder_name", f"r{k}", "--record_root", str(tmp_path), *helpers.TINY, *flags]
+        job = runner.attack_job(registry.load("attack", method), argv, "test")
+        runner.run_attack(runner.Job(job.method, recording(job.config, seen)))
+    assert set(type(job.config).__dataclass_fields__) - seen <= set(READ_ELSEWHERE)
+
+
+@pytest.mark.parametrize("method", sorted(registry.available("defense")))
+def test_every_option_of_a_defense_is_read(method: str, backdoored: Record, tmp_path: Path) -> None:
+    record, loaded = helpers.copy(backdoored, tmp_path), registry.load("defense", method)
+    seen: set[str] = set()
+    for k, flags in enumerate(DEFENSE_VARIANTS.get(method, [()])):
+        argv = ["--result_file", record.name, "--record_root", str(tmp_path), "--run_name", f"r{k}", "--score_every", "0", *flags]
+        job = runner.defense_job(loaded, argv, "test")
+        runner.run_defense(runner.Job(loaded, recording(job.config, seen)))
+    unread = set(loaded.config_class.__dataclass_fields__) - seen - set(READ_ELSEWHERE)
+    shared = set(configs.DefenseConfig.__dataclass_fields__)
+    assert unread <= ({"trusted_ratio", "trusted_count"} & shared if "trusted" not in loaded.assumes else set())
+
+
+def test_a_copy_of_a_run_folder_is_not_a_result(tiny: Record, tmp_path: Path) -> None:
+    record = helpers.copy(tiny, tmp_path)
+    helpers.defend("ft", record, "--epochs", "1")
+    folder = record.folder / "defense" / "ft"
+    with pytest.raises(UserError, match="exists and is finished"):
+        helpers.defend("ft", record, "--epochs", "1")
+    shutil.rmtree(folder / "seed0")
+    (folder / "seed0").mkdir()
+    with pytest.raises(UserError, match=r"holds no result.json, so it is not ours"):
+        helpers.defend("ft", record, "--epochs", "1")

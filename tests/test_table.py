@@ -1,0 +1,147 @@
+"""The table against text written by hand."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backdoorlab import registry, tables
+from backdoorlab.data import Split
+from backdoorlab.errors import UserError
+from backdoorlab.poison import no_poison
+from backdoorlab.record import Record
+
+TEXT = """\
+record  attack  defense        assumes                 clean acc %  ASR %   RA %  DER %  TPR %  FPR %  seconds
+------  ------  -------------  ----------------------  -----------  -----  -----  -----  -----  -----  -------
+b_ad    badnet  none           -                             91.82  93.79   5.12      -      -      -       61
+b_ad    badnet  dau            model + training set          90.00   1.00  88.00  95.48  98.75   0.12       30
+b_ad    badnet  ft (long)      model + trusted images        91.82  93.79   5.12  50.00      -      -      100
+b_ad    badnet  ft             model + trusted images        87.43   4.48  80.00  92.46      -      -       13
+
+clean   none    none           -                             99.00      -      -      -      -      -        5
+clean   none    dau COLLAPSED  model + training set          10.00      -      -      -      -   2.50        7
+clean   none    ft             model + trusted images            -      -      -      -      -      -        -
+"""
+
+MARKDOWN = """\
+| record | attack | defense | assumes | clean acc % | ASR % | RA % | DER % | TPR % | FPR % | seconds |
+| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| b_ad | badnet | none | - | 91.82 | 93.79 | 5.12 | - | - | - | 61 |
+| b_ad | badnet | dau | model + training set | 90.00 | 1.00 | 88.00 | 95.48 | 98.75 | 0.12 | 30 |
+| b_ad | badnet | ft (long) | model + trusted images | 91.82 | 93.79 | 5.12 | 50.00 | - | - | 100 |
+| b_ad | badnet | ft | model + trusted images | 87.43 | 4.48 | 80.00 | 92.46 | - | - | 13 |
+| clean | none | none | - | 99.00 | - | - | - | - | - | 5 |
+| clean | none | dau COLLAPSED | model + training set | 10.00 | - | - | - | - | 2.50 | 7 |
+| clean | none | ft | model + trusted images | - | - | - | - | - | - | - |
+"""
+
+CSV = """\
+record,attack,defense,assumes,clean acc %,ASR %,RA %,DER %,TPR %,FPR %,seconds
+b_ad,badnet,none,,91.82,93.79,5.12,,,,61
+b_ad,badnet,dau,model + training set,90.00,1.00,88.00,95.48,98.75,0.12,30
+b_ad,badnet,ft (long),model + trusted images,91.82,93.79,5.12,50.00,,,100
+b_ad,badnet,ft,model + trusted images,87.43,4.48,80.00,92.46,,,13
+clean,none,none,,99.00,,,,,,5
+clean,none,dau COLLAPSED,model + training set,10.00,,,,,2.50,7
+clean,none,ft,model + trusted images,,,,,,,
+"""
+
+LATEX = r"""\begin{tabular}{llllrrrrrrr}
+\toprule
+record & attack & defense & assumes & clean acc \% & ASR \% & RA \% & DER \% & TPR \% & FPR \% & seconds \\
+\midrule
+b\_ad & badnet & none & - & 91.82 & 93.79 & 5.12 & - & - & - & 61 \\
+b\_ad & badnet & dau & model + training set & 90.00 & 1.00 & 88.00 & 95.48 & 98.75 & 0.12 & 30 \\
+b\_ad & badnet & ft (long) & model + trusted images & 91.82 & 93.79 & 5.12 & 50.00 & - & - & 100 \\
+b\_ad & badnet & ft & model + trusted images & 87.43 & 4.48 & 80.00 & 92.46 & - & - & 13 \\
+\midrule
+clean & none & none & - & 99.00 & - & - & - & - & - & 5 \\
+clean & none & dau COLLAPSED & model + training set & 10.00 & - & - & - & - & 2.50 & 7 \\
+clean & none & ft & model + trusted images & - & - & - & - & - & - & - \\
+\bottomrule
+\end{tabular}
+"""
+
+
+def scores(clean_accuracy: float, asr: float | None, robust_accuracy: float | None) -> dict[str, float | None]:
+    return {"clean_accuracy": clean_accuracy, "asr": asr, "robust_accuracy": robust_accuracy}
+
+
+def result(folder: Path, defense: str, run: str, after: dict[str, float | None], **values: Any) -> None:
+    path = folder / "defense" / defense / run
+    path.mkdir(parents=True)
+    assumes = {"dau": ["model", "train"], "ft": ["model", "trusted"]}[defense]
+    content = {"assumes": assumes, "after": after, "der": None, "collapsed": False, "split": None, "seconds": 1.0, **values}
+    (path / "result.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Record]:
+    """One attacked record with three results, one clean one with a result and a hole."""
+    known = {"attack": registry.available("attack"), "defense": {n: p for n, p in registry.available("defense").items() if n in ("dau", "ft")}}
+    monkeypatch.setattr(registry, "available", lambda kind: known[kind])
+    import torch
+
+    poison = no_poison(Split(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)))
+    first = {"attack": "badnet", "scores": scores(0.9182, 0.9379, 0.0512), "seconds": 60.7}
+    second = {"attack": "none", "scores": scores(0.99, None, None), "seconds": 5.2}
+    bad = tmp_path / "b_ad"
+    split = {"tpr": 0.9875, "fpr": 0.0012, "precision": 0.9, "flagged": 3, "cross_flagged": None}
+    result(bad, "dau", "seed0", scores(0.9, 0.01, 0.88), der=0.95485, split=split, seconds=30.2)
+    result(bad, "ft", "seed0", scores(0.8743, 0.0448, 0.8), der=0.9246, seconds=12.9)
+    result(bad, "ft", "long", scores(0.9182, 0.9379, 0.0512), der=0.5, seconds=100)
+    result(bad, "ft", "other.partial", scores(0.1, 0.1, 0.1))
+    clean_split = {**split, "tpr": None, "fpr": 0.025}
+    result(tmp_path / "clean", "dau", "seed0", scores(0.1, None, None), collapsed=True, split=clean_split, seconds=7)
+    return [Record(bad, first, poison, poison), Record(tmp_path / "clean", second, poison, poison)]
+
+
+@pytest.mark.parametrize(("form", "golden"), [("text", TEXT), ("markdown", MARKDOWN), ("csv", CSV), ("latex", LATEX)])
+def test_golden_forms(two_records: list[Record], form: tables.Format, golden: str) -> None:
+    assert tables.render(tables.rows(two_records), form) == golden
+
+
+def test_csv_is_read_back_with_empty_holes(two_records: list[Record]) -> None:
+    read = list(csv.DictReader(io.StringIO(tables.render(tables.rows(two_records), "csv"))))
+    hole = next(row for row in read if row["record"] == "clean" and row["defense"] == "ft")
+    assert hole["clean acc %"] == "" and hole["ASR %"] == "" and hole["assumes"] == "model + trusted images"
+    assert len(read) == 7
+
+
+def test_unfinished_results_are_not_shown(two_records: list[Record]) -> None:
+    assert not [row for row in tables.rows(two_records) if "other" in row["defense"]]
+
+
+def test_a_result_of_an_unknown_defense_is_shown_too(two_records: list[Record]) -> None:
+    (two_records[0].folder / "defense" / "dau").rename(two_records[0].folder / "defense" / "mystery")
+    shown = [row["defense"] for row in tables.rows(two_records[:1])]
+    assert "mystery" in shown and "dau" in shown, "and the known one is a hole again"
+    assert next(row for row in tables.rows(two_records[:1]) if row["defense"] == "dau")["clean acc %"] == "-"
+
+
+def test_no_record_is_a_heading(two_records: list[Record]) -> None:
+    for form in ("text", "markdown", "csv", "latex"):
+        assert "clean acc" in tables.render([], form)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"after": 3}', "{}"])
+def test_a_damaged_result_is_one_line_that_names_it(two_records: list[Record], content: str) -> None:
+    path = two_records[0].folder / "defense" / "ft" / "seed0" / "result.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"result.json: damaged"):
+        tables.rows(two_records)
+
+
+def test_what_a_defense_assumes_in_words() -> None:
+    assert tables.assumes(("model", "train", "trusted")) == "model + training set + trusted images"
+    assert tables.assumes(()) == "nothing"
+
+
+def test_latex_escapes() -> None:
+    row = dict.fromkeys(tables.COLUMNS, "-") | {"record": "a_b&c%d#e"}
+    line = tables.latex([row]).splitlines()[4]
+    assert line.startswith(r"a\_b\&c\%d\#e &")
