@@ -172,7 +172,6 @@ def edit(folder: Path, **changes: Any) -> None:
     [
         ({"scores": None, "seed": None}, "no seed, scores|no scores, seed"),
         ({"schema": 2}, "schema 2, but this version reads schema 1"),
-        ({"files": {"../../etc/passwd": {"sha256": "0"}}}, "passwd"),
         ({"files": ["model.safetensors"]}, "record.json: damaged"),
         ({"files": {"model.safetensors": "x"}}, "model.safetensors|record.json"),
         ({"files": {}}, "record.json"),
@@ -228,3 +227,11 @@ def test_where_records_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_manifest_is_the_files(tiny: Record) -> None:
     for name, entry in tiny.info["files"].items():
         assert files.sha256(tiny.folder / name) == entry["sha256"] and (tiny.folder / name).stat().st_size == entry["size"]
+
+
+def test_a_file_outside_the_record_is_refused(tiny: Record, tmp_path: Path) -> None:
+    folder = helpers.copy(tiny, tmp_path).folder
+    (tmp_path / "secret").write_text("x")
+    edit(folder, files={**tiny.info["files"], "../secret": {"sha256": files.sha256(tmp_path / "secret"), "size": 1}})
+    with pytest.raises(UserError, match="secret"):
+        Record.load(folder.name, folder.parent)
