@@ -57,8 +57,8 @@ class Config(DefenseConfig):
     """|P0| / N: larger pools lead the head better, but soon hold what should be found."""
     bimodality: float = 0.45
     """Sarle's coefficient above which a label's features may be two groups (1/3 normal, 5/9 uniform, 1 two points)."""
-    foreign: float = 0.45
-    """Least information on *other* classes in the poisoned group, as a share of log(K - 1); writing styles within a class have less."""
+    foreign: float = 0.25
+    """Least mixture of classes in the poisoned group: 0 is one class, as in two styles of a class, 1 is all other classes."""
     trim: float = 0.2
     """Share of the poisoned group, nearest to the other group, that the pool is not drawn from."""
     isolation_epochs: int = 20
@@ -103,6 +103,8 @@ class Config(DefenseConfig):
     """Passes of unlearning."""
     lr: float = 1e-4
     """Learning rate of unlearning."""
+    lr_decay: bool = False
+    """Let it fall linearly to 0 over the unlearning: a large rate ends where its last step happened to lead."""
     momentum: float = 0.9
     """SGD's momentum in unlearning."""
     weight_decay: float = 5e-4
@@ -203,7 +205,7 @@ def find_pool(view: DefenderView, model: Classifier, train: Split, features: Fea
 
 
 def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> Tensor:
-    """Ours. A label given to two kinds of images has features in two groups; the group that looks like *other* classes is poison."""
+    """Ours. A label given to two kinds of images has features in two groups; the group that holds several *other* classes is poison."""
     bimodal = []
     for label in range(num_classes):
         members = (features.labels == label).nonzero().squeeze(1)
@@ -211,26 +213,26 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
         coefficient = sarle(along)
         if coefficient > config.bimodality:
             bimodal.append((label, coefficient, members, along))
-    needed = config.foreign * math.log(max(2, num_classes - 1))
-    if sum(coefficient > UNIFORM for _, coefficient, _, _ in bimodal) > num_classes // 2:
-        needed = 0.0  # all-to-all: each label has the images of one other class, so the group need not look like several
+    needed = config.foreign
+    if num_classes < 3 or sum(coefficient > UNIFORM for _, coefficient, _, _ in bimodal) > num_classes // 2:
+        needed = -math.inf  # all-to-all: each label has the images of one other class, so the group need not hold several
     chosen = []
     for label, coefficient, members, along in bimodal:
-        foreign = foreign_classes(features, label, num_classes)[members]
         upper = two_means(along)
-        (other_nats, other), (nats, part) = sorted(((information(foreign[part]), part) for part in (upper, ~upper)), key=lambda pair: pair[0])
-        verdict = "the first is taken for poison" if nats >= needed else "too little for poison, so this is taken for two styles"
-        if nats < needed and coefficient <= UNIFORM:
+        halves = ((mixed(features, members[part], label), part) for part in (upper, ~upper))
+        (least, other), (most, part) = sorted(halves, key=lambda half: half[0])
+        if most < needed and coefficient <= UNIFORM:
             continue
+        verdict = "the first is taken for poison" if most >= needed else "too few for poison, so these are taken for two styles"
         run.note(
-            f"label {label} has features in two groups (bimodality {coefficient:.2f}) of {int(part.sum())} and {int(other.sum())} samples, which hold"
-            f" {nats:.2f} and {other_nats:.2f} nats on other classes: {verdict}"
+            f"label {label} has features in two groups (bimodality {coefficient:.2f}) of {int(part.sum())} and {int(other.sum())} samples;"
+            f" they hold {most:.2f} and {least:.2f} of a full mixture of other classes: {verdict}"
         )
-        if nats >= needed:
+        if most >= needed:
             apart = (along[part] - along[other].mean()).abs()
             chosen.append(members[part][apart >= apart.quantile(config.trim)])
     if not chosen:
-        run.note("no poison found: no label has a group of other classes' images, so the model is returned as it was")
+        run.note("no poison found: no label has a group that mixes other classes' images, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
     found = torch.cat(chosen)
     # Drawn at random: the most extreme ones would be purer, but unlike the rest. Half of the group stays out, to be found.
@@ -268,27 +270,33 @@ def two_means(x: Tensor) -> Tensor:
     return x > ordered[between.argmax()]
 
 
-def foreign_classes(features: Features, label: int, num_classes: int) -> Tensor:
-    """(N, K): what a linear probe on early features, trained on all samples but those of `label`, takes every sample for."""
-    x = F.pad((features.early - features.early.mean(0)) / features.early.std(0).clamp_min(1e-6), (0, 1), value=1.0)
-    others = features.labels != label
-    weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(x[others] @ weight.T, features.labels[others]) + 1e-3 * weight.square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return (x @ weight.detach().T).softmax(1)
+def mixed(features: Features, group: Tensor, label: int) -> float:
+    """`mixture` of a group (int64 index), averaged over the two early stages."""
+    return sum(mixture(x, group, features.labels, label) for x in features.early) / len(features.early)
 
 
-def information(p: Tensor) -> float:
-    """Mutual information between sample and class in nats, for predictions (n, K): high where they are both sure and diverse."""
-    entropy = torch.special.entr
-    return (entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()).item()
+def mixture(x: Tensor, group: Tensor, labels: Tensor, label: int) -> float:
+    """How many classes a group of one label holds: about 0 for one class, 1 for all the others.
+
+    x: (N, D) features; group: int64 index of the group; labels: (N,). The spread of the group along the directions
+    that tell the *other* labels apart, against its spread along all further directions, both in units of the other labels'
+    within-class spread. A trigger that shifts or shrinks the features of its images changes neither ratio.
+    """
+    x = (x.double() - x.double().mean(0)) / x.double().std(0).clamp_min(1e-6)
+    others = [x[labels == other] for other in labels.unique().tolist() if other != label]
+    telling = min(len(others) - 1, x.shape[1] // 2)
+    if telling < 1 or len(group) < 3:
+        return 0.0
+    means = torch.stack([part.mean(0) for part in others])
+    residuals = torch.cat([part - mean for part, mean in zip(others, means, strict=True)])
+    within = residuals.T @ residuals / len(residuals)
+    within += 1e-2 * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype, device=within.device)
+    values, vectors = torch.linalg.eigh(within)
+    whiten = vectors / values.sqrt()
+    _, strengths, directions = torch.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=True)
+    spread = (x[group] @ whiten @ directions.T).var(0)
+    between = strengths[:telling].square().sum() / len(others)
+    return ((spread[:telling] / spread[len(others) - 1 :].median() - 1).sum() / between).item()
 
 
 def isolate(view: DefenderView, train: Split, config: Config, run: Run) -> Classifier:
@@ -356,12 +364,15 @@ def cce(logits: Tensor, labels: Tensor) -> Tensor:
 def unlearn(view: DefenderView, flagged: Tensor, config: Config, run: Run) -> nn.Module:
     model, train, flagged = view.model, place(view.train, run.device), flagged.to(run.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
-    for _ in run.epochs("unlearn", config.epochs, model=model, optimizer=optimizer):
+    steps = config.epochs * math.ceil(len(train) / config.batch_size)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps))
+    for _ in run.epochs("unlearn", config.epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()
         for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment):
             with run.autocast():
                 logits = model(batch.images)
             run.step(optimizer, unlearning_loss(logits.float(), batch.labels, flagged[batch.index], config))
+            scheduler.step()
     return model
 
 

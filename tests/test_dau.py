@@ -191,13 +191,24 @@ def test_first_component_is_the_direction_of_largest_variance() -> None:
     assert len(dau.first_component(torch.zeros(0, 8))) == 0
 
 
-def test_information_needs_sure_and_diverse_predictions() -> None:
-    sure = torch.eye(K, dtype=torch.float64).repeat(7, 1)
-    assert dau.information(sure) == pytest.approx(math.log(K))
-    assert dau.information(sure[:1].expand(30, -1)) == pytest.approx(0, abs=1e-12), "sure, but always the same"
-    assert dau.information(torch.full((30, K), 1 / K, dtype=torch.float64)) == pytest.approx(0, abs=1e-12), "diverse, but unsure"
-    half = 0.5 * sure + 0.5 / K
-    assert 0 < dau.information(half) < math.log(K)
+def test_mixture_is_the_share_of_other_classes_and_ignores_shift_and_scale() -> None:
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.arange(6).repeat_interleave(400)
+    x = 3 * F.one_hot(labels, 12).double() + torch.randn(len(labels), 12, generator=draws, dtype=torch.float64)
+    one = torch.arange(400)
+    assert dau.mixture(x, one, labels, 0) == pytest.approx(0, abs=0.1), "one class"
+    several = torch.arange(400, 2400, 7)
+    marked = labels.clone()
+    marked[several] = 0
+    assert dau.mixture(x, several, marked, 0) == pytest.approx(1, abs=0.15), "all other classes"
+    pair = torch.arange(400, 1200, 3)
+    marked = labels.clone()
+    marked[pair] = 0
+    assert 0.1 < dau.mixture(x, pair, marked, 0) < 0.6, "two of the five"
+    triggered, marked = x.clone(), labels.clone()
+    marked[several] = 0
+    triggered[several] = 0.6 * x[several] + 2.0
+    assert dau.mixture(triggered, several, marked, 0) == pytest.approx(1, abs=0.25), "as a blended trigger does"
 
 
 # --- pool and heads on synthetic features ------------------------------------------------------------------------
@@ -223,7 +234,7 @@ def features(planted: int = PLANTED, *, foreign: bool = True, seed: int = 0) -> 
     pooled[is_planted, 12] += 6
     early = 3 * F.one_hot(true, 20).float() + 0.3 * torch.randn(n, 20, generator=draws)
     head = head_of()
-    return Features(pooled, early, (pooled @ head.weight.detach().T + head.bias.detach()), labels), is_planted
+    return Features(pooled, [early, early], (pooled @ head.weight.detach().T + head.bias.detach()), labels), is_planted
 
 
 def head_of() -> nn.Linear:

@@ -57,10 +57,9 @@ class Classifier(nn.Module):
         """The last layer."""
         return self.network.get_classifier()
 
-    def before_last_stage(self) -> nn.Module:
-        """The module whose output enters the last stage (its features still tell an image's own class)."""
-        info = self.network.feature_info
-        return self.network.get_submodule(info[-2]["module"])
+    def stages(self) -> list[nn.Module]:
+        """The modules after which timm's `feature_info` sees a stage end, from the first to the last."""
+        return [self.network.get_submodule(info["module"]) for info in self.network.feature_info]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
