@@ -17,8 +17,8 @@ class Features(NamedTuple):
 
     pooled: Tensor
     """(N, D): what the last layer sees."""
-    early: list[Tensor]
-    """(N, 2 C) each: mean and standard deviation over positions of what the last stage, and the one before it, see."""
+    early: Tensor
+    """(N, 2 C): mean and standard deviation over positions of what the last stage sees."""
     logits: Tensor
     """(N, K)."""
     labels: Tensor
@@ -29,12 +29,8 @@ class Features(NamedTuple):
 def extract(model: Classifier, split: Split, run: "Run") -> Features:
     """One evaluation-mode pass without augmentation; the model's mode is evaluation afterwards."""
     model.eval()
-    stages = model.stages()[-3:-1]
-    seen: list[list[Tensor]] = [[] for _ in stages]
-    hooks = [
-        stage.register_forward_hook(lambda _module, _inputs, output, kept=kept: kept.append(_mean_and_std(output)))
-        for stage, kept in zip(stages, seen, strict=True)
-    ]
+    seen: list[Tensor] = []
+    hook = model.stages()[-2].register_forward_hook(lambda _module, _inputs, output: seen.append(_mean_and_std(output)))
     pooled, logits = [], []
     try:
         for batch in batches(split, 1000 if run.device.type == "cuda" else 250, device=run.device):
@@ -43,9 +39,8 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
             pooled.append(features.float())
             logits.append(model.get_classifier()(pooled[-1]))
     finally:
-        for hook in hooks:
-            hook.remove()
-    return Features(torch.cat(pooled), [torch.cat(kept) for kept in seen], torch.cat(logits), split.labels.to(run.device))
+        hook.remove()
+    return Features(torch.cat(pooled), torch.cat(seen), torch.cat(logits), split.labels.to(run.device))
 
 
 def _mean_and_std(x: Tensor) -> Tensor:

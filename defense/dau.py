@@ -57,8 +57,8 @@ class Config(DefenseConfig):
     """|P0| / N: larger pools lead the head better, but soon hold what should be found."""
     bimodality: float = 0.45
     """Sarle's coefficient above which a label's features may be two groups (1/3 normal, 5/9 uniform, 1 two points)."""
-    foreign: float = 0.25
-    """Least mixture of classes in the poisoned group: 0 is one class, as in two styles of a class, 1 is all other classes."""
+    outlying: float = 3.0
+    """Robust standard deviations by which a poisoned label's group must mix more classes than the groups of the other labels."""
     trim: float = 0.2
     """Share of the poisoned group, nearest to the other group, that the pool is not drawn from."""
     isolation_epochs: int = 20
@@ -205,32 +205,31 @@ def find_pool(view: DefenderView, model: Classifier, train: Split, features: Fea
 
 
 def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> Tensor:
-    """Ours. A label given to two kinds of images has features in two groups; the group that holds several *other* classes is poison."""
-    bimodal = []
-    for label in range(num_classes):
-        members = (features.labels == label).nonzero().squeeze(1)
-        along = first_component(features.pooled[members])
-        coefficient = sarle(along)
-        if coefficient > config.bimodality:
-            bimodal.append((label, coefficient, members, along))
-    needed = config.foreign
-    if num_classes < 3 or sum(coefficient > UNIFORM for _, coefficient, _, _ in bimodal) > num_classes // 2:
-        needed = -math.inf  # all-to-all: each label has the images of one other class, so the group need not hold several
+    """Ours. A label given to two kinds of images has features in two groups; the group that mixes several classes is poison."""
+    members = [(features.labels == label).nonzero().squeeze(1) for label in range(num_classes)]
+    along = [first_component(features.pooled[index]) for index in members]
+    bimodality = torch.tensor([sarle(x) for x in along])
+    halves = []
+    for label, (index, x) in enumerate(zip(members, along, strict=True)):
+        upper = two_means(x)
+        mixed = ((mixture(features.early, index[half], features.labels, label), half) for half in (upper, ~upper))
+        halves.append(sorted(mixed, key=lambda pair: -pair[0]))
+    outlying = outlyingness(torch.tensor([most for (most, _), _ in halves]))
+    suspicious = (bimodality > config.bimodality) & (outlying > config.outlying)
+    if (bimodality > UNIFORM).sum() > num_classes // 2:
+        suspicious = bimodality > UNIFORM  # all-to-all: each label has the images of one other class, so nothing is mixed
     chosen = []
-    for label, coefficient, members, along in bimodal:
-        upper = two_means(along)
-        halves = ((mixed(features, members[part], label), part) for part in (upper, ~upper))
-        (least, other), (most, part) = sorted(halves, key=lambda half: half[0])
-        if most < needed and coefficient <= UNIFORM:
-            continue
-        verdict = "the first is taken for poison" if most >= needed else "too few for poison, so these are taken for two styles"
-        run.note(
-            f"label {label} has features in two groups (bimodality {coefficient:.2f}) of {int(part.sum())} and {int(other.sum())} samples;"
-            f" they hold {most:.2f} and {least:.2f} of a full mixture of other classes: {verdict}"
-        )
-        if most >= needed:
-            apart = (along[part] - along[other].mean()).abs()
-            chosen.append(members[part][apart >= apart.quantile(config.trim)])
+    for label in range(num_classes):
+        (most, half), (least, other) = halves[label]
+        if suspicious[label] or bimodality[label] > UNIFORM:
+            verdict = "the first is taken for poison" if suspicious[label] else "no more than in other labels, so these are taken for two styles"
+            run.note(
+                f"label {label} has features in two groups (bimodality {bimodality[label]:.2f}) of {int(half.sum())} and {int(other.sum())} samples,"
+                f" which mix {most:.2f} and {least:.2f} of the other classes ({outlying[label]:.1f} deviations from the other labels): {verdict}"
+            )
+        if suspicious[label]:
+            apart = (along[label][half] - along[label][other].mean()).abs()
+            chosen.append(members[label][half][apart >= apart.quantile(config.trim)])
     if not chosen:
         run.note("no poison found: no label has a group that mixes other classes' images, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
@@ -238,6 +237,12 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     # Drawn at random: the most extreme ones would be purer, but unlike the rest. Half of the group stays out, to be found.
     drawn = torch.randperm(len(found), generator=run.generator)[: min(size, max(1, len(found) // 2))].to(found.device)
     return _mask(found[drawn], len(features.labels))
+
+
+def outlyingness(x: Tensor) -> Tensor:
+    """(n,): distance from the median in robust standard deviations (1.4826 times the median absolute deviation, at least 0.02)."""
+    apart = x - x.median()
+    return apart / (1.4826 * apart.abs().median()).clamp_min(0.02)
 
 
 def first_component(x: Tensor) -> Tensor:
@@ -268,11 +273,6 @@ def two_means(x: Tensor) -> Tensor:
     sums = ordered.cumsum(0)
     between = sums[:-1].square() / below + (sums[-1] - sums[:-1]).square() / (n - below)
     return x > ordered[between.argmax()]
-
-
-def mixed(features: Features, group: Tensor, label: int) -> float:
-    """`mixture` of a group (int64 index), averaged over the two early stages."""
-    return sum(mixture(x, group, features.labels, label) for x in features.early) / len(features.early)
 
 
 def mixture(x: Tensor, group: Tensor, labels: Tensor, label: int) -> float:

@@ -234,7 +234,7 @@ def features(planted: int = PLANTED, *, foreign: bool = True, seed: int = 0) -> 
     pooled[is_planted, 12] += 6
     early = 3 * F.one_hot(true, 20).float() + 0.3 * torch.randn(n, 20, generator=draws)
     head = head_of()
-    return Features(pooled, [early, early], (pooled @ head.weight.detach().T + head.bias.detach()), labels), is_planted
+    return Features(pooled, early, (pooled @ head.weight.detach().T + head.bias.detach()), labels), is_planted
 
 
 def head_of() -> nn.Linear:
