@@ -289,8 +289,10 @@ def _flags(config_class: type[Any], values: dict[str, Any], where: str) -> list[
 def _flag_names(config_class: type[Any]) -> dict[str, str]:
     """Every flag and alias, without dashes -> the field."""
     known = {}
-    for name, hint in get_type_hints(config_class, include_extras=True).items():
+    hints = get_type_hints(config_class, include_extras=True)
+    for name in (f.name for f in dataclasses.fields(config_class)):
         known[name] = name
+        hint = hints[name]
         if get_origin(hint) is Annotated:
             for extra in get_args(hint)[1:]:
                 for alias in getattr(extra, "aliases", None) or ():

@@ -41,6 +41,13 @@ def tiny(session_folder: Path) -> Record:
 
 
 @pytest.fixture(scope="session")
+def demo(session_folder: Path) -> Record:
+    """The record of `make demo`: the digits with their own settings, a minute."""
+    with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
+        return helpers.attack("badnet", "demo", session_folder / "demo", "--score_every", "0", "--precision", "fp32")
+
+
+@pytest.fixture(scope="session")
 def backdoored(session_folder: Path) -> Record:
     """A BadNets record that works: high clean accuracy and high ASR."""
     with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):

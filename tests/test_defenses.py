@@ -26,7 +26,7 @@ class Row:
 
 
 ROWS = {
-    "dau": Row(asr=0.10, precision=0.9, tpr=0.8),
+    "dau": Row(asr=0.05, precision=0.9, tpr=0.8),
     "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
 }
 
@@ -36,10 +36,10 @@ def test_every_defense_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("method", sorted(ROWS))
-def test_a_defense_keeps_its_promise(method: str, backdoored: Record, tmp_path: Path) -> None:
-    row, before = ROWS[method], backdoored.info["scores"]
+def test_a_defense_keeps_its_promise(method: str, demo: Record, tmp_path: Path) -> None:
+    row, before = ROWS[method], demo.info["scores"]
     assert before["asr"] >= 0.9 and before["clean_accuracy"] >= 0.9, "the backdoor is there"
-    record = helpers.copy(backdoored, tmp_path)
+    record = helpers.copy(demo, tmp_path)
     result = helpers.defend(method, record, "--score_every", "0", "--precision", "fp32", *row.flags)
     assert result is not None
     after = result["after"]

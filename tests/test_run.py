@@ -1,5 +1,6 @@
 """Kill and continue, refuse and replace: one run from start to finish gives one result."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -284,7 +285,7 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
 
 
 def recording(config: Any, seen: set[str]) -> Any:
-    """The same config, noting every field that is asked for outside `science()`."""
+    """The same config, noting every field that is asked for outside `science()` and `check()`, which go through all."""
     base = type(config)
 
     def get(self: Any, name: str) -> Any:
@@ -292,8 +293,8 @@ def recording(config: Any, seen: set[str]) -> Any:
             seen.add(name)
         return object.__getattribute__(self, name)
 
-    fields = set(base.__dataclass_fields__)
-    spy = type("Spy", (base,), {"__getattribute__": get, "science": lambda _self: config.science()})
+    fields = {f.name for f in dataclasses.fields(base)}
+    spy = type("Spy", (base,), {"__getattribute__": get, "science": lambda _self: config.science(), "check": lambda _self: config.check()})
     found: Any = object.__new__(spy)
     for name in fields:
         object.__setattr__(found, name, getattr(config, name))
@@ -307,7 +308,7 @@ def test_every_option_of_an_attack_is_read(method: str, tmp_path: Path) -> None:
         argv = ["--save_folder_name", f"r{k}", "--record_root", str(tmp_path), *helpers.TINY, *flags]
         job = runner.attack_job(registry.load("attack", method), argv, "test")
         runner.run_attack(runner.Job(job.method, recording(job.config, seen)))
-    assert set(type(job.config).__dataclass_fields__) - seen <= set(READ_ELSEWHERE)
+    assert {f.name for f in dataclasses.fields(job.config)} - seen <= set(READ_ELSEWHERE)
 
 
 @pytest.mark.parametrize("method", sorted(registry.available("defense")))
@@ -318,8 +319,8 @@ def test_every_option_of_a_defense_is_read(method: str, backdoored: Record, tmp_
         argv = ["--result_file", record.name, "--record_root", str(tmp_path), "--run_name", f"r{k}", "--score_every", "0", *flags]
         job = runner.defense_job(loaded, argv, "test")
         runner.run_defense(runner.Job(loaded, recording(job.config, seen)))
-    unread = set(loaded.config_class.__dataclass_fields__) - seen - set(READ_ELSEWHERE)
-    shared = set(configs.DefenseConfig.__dataclass_fields__)
+    unread = {f.name for f in dataclasses.fields(loaded.config_class)} - seen - set(READ_ELSEWHERE)
+    shared = {f.name for f in dataclasses.fields(configs.DefenseConfig)}
     assert unread <= ({"trusted_ratio", "trusted_count"} & shared if "trusted" not in loaded.assumes else set())
 
 
