@@ -88,7 +88,8 @@ def latex(found: list[Row]) -> str:
 def _results(folder: Path) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """defense -> [(run name, result.json)], finished runs only."""
     found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for path in sorted((folder / "defense").glob("*/*/result.json")):
+    paths = (folder / "defense").glob("*/*/result.json")
+    for path in sorted(paths, key=lambda p: (not p.parent.name.startswith("seed"), p)):  # named variants after the plain runs
         if not path.parent.name.endswith(".partial"):
             result = files.read_json(path)
             missing = [key for key in ("assumes", "after", "der", "split", "seconds", "collapsed") if key not in result]
