@@ -19,8 +19,8 @@ record  attack  defense        assumes                 clean acc %  ASR %   RA %
 ------  ------  -------------  ----------------------  -----------  -----  -----  -----  -----  -----  -------
 b_ad    badnet  none           -                             91.82  93.79   5.12      -      -      -       61
 b_ad    badnet  dau            model + training set          90.00   1.00  88.00  95.48  98.75   0.12       30
-b_ad    badnet  ft (long)      model + trusted images        91.82  93.79   5.12  50.00      -      -      100
 b_ad    badnet  ft             model + trusted images        87.43   4.48  80.00  92.46      -      -       13
+b_ad    badnet  ft (long)      model + trusted images        91.82  93.79   5.12  50.00      -      -      100
 
 clean   none    none           -                             99.00      -      -      -      -      -        5
 clean   none    dau COLLAPSED  model + training set          10.00      -      -      -      -   2.50        7
@@ -32,8 +32,8 @@ MARKDOWN = """\
 | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | b_ad | badnet | none | - | 91.82 | 93.79 | 5.12 | - | - | - | 61 |
 | b_ad | badnet | dau | model + training set | 90.00 | 1.00 | 88.00 | 95.48 | 98.75 | 0.12 | 30 |
-| b_ad | badnet | ft (long) | model + trusted images | 91.82 | 93.79 | 5.12 | 50.00 | - | - | 100 |
 | b_ad | badnet | ft | model + trusted images | 87.43 | 4.48 | 80.00 | 92.46 | - | - | 13 |
+| b_ad | badnet | ft (long) | model + trusted images | 91.82 | 93.79 | 5.12 | 50.00 | - | - | 100 |
 | clean | none | none | - | 99.00 | - | - | - | - | - | 5 |
 | clean | none | dau COLLAPSED | model + training set | 10.00 | - | - | - | - | 2.50 | 7 |
 | clean | none | ft | model + trusted images | - | - | - | - | - | - | - |
@@ -43,8 +43,8 @@ CSV = """\
 record,attack,defense,assumes,clean acc %,ASR %,RA %,DER %,TPR %,FPR %,seconds
 b_ad,badnet,none,,91.82,93.79,5.12,,,,61
 b_ad,badnet,dau,model + training set,90.00,1.00,88.00,95.48,98.75,0.12,30
-b_ad,badnet,ft (long),model + trusted images,91.82,93.79,5.12,50.00,,,100
 b_ad,badnet,ft,model + trusted images,87.43,4.48,80.00,92.46,,,13
+b_ad,badnet,ft (long),model + trusted images,91.82,93.79,5.12,50.00,,,100
 clean,none,none,,99.00,,,,,,5
 clean,none,dau COLLAPSED,model + training set,10.00,,,,,2.50,7
 clean,none,ft,model + trusted images,,,,,,,
@@ -56,8 +56,8 @@ record & attack & defense & assumes & clean acc \% & ASR \% & RA \% & DER \% & T
 \midrule
 b\_ad & badnet & none & - & 91.82 & 93.79 & 5.12 & - & - & - & 61 \\
 b\_ad & badnet & dau & model + training set & 90.00 & 1.00 & 88.00 & 95.48 & 98.75 & 0.12 & 30 \\
-b\_ad & badnet & ft (long) & model + trusted images & 91.82 & 93.79 & 5.12 & 50.00 & - & - & 100 \\
 b\_ad & badnet & ft & model + trusted images & 87.43 & 4.48 & 80.00 & 92.46 & - & - & 13 \\
+b\_ad & badnet & ft (long) & model + trusted images & 91.82 & 93.79 & 5.12 & 50.00 & - & - & 100 \\
 \midrule
 clean & none & none & - & 99.00 & - & - & - & - & - & 5 \\
 clean & none & dau COLLAPSED & model + training set & 10.00 & - & - & - & - & 2.50 & 7 \\
