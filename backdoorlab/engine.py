@@ -107,6 +107,8 @@ def fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is faster than float32 here: on CUDA since Ampere, on CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if not hasattr(torch.cpu, "get_capabilities"):  # the older of the versions that we allow
+        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
