@@ -148,7 +148,7 @@ def test_a_new_defense_is_one_file(tiny: Record, tmp_path: Path, monkeypatch: py
     assert "Shrink: multiply the last layer" in capsys.readouterr().out
     assert main(["table", "--format", "csv"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "shrink" in line]
-    assert [row.split(",")[2] for row in rows] == ["shrink (direct)", "shrink"]
+    assert [row.split(",")[2] for row in rows] == ["shrink", "shrink (direct)"]
 
 
 @pytest.mark.parametrize(("missing", "text"), [("ASSUMES", 'ASSUMES = ("model",)'), ("defend", "def defend"), ("Config", "class Config")])
