@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIRED,
     extras_require={
-        "dev": ["ruff", "mypy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "types-PyYAML", "build", "wheel"],
+        "dev": ["ruff", "mypy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "types-PyYAML", "build", "setuptools", "wheel"],
         "report": ["plotly"],
         "ray": ["ray"],
         "slurm": ["submitit"],
