@@ -50,7 +50,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) ->
         seen.add(plain[name].untyped_storage().data_ptr())
     text = json.dumps(metadata)
     # One key: safetensors writes several in random order, and the same content would not be the same bytes.
-    write_bytes(path, save(plain, metadata={"backdoorlab": json.dumps([_tensor_hash(plain, text), text])}))
+    write_bytes(path, save(plain, metadata={"backdoorlab": json.dumps([tensor_hash(plain, text), text])}))
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -60,7 +60,7 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
             header = stream.metadata() or {}
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
         checksum, text = json.loads(header["backdoorlab"])
-        if checksum != _tensor_hash(tensors, text):
+        if checksum != tensor_hash(tensors, text):
             raise ValueError("its content does not match its own checksum")
         metadata = json.loads(text)
     except FileNotFoundError:
@@ -86,6 +86,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> SHA-256 and size of every file in a folder."""
+    return {path.name: {"sha256": sha256(path), "size": path.stat().st_size} for path in sorted(folder.iterdir())}
 
 
 def publish(stage: Path, target: Path) -> None:
@@ -165,7 +170,8 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: unpack(item, tensors) for key, item in value["items"]}
 
 
-def _tensor_hash(tensors: Mapping[str, Tensor], text: str) -> str:
+def tensor_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 over a text and the names, types, shapes and bytes of tensors on the CPU."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -5,7 +5,6 @@ and one forward pass. Definitions: BackdoorBench (Wu et al., NeurIPS 2022) for A
 for DER.
 """
 
-import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import files
 from .data import Split, batches, place
 from .models import PASSES
 from .poison import CROSS, Poison
@@ -104,7 +104,7 @@ class Evaluator:
         self._last: tuple[str, Scores] | None = None
 
     def __call__(self, model: nn.Module) -> Scores:
-        key = _weights_hash(model)
+        key = files.tensor_hash({name: value.detach().cpu() for name, value in model.state_dict().items()})
         if self._last is None or self._last[0] != key:
             clean = predict(model, self.test, self.device, self.autocast)
             triggered = predict(model, self.triggered_split, self.device, self.autocast)
@@ -125,13 +125,6 @@ def predict(model: nn.Module, split: Split, device: torch.device, autocast: Call
         for module, mode in modes.items():
             module.training = mode
     return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.int64)
-
-
-def _weights_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _by_class(hits: Tensor, classes: Tensor, num_classes: int) -> list[float | None]:

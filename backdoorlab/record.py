@@ -189,10 +189,7 @@ def write(folder: Path, info: dict[str, Any], model: nn.Module, train_poison: Po
     files.write_tensors(folder / "model.safetensors", model.state_dict())
     for name, poison in (("train_poison", train_poison), ("test_poison", test_poison)):
         files.write_tensors(folder / f"{name}.safetensors", vars(poison))
-    manifest = {
-        path.name: {"sha256": files.sha256(path), "size": path.stat().st_size} for path in sorted(folder.iterdir()) if path.name != "record.json"
-    }
-    files.write_json(folder / "record.json", {"schema": SCHEMA, **info, "files": manifest})
+    files.write_json(folder / "record.json", {"schema": SCHEMA, **info, "files": files.manifest(folder)})
 
 
 def _read_poison(path: Path) -> Poison:

@@ -16,7 +16,7 @@ from .data import Dataset
 from .errors import UserError
 from .metrics import Evaluator, collapsed, der
 from .models import Classifier
-from .poison import Labels, Poison, Stamp, check_rate, check_target, poison_test, poison_train
+from .poison import POISON, Labels, Poison, Stamp, check_rate, check_target, poison_test, poison_train
 from .preview import save_preview
 from .record import Record
 from .registry import Method
@@ -109,7 +109,7 @@ def run_attack(job: Job) -> Record:
             "num_classes": dataset.num_classes,
             "target": getattr(config, "target_label", None) if getattr(config, "label_mode", None) == "all2one" else None,
             "seed": config.seed,
-            "poisoned": int((outcome.train_poison.kind == 1).sum()),
+            "poisoned": int((outcome.train_poison.kind == POISON).sum()),
             "scores": scores.to_json(),
             "notes": run.notes,
             **_costs(spent),
@@ -222,8 +222,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             **_costs(spent),
             **environment(device),
         }
-        manifest = {path.name: {"sha256": files.sha256(path), "size": path.stat().st_size} for path in sorted(final.iterdir())}
-        files.write_json(final / "result.json", {**result, "files": manifest})
+        files.write_json(final / "result.json", {**result, "files": files.manifest(final)})
         _publish(final, target)
     return result
 
