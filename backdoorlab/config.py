@@ -153,6 +153,8 @@ class DefenseConfig(MethodConfig):
     """Trusted clean images, as a share of the training set (drawn from it uniformly). Read only by defenses that assume them."""
     trusted_count: int | None = None
     """Their number, instead of a share."""
+    trusted_path: Annotated[str | None, arg(aliases=["--unl_set"])] = None
+    """Folder of your own trusted images, <class>/*.png or parquet shards, instead of a draw from the training set."""
 
 
 def _within(number: float, rule: str) -> bool:

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,31 @@ def find(name: str, wanted: str, *, image_size: int | None = None, grey: bool | 
         f"the record was made on data set {name!r} (fingerprint {wanted[:12]}), which is not in the cache {cache_root()}:"
         " pass --dataset_path FOLDER with the same data"
     )
+
+
+def load_trusted(path: str, dataset: Dataset, image_size: int | None) -> Split:
+    """A user's own clean images of a data set's classes: <class>/*.png (names or numbers of the classes) or parquet shards."""
+    root, grey = Path(path), dataset.image_shape[0] == 1
+    if not root.is_dir():
+        raise UserError(f"--trusted_path {path}: no such folder. Give a folder with <class>/*.png or with parquet shards of clean images")
+    shards = sorted(root.rglob("*.parquet"))
+    if shards:
+        images, labels = _shards(shards, root, image_size, grey)
+    else:
+        classes = _class_folders(root)
+        known = dataset.class_names if set(classes) & set(dataset.class_names) else tuple(map(str, range(dataset.num_classes)))
+        unknown = [name for name in classes if name not in known]
+        if unknown or not classes:
+            raise UserError(
+                f"--trusted_path {path}: expected one folder for each of the {dataset.num_classes} classes of {dataset.name}"
+                f" ({', '.join(dataset.class_names[:5])}, ..., or their numbers), found {', '.join(unknown[:5]) or _listing(root)}"
+            )
+        images, labels = _class_images(root, known, image_size, grey)
+    if images.shape[1:] != dataset.image_shape:
+        raise UserError(f"--trusted_path {path}: the model takes images of {dataset.image_shape} (channels, height, width), these are {images.shape[1:]}")
+    if labels.max() >= dataset.num_classes:
+        raise UserError(f"--trusted_path {path}: {dataset.name} has {dataset.num_classes} classes, found label {labels.max()}")
+    return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def names() -> list[str]:
@@ -171,53 +196,62 @@ def _folder_reader(path: Path) -> Callable[[Path, int | None, bool | None], Arra
 
 def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
     """Hugging Face shards: `train*.parquet` and `test*.parquet` (or `validation*`), anywhere below the folder."""
-    import pyarrow.parquet as pq
-
     shards = sorted(path.rglob("*.parquet"))
     train = [s for s in shards if "train" in s.name]
     test = [s for s in shards if "test" in s.name] or [s for s in shards if "val" in s.name]
     if not train or not test:
         raise UserError(f"--dataset_path {path}: expected shards named train*.parquet and test*.parquet, found {_listing(path)}")
-    parts = []
-    for files in (train, test):
-        encoded: list[bytes] = []
-        labels: list[int] = []
-        for file in files:
-            try:
-                schema = pq.read_schema(file)
-                image_column = _column(file, schema.names, ("img", "image"))
-                label_column = _column(file, schema.names, ("label", "labels", "fine_label"))
-                table = pq.read_table(file, columns=[image_column, label_column])
-            except (OSError, ValueError) as error:
-                if isinstance(error, UserError):
-                    raise
-                raise UserError(f"{file}: not a readable parquet file ({error}): fetch it again") from error
-            encoded += [cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image_column].to_pylist()]
-            labels += table[label_column].to_pylist()
-        parts.append(_decode_all(encoded, lambda item: _from_bytes(item, path, image_size, grey)))
-        parts.append(_labels(labels, path))
-    return parts[0], parts[1], parts[2], parts[3], _class_names(path, int(parts[1].max()) + 1)
+    parts = [_shards(files, path, image_size, grey) for files in (train, test)]
+    return *parts[0], *parts[1], _class_names(path, int(parts[0][1].max()) + 1)
+
+
+def _shards(files: list[Path], path: Path, image_size: int | None, grey: bool | None) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of some shards, in the order of the files."""
+    import pyarrow.parquet as pq
+
+    encoded: list[bytes] = []
+    labels: list[int] = []
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+            image_column = _column(file, schema.names, ("img", "image"))
+            label_column = _column(file, schema.names, ("label", "labels", "fine_label"))
+            table = pq.read_table(file, columns=[image_column, label_column])
+        except (OSError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{file}: not a readable parquet file ({error}): fetch it again") from error
+        encoded += [cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image_column].to_pylist()]
+        labels += table[label_column].to_pylist()
+    return _decode_all(encoded, lambda item: _from_bytes(item, path, image_size, grey)), _labels(labels, path)
 
 
 def _image_folder(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
     """train/<class>/*.png with test/ or val/ beside it; classes in alphabetical order (numbers in numerical order)."""
-    classes = sorted((c.name for c in (path / "train").iterdir() if c.is_dir()), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
+    classes = _class_folders(path / "train")
     test = next((path / n for n in ("test", "val", "valid", "validation") if (path / n).is_dir()), None)
     if test is None:
         raise UserError(f"--dataset_path {path}: expected test/ or val/ beside train/, found {_listing(path)}")
-    parts = []
-    for folder in (path / "train", test):
-        files: list[Path] = []
-        labels: list[int] = []
-        for number, name in enumerate(classes):
-            found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
-            files += found
-            labels += [number] * len(found)
-        if not files:
-            raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
-        parts.append(_decode_all(files, lambda item: _from_file(item, image_size, grey)))
-        parts.append(np.asarray(labels, dtype=np.int64))
-    return parts[0], parts[1], parts[2], parts[3], tuple(classes)
+    parts = [_class_images(folder, classes, image_size, grey) for folder in (path / "train", test)]
+    return *parts[0], *parts[1], tuple(classes)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, in alphabetical order (numbers in numerical order)."""
+    return sorted((c.name for c in folder.iterdir() if c.is_dir()), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
+
+
+def _class_images(folder: Path, classes: Sequence[str], image_size: int | None, grey: bool | None) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of <class>/*.png; a label is a position in `classes`."""
+    files: list[Path] = []
+    labels: list[int] = []
+    for number, name in enumerate(classes):
+        found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        files += found
+        labels += [number] * len(found)
+    if not files:
+        raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
+    return _decode_all(files, lambda item: _from_file(item, image_size, grey)), np.asarray(labels, dtype=np.int64)
 
 
 def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:

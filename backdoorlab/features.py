@@ -1,9 +1,9 @@
-"""What a frozen model sees in a whole training set, computed once."""
+"""What a frozen model sees in a whole set of images, computed once."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data import Split, batches
 from .models import Classifier
@@ -41,6 +41,17 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
     finally:
         hook.remove()
     return Features(torch.cat(pooled), torch.cat(seen), torch.cat(logits), split.labels.to(run.device))
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
+    """The model's answers on a split, int64 (N,) on the run's device; the model's mode is evaluation afterwards."""
+    model.eval()
+    found = []
+    for batch in batches(split, 1000 if run.device.type == "cuda" else 250, device=run.device):
+        with run.autocast():
+            found.append(model(batch.images).argmax(1))
+    return torch.cat(found)
 
 
 def _mean_and_std(x: Tensor) -> Tensor:

@@ -151,15 +151,15 @@ ASSUMABLE = {"model": "poisoned model", "train": "poisoned training set", "trust
 """What a defense may assume, in the words of the table."""
 
 
-def defender_view(record: Record, dataset: Dataset, assumes: Iterable[str], trusted_index: Tensor | None, device: torch.device) -> DefenderView:
+def defender_view(record: Record, dataset: Dataset, assumes: Iterable[str], trusted: Split | None, device: torch.device) -> DefenderView:
     """Cut a record down to what a method assumes."""
     granted: dict[str, Any] = {"new_model": lambda: record.new_model().to(device)}
     if "model" in assumes:
         granted["model"] = record.model().to(device)
     if "train" in assumes:
         granted["train"] = record.train_poison.apply(dataset.train)
-    if "trusted" in assumes and trusted_index is not None:
-        granted["trusted"] = dataset.train.subset(trusted_index)
+    if "trusted" in assumes:
+        granted["trusted"] = trusted
     return DefenderView(
         architecture=record.info["architecture"]["name"],
         num_classes=dataset.num_classes,

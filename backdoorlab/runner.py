@@ -12,7 +12,7 @@ import torch
 from . import config as configs
 from . import data, datasets, engine, files, models, record
 from .config import AttackConfig, DefenseConfig, MethodConfig, Parsed, TrainingConfig
-from .data import Dataset
+from .data import Dataset, Split
 from .errors import UserError
 from .metrics import Evaluator, collapsed, der
 from .models import Classifier
@@ -186,9 +186,12 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             score_every=config.score_every,
         )
         run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, run.autocast))
-        view = record.defender_view(found, dataset, method.assumes, _trusted(method, config, dataset), device)
+        trusted = _trusted(config, found, dataset) if "trusted" in method.assumes else None
+        view = record.defender_view(found, dataset, method.assumes, trusted, device)
         job.say_settings(run)
         run.say(f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}), {device}")
+        if trusted is not None:
+            _describe_trusted(trusted, config, dataset, run)
         model = method.module.defend(view, config, run)
         if model is None:
             run.say(f"subtask {subtask} is done; its files are in {stage}")
@@ -210,6 +213,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             "assumes": list(method.assumes),
             "config": config.science(),
             "seed": config.seed,
+            "trusted": None if trusted is None else {"count": len(trusted), "sha256": files.tensor_hash(vars(trusted))},
             "before": {key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
             "after": after.summary(),
             "der": der(before, after.summary()),
@@ -227,11 +231,26 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     return result
 
 
-def _trusted(method: Method, config: DefenseConfig, dataset: Dataset) -> torch.Tensor | None:
-    if "trusted" not in method.assumes:
-        return None
+def _trusted(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:
+    """A user's own images, else a draw from the clean training set."""
+    if config.trusted_path is not None:
+        return datasets.load_trusted(config.trusted_path, dataset, found.info["dataset"]["image_size"])
     drawn = engine.derived_generator(config.seed, "trusted")
-    return data.trusted_index(len(dataset.train), ratio=config.trusted_ratio, count=config.trusted_count, generator=drawn)
+    return dataset.train.subset(
+        data.trusted_index(len(dataset.train), ratio=config.trusted_ratio, count=config.trusted_count, generator=drawn)
+    )
+
+
+def _describe_trusted(trusted: Split, config: DefenseConfig, dataset: Dataset, run: Run) -> None:
+    """How many there are, and what a reader of the table should know about them."""
+    run.say(f"{len(trusted):,} trusted images")
+    missing = sorted(set(range(dataset.num_classes)) - set(trusted.labels.tolist()))
+    if missing:
+        names = ", ".join(dataset.class_names[label] for label in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        run.note(f"no trusted image of {len(missing)} of {dataset.num_classes} classes ({names}): their accuracy may be lost; give more trusted images")
+    batch_size = getattr(config, "batch_size", 1)
+    if batch_size > len(trusted):
+        run.note(f"batch_size {batch_size} is more than the {len(trusted)} trusted images: all of them make one batch")
 
 
 def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str, Any]:

@@ -18,7 +18,8 @@ CPU = torch.device("cpu")
 
 
 def view_of(record: Record, *assumes: str) -> DefenderView:
-    return defender_view(record, record.dataset(), assumes, torch.arange(20), CPU)
+    dataset = record.dataset()
+    return defender_view(record, dataset, assumes, dataset.train.subset(torch.arange(20)), CPU)
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
