@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -122,10 +122,17 @@ class Run:
             self._save(path, parts, stage=stage, done=epoch + 1, total=total)
         self._where = f"after stage {stage}"
 
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        """One descent step; the loss is watched, and a loss that is no number stops the run."""
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, gradients: Sequence[Tensor] | None = None) -> None:
+        """One descent step; the loss is watched, and a loss that is no number stops the run.
+
+        `gradients`, one for each of the optimizer's parameters in their order, are stepped along instead of the loss's own.
+        """
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if gradients is None:
+            loss.backward()
+        else:
+            for parameter, gradient in zip(_parameters(optimizer), gradients, strict=True):
+                parameter.grad = gradient
         optimizer.step()
         self.watch(loss=loss)
 
@@ -258,6 +265,10 @@ class Run:
         self.progress = Progress(**meta["progress"])
         self.flagged = tensors.get("flagged")
         self._clock, self._passes = time.perf_counter(), (PASSES.forward, PASSES.backward)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _like_parameters(optimizer: torch.optim.Optimizer) -> None:

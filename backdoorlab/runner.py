@@ -236,9 +236,7 @@ def _trusted(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:
     if config.trusted_path is not None:
         return datasets.load_trusted(config.trusted_path, dataset, found.info["dataset"]["image_size"])
     drawn = engine.derived_generator(config.seed, "trusted")
-    return dataset.train.subset(
-        data.trusted_index(len(dataset.train), ratio=config.trusted_ratio, count=config.trusted_count, generator=drawn)
-    )
+    return dataset.train.subset(data.trusted_index(len(dataset.train), ratio=config.trusted_ratio, count=config.trusted_count, generator=drawn))
 
 
 def _describe_trusted(trusted: Split, config: DefenseConfig, dataset: Dataset, run: Run) -> None:
@@ -247,7 +245,9 @@ def _describe_trusted(trusted: Split, config: DefenseConfig, dataset: Dataset, r
     missing = sorted(set(range(dataset.num_classes)) - set(trusted.labels.tolist()))
     if missing:
         names = ", ".join(dataset.class_names[label] for label in missing[:5]) + (", ..." if len(missing) > 5 else "")
-        run.note(f"no trusted image of {len(missing)} of {dataset.num_classes} classes ({names}): their accuracy may be lost; give more trusted images")
+        run.note(
+            f"no trusted image of {len(missing)} of {dataset.num_classes} classes ({names}): their accuracy may be lost; give more trusted images"
+        )
     batch_size = getattr(config, "batch_size", 1)
     if batch_size > len(trusted):
         run.note(f"batch_size {batch_size} is more than the {len(trusted)} trusted images: all of them make one batch")

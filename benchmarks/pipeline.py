@@ -12,20 +12,15 @@ Measure on an idle machine and with as many threads as workers: where cores are 
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import measure
 import torch
 import torch.nn.functional as F
-import torchvision
+from measure import Row, busy, describe_machine, report, timed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -40,24 +35,6 @@ from backdoorlab.models import Classifier, build
 BATCH = 128
 AUGMENT = Augment(crop_padding=4, flip=True)
 CIFAR_SHAPE = (50_000, 3, 32, 32)
-
-
-@dataclass(frozen=True)
-class Row:
-    name: str
-    goal: str
-    ratios: tuple[float, ...] = ()
-    percent: bool = False
-    detail: str = ""
-    """What the two sides measured, or why there is nothing to measure."""
-
-    @property
-    def measured(self) -> str:
-        if not self.ratios:
-            return "not applicable"
-        values = (statistics.median(self.ratios), min(self.ratios), max(self.ratios))
-        middle, low, high = (f"{100 * v:.1f} %" if self.percent else f"{v:.2f}" for v in values)
-        return f"{middle} ({low} to {high})"
 
 
 class Images(TorchDataset[tuple[Tensor, int]]):
@@ -95,16 +72,9 @@ def main() -> None:
     device = choose_device(options.device)
     seed_everything(0, device)
     split, source = _data(options.dataset, options.dataset_path)
-    header = _header(device, source, options.repetitions)
-    for key, value in header.items():
-        print(f"{key:<9} {value}", flush=True)
-    print(f"\n{'what':<44} {'goal':<10} {'measured, median (min to max)':<34} detail")
-    rows = []
-    for row in _rows(split, device, options.repetitions, options.force_bf16):
-        print(f"{row.name:<44} {row.goal:<10} {row.measured:<34} {row.detail}", flush=True)
-        rows.append({**asdict(row), "measured": row.measured, "median": statistics.median(row.ratios) if row.ratios else None})
-    if options.json is not None:
-        options.json.write_text(json.dumps(dict(header=header, rows=rows), indent=2) + "\n")
+    caution = "the machine is busy: row 1 against 2 workers flatters us" if busy() else "none"
+    header = describe_machine(device, data=source, caution=caution, pairs=f"{options.repetitions} of each comparison, batches of {BATCH}")
+    report(header, _rows(split, device, options.repetitions, options.force_bf16), options.json)
 
 
 def _rows(split: Split, device: torch.device, repetitions: int, force_bf16: bool) -> Iterator[Row]:
@@ -123,7 +93,7 @@ def _data_path(split: Split, device: torch.device, mean: tuple[float, ...], std:
     def our_rate() -> float:
         seconds, seen = 0.0, 0
         while seconds < 0.5:  # a pass is too short to be timed alone
-            pass_seconds, pass_seen = _timed(lambda: _normalised(_our_batches(ours, device), layer0), device)
+            pass_seconds, pass_seen = timed(lambda: _normalised(_our_batches(ours, device), layer0), device)
             seconds, seen = seconds + pass_seconds, seen + pass_seen
         return seen / seconds
 
@@ -137,7 +107,7 @@ def _data_path(split: Split, device: torch.device, mean: tuple[float, ...], std:
         first = time.perf_counter() - begin
         for _ in range(workers * prefetch):  # batches made before the clock starts would count as free
             next(stream)
-        seconds, seen = _timed(lambda: _moved(stream, device), device)
+        seconds, seen = timed(lambda: _moved(stream, device), device)
         return seen / seconds, first
 
     our_rate()
@@ -199,7 +169,7 @@ def _data_share(split: Split, device: torch.device, mean: tuple[float, ...], std
         return steps
 
     train()
-    pairs = [(_timed(fetch, device)[0] / (10 * steps), _timed(train, device)[0] / steps) for _ in range(repetitions)]
+    pairs = [(timed(fetch, device)[0] / (10 * steps), timed(train, device)[0] / steps) for _ in range(repetitions)]
     data, whole = (statistics.median(column) for column in zip(*pairs, strict=True))
     return Row(
         "2. data / training step, width 16",
@@ -225,7 +195,7 @@ def _bf16(split: Split, device: torch.device, mean: tuple[float, ...], std: tupl
                 step(batch)
             return steps
 
-        return _timed(work, device)[0] / steps
+        return timed(work, device)[0] / steps
 
     single(batch), half(batch)  # the first step chooses kernels
     pairs = [(seconds(single), seconds(half)) for _ in range(repetitions)]
@@ -251,20 +221,6 @@ def _training_step(
     return step
 
 
-def _timed(work: Callable[[], int], device: torch.device) -> tuple[float, int]:
-    """Seconds until the device is done, and what `work` counted."""
-    _wait(device)
-    begin = time.perf_counter()
-    count = work()
-    _wait(device)
-    return time.perf_counter() - begin, count
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _data(name: str, path: str | None) -> tuple[Split, str]:
     """The training images by path, else from the cache (never a download), else made up."""
     if path is not None:
@@ -282,40 +238,11 @@ def _data(name: str, path: str | None) -> tuple[Split, str]:
     return Split(images, labels), f"made-up bytes in the shape of CIFAR-10 ({name} is not in the cache and no path was given)"
 
 
-def _header(device: torch.device, source: str, repetitions: int) -> dict[str, str]:
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU used"
-    return dict(
-        machine=f"{_processor()}, {os.cpu_count()} CPUs, {accelerator}, {platform.system()}, load {load} at the start",
-        versions=f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}",
-        threads=str(torch.get_num_threads()),
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        data=source,
-        caution="the machine is busy: row 1 against 2 workers flatters us" if _busy() else "none",
-        pairs=f"{repetitions} of each comparison, batches of {BATCH}",
-    )
-
-
-def _busy() -> bool:
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) - 1.5
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
-
-
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = measure.options(__doc__)
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--dataset-path", "--dataset_path", default=None, help="parquet shards or train/<class>/*.png")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--repetitions", type=int, default=5, help="pairs a comparison")
     parser.add_argument("--force-bf16", "--force_bf16", action="store_true", help="run row 3 where bfloat16 is slow, too")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the table there, too")
     return parser.parse_args()
 
 

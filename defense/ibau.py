@@ -25,6 +25,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -110,8 +111,11 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
             logits = model(shown.clamp(0, 1) if config.clip_box else shown)
         return F.cross_entropy(logits.float(), labels)
 
-    def inner(batch: Batch, delta: Tensor, labels: Tensor) -> Tensor:
-        return config.delta_weight * delta.square().sum() - loss(batch.images, labels, delta)
+    def inner(images: Tensor, labels: Tensor, delta: Tensor) -> Tensor:
+        return config.delta_weight * delta.square().sum() - loss(images, labels, delta)
+
+    def outer(images: Tensor, labels: Tensor, where: Tensor, delta: Tensor) -> Tensor:
+        return loss(images, labels, delta * where)
 
     for _ in run.epochs("unlearn", config.n_rounds, model=model, optimizer=optimizer):
         model.eval()
@@ -125,25 +129,21 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
                     with torch.no_grad(), run.autocast():
                         labels = model(batch.images).argmax(1)
                 delta.requires_grad_()
-                (slope,) = torch.autograd.grad(inner(batch, delta, labels), delta)
+                (slope,) = torch.autograd.grad(inner(batch.images, labels, delta), delta)
                 delta = project(delta.detach() - config.delta_lr * slope, "l2", radius)
         run.log(delta=l2(delta).item())
 
         for batch in one_pass():
-            where = carriers(len(batch.labels), config, run)
             seen = first if config.quirks and first is not None else batch
             found = hypergradient(
-                lambda d, batch=batch, where=where: loss(batch.images, batch.labels, d * where),
-                lambda d, seen=seen: inner(seen, d, seen.labels),
+                partial(outer, batch.images, batch.labels, carriers(len(batch.labels), config, run)),
+                partial(inner, seen.images, seen.labels),
                 delta,
                 weights,
                 radius,
                 config,
             )
-            for weight, gradient in zip(weights, found.gradients, strict=True):
-                weight.grad = gradient
-            optimizer.step()
-            run.watch(loss=found.loss)
+            run.step(optimizer, found.loss, found.gradients)
             if config.K:
                 run.watch(implicit=found.implicit, residual=found.residual)
     return model
@@ -257,7 +257,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], g: Tensor, steps: int, damping: 
 
 
 def fixed_point(hessian: Callable[[Tensor], Tensor], g: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """The published iteration v <- v - 0.1 H v + 0.1 g from 0, and its last step's size; grows without end where H has eigenvalues outside (0, 20)."""
+    """The published iteration v <- v + 0.1 (g - H v) from 0, and its last step's size; diverges where H has eigenvalues outside (0, 20)."""
     v = 0.1 * g
     change = g
     for _ in range(steps - 1):

@@ -17,7 +17,6 @@ are taken to the perturbation only, and an image whose perturbation is shared al
 search. Its two log terms of step 2 are the same number and are one here. docs/methods/sau.md has the effects.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -95,21 +94,9 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     for _ in run.epochs("unlearn", config.n_rounds, model=model, optimizer=optimizer, schedule=schedule):
         model.eval()
         for batch in batches(trusted, config.batch_size, device=run.device, generator=run.generator):
-            x, y = batch.images, batch.labels
-            delta = shared_perturbation(model, poisoned, x, y, believed[batch.index], config, run)
-            with torch.no_grad(), run.autocast():
-                wrong = poisoned(x + delta).argmax(1)
-            fooled = (wrong != y) & (wrong != believed[batch.index])
-            model.train(config.train_bn)
-            with run.autocast():
-                clean, perturbed = model(torch.cat([x, x + delta])).float().chunk(2)
-            model.eval()
-            leave = unlearning_loss(perturbed, wrong, fooled)
-            loss = config.lambda1 * F.cross_entropy(clean, y) + config.lambda3 * leave
-            if config.lambda2:
-                loss = loss + config.lambda2 * F.cross_entropy(perturbed, y)
-            run.step(optimizer, loss)
-            run.watch(leave=leave, fooled=fooled.float().mean())
+            answers = believed[batch.index]
+            delta = shared_perturbation(model, poisoned, batch.images, batch.labels, answers, config, run)
+            run.step(optimizer, training_loss(model, poisoned, batch.images, batch.labels, delta, answers, config, run))
         if config.cosine:
             schedule.step()
     return model
@@ -118,9 +105,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
 # --- 1. the search -----------------------------------------------------------------------------------------------
 
 
-def shared_perturbation(
-    model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, believed: Tensor, config: Config, run: Run
-) -> Tensor:
+def shared_perturbation(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, believed: Tensor, config: Config, run: Run) -> Tensor:
     """delta (B, C, H, W): what makes both models leave their answers on x for the same other class.
 
     x: (B, C, H, W) in [0, 1]; y: (B,) true labels; believed: (B,) the poisoned model's answers on x. The loss is a sum over
@@ -140,9 +125,7 @@ def shared_perturbation(
             if shared.all():
                 break
             (slope,) = torch.autograd.grad(loss, here)
-            moved = project(here.detach() - config.pgd_lr * eps * steepest(slope, config.norm), config.norm, eps)
-            if config.clip_box:
-                moved = (x[searching] + moved).clamp(0, 1) - x[searching]
+            moved = allowed(here.detach() - config.pgd_lr * eps * steepest(slope, config.norm), x[searching], eps, config)
             # A shared image has no slope and would stay where it is: drop it.
             delta[searching[~shared]] = moved[~shared]
             searching = searching[~shared]
@@ -155,7 +138,13 @@ def start(x: Tensor, eps: float, config: Config, run: Run) -> Tensor:
         drawn = torch.rand(x.shape, generator=run.generator).to(x).mul_(2).sub_(1)
     else:
         drawn = torch.full_like(x, 1.0 if config.pgd_init == "max" else 0.0)
-    return project(drawn * eps, config.norm, eps)
+    return allowed(drawn * eps, x, eps, config)
+
+
+def allowed(delta: Tensor, x: Tensor, eps: float, config: Config) -> Tensor:
+    """delta within eps, and with clip_box within what keeps x + delta in [0, 1]."""
+    delta = project(delta, config.norm, eps)
+    return (x + delta).clamp(0, 1) - x if config.clip_box else delta
 
 
 def search_loss(f: Tensor, g: Tensor, answers: Tensor, believed: Tensor, y: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -178,6 +167,23 @@ def jensen_shannon(f: Tensor, g: Tensor) -> Tensor:
 
 
 # --- 2. the training ---------------------------------------------------------------------------------------------
+
+
+def training_loss(
+    model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, delta: Tensor, believed: Tensor, config: Config, run: Run
+) -> Tensor:
+    """Learn the clean images, and leave the wrong class that the poisoned model sees in the perturbed ones. The model is in evaluation mode afterwards."""
+    with torch.no_grad(), run.autocast():
+        wrong = poisoned(x + delta).argmax(1)
+    fooled = (wrong != y) & (wrong != believed)
+    model.train(config.train_bn)
+    with run.autocast():
+        clean, perturbed = model(torch.cat([x, x + delta])).float().chunk(2)
+    model.eval()
+    leave = unlearning_loss(perturbed, wrong, fooled)
+    run.watch(leave=leave, fooled=fooled.float().mean())
+    loss = config.lambda1 * F.cross_entropy(clean, y) + config.lambda3 * leave
+    return loss + config.lambda2 * F.cross_entropy(perturbed, y) if config.lambda2 else loss
 
 
 def unlearning_loss(logits: Tensor, wrong: Tensor, fooled: Tensor) -> Tensor:
