@@ -6,6 +6,7 @@ YAML becomes flags and goes through the same parser, so a misspelt key fails lik
 import contextlib
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -158,7 +159,9 @@ class DefenseConfig(MethodConfig):
 
 
 def _within(number: float, rule: str) -> bool:
-    """Rules: ">= 0", "> 0", or an interval such as "(0, 1]"."""
+    """Rules: ">= 0", "> 0", or an interval such as "(0, 1]". Infinity and NaN are in none."""
+    if not math.isfinite(number):
+        return False
     if rule[0] == ">":
         bound = float(rule.lstrip(">= "))
         return number >= bound if rule.startswith(">=") else number > bound

@@ -95,9 +95,7 @@ def load_trusted(path: str, dataset: Dataset, image_size: int | None) -> Split:
             )
         images, labels = _class_images(root, known, image_size, grey)
     if images.shape[1:] != dataset.image_shape:
-        raise UserError(
-            f"--trusted_path {path}: the model takes images of {dataset.image_shape} (channels, height, width), these are {images.shape[1:]}"
-        )
+        raise UserError(f"--trusted_path {path}: expected images of {dataset.image_shape} (channels, height, width), found {images.shape[1:]}")
     if labels.max() >= dataset.num_classes:
         raise UserError(f"--trusted_path {path}: {dataset.name} has {dataset.num_classes} classes, found label {labels.max()}")
     return Split(torch.from_numpy(images), torch.from_numpy(labels))

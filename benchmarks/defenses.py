@@ -71,7 +71,9 @@ def _agreement(published: tuple[Tensor, Tensor], lean: tuple[Tensor, Tensor], wi
     """The first step of both. Perturbations are signs of gradients: where one is almost 0, rounding may turn it."""
     same = (published[0] == lean[0]).float().mean().item()
     apart = (published[1] - lean[1]).abs().item() / published[1].abs().item()
-    return Row(f"SAU: equal pixels of delta, width {width}", ">= 99.9 %", (same,), percent=True, detail=f"relative difference of the losses {apart:.1e}")
+    return Row(
+        f"SAU: equal pixels of delta, width {width}", ">= 99.9 %", (same,), percent=True, detail=f"relative difference of the losses {apart:.1e}"
+    )
 
 
 def sau_steps(width: int, batch_size: int, device: torch.device, precision: Precision) -> tuple[Step, Step]:

@@ -44,8 +44,8 @@ ASSUMES = ("model", "trusted")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DefenseConfig):
-    n_rounds: int = 5
-    """Rounds of finding delta and unlearning it."""
+    n_rounds: int = 3
+    """Rounds of finding delta and unlearning it (3 in the authors' README, 5 in their defense.py)."""
     K: int = 5
     """Steps of the hypergradient's solve, each as dear as two passes; 0 is the first-order version."""
     batch_size: int = 100
@@ -60,8 +60,10 @@ class Config(DefenseConfig):
     """Learning rate of delta, plain SGD."""
     delta_weight: float = 1e-3
     """Weight of |delta|^2 in the inner problem."""
+    projected: bool = True
+    """Keep delta in an L2 ball."""
     radius: float | None = None
-    """L2 ball of delta in pixels of [0, 1]; inf is no ball. None: 10 for a 32 x 32 x 3 image, else of the same root mean square."""
+    """Radius of that ball in pixels of [0, 1]. None: 10 for a 32 x 32 x 3 image, else of the same root mean square."""
     clip_box: bool = True
     """Keep perturbed images within [0, 1]."""
     patched: float = 0.01
@@ -95,6 +97,8 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, trusted = view.model, place(view.trusted, run.device)
     augment = view.augment if config.augment else NO_AUGMENT
     radius = config.radius or same_reach(10 / math.sqrt(3 * 32 * 32), view.image_shape)
+    if not config.projected:
+        radius = math.inf
     weights = list(model.parameters())
     optimizer = make_optimizer(weights, config)
 

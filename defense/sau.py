@@ -169,10 +169,8 @@ def jensen_shannon(f: Tensor, g: Tensor) -> Tensor:
 # --- 2. the training ---------------------------------------------------------------------------------------------
 
 
-def training_loss(
-    model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, delta: Tensor, believed: Tensor, config: Config, run: Run
-) -> Tensor:
-    """Learn the clean images, and leave the wrong class that the poisoned model sees in the perturbed ones. The model is in evaluation mode afterwards."""
+def training_loss(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, delta: Tensor, believed: Tensor, config: Config, run: Run) -> Tensor:
+    """Learn the clean images, and leave the wrong class that the poisoned model sees in the perturbed ones; evaluation mode afterwards."""
     with torch.no_grad(), run.autocast():
         wrong = poisoned(x + delta).argmax(1)
     fooled = (wrong != y) & (wrong != believed)

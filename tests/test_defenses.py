@@ -27,6 +27,8 @@ class Row:
 
 ROWS = {
     "dau": Row(asr=0.05, precision=0.9, tpr=0.8),
+    "ibau": Row(asr=0.1),
+    "sau": Row(asr=0.1),
     "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
 }
 

@@ -85,6 +85,26 @@ def test_a_killed_dau_continues_to_the_same_bytes(backdoored: Record, tmp_path: 
     assert torch.equal(*(files.read_tensors(folder / run / "split.safetensors")[0]["flagged"] for run in ("whole", "killed")))
 
 
+@pytest.mark.parametrize("method", ["sau", "ibau"])
+def test_an_interrupted_defense_continues_to_the_same_weights(method: str, tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the third round of four, and run again: delta, optimizer, schedule and random state are those of the uninterrupted run."""
+    flags = ("--n_rounds", "4", "--batch_size", "24", "--score_every", "0", "--precision", "fp32")
+    record = helpers.copy(tiny, tmp_path)
+    whole = helpers.defend(method, record, *flags, "--run_name", "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 8)
+        with pytest.raises(Stop):
+            helpers.defend(method, record, *flags, "--run_name", "stopped")
+    folder = record.folder / "defense" / method
+    assert (folder / "stopped.partial" / "checkpoint-unlearn.safetensors").exists() and not (folder / "stopped").exists()
+    stopped = helpers.defend(method, record, *flags, "--run_name", "stopped")
+    assert whole is not None and stopped is not None and stopped["after"] == whole["after"]
+    assert stopped["image_passes"] == whole["image_passes"]
+    assert same(folder / "whole", folder / "stopped")
+    helpers.defend(method, record, *flags, "--run_name", "other", "--seed", "1")
+    assert not same(folder / "whole", folder / "other")
+
+
 class Stop(BaseException):
     """Not an Exception, as a signal is not."""
 
@@ -281,6 +301,8 @@ ATTACK_VARIANTS: dict[str, list[tuple[str, ...]]] = {}
 DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
     "dau": [("--loss", "both", "--epochs", "1", "--head_epochs", "5"), ("--pool", "isolation", "--isolation_epochs", "1", "--epochs", "1")],
     "ft": [("--epochs", "1")],
+    "ibau": [("--n_rounds", "1"), ("--n_rounds", "1", "--solver", "fixed_point", "--augment", "True")],
+    "sau": [("--n_rounds", "1")],
 }
 
 

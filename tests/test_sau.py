@@ -45,7 +45,7 @@ def images(n: int = 32) -> Tensor:
 def search(model: Classifier, poisoned: Classifier, **changes: Any) -> Tensor:
     x = images()
     answers: Tensor = poisoned(x).argmax(1)
-    return sau.shared_perturbation(model, poisoned, x, answers, answers, sau.Config(**changes), new_run())  # type: ignore[no-any-return]
+    return sau.shared_perturbation(model, poisoned, x, answers, answers, sau.Config(**changes), new_run())
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
@@ -104,7 +104,9 @@ def test_leaving_the_wrong_class_costs_at_most_13_8() -> None:
     slopes = [torch.autograd.grad(loss, logits, retain_graph=True)[0].abs().sum().item() for loss in one]
     assert slopes[2] == 0 and min(slopes[1], slopes[3]) > 1e-3, "no slope below p = 0.001"
     mixed = torch.tensor([True, False, True, False])
-    assert sau.unlearning_loss(logits, wrong, mixed).item() == pytest.approx((one[0] + one[2]).item() / 4), "a mean over the batch, not over the fooled"
+    assert sau.unlearning_loss(logits, wrong, mixed).item() == pytest.approx((one[0] + one[2]).item() / 4), (
+        "a mean over the batch, not over the fooled"
+    )
 
 
 def test_jensen_shannon_is_its_definition() -> None:

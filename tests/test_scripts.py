@@ -16,6 +16,8 @@ NONE = helpers.CHECKOUT / "attack" / "none.py"
 BLENDED = helpers.CHECKOUT / "attack" / "blended.py"
 DAU = helpers.CHECKOUT / "defense" / "dau.py"
 FT = helpers.CHECKOUT / "defense" / "ft.py"
+IBAU = helpers.CHECKOUT / "defense" / "ibau.py"
+SAU = helpers.CHECKOUT / "defense" / "sau.py"
 
 Capture = pytest.CaptureFixture[str]
 
@@ -75,13 +77,19 @@ def test_usage_without_a_command(capsys: Capture) -> None:
     assert "python -m backdoorlab COMMAND" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", [BADNET, BLENDED, NONE, DAU, FT])
+@pytest.mark.parametrize("file", [BADNET, BLENDED, NONE, DAU, FT, IBAU, SAU])
 def test_help_says_what_every_flag_does(file: Path, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(str(file), ["--help"])
     assert not stop.value.code
     shown = capsys.readouterr().out.replace("-", "_")
-    for flag in ("seed", "device", "overwrite", "epochs", "save_folder_name" if file.parent.name == "attack" else "result_file"):
+    for flag in (
+        "seed",
+        "device",
+        "overwrite",
+        "n_rounds" if file in (IBAU, SAU) else "epochs",
+        "save_folder_name" if file.parent.name == "attack" else "result_file",
+    ):
         assert f"__{flag} " in shown
 
 
@@ -213,6 +221,14 @@ DEFENSE_MISTAKES: list[tuple[Path, tuple[str, ...], str]] = [
     (FT, ("--lr", "-1"), "lr"),
     (FT, ("--epochs", "-1"), "epochs"),
     (FT, ("--dataset_path", "/no/such/folder"), "no such folder"),
+    (SAU, ("--eps", "0"), "eps must be > 0, got 0.0"),
+    (SAU, ("--lr", "inf"), "lr must be >= 0, got inf"),
+    (SAU, ("--norm", "l1"), "norm"),
+    (SAU, ("--trusted_count", "0"), "the trusted set needs between 1 and 1442 images, got 0"),
+    (IBAU, ("--unl_set", "/no/such/folder"), "--trusted_path /no/such/folder: no such folder. Give a folder with <class>/*.png"),
+    (IBAU, ("--patched", "2"), "patched must be in [0, 1], got 2.0"),
+    (IBAU, ("--optim", "Adamm"), "optim"),
+    (IBAU, ("--K", "-1"), "K must be >= 0, got -1"),
 ]
 
 
