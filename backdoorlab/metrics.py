@@ -86,6 +86,7 @@ def split_quality(flagged: Tensor, poison: Poison) -> dict[str, Any]:
         "fpr": _share(flagged[~poisoned]),
         "precision": _share(poisoned[flagged]),
         "flagged": int(flagged.sum()),
+        "missed": int((poisoned & ~flagged).sum()),
         "cross_flagged": _share(flagged[cross]),
     }
 

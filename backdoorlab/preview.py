@@ -1,6 +1,7 @@
 """A picture of an attack, for a person to look at."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +23,14 @@ def save_preview(path: Path, clean: Split, triggered: Poison) -> None:
         rows = [before, after, difference]
     else:
         rows = [clean.images[index]]
-    channels, height, width = clean.images.shape[1:]
-    sheet = torch.full((channels, len(rows) * (height + GAP) - GAP, len(index) * (width + GAP) - GAP), 255, dtype=torch.uint8)
+    save_sheet(path, rows)
+
+
+def save_sheet(path: Path, rows: Sequence[torch.Tensor]) -> None:
+    """PNG of rows of images, each uint8 (n, C, H, W) of one size, enlarged to be seen."""
+    channels, height, width = rows[0].shape[1:]
+    longest = max(len(images) for images in rows)
+    sheet = torch.full((channels, len(rows) * (height + GAP) - GAP, longest * (width + GAP) - GAP), 255, dtype=torch.uint8)
     for r, images in enumerate(rows):
         for c, image in enumerate(images):
             top, left = r * (height + GAP), c * (width + GAP)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import datasets, files, models
 from .data import Augment, Dataset, Split
@@ -137,6 +137,11 @@ class DefenderView:
         """A few images known to be clean, with their true labels."""
         return self._get("trusted")
 
+    @property
+    def seeds(self) -> Tensor:
+        """int64 (S,): positions of the training samples that someone has looked at and found clean, the same number of each class."""
+        return self._get("seeds")
+
     def new_model(self) -> Classifier:
         """The same architecture, freshly initialised."""
         return self.granted["new_model"]()
@@ -147,11 +152,13 @@ class DefenderView:
         return self.granted[what]
 
 
-ASSUMABLE = {"model": "poisoned model", "train": "poisoned training set", "trusted": "trusted images"}
+ASSUMABLE = {"model": "poisoned model", "train": "poisoned training set", "trusted": "trusted images", "seeds": "clean seeds"}
 """What a defense may assume, in the words of the table."""
 
 
-def defender_view(record: Record, dataset: Dataset, assumes: Iterable[str], trusted: Split | None, device: torch.device) -> DefenderView:
+def defender_view(
+    record: Record, dataset: Dataset, assumes: Iterable[str], trusted: Split | None, device: torch.device, seeds: Tensor | None = None
+) -> DefenderView:
     """Cut a record down to what a method assumes."""
     granted: dict[str, Any] = {"new_model": lambda: record.new_model().to(device)}
     if "model" in assumes:
@@ -160,6 +167,8 @@ def defender_view(record: Record, dataset: Dataset, assumes: Iterable[str], trus
         granted["train"] = record.train_poison.apply(dataset.train)
     if "trusted" in assumes:
         granted["trusted"] = trusted
+    if "seeds" in assumes:
+        granted["seeds"] = seeds
     return DefenderView(
         architecture=record.info["architecture"]["name"],
         num_classes=dataset.num_classes,
@@ -168,6 +177,21 @@ def defender_view(record: Record, dataset: Dataset, assumes: Iterable[str], trus
         augment=record.augment(),
         granted=granted,
     )
+
+
+def draw_seeds(poison: Poison, labels: Tensor, num_classes: int, per_class: int, generator: torch.Generator) -> Tensor:
+    """Positions of `per_class` untouched samples of each class, drawn uniformly; increasing."""
+    touched = torch.zeros(len(labels), dtype=torch.bool)
+    touched[poison.index] = True
+    drawn = []
+    for label in range(num_classes):
+        clean = ((labels == label) & ~touched).nonzero().squeeze(1)
+        if len(clean) < per_class:
+            raise UserError(
+                f"expected {per_class} clean seeds of each class, but class {label} has {len(clean)} clean samples: lower --seeds_per_class"
+            )
+        drawn.append(clean[torch.randperm(len(clean), generator=generator)[:per_class]])
+    return torch.cat(drawn).sort().values
 
 
 def build_model(architecture: Mapping[str, Any], dataset: Mapping[str, Any], num_classes: int) -> Classifier:

@@ -66,12 +66,13 @@ class Run:
         self.splits: dict[str, dict[str, Any]] = {}
         self.progress = Progress()
         self.flagged: Tensor | None = None
+        self.pictures: dict[str, Sequence[Tensor]] = {}
         self._evaluator: Evaluator | None = None
         self._train_poison, self._score_every = train_poison, score_every
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
         self._logged: dict[str, Any] = {}
-        self._where = "before the first epoch"
+        self._where, self._ended = "before the first epoch", False
         self._clock = time.perf_counter()
         self._passes = (PASSES.forward, PASSES.backward)
         if device.type == "cuda":
@@ -119,8 +120,15 @@ class Run:
                 row |= self.score(model).summary()
             self.history.append(row)
             self._describe(row, total, bar)
-            self._save(path, parts, stage=stage, done=epoch + 1, total=total)
+            ended, self._ended = self._ended, False
+            self._save(path, parts, stage=stage, done=total if ended else epoch + 1, total=total)
+            if ended:
+                break
         self._where = f"after stage {stage}"
+
+    def end_stage(self) -> None:
+        """Let the epoch that runs be the last of its stage."""
+        self._ended = True
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, gradients: Sequence[Tensor] | None = None) -> None:
         """One descent step; the loss is watched, and a loss that is no number stops the run.
@@ -183,7 +191,12 @@ class Run:
             self.flagged = flagged.cpu()
         if self._train_poison is not None:
             self.splits[name] = quality = split_quality(flagged, self._train_poison)
+            self._logged |= {f"{name}_flagged": quality["flagged"], f"{name}_missed": quality["missed"]}
             self.say(f"{name}: {describe_split(quality)}")
+
+    def picture(self, name: str, rows: Sequence[Tensor]) -> None:
+        """Keep a sheet of images beside the result, as NAME.png; each row uint8 (n, C, H, W)."""
+        self.pictures[name] = [images.cpu() for images in rows]
 
     # --- what the runner calls -----------------------------------------------------------------------------------
 

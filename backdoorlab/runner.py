@@ -17,7 +17,7 @@ from .errors import UserError
 from .metrics import Evaluator, collapsed, der
 from .models import Classifier
 from .poison import POISON, Labels, Poison, Stamp, check_rate, check_target, poison_test, poison_train
-from .preview import save_preview
+from .preview import save_preview, save_sheet
 from .record import Record
 from .registry import Method
 from .run import Run, describe_split, environment
@@ -187,7 +187,8 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         )
         run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, run.autocast))
         trusted = _trusted(config, found, dataset) if "trusted" in method.assumes else None
-        view = record.defender_view(found, dataset, method.assumes, trusted, device)
+        seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
+        view = record.defender_view(found, dataset, method.assumes, trusted, device, seeds)
         job.say_settings(run)
         run.say(f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}), {device}")
         if trusted is not None:
@@ -201,6 +202,8 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         final = _fresh(stage / "final")
         files.write_tensors(final / "model.safetensors", model.state_dict())
         run.save_history(final)
+        for name, images in run.pictures.items():
+            save_sheet(final / f"{name}.png", images)
         if run.flagged is not None:
             files.write_tensors(final / "split.safetensors", {"flagged": run.flagged})
         result = {
@@ -237,6 +240,12 @@ def _trusted(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:
         return datasets.load_trusted(config.trusted_path, dataset, found.info["dataset"]["image_size"])
     drawn = engine.derived_generator(config.seed, "trusted")
     return dataset.train.subset(data.trusted_index(len(dataset.train), ratio=config.trusted_ratio, count=config.trusted_count, generator=drawn))
+
+
+def _seeds(config: Any, found: Record, dataset: Dataset) -> torch.Tensor:
+    """Training samples known to be clean, drawn among those that the attack left alone."""
+    drawn = engine.derived_generator(config.seed, "seeds")
+    return record.draw_seeds(found.train_poison, dataset.train.labels, dataset.num_classes, config.seeds_per_class, drawn)
 
 
 def _describe_trusted(trusted: Split, config: DefenseConfig, dataset: Dataset, run: Run) -> None:

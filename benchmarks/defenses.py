@@ -2,37 +2,45 @@
 
     python benchmarks/defenses.py [--width 16 64] [--json FILE]
 
-Both sides are in this file, get the same weights and images, and take turns. Their results are compared before they are timed: a
-faster step that computes something else would be no gain. `--memory` reports the peak of each side, in a process of its own.
+The published steps are in published.py. Both sides get the same weights and images, and take turns. Where they compute the same
+numbers, these are compared first: a faster step that computes something else would be no gain. `--memory` reports the peak of
+each side, in a process of its own.
 """
 
 import argparse
 import copy
 import multiprocessing
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import measure
+import published
 import torch
-import torch.nn.functional as F
 from measure import Row, busy, describe_machine, report
+from published import Step
 from torch import Tensor, nn
 
 from backdoorlab import registry
+from backdoorlab.data import Augment, Split, place
 from backdoorlab.engine import Precision, choose_device, seed_everything
 from backdoorlab.models import PASSES, build
+from backdoorlab.perturb import frozen
+from backdoorlab.record import DefenderView
 from backdoorlab.run import Run, peak_memory
 
+asd: Any = registry.load("defense", "asd").module
+bu: Any = registry.load("defense", "bu").module
 sau: Any = registry.load("defense", "sau").module
 
 CLASSES = 10
-Step = Callable[[], tuple[Tensor, Tensor]]
-"""One step of a defense; returns the perturbation and the loss."""
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     options = _options()
     device = choose_device(options.device)
     caution = "the machine is busy" if busy() else "none"
@@ -45,6 +53,8 @@ def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         yield from _sau(width, options, device)
         if options.memory:
             yield _memory(width, options)
+        yield from _asd(width, options, device)
+    yield _bu(options, device)
 
 
 def _sau(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
@@ -77,7 +87,7 @@ def _agreement(published: tuple[Tensor, Tensor], lean: tuple[Tensor, Tensor], wi
 
 
 def sau_steps(width: int, batch_size: int, device: torch.device, precision: Precision) -> tuple[Step, Step]:
-    """The published step in fp32 and ours, each on its own copy of a pair of models that differ a little."""
+    """The published step (fp32, torch's default memory format) and ours, each on its own copy of a pair of models that differ a little."""
     seed_everything(0, device)
     poisoned = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device).eval()
     x = torch.rand(batch_size, 3, 32, 32).to(device, memory_format=torch.channels_last)
@@ -90,7 +100,8 @@ def sau_steps(width: int, batch_size: int, device: torch.device, precision: Prec
         for parameter in model.parameters():
             parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     y = poisoned(x).argmax(1)
-    return _published_sau(copy.deepcopy(model), copy.deepcopy(poisoned), x, y), _lean_sau(model, poisoned, x, y, device, precision)
+    plain = (copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (model, poisoned))
+    return published.sau_step(*plain, x.contiguous(), y), _lean_sau(model, poisoned, x, y, device, precision)
 
 
 def _lean_sau(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, device: torch.device, precision: Precision) -> Step:
@@ -104,46 +115,6 @@ def _lean_sau(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, devic
         delta = sau.shared_perturbation(model, poisoned, x, y, believed, config, run)
         loss = sau.training_loss(model, poisoned, x, y, delta, believed, config, run)
         run.step(optimizer, loss)
-        return delta, loss.detach()
-
-    return step
-
-
-def _published_sau(model: nn.Module, reference: nn.Module, x: Tensor, y: Tensor) -> Step:
-    """24 forwards and 12 backwards with all weight gradients: clean images again at every step, the reference in the graph."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, amsgrad=True)
-
-    def step() -> tuple[Tensor, Tensor]:
-        delta = torch.full_like(x, 0.2)
-        for _ in range(5):
-            delta = delta.detach().requires_grad_()
-            clean, clean_reference = model(x), reference(x)
-            seen, seen_reference = model(x + delta), reference(x + delta)
-            left, left_reference = seen.argmax(1) != clean.argmax(1), seen_reference.argmax(1) != clean_reference.argmax(1)
-            shared = left & left_reference & (seen.argmax(1) == seen_reference.argmax(1))
-            adversarial = -F.cross_entropy(seen, y, reduction="none") * ~left - F.cross_entropy(seen_reference, y, reduction="none") * ~left_reference
-            p, q = seen.softmax(1).clamp_min(1e-8), seen_reference.softmax(1).clamp_min(1e-8)
-            mean = 0.5 * (p + q)
-            divergence = (0.5 * p * p.log() + 0.5 * q * q.log() - mean * mean.log()).sum(1) * ~shared
-            loss = (0.01 * 0.5 * adversarial + divergence).sum() / len(x)
-            if shared.all():
-                break
-            loss.backward()
-            assert delta.grad is not None
-            delta = (delta.detach() - 0.2 * delta.grad.sign()).clamp(-0.2, 0.2)
-        delta = delta.detach()
-        clean, seen = model(torch.cat([x, x + delta])).chunk(2)
-        clean_reference, seen_reference = reference(x), reference(x + delta)
-        wrong = seen_reference.argmax(1)
-        fooled = (wrong != y) & (wrong != clean_reference.argmax(1))
-        p = seen.softmax(1)
-        of_wrong = p.gather(1, wrong[:, None]).squeeze(1)
-        others = p.scatter(1, wrong[:, None], 0).sum(1)
-        first, second = -(1e-6 + others.clamp_max(0.999)).log(), -(1 + 1e-6 - of_wrong.clamp_min(0.001)).log()
-        loss = F.cross_entropy(clean, y) + ((first + second) / 2 * fooled).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
         return delta, loss.detach()
 
     return step
@@ -166,10 +137,86 @@ def _peak(side: int, width: int, batch_size: int, device_name: str) -> int:
     return peak_memory(device) - before
 
 
+def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Images trained on per second, at the start, when the clean pool is the seeds, and later, when it is half of the set."""
+    seed_everything(0, device)
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (50_000, 3, 32, 32), generator=draws, dtype=torch.uint8)
+    split = Split(images, torch.arange(len(images)) % CLASSES)
+    array, labels = images.permute(0, 2, 3, 1).contiguous().numpy(), split.labels.numpy()
+    model = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device).train()
+    conventional = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    view = DefenderView("", CLASSES, (3, 32, 32), (), Augment(4, True), {})
+    placed = place(split, device)
+    for pool, size in (("100 seeds", 100), ("half of the set", 25_000)):
+        clean = torch.zeros(len(split), dtype=torch.bool)
+        clean[torch.randperm(len(split), generator=draws)[:size]] = True
+        steps = options.asd_iterations
+        config, run = asd.Config(iterations=steps, batch_size=64), Run(Path(), seed=0, device=device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+
+        def ours(clean: Tensor = clean, config: Any = config, run: Run = run, optimizer: Any = optimizer) -> None:
+            for x, u1, u2 in asd.triples(placed, clean, view, config, run):
+                run.step(optimizer, asd.mixmatch(model, x, u1, u2, 1.0, CLASSES, config, run))
+
+        theirs = partial(published.asd_epoch, conventional, array, labels, clean.numpy(), steps, 64, options.workers, CLASSES)
+        pairs = measure.in_turn(theirs, ours, device, max(2, options.repetitions // 2))
+        slow, fast = (3 * 64 * steps / statistics.median(column) for column in zip(*pairs, strict=True))
+        yield Row(
+            f"ASD published / ours, width {width}, {pool}",
+            ">= 3",
+            tuple(a / b for a, b in pairs),
+            detail=f"{slow:,.0f} and {fast:,.0f} images/s over {steps} steps with the start of the epoch; {options.workers} loader workers",
+        )
+
+
+def _bu(options: argparse.Namespace, device: torch.device) -> Row:
+    """A step of recovery for ten classes: generators one by one, and side by side."""
+    seed_everything(0, device)
+    model = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=16).to(device).eval()
+    x, y = torch.rand(32, 3, 32, 32).to(device, memory_format=torch.channels_last), (torch.arange(32) % CLASSES).to(device)
+    config, run = bu.Config(), Run(Path(), seed=0, device=device)
+
+    def recovery(count: int) -> Callable[[Tensor], None]:
+        generators, mine = bu.Generators(count, 27, config.hidden).to(device), bu.Mine(count, 64, 27, config.hidden).to(device)
+        places = bu.Places(count, (32, 32), 3, config).to(device)
+        optimizers = [torch.optim.Adam(net.parameters(), lr=config.search_lr) for net in (generators, mine)]
+
+        def step(classes: Tensor) -> None:
+            z, other = torch.rand(2, count, len(x), 64, device=device)
+            triggers = generators(z)
+            _, pull = bu.reward(model, x, y, triggers, places, classes, torch.full((count,), 0.9, device=device), (3, 3, 3), config, run)
+            run.step(optimizers[0], -(pull * triggers).sum() - 0.1 * mine.information(z, other, triggers).sum())
+            run.step(optimizers[1], mine.loss(z, other, triggers.detach()))
+
+        return step
+
+    classes = torch.arange(CLASSES, device=device)
+    together, alone = recovery(CLASSES), recovery(1)
+
+    def one_by_one() -> None:
+        for label in classes:
+            alone(label[None])
+
+    with frozen(model):
+        together(classes)
+        one_by_one()
+        pairs = measure.in_turn(one_by_one, partial(together, classes), device, options.repetitions)
+    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return Row(
+        "BU recovery, one by one / side by side",
+        "-",
+        tuple(a / b for a, b in pairs),
+        detail=f"{1000 * slow:.0f} and {1000 * fast:.0f} ms for ten classes",
+    )
+
+
 def _options() -> argparse.Namespace:
     parser = measure.options(__doc__)
     parser.add_argument("--width", type=int, nargs="+", default=[16, 64], help="channels of PreAct-ResNet18's first stage")
     parser.add_argument("--batch-size", "--batch_size", type=int, default=256)
+    parser.add_argument("--asd-iterations", "--asd_iterations", type=int, default=10, help="steps of ASD's part of an epoch")
+    parser.add_argument("--workers", type=int, default=4, help="loader workers of the published ASD")
     parser.add_argument("--memory", action="store_true", help="measure peak memory, too")
     return parser.parse_args()
 

@@ -50,7 +50,7 @@ def test_the_l2_ball_of_the_same_reach_just_holds_the_cube() -> None:
 
 def test_frozen_weights_get_no_gradient_and_are_trainable_again() -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
-    model[0].bias.requires_grad_(False)  # type: ignore[union-attr]
+    model[0].bias.requires_grad_(False)
     x = DELTA.clone().requires_grad_()
     with frozen(model):
         assert not any(parameter.requires_grad for parameter in model.parameters())

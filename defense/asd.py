@@ -1,0 +1,233 @@
+"""ASD: training on an adaptively split poisoned data set.
+
+Backdoor Defense via Adaptively Splitting Poisoned Dataset. K. Gao, Y. Bai, J. Gu, Y. Yang, S.-T. Xia. CVPR 2023.
+https://arxiv.org/abs/2303.12993 ; the constants are those of the published code.
+
+Assumes: the poisoned training set and a few of its samples, of each class, known to be clean. A training-time defense: the model
+is trained from scratch.
+
+Each epoch the set is split anew into a clean pool, whose labels are trusted, and the rest, whose labels are dropped; then
+MixMatch (Berthelot et al., NeurIPS 2019) trains on both. The clean pool is
+  1. the seeds, and a growing number of each label's samples of lowest loss,
+  2. the half of all samples of lowest loss,
+  3. the half whose loss falls least when a copy of the model learns the whole set for an epoch: poison is learnt fast.
+
+Departs from the published code, effects in docs/methods/asd.md: split losses are taken in evaluation mode on images as they are,
+the same for the model and its copy; the copy learns its late layers only and its early statistics stay; one forward pass of the
+mixed batch in place of three on interleaved parts.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backdoorlab.cli import main
+from backdoorlab.config import DefenseConfig
+from backdoorlab.data import Batch, Split, batches, place
+from backdoorlab.errors import UserError
+from backdoorlab.models import Classifier
+from backdoorlab.record import DefenderView
+from backdoorlab.run import Run
+
+ASSUMES = ("train", "seeds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DefenseConfig):
+    seeds_per_class: int = 10
+    """Samples of each class that are known to be clean."""
+    stage1_epochs: int = 60
+    """Epochs of the class-aware split."""
+    stage2_epochs: int = 30
+    """Epochs of the split by loss alone."""
+    stage3_epochs: int = 30
+    """Epochs of the meta-split."""
+    iterations: int = 1024
+    """Steps an epoch."""
+    batch_size: int = 64
+    """Images a step from the clean pool, and as many, seen twice, from the rest."""
+    grow: int = 10
+    """Stage 1: samples of each label that join the clean pool ..."""
+    grow_every: int = 5
+    """... after every so many epochs."""
+    clean_share: float = 0.5
+    """Stages 2 and 3: share of the set that is the clean pool."""
+    lr: float = 0.002
+    """Adam's learning rate, constant."""
+    meta_lr: float = 0.015
+    """Stage 3: Adam's learning rate of the copy."""
+    meta_batch_size: int = 128
+    """Stage 3: images a step of the copy."""
+    temperature: float = 0.5
+    """MixMatch: sharpening of guessed labels."""
+    mix_alpha: float = 0.75
+    """MixMatch: l ~ Beta(mix_alpha, mix_alpha)."""
+    lambda_u: float = 15.0
+    """MixMatch: weight of the unlabelled loss at the end; it grows from 0 linearly."""
+
+    RANGES: ClassVar[dict[str, str]] = {
+        "seeds_per_class": ">= 0",
+        "stage1_epochs": ">= 0",
+        "stage2_epochs": ">= 0",
+        "stage3_epochs": ">= 0",
+        "iterations": ">= 1",
+        "batch_size": ">= 1",
+        "grow": ">= 0",
+        "grow_every": ">= 1",
+        "clean_share": "(0, 1)",
+        "lr": ">= 0",
+        "meta_lr": ">= 0",
+        "meta_batch_size": ">= 1",
+        "temperature": "> 0",
+        "mix_alpha": "> 0",
+        "lambda_u": ">= 0",
+    }
+
+
+def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
+    train, seeds, model = place(view.train, run.device), view.seeds, view.new_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    total = config.stage1_epochs + config.stage2_epochs + config.stage3_epochs
+    for epoch in run.epochs("train", total, model=model, optimizer=optimizer):
+        clean = clean_pool(epoch, model, train, seeds, view, config, run)
+        rest = ~clean
+        if not clean.any() or not rest.any():
+            empty = "clean pool (D_C)" if rest.any() else "unlabelled pool (D_P)"
+            raise UserError(f"the {empty} of epoch {epoch} is empty: give more --seeds_per_class, or another --clean_share, --grow or --grow_every")
+        run.report_split(rest)
+        model.train()
+        for step, (x, u1, u2) in enumerate(triples(train, clean, view, config, run)):
+            ramp = min(1.0, (epoch + step / config.iterations) / total)
+            run.step(optimizer, mixmatch(model, x, u1, u2, config.lambda_u * ramp, view.num_classes, config, run))
+    return model
+
+
+# --- the split ---------------------------------------------------------------------------------------------------
+
+
+def clean_pool(epoch: int, model: Classifier, train: Split, seeds: Tensor, view: DefenderView, config: Config, run: Run) -> Tensor:
+    """bool (N,): D_C of an epoch."""
+    labels = train.labels.cpu()
+    losses = split_losses(model, train, run)
+    if epoch < config.stage1_epochs:
+        return class_aware(losses, labels, seeds, config.grow * (epoch // config.grow_every), view.num_classes)
+    size = int(config.clean_share * len(labels))
+    if epoch < config.stage1_epochs + config.stage2_epochs:
+        return lowest(losses, size)
+    return lowest(losses - split_losses(learned_copy(model, train, view, config, run), train, run), size)
+
+
+def class_aware(losses: Tensor, labels: Tensor, seeds: Tensor, count: int, num_classes: int) -> Tensor:
+    """bool (N,): the seeds, and of each label the `count` samples of lowest loss beside them. losses (N,), labels (N,), seeds (S,)."""
+    pool = torch.zeros(len(losses), dtype=torch.bool)
+    pool[seeds] = True
+    rivals = losses.masked_fill(pool, math.inf)
+    for label in range(num_classes):
+        members = ((labels == label) & ~pool).nonzero().squeeze(1)
+        pool[members[rivals[members].argsort()[:count]]] = True
+    return pool
+
+
+def lowest(values: Tensor, size: int) -> Tensor:
+    """bool (N,): the `size` lowest."""
+    pool = torch.zeros(len(values), dtype=torch.bool)
+    pool[values.argsort()[:size]] = True
+    return pool
+
+
+@torch.no_grad()
+def split_losses(model: Classifier, train: Split, run: Run) -> Tensor:
+    """(N,) on the CPU: symmetric cross-entropy of each sample as it is, in evaluation mode."""
+    model.eval()
+    found = []
+    for batch in batches(train, 1000 if run.device.type == "cuda" else 250, device=run.device):
+        with run.autocast():
+            logits = model(batch.images)
+        found.append(symmetric_cross_entropy(logits.float(), batch.labels))
+    return torch.cat(found).cpu()
+
+
+def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,): 0.1 CE + RCE (Wang et al., ICCV 2019), with log 0 taken as log 1e-4, so that RCE is 9.21 (1 - p_y)."""
+    p_y = logits.softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    return 0.1 * F.cross_entropy(logits, labels, reduction="none") - math.log(1e-4) * (1 - p_y)
+
+
+def learned_copy(model: Classifier, train: Split, view: DefenderView, config: Config, run: Run) -> Classifier:
+    """theta': the model after an epoch on the whole set as labelled, in its last two stages and its last layer only."""
+    learned = copy.deepcopy(model).requires_grad_(False).eval()
+    late = nn.ModuleList([*learned.stages()[-2:], learned.get_classifier()]).requires_grad_(True).train()
+    optimizer = torch.optim.Adam(late.parameters(), lr=config.meta_lr, fused=True)
+    for batch in batches(train, config.meta_batch_size, device=run.device, generator=run.generator, augment=view.augment):
+        with run.autocast():
+            logits = learned(batch.images)
+        loss = F.cross_entropy(logits.float(), batch.labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        run.watch(meta_loss=loss)
+    return learned
+
+
+# --- MixMatch ----------------------------------------------------------------------------------------------------
+
+
+def triples(train: Split, clean: Tensor, view: DefenderView, config: Config, run: Run) -> Iterator[tuple[Batch, Batch, Batch]]:
+    """An epoch's batches: from the clean pool, and twice the same images of the rest, each augmented on its own."""
+    count = config.iterations * config.batch_size
+    labelled, unlabelled = (endless(pool.nonzero().squeeze(1), count, run.generator) for pool in (clean, ~clean))
+    streams = [
+        batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment, order=order)
+        for order in (labelled, unlabelled, unlabelled)
+    ]
+    return zip(*streams, strict=True)
+
+
+def endless(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """int64 (count,): the pool in one random order after another."""
+    rounds = -(-count // len(pool))
+    return torch.cat([pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)])[:count]
+
+
+def mixmatch(model: nn.Module, x: Batch, u1: Batch, u2: Batch, weight: float, num_classes: int, config: Config, run: Run) -> Tensor:
+    """Loss of a step: cross-entropy of the mixed labelled images plus `weight` times the squared error of the others."""
+    with torch.no_grad(), run.autocast():
+        guess = model(torch.cat([u1.images, u2.images])).float().softmax(1).chunk(2)
+    guessed = sharpen((guess[0] + guess[1]) / 2, config.temperature)
+    images = torch.cat([x.images, u1.images, u2.images])
+    targets = torch.cat([F.one_hot(x.labels, num_classes).float(), guessed, guessed])
+    share = beta(config.mix_alpha, run.generator)
+    share = max(share, 1 - share)
+    other = torch.randperm(len(images), generator=run.generator).to(run.device)
+    images, targets = torch.lerp(images[other], images, share), torch.lerp(targets[other], targets, share)
+    with run.autocast():
+        logits = model(images)
+    log_p, n = logits.float().log_softmax(1), len(x.labels)
+    labelled = -(targets[:n] * log_p[:n]).sum(1).mean()
+    unlabelled = (log_p[n:].exp() - targets[n:]).square().mean()
+    run.watch(labelled=labelled, unlabelled=unlabelled)
+    return labelled + weight * unlabelled
+
+
+def sharpen(p: Tensor, temperature: float) -> Tensor:
+    """(B, K): p^(1/T), normalised."""
+    powered = p ** (1 / temperature)
+    return powered / powered.sum(1, keepdim=True)
+
+
+def beta(alpha: float, generator: torch.Generator) -> float:
+    """A draw of Beta(alpha, alpha), by Johnk's method, which asks for uniform numbers only."""
+    while True:
+        u, v = torch.rand(2, generator=generator, dtype=torch.float64).pow(1 / alpha).tolist()
+        if 0 < u + v <= 1:
+            return float(u / (u + v))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__))
