@@ -100,8 +100,8 @@ def sau_steps(width: int, batch_size: int, device: torch.device, precision: Prec
         for parameter in model.parameters():
             parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     y = poisoned(x).argmax(1)
-    plain = (copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (model, poisoned))
-    return published.sau_step(*plain, x.contiguous(), y), _lean_sau(model, poisoned, x, y, device, precision)
+    plain, plain_reference = (copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (model, poisoned))
+    return published.sau_step(plain, plain_reference, x.contiguous(), y), _lean_sau(model, poisoned, x, y, device, precision)
 
 
 def _lean_sau(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, device: torch.device, precision: Precision) -> Step:
