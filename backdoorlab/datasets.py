@@ -76,11 +76,11 @@ def find(name: str, wanted: str, *, image_size: int | None = None, grey: bool | 
     )
 
 
-def load_trusted(path: str, dataset: Dataset, image_size: int | None) -> Split:
+def load_trusted(path: str, dataset: Dataset, image_size: int | None, flag: str = "--trusted_path") -> Split:
     """A user's own clean images of a data set's classes: <class>/*.png (names or numbers of the classes) or parquet shards."""
     root, grey = Path(path), dataset.image_shape[0] == 1
     if not root.is_dir():
-        raise UserError(f"--trusted_path {path}: no such folder. Give a folder with <class>/*.png or with parquet shards of clean images")
+        raise UserError(f"{flag} {path}: no such folder. Give a folder with <class>/*.png or with parquet shards of images")
     shards = sorted(root.rglob("*.parquet"))
     if shards:
         images, labels = _shards(shards, root, image_size, grey)
@@ -90,14 +90,14 @@ def load_trusted(path: str, dataset: Dataset, image_size: int | None) -> Split:
         unknown = [name for name in classes if name not in known]
         if unknown or not classes:
             raise UserError(
-                f"--trusted_path {path}: expected one folder for each of the {dataset.num_classes} classes of {dataset.name}"
+                f"{flag} {path}: expected one folder for each of the {dataset.num_classes} classes of {dataset.name}"
                 f" ({', '.join(dataset.class_names[:5])}, ..., or their numbers), found {', '.join(unknown[:5]) or _listing(root)}"
             )
         images, labels = _class_images(root, known, image_size, grey)
     if images.shape[1:] != dataset.image_shape:
-        raise UserError(f"--trusted_path {path}: the model takes images of {dataset.image_shape} (channels, height, width), these are {images.shape[1:]}")
+        raise UserError(f"{flag} {path}: the model takes images of {dataset.image_shape} (channels, height, width), these are {images.shape[1:]}")
     if labels.max() >= dataset.num_classes:
-        raise UserError(f"--trusted_path {path}: {dataset.name} has {dataset.num_classes} classes, found label {labels.max()}")
+        raise UserError(f"{flag} {path}: {dataset.name} has {dataset.num_classes} classes, found label {labels.max()}")
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 

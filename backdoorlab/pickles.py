@@ -13,7 +13,7 @@ import types
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ class DType:
     def __init__(self, code: Any = None, *_flags: Any) -> None:
         if code not in PLAIN:
             raise ValueError(f"an array of type {code!r}, expected one of {', '.join(PLAIN)}")
-        self.code, self.order = code, "="
+        self.code = code
+        self.order: Literal["<", ">", "="] = "="
 
     def __setstate__(self, state: Any) -> None:
         self.order = state[1] if state[1] in ("<", ">") else "="
@@ -138,7 +139,11 @@ def dump(value: Any) -> bytes:
     return stream.getvalue()
 
 
-class _OldNames(pickle._Pickler):  # type: ignore[name-defined]
+_InPython: Any = pickle._Pickler
+"""The pickler whose methods can be replaced; the one in C has no save_global."""
+
+
+class _OldNames(_InPython):
     """numpy 2 writes numpy._core, which numpy 1 cannot import; the old name works in both."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
@@ -155,7 +160,9 @@ def _names(path: Path) -> set[str]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: refused: not the zip archive that torch.save has written since torch 1.6. Save only a state dict, best as safetensors")
+        raise UserError(
+            f"{path}: refused: not the zip archive that torch.save has written since torch 1.6. Save only a state dict, best as safetensors"
+        )
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         lower = [entry.filename.lower() for entry in entries]

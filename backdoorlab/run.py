@@ -177,6 +177,8 @@ class Run:
         if self._train_poison is not None:
             self.splits[name] = quality = split_quality(flagged, self._train_poison)
             self.say(f"{name}: {describe_split(quality)}")
+        else:
+            self.say(f"{name}: {int(flagged.sum())} of {len(flagged)} flagged; nobody knows how rightly")
 
     # --- what the runner calls -----------------------------------------------------------------------------------
 
