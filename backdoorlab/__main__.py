@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from . import datasets, engine, exchange, models, registry, tables
+from . import datasets, engine, exchange, models, registry, scan, tables
 from .cli import guarded, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
@@ -114,6 +114,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "table": (Table, table),
     "import": (exchange.Import, exchange.import_record),
     "export": (exchange.Export, exchange.export_record),
+    "scan": (scan.Scan, scan.scan),
     "list": (List, listing),
     "doctor": (Doctor, doctor),
 }
@@ -125,6 +126,7 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   table [RECORD ...] [--format FORMAT]    records and defenses side by side
   import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH), or your own --weights
   export RECORD ...                       to BackdoorBench (--to backdoorbench PATH), or a model (--weights FILE)
+  scan RECORD                             the training images that DAU takes for poison, with a contact sheet
   list                                    attacks, defenses with what they assume, data sets, models
   doctor                                  versions, device, disk, data sets found
 

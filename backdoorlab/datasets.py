@@ -101,6 +101,14 @@ def load_trusted(path: str, dataset: Dataset, image_size: int | None, flag: str 
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
+def train_files(path: str) -> list[str] | None:
+    """The training images of an image folder, in the order in which `load` gives them; None where images are not files."""
+    train = Path(path) / "train"
+    if not train.is_dir() or any(Path(path).rglob("*.parquet")):
+        return None
+    return [str(file.relative_to(path)) for file in _class_files(train, _class_folders(train))[0]]
+
+
 def names() -> list[str]:
     """Every data set that needs no path."""
     return [DEFAULT, *TORCHVISION]
@@ -243,15 +251,21 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _class_images(folder: Path, classes: Sequence[str], image_size: int | None, grey: bool | None) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of <class>/*.png; a label is a position in `classes`."""
+    files, labels = _class_files(folder, classes)
+    if not files:
+        raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
+    return _decode_all(files, lambda item: _from_file(item, image_size, grey)), np.asarray(labels, dtype=np.int64)
+
+
+def _class_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """Files and labels in the order of the images."""
     files: list[Path] = []
     labels: list[int] = []
     for number, name in enumerate(classes):
         found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
         files += found
         labels += [number] * len(found)
-    if not files:
-        raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
-    return _decode_all(files, lambda item: _from_file(item, image_size, grey)), np.asarray(labels, dtype=np.int64)
+    return files, labels
 
 
 def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:

@@ -123,7 +123,7 @@ def import_record(options: Import) -> int:
     check_name(options.save_folder_name)
     root, device = record_root(options.record_root), engine.choose_device(options.device)
     target = root / options.save_folder_name
-    with _staged(target, "record.json", options.overwrite) as final:
+    with staged(target, "record.json", options.overwrite) as final:
         found = _from_backdoorbench(options, device) if options.source else _from_weights(options, device)
         _fill(final, found, options, device)
     record = Record.load(options.save_folder_name, root)
@@ -408,7 +408,7 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
     settings |= {key: config[key] for key in ("epochs", "batch_size", "lr", "crop_padding", "flip") if key in config}
     # What the attack was made with decides which of its images are cross images.
     settings |= {key: value for key, value in record.info.get("source", {}).get("settings", {}).items() if key in ("pratio", "batch_size")}
-    with _staged(path, backdoorbench.RESULT, options.overwrite) as final:
+    with staged(path, backdoorbench.RESULT, options.overwrite) as final:
         backdoorbench.write(
             final,
             name=path.name,
@@ -453,7 +453,7 @@ def _misfits(record: Record, path: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _staged(target: Path, done: str, overwrite: bool) -> Iterator[Path]:
+def staged(target: Path, done: str, overwrite: bool) -> Iterator[Path]:
     """An empty folder beside the target that takes its place when the block ends well, and is gone when it does not."""
     _refuse(target, done, overwrite)
     stage = target.with_name(f"{target.name}.partial")
