@@ -92,7 +92,8 @@ def fit(
     problems: dict[str, str] = {}
     step = max(1, len(dataset.train) // LOOK_AT)
     sample = dataset.train.subset(torch.arange(0, len(dataset.train), step)[:LOOK_AT])
-    for stem in dict.fromkeys(stems if architecture not in models.OWN else ("small",)):
+    one_stem = architecture in models.OWN or shape[1] > models.SMALL
+    for stem in dict.fromkeys(("small",) if one_stem else stems):
         for word, (mean, std) in normalisations.items():
             described = dict(name=architecture, width=width, mean=list(mean), std=list(std), stem=stem)
             if stem not in problems:
@@ -162,7 +163,7 @@ def triggered_images(
 def describe(meta: Mapping[str, Any]) -> str:
     """How to load an exported file without this library, in lines that a person can copy."""
     architecture, (channels, height, _) = meta["architecture"], meta["image_shape"]
-    name, small = architecture["name"], architecture.get("stem", "small") == "small" and height <= 64
+    name, small = architecture["name"], architecture.get("stem", "small") == "small" and height <= models.SMALL
     mean, std = ([round(x, 6) for x in architecture[key]] for key in ("mean", "std"))
     lines = [f"normalise images in [0, 1] with mean {mean} and std {std}"]
     if name in models.OWN or small:

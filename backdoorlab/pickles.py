@@ -165,14 +165,14 @@ def _names(path: Path) -> set[str]:
         )
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+        pickles = [entry for entry in entries if entry.filename.lower().split("/")[-1].endswith(".pkl")]
+        if len(pickles) != 1 or pickles[0].filename.split("/")[-1] != "data.pkl":
+            raise UserError(f"{path}: refused: expected one data.pkl in it, found {len(pickles)} pickles (TorchScript?). Save a state dict instead")
         lower = [entry.filename.lower() for entry in entries]
         if len(set(lower)) != len(lower) or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise UserError(f"{path}: refused: an archive with compressed or repeated entries, which torch.save does not write")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise UserError(f"{path}: refused: its entries claim more bytes than the file has")
-        pickles = [entry for entry in entries if entry.filename.lower().split("/")[-1].endswith(".pkl")]
-        if len(pickles) != 1 or pickles[0].filename.split("/")[-1] != "data.pkl":
-            raise UserError(f"{path}: refused: expected one data.pkl in it, found {len(pickles)} pickles (TorchScript?). Save a state dict instead")
         found = set()
         for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
             if opcode.name == "GLOBAL":

@@ -478,7 +478,7 @@ def linked(folder: Path) -> None:
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no file": (lambda f: (f / "attack_result.pt").unlink(), "expected a BackdoorBench record, a folder with attack_result.pt"),
+    "no file": (lambda f: (f / "attack_result.pt").unlink(), "expected a BackdoorBench record, a folder with"),
     "no zip": (lambda f: (f / "attack_result.pt").write_bytes(b"hello"), "attack_result.pt: refused: not the zip archive"),
     "cut": (lambda f: (f / "attack_result.pt").write_bytes((f / "attack_result.pt").read_bytes()[:-100]), "attack_result.pt: "),
     "compressed": (lambda f: repacked(f, zipfile.ZIP_DEFLATED), "an archive with compressed or repeated entries"),
@@ -487,7 +487,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (edit_of(lambda _: [1]), "expected a dict with model_name"),
     "a key less": (edit_of(lambda c: c.pop("img_size") and None), "not a BackdoorBench v2 record: no img_size in it"),
     "weights": (edit_of(lambda c: c.update(model={"a": 1})), "expected a state dict (names -> tensors), found a dict with 'a'"),
-    "other weights": (edit_of(lambda c: c["model"].update({"linear.bias": torch.zeros(7)})), "(1 of another shape: linear.bias (7,) instead of (10,))"),
+    "other weights": (edit_of(lambda c: c["model"].update({"linear.bias": torch.zeros(7)})), "1 of another shape: linear.bias (7,) instead of (10,)"),
     "expanded weights": (edit_of(wide), "claims shape (100000, 1, 3, 3), more than the file holds"),
     "unknown network": (edit_of(lambda c: c.update(model_name="nonet")), "unknown model 'nonet'"),
     "network as code": (edit_of(lambda c: c.update(model_name="../x")), "model_name must be a name"),

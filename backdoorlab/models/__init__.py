@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..errors import UserError, suggest
 from .preact_resnet import preactresnet10, preactresnet18
 
+SMALL = 64
 Stem = Literal["small", "stock"]
-"""small: on images of at most 64 pixels, timm's networks lose the stride of their stem. stock: they are left as timm makes them."""
+"""small: on images of at most SMALL pixels, timm's networks lose the stride of their stem. stock: they are left as timm makes them."""
 OWN: dict[str, Callable[..., nn.Module]] = {"preactresnet18": preactresnet18, "preactresnet10": preactresnet10}
 
 
@@ -110,7 +111,7 @@ def _timm_model(architecture: str, num_classes: int, in_chans: int, image_size: 
         network = timm.create_model(architecture, num_classes=num_classes, in_chans=in_chans, img_size=image_size)
     except TypeError:  # convolutional networks take images of any size and no img_size
         network = timm.create_model(architecture, num_classes=num_classes, in_chans=in_chans)
-    if image_size <= 64 and stem == "small":
+    if image_size <= SMALL and stem == "small":
         _shrink_stem(network, image_size)
     return network
 
