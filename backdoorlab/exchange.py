@@ -121,6 +121,10 @@ def import_record(options: Import) -> int:
     if not options.save_folder_name:
         raise UserError("--save_folder_name NAME is missing: the record will be record/NAME")
     check_name(options.save_folder_name)
+    for name, least in (("image_size", 1), ("crop_padding", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"{name} must be >= {least}, got {value}")
     root, device = record_root(options.record_root), engine.choose_device(options.device)
     target = root / options.save_folder_name
     with staged(target, "record.json", options.overwrite) as final:
@@ -244,8 +248,6 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
         "crop_padding": setting.get("crop_padding", 4) if options.crop_padding is None else options.crop_padding,
         "flip": setting.get("flip", False) if options.flip is None else options.flip,
     }
-    if config["crop_padding"] < 0:
-        raise UserError(f"crop_padding must be >= 0, got {config['crop_padding']}")
     scores = Evaluator(dataset.test, test, dataset.num_classes, device, partial(engine.autocast, device, "auto"))(found.model.to(device))
     notes = list(found.notes)
     if scores.clean_accuracy < 2 / dataset.num_classes:

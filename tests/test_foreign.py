@@ -40,6 +40,7 @@ def disk(backdoored: Record, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "data" / "train", backdoored.train_poison.apply(dataset.train), lambda i: f"{'odd' if i in poisoned else 'fine'}{i:04}")
     write_images(root / "data" / "test", dataset.test, str)
     write_images(root / "triggered", Split(backdoored.test_poison.images, backdoored.test_poison.original_labels), str)
+    write_images(root / "trusted", dataset.test.subset(torch.arange(60)), str)
     model = backdoored.model()
     torch.save({"epoch": 8, "state_dict": OrderedDict((f"module.{k}", v) for k, v in model.network.state_dict().items())}, root / "model.pt")
     save_file({name: tensor.contiguous() for name, tensor in model.network.state_dict().items()}, root / "model.safetensors")
@@ -59,6 +60,10 @@ def normalisation(record: Record) -> list[str]:
 
 def got(tmp_path: Path, name: str = "own") -> Record:
     return Record.load(name, tmp_path / "record")
+
+
+def flagged(scan: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((scan / "flagged.csv").read_text().splitlines()))
 
 
 @pytest.mark.parametrize("weights", ["model.pt", "model.safetensors", "with_normalisation.safetensors"])
@@ -94,7 +99,7 @@ def test_a_suspicious_data_set_and_model_are_cleaned_and_looked_at(disk: Path, t
     scan = tmp_path / "record" / "own" / "scan"
     with Image.open(scan / "flagged.png") as sheet:
         assert sheet.width > 500 and sheet.height >= 100
-    rows = list(csv.DictReader((scan / "flagged.csv").open()))
+    rows = flagged(scan)
     odd = sum("odd" in row["file"] for row in rows)
     assert odd / len(rows) > 0.7 and odd > 0.8 * 144, "most of what is flagged is the poison, and most of the poison is flagged"
     train = datasets.load("digits", str(disk / "data")).train
@@ -127,35 +132,47 @@ def test_a_scan_is_repeated_but_not_overwritten(disk: Path, tmp_path: Path, caps
 def test_a_suspicious_model_is_cleaned_with_trusted_images(disk: Path, tmp_path: Path, capsys: Capture) -> None:
     assert bring(disk, "own", "--triggered_path", str(disk / "triggered"), "--target_label", "0") == 0
     for method, flags in (("sau", ("--n_rounds", "2")), ("ibau", ("--n_rounds", "1")), ("ft", ("--epochs", "1"))):
-        assert main(["defense", method, "--result_file", "own", *flags, "--trusted_path", str(disk / "data" / "test")]) == 0
+        assert main(["defense", method, "--result_file", "own", *flags, "--trusted_path", str(disk / "trusted")]) == 0
         result = files.read_json(tmp_path / "record" / "own" / "defense" / method / "seed0" / "result.json")
-        assert (
-            result["trusted"]["count"] == 355 and result["after"]["clean_accuracy"] > 0.5 and not any("vouches" in note for note in result["notes"])
-        )
+        assert result["trusted"]["count"] == 60 and result["after"]["clean_accuracy"] > 0.5 and not any("vouches" in note for note in result["notes"])
     assert main(["defense", "ft", "--result_file", "own", "--epochs", "1", "--run_name", "drawn"]) == 0
     assert "which nobody vouches for" in capsys.readouterr().err, "without images of their own, the user is told"
 
 
-def test_a_suspicious_data_set_alone(disk: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_suspicious_data_set_alone_is_an_unknown_attack(disk: Path, tmp_path: Path, capsys: Capture) -> None:
     """Trained here, with a word that the data may be poisoned: what is flagged is not called false."""
     assert main(["import", "--dataset", "digits", "--dataset_path", str(disk / "data"), "--save_folder_name", "mine"]) == 2
     line = complaint(capsys.readouterr().err)
     assert "For a suspicious data set without a model, train one on it: python attack/none.py --suspicious True" in line
     flags = line.split("attack/none.py ")[1].split()
     assert flags[-2:] == ["--save_folder_name", "mine"]
-    record = helpers.attack("none", "mine", tmp_path / "record", *flags[:-2], *helpers.WORKING)
-    assert record.info["attack"] == "unknown" and not record.known_poison
+    for name, given in (("mine", flags[:-2]), ("control", flags[2:-2])):
+        record = helpers.attack("none", name, tmp_path / "record", *given, *helpers.TINY)
+        result = helpers.defend("dau", record, "--pool", "model_loss", "--score_every", "0", "--epochs", "1", "--head_epochs", "1")
+        assert result is not None
+        if name == "mine":
+            assert record.info["attack"] == "unknown" and not record.known_poison and result["split"] is None
+        else:
+            assert record.info["attack"] == "none" and result["split"]["fpr"] is not None
+
+
+def test_a_suspicious_data_set_alone_is_searched(disk: Path, tmp_path: Path) -> None:
+    flags = ("--dataset", "digits", "--dataset_path", str(disk / "data"), "--epochs", "12", "--score_every", "0", "--precision", "fp32")
+    record = helpers.attack("none", "mine", tmp_path / "record", "--suspicious", "True", *flags)
     assert main(["scan", "mine", "--dataset_path", str(disk / "data")]) == 0
-    assert "FPR" not in capsys.readouterr().err
-    rows = list(csv.DictReader((record.folder / "scan" / "flagged.csv").open()))
-    assert sum("odd" in row["file"] for row in rows) > 0.5 * 144
+    rows = flagged(record.folder / "scan")
+    odd = sum("odd" in row["file"] for row in rows)
+    assert odd >= 0.8 * 144 and odd >= 0.9 * len(rows)
 
 
-def test_a_scan_says_when_nothing_was_found(tmp_path: Path, capsys: Capture) -> None:
-    record = helpers.attack("none", "clean", tmp_path / "record", *helpers.WORKING)
+def test_a_scan_says_when_nothing_was_found(tiny: Record, tmp_path: Path, capsys: Capture) -> None:
+    record = helpers.copy(tiny, tmp_path / "record")
+    blind = ("--bimodality", "2", "--outlying", "1e9")
+    result = helpers.defend("dau", record, "--score_every", "0", *blind)
+    assert result is not None and result["split"]["flagged"] == 0
     capsys.readouterr()
-    assert main(["scan", "clean"]) == 0
-    assert capsys.readouterr().out == "nothing found: DAU flags none of the 1,442 training images of clean\n"
+    assert main(["scan", "tiny"]) == 0
+    assert capsys.readouterr().out == "nothing found: DAU flags none of the 1,442 training images of tiny\n"
     assert not (record.folder / "scan").exists()
 
 
