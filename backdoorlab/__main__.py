@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from . import datasets, engine, exchange, models, registry, scan, tables
+from . import datasets, engine, exporting, importing, models, registry, scan, tables
 from .cli import guarded, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
@@ -112,8 +112,8 @@ def _writable(folder: Path) -> str:
 
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "table": (Table, table),
-    "import": (exchange.Import, exchange.import_record),
-    "export": (exchange.Export, exchange.export_record),
+    "import": (importing.Import, importing.import_record),
+    "export": (exporting.Export, exporting.export_record),
     "scan": (scan.Scan, scan.scan),
     "list": (List, listing),
     "doctor": (Doctor, doctor),

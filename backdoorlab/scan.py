@@ -13,8 +13,8 @@ from tyro.conf import Positional
 from . import datasets, files, registry, runner
 from .data import Split
 from .errors import UserError
-from .exchange import staged
 from .record import Record, check_name, record_root
+from .staging import staged
 
 SHOWN, COLUMNS, LABELS, SIDE, GAP, TITLE = 10, 16, 40, 48, 3, 14
 """Positions in a line of text, pictures in a row, labels in a sheet; pixels of a picture, between pictures, of a heading."""

@@ -587,3 +587,15 @@ def test_big_endian_and_fortran_arrays_are_read(tmp_path: Path) -> None:
     assert found[5] == 0.5 and type(found[5]) is float
     stream = io.BytesIO(pickles.dump(wanted))
     assert all(np.array_equal(value, wanted[key]) for key, value in torch.load(stream, weights_only=False).items())
+
+
+def test_no_other_way_to_unpickle_is_in_the_package() -> None:
+    found = []
+    for file in [
+        *(helpers.CHECKOUT / "backdoorlab").rglob("*.py"),
+        *(helpers.CHECKOUT / "defense").glob("*.py"),
+        *(helpers.CHECKOUT / "attack").glob("*.py"),
+    ]:
+        for pattern in ("weights_only=False", "pickle.load", "pickle.Unpickler", "allow_pickle=True", "torch.load(", "torch.jit.load", "marshal"):
+            found += [(file.name, pattern)] if pattern in file.read_text() else []
+    assert found == [("pickles.py", "torch.load(")], "one call, with weights_only=True"
