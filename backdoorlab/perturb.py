@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 Norm = Literal["linf", "l2"]

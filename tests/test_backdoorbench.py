@@ -433,7 +433,8 @@ def repacked(folder: Path, compression: int, edit: Callable[[str, bytes], bytes]
         for name, data in entries:
             archive.writestr(name, data)
         if twice:
-            archive.writestr(entries[0][0].upper(), entries[0][1])
+            name, data = next(entry for entry in entries if not entry[0].endswith(".pkl"))
+            archive.writestr(name.upper(), data)  # torch looks names up without their case
 
 
 def first_entry(content: dict[str, Any], part: str = "bd_train") -> dict[str, Any]:
@@ -599,3 +600,18 @@ def test_no_other_way_to_unpickle_is_in_the_package() -> None:
         for pattern in ("weights_only=False", "pickle.load", "pickle.Unpickler", "allow_pickle=True", "torch.load(", "torch.jit.load", "marshal"):
             found += [(file.name, pattern)] if pattern in file.read_text() else []
     assert found == [("pickles.py", "torch.load(")], "one call, with weights_only=True"
+
+
+def test_a_data_set_of_that_name_in_the_cache_is_taken_if_it_fits(digits: Dataset, tmp_path: Path, capsys: Capture) -> None:
+    from test_foreign import write_images
+
+    for part, clean in (("train", digits.train), ("test", digits.test)):
+        write_images(tmp_path / "data" / part, clean, lambda i: f"{i:04}")
+    mine = datasets.load("mine", str(tmp_path / "data"))
+    assert not torch.equal(mine.train.labels, digits.train.labels), "the same images in another order"
+    assert bring(bench(tmp_path / "wrong", digits), "wrong", "--dataset", "mine") == 2
+    assert "unknown data set 'mine'" in complaint(capsys.readouterr().err)
+    assert bring(tmp_path / "wrong", "wrong", "--dataset_path", str(tmp_path / "data")) == 2
+    assert "other data, or the same in another order" in complaint(capsys.readouterr().err)
+    assert bring(bench(tmp_path / "right", mine), "right", "--dataset", "mine") == 0
+    assert got(tmp_path, "right").info["dataset"]["fingerprint"] == mine.fingerprint
