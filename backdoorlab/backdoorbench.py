@@ -292,7 +292,7 @@ def _settings(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a dict of settings, found {type(found).__name__}. Without the file the record can be read too")
     kept = {key: value for key, value in found.items() if isinstance(key, str) and _plain(value)}
-    if not re.fullmatch(r"[A-Za-z][\w.+-]{0,39}", str(kept.get("attack", ""))):
+    if not re.fullmatch(r"[A-Za-z][\w.+-]{0,39}", str(kept.get("attack", "")), re.ASCII):
         kept.pop("attack", None)
     return kept
 
@@ -322,7 +322,7 @@ def _whole(value: Any, what: str, low: int, high: int) -> int:
 
 
 def _word(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", value):
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", value, re.ASCII):
         raise UserError(f"{what} must be a name, found {str(value)[:60]!r}")
     return value
 

@@ -147,7 +147,7 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
         test=contents.test,
         known_poison=contents.train is not None,
         has_train=contents.train is not None,
-        seed=seed if type(seed) is int else 0,
+        seed=seed if type(seed) is int and seed >= 0 else 0,
         source={"format": "BackdoorBench v2", "sha256": files.sha256(source), "settings": contents.settings},
         notes=[*contents.notes, *([tried] if tried else [])],
     )
