@@ -1,6 +1,9 @@
 """No attack: ordinary training on the clean data, the control that every table of defenses needs.
 
 A defense that changes this model for the worse would harm everybody who was never attacked.
+
+With `--suspicious True`, training on data that may have been poisoned by others: what a defense flags there is not counted as
+a mistake, because nobody knows.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,8 @@ from backdoorlab.runner import Outcome, poison_and_train
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingConfig):
-    pass
+    suspicious: bool = False
+    """The data may be poisoned already: nothing is known about what a defense flags."""
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:

@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from . import datasets, engine, models, registry, tables
+from . import datasets, engine, exporting, importing, models, registry, scan, tables
 from .cli import guarded, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
@@ -110,13 +110,23 @@ def _writable(folder: Path) -> str:
     return f"writable, {shutil.disk_usage(folder).free / 2**30:.0f} GiB free"
 
 
-COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {"table": (Table, table), "list": (List, listing), "doctor": (Doctor, doctor)}
+COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
+    "table": (Table, table),
+    "import": (importing.Import, importing.import_record),
+    "export": (exporting.Export, exporting.export_record),
+    "scan": (scan.Scan, scan.scan),
+    "list": (List, listing),
+    "doctor": (Doctor, doctor),
+}
 METHODS = ("attack", "defense")
 USAGE = """usage: python -m backdoorlab COMMAND ...
 
   attack NAME --save_folder_name RECORD   run an attack (the same as python attack/NAME.py ...)
   defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
   table [RECORD ...] [--format FORMAT]    records and defenses side by side
+  import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH), or your own --weights
+  export RECORD ...                       to BackdoorBench (--to backdoorbench PATH), or a model (--weights FILE)
+  scan RECORD                             the training images that DAU takes for poison, with a contact sheet
   list                                    attacks, defenses with what they assume, data sets, models
   doctor                                  versions, device, disk, data sets found
 

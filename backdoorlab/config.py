@@ -208,6 +208,11 @@ def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], da
     return Parsed(config, _origins(config_class, layers))
 
 
+def published(dataset: str) -> dict[str, Any]:
+    """The section `attack` of a data set's YAML: its published training and normalisation; {} without one."""
+    return dict(_dataset_yaml(dataset).get("attack", {}))
+
+
 def parse_plain(options_class: type[Any], argv: Sequence[str], prog: str) -> Any:
     """Flags alone -> options, with the same one-line complaints."""
     return _parse_flags(options_class, [("flag", list(argv))], prog)

@@ -76,11 +76,11 @@ def find(name: str, wanted: str, *, image_size: int | None = None, grey: bool | 
     )
 
 
-def load_trusted(path: str, dataset: Dataset, image_size: int | None) -> Split:
+def load_trusted(path: str, dataset: Dataset, image_size: int | None, flag: str = "--trusted_path") -> Split:
     """A user's own clean images of a data set's classes: <class>/*.png (names or numbers of the classes) or parquet shards."""
     root, grey = Path(path), dataset.image_shape[0] == 1
     if not root.is_dir():
-        raise UserError(f"--trusted_path {path}: no such folder. Give a folder with <class>/*.png or with parquet shards of clean images")
+        raise UserError(f"{flag} {path}: no such folder. Give a folder with <class>/*.png or with parquet shards of images")
     shards = sorted(root.rglob("*.parquet"))
     if shards:
         images, labels = _shards(shards, root, image_size, grey)
@@ -90,15 +90,23 @@ def load_trusted(path: str, dataset: Dataset, image_size: int | None) -> Split:
         unknown = [name for name in classes if name not in known]
         if unknown or not classes:
             raise UserError(
-                f"--trusted_path {path}: expected one folder for each of the {dataset.num_classes} classes of {dataset.name}"
+                f"{flag} {path}: expected one folder for each of the {dataset.num_classes} classes of {dataset.name}"
                 f" ({', '.join(dataset.class_names[:5])}, ..., or their numbers), found {', '.join(unknown[:5]) or _listing(root)}"
             )
         images, labels = _class_images(root, known, image_size, grey)
     if images.shape[1:] != dataset.image_shape:
-        raise UserError(f"--trusted_path {path}: expected images of {dataset.image_shape} (channels, height, width), found {images.shape[1:]}")
+        raise UserError(f"{flag} {path}: expected images of {dataset.image_shape} (channels, height, width), found {images.shape[1:]}")
     if labels.max() >= dataset.num_classes:
-        raise UserError(f"--trusted_path {path}: {dataset.name} has {dataset.num_classes} classes, found label {labels.max()}")
+        raise UserError(f"{flag} {path}: {dataset.name} has {dataset.num_classes} classes, found label {labels.max()}")
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
+
+
+def train_files(path: str) -> list[str] | None:
+    """The training images of an image folder, in the order in which `load` gives them; None where images are not files."""
+    train = Path(path) / "train"
+    if not train.is_dir() or any(Path(path).rglob("*.parquet")):
+        return None
+    return [str(file.relative_to(path)) for file in _class_files(train, _class_folders(train))[0]]
 
 
 def names() -> list[str]:
@@ -243,15 +251,21 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _class_images(folder: Path, classes: Sequence[str], image_size: int | None, grey: bool | None) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of <class>/*.png; a label is a position in `classes`."""
+    files, labels = _class_files(folder, classes)
+    if not files:
+        raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
+    return _decode_all(files, lambda item: _from_file(item, image_size, grey)), np.asarray(labels, dtype=np.int64)
+
+
+def _class_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """Files and labels in the order of the images."""
     files: list[Path] = []
     labels: list[int] = []
     for number, name in enumerate(classes):
         found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
         files += found
         labels += [number] * len(found)
-    if not files:
-        raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
-    return _decode_all(files, lambda item: _from_file(item, image_size, grey)), np.asarray(labels, dtype=np.int64)
+    return files, labels
 
 
 def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:

@@ -101,6 +101,11 @@ class Record:
             )
         return found
 
+    @property
+    def known_poison(self) -> bool:
+        """Whether the record says which training images are poisoned; a stranger's data set does not."""
+        return self.info.get("known_poison", True)
+
     def augment(self) -> Augment:
         config = self.info["config"]
         return Augment(config["crop_padding"], config["flip"])
@@ -164,6 +169,10 @@ def defender_view(
     if "model" in assumes:
         granted["model"] = record.model().to(device)
     if "train" in assumes:
+        if not record.info.get("has_train", True):
+            raise UserError(
+                f"record {record.name!r} was imported without its training set, which this defense needs: use one that does not assume it"
+            )
         granted["train"] = record.train_poison.apply(dataset.train)
     if "trusted" in assumes:
         granted["trusted"] = trusted
@@ -195,7 +204,7 @@ def draw_seeds(poison: Poison, labels: Tensor, num_classes: int, per_class: int,
 
 
 def build_model(architecture: Mapping[str, Any], dataset: Mapping[str, Any], num_classes: int) -> Classifier:
-    """architecture: name, width, mean, std; dataset: image_shape."""
+    """architecture: name, width, mean, std, and stem where it is not our own; dataset: image_shape."""
     channels, height, _ = dataset["image_shape"]
     return models.build(
         architecture["name"],
@@ -205,6 +214,7 @@ def build_model(architecture: Mapping[str, Any], dataset: Mapping[str, Any], num
         std=architecture["std"],
         width=architecture["width"],
         image_size=height,
+        stem=architecture.get("stem", "small"),
     )
 
 

@@ -193,6 +193,8 @@ class Run:
             self.splits[name] = quality = split_quality(flagged, self._train_poison)
             self._logged |= {f"{name}_flagged": quality["flagged"], f"{name}_missed": quality["missed"]}
             self.say(f"{name}: {describe_split(quality)}")
+        else:
+            self.say(f"{name}: {int(flagged.sum())} of {len(flagged)} flagged; nobody knows how rightly")
 
     def picture(self, name: str, rows: Sequence[Tensor]) -> None:
         """Keep a sheet of images beside the result, as NAME.png; each row uint8 (n, C, H, W)."""

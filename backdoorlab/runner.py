@@ -89,7 +89,8 @@ def run_attack(job: Job) -> Record:
         spent = run.spent()
         final = _fresh(stage / "final")
         info = {
-            "attack": job.method.name,
+            "attack": "unknown" if getattr(config, "suspicious", False) else job.method.name,
+            "known_poison": not getattr(config, "suspicious", False),
             "config": config.science(),
             "dataset": {
                 "name": dataset.name,
@@ -182,7 +183,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             seed=config.seed,
             device=device,
             precision=config.precision,
-            train_poison=found.train_poison,
+            train_poison=found.train_poison if found.known_poison else None,
             score_every=config.score_every,
         )
         run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, run.autocast))
@@ -193,6 +194,8 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         run.say(f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}), {device}")
         if trusted is not None:
             _describe_trusted(trusted, config, dataset, run)
+            if config.trusted_path is None and not found.known_poison and found.info.get("has_train", True):
+                run.note("the trusted images are drawn from the record's training images, which nobody vouches for: pass --trusted_path if you can")
         model = method.module.defend(view, config, run)
         if model is None:
             run.say(f"subtask {subtask} is done; its files are in {stage}")

@@ -26,7 +26,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     for record in records:
         info = record.info
         start = {"record": record.name, "attack": info["attack"]}
-        found.append(start | {"defense": "none", "assumes": HOLE} | _scores(info["scores"]) | {"seconds": f"{info['seconds']:.0f}"})
+        found.append(start | {"defense": "none", "assumes": HOLE} | _scores(info["scores"]) | {"seconds": _seconds(info["seconds"])})
         results = _results(record.folder)
         for name in sorted({*registry.available("defense"), *results}):
             if name not in results:
@@ -114,6 +114,11 @@ def _result(result: dict[str, Any]) -> Row:
 def _scores(scores: dict[str, Any]) -> Row:
     named = {"clean acc %": scores["clean_accuracy"], "ASR %": scores["asr"], "RA %": scores["robust_accuracy"]}
     return dict.fromkeys(NUMBERS, HOLE) | {name: _percent(value) for name, value in named.items()}
+
+
+def _seconds(value: float | None) -> str:
+    """A hole for a model that was trained elsewhere."""
+    return HOLE if value is None else f"{value:.0f}"
 
 
 def _percent(value: float | None) -> str:

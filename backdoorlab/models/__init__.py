@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ..errors import UserError, suggest
 from .preact_resnet import preactresnet10, preactresnet18
 
+SMALL = 64
+Stem = Literal["small", "stock"]
+"""small: on images of at most SMALL pixels, timm's networks lose the stride of their stem. stock: they are left as timm makes them."""
 OWN: dict[str, Callable[..., nn.Module]] = {"preactresnet18": preactresnet18, "preactresnet10": preactresnet10}
 
 
@@ -71,7 +74,15 @@ def _count_backward(gradient: Tensor) -> None:
 
 
 def build(
-    architecture: str, *, num_classes: int, in_chans: int, mean: Sequence[float], std: Sequence[float], width: int | None = None, image_size: int = 32
+    architecture: str,
+    *,
+    num_classes: int,
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    width: int | None = None,
+    image_size: int = 32,
+    stem: Stem = "small",
 ) -> Classifier:
     """A freshly initialised model (random numbers from torch's global generator).
 
@@ -82,11 +93,11 @@ def build(
             raise UserError(f"width must be at least 1, got {width}")
         network = OWN[architecture](num_classes=num_classes, in_chans=in_chans, width=64 if width is None else width)
     else:
-        network = _timm_model(architecture, num_classes, in_chans, image_size, width)
+        network = _timm_model(architecture, num_classes, in_chans, image_size, width, stem)
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)
 
 
-def _timm_model(architecture: str, num_classes: int, in_chans: int, image_size: int, width: int | None) -> nn.Module:
+def _timm_model(architecture: str, num_classes: int, in_chans: int, image_size: int, width: int | None, stem: Stem) -> nn.Module:
     import timm
 
     if not timm.is_model(architecture):
@@ -100,7 +111,7 @@ def _timm_model(architecture: str, num_classes: int, in_chans: int, image_size: 
         network = timm.create_model(architecture, num_classes=num_classes, in_chans=in_chans, img_size=image_size)
     except TypeError:  # convolutional networks take images of any size and no img_size
         network = timm.create_model(architecture, num_classes=num_classes, in_chans=in_chans)
-    if image_size <= 64:
+    if image_size <= SMALL and stem == "small":
         _shrink_stem(network, image_size)
     return network
 

@@ -1,0 +1,55 @@
+"""A folder that is there as a whole or not at all, for commands that are too short to be continued."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import files
+from .errors import UserError
+
+
+@contextlib.contextmanager
+def staged(target: Path, done: str, overwrite: bool) -> Iterator[Path]:
+    """An empty folder beside the target that takes its place when the block ends well, and is gone when it does not."""
+    _refuse(target, done, overwrite)
+    stage = target.with_name(f"{target.name}.partial")
+    try:
+        with _locked(stage, target, done, overwrite) as final:
+            yield final
+    except OSError as error:
+        raise UserError(f"{target} was not written ({error}): see that there is space, and that you may read and write there") from error
+
+
+@contextlib.contextmanager
+def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[Path]:
+    with files.locked(stage):
+        try:
+            _refuse(target, done, overwrite)
+            entries = list(stage.iterdir())
+            if any(entry.name.startswith(("checkpoint-", "once-")) for entry in entries):
+                raise UserError(f"{stage} holds an unfinished run: finish it, delete it, or choose another name")
+            if entries and not (stage / "run.json").exists():
+                raise UserError(f"{stage} is in the way and not ours (no run.json in it): move it, or choose another name")
+        except UserError:
+            if not any(stage.iterdir()):
+                files.remove(stage)
+            raise
+        try:
+            for entry in entries:
+                files.remove(entry)
+            files.write_json(stage / "run.json", {"method": "staged", "config": {}})
+            final = stage / "final"
+            final.mkdir()
+            yield final
+            (files.replace_folder if target.exists() else files.publish)(final, target)
+        finally:
+            files.remove(stage)
+
+
+def _refuse(target: Path, done: str, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not (target / done).exists():
+        raise UserError(f"{target} exists but holds no {done}, so it is not ours to replace: choose another name")
+    if not overwrite:
+        raise UserError(f"{target} exists: choose another name, or pass --overwrite True to replace it")
