@@ -15,10 +15,11 @@ import torch
 from tyro.conf import Positional, arg
 
 from . import datasets, engine, models, registry, tables
-from .cli import guarded, run_method
+from .cli import guarded, one_line, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
 from .record import Record, record_names, record_root
+from .verify import verify
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,43 @@ class Doctor:
     """Show a traceback with an error."""
 
 
+@dataclass(frozen=True)
+class Verify:
+    """Hash records and their defenses' results again. Exit code 0 where all is as it was written, else 2."""
+
+    names: Positional[tuple[str, ...]] = ()
+    """Records to look at; none means all."""
+    record_root: str | None = None
+    """Folder of records."""
+    debug: bool = False
+    """Show a traceback with an error."""
+
+
 def table(options: Table) -> int:
     root = record_root(options.record_root)
-    names = options.names or tuple(record_names(root))
+    print(tables.render(tables.rows([Record.load(name, root) for name in _names(options.names, root)]), options.format), end="")
+    return 0
+
+
+def verifying(options: Verify) -> int:
+    root = record_root(options.record_root)
+    sound = True
+    for name in _names(options.names, root):
+        found = verify(name, root)
+        sound = sound and not found.wrong
+        if not found.wrong:
+            print(f"OK  {name}  {found.files} files, {found.results} results of defenses")
+        for line in found.wrong:
+            print(one_line(line), file=sys.stderr)
+    return 0 if sound else 2
+
+
+def _names(given: tuple[str, ...], root: Path) -> tuple[str, ...]:
+    """The records named, or all of them."""
+    names = given or tuple(record_names(root))
     if not names:
         raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
-    print(tables.render(tables.rows([Record.load(name, root) for name in names]), options.format), end="")
-    return 0
+    return names
 
 
 def listing(_options: List) -> int:
@@ -110,13 +141,19 @@ def _writable(folder: Path) -> str:
     return f"writable, {shutil.disk_usage(folder).free / 2**30:.0f} GiB free"
 
 
-COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {"table": (Table, table), "list": (List, listing), "doctor": (Doctor, doctor)}
+COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
+    "table": (Table, table),
+    "verify": (Verify, verifying),
+    "list": (List, listing),
+    "doctor": (Doctor, doctor),
+}
 METHODS = ("attack", "defense")
 USAGE = """usage: python -m backdoorlab COMMAND ...
 
   attack NAME --save_folder_name RECORD   run an attack (the same as python attack/NAME.py ...)
   defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
   table [RECORD ...] [--format FORMAT]    records and defenses side by side
+  verify [RECORD ...]                     hash records and results again; names what is damaged
   list                                    attacks, defenses with what they assume, data sets, models
   doctor                                  versions, device, disk, data sets found
 

@@ -1,6 +1,7 @@
 """What several test files need: run a method in this process or as a user types it."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from backdoorlab import registry, runner
+from backdoorlab import files, registry, runner
 from backdoorlab.record import Record
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,13 @@ def copy(record: Record, root: Path, name: str | None = None) -> Record:
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(record.folder, folder, ignore=shutil.ignore_patterns("defense"))
     return Record.load(folder.name, root)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change a record.json or result.json as its owner could: None deletes a key, and the checksum is made to fit."""
+    value = {key: item for key, item in json.loads(path.read_text()).items() if key != "checksum"}
+    value |= changes
+    files.write_sealed(path, {key: item for key, item in value.items() if item is not None or key not in changes})
 
 
 def child_environment(**extra: Any) -> dict[str, str]:
