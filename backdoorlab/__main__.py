@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from . import datasets, engine, models, registry, tables
+from . import datasets, engine, hub, models, registry, tables
 from .cli import guarded, one_line, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
@@ -66,6 +66,40 @@ class Verify:
     """Show a traceback with an error."""
 
 
+@dataclass(frozen=True)
+class Push:
+    """Upload a record with its results to the Hugging Face hub, as one commit."""
+
+    name: Positional[str] = ""
+    """Record to upload."""
+    repo: str = ""
+    """owner/name of the repository; made where it is missing."""
+    private: bool = False
+    """Make a new repository visible to its owner only."""
+    overwrite: bool = False
+    """Replace what the repository holds."""
+    record_root: str | None = None
+    """Folder of records."""
+    debug: bool = False
+    """Show a traceback with an error."""
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Download a record from the Hugging Face hub and verify it before it is kept."""
+
+    source: Positional[str] = ""
+    """owner/name, or owner/name@commit; without one the newest commit, which is then printed."""
+    save_folder_name: str = ""
+    """Name of the record to write. Required."""
+    overwrite: bool = False
+    """Replace a finished record of that name."""
+    record_root: str | None = None
+    """Folder of records."""
+    debug: bool = False
+    """Show a traceback with an error."""
+
+
 def table(options: Table) -> int:
     root = record_root(options.record_root)
     print(tables.render(tables.rows([Record.load(name, root) for name in _names(options.names, root)]), options.format), end="")
@@ -83,6 +117,24 @@ def verifying(options: Verify) -> int:
         for line in found.wrong:
             print(one_line(line), file=sys.stderr)
     return 0 if sound else 2
+
+
+def pushing(options: Push) -> int:
+    if not options.name or not options.repo:
+        raise UserError("push NAME --repo owner/name: one of the two is missing")
+    commit = hub.push(
+        options.name, record_root(options.record_root), options.repo, hub.connect(), private=options.private, overwrite=options.overwrite
+    )
+    print(f"pushed: python -m backdoorlab pull {options.repo}@{commit} --save_folder_name {options.name}")
+    return 0
+
+
+def pulling(options: Pull) -> int:
+    if not options.source or not options.save_folder_name:
+        raise UserError("pull owner/name[@commit] --save_folder_name NAME: one of the two is missing")
+    pulled = hub.pull(options.source, options.save_folder_name, record_root(options.record_root), hub.connect(), overwrite=options.overwrite)
+    print(f"verified: {pulled.record.folder} is commit {pulled.commit}, with {pulled.results} results of defenses")
+    return 0
 
 
 def _names(given: tuple[str, ...], root: Path) -> tuple[str, ...]:
@@ -144,6 +196,8 @@ def _writable(folder: Path) -> str:
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "table": (Table, table),
     "verify": (Verify, verifying),
+    "push": (Push, pushing),
+    "pull": (Pull, pulling),
     "list": (List, listing),
     "doctor": (Doctor, doctor),
 }
@@ -154,6 +208,9 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
   table [RECORD ...] [--format FORMAT]    records and defenses side by side
   verify [RECORD ...]                     hash records and results again; names what is damaged
+  push RECORD --repo OWNER/NAME           upload a record to the Hugging Face hub
+  pull OWNER/NAME[@COMMIT] --save_folder_name RECORD
+                                          download a record and verify it
   list                                    attacks, defenses with what they assume, data sets, models
   doctor                                  versions, device, disk, data sets found
 

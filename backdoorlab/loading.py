@@ -189,9 +189,10 @@ def _parse(path: Path) -> tuple[bytes, dict[str, Any]]:
 def _opened(path: Path) -> Iterator[BufferedReader]:
     """A regular file, read without waiting: opening a pipe in the ordinary way would hang until someone writes."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("not a regular file")
     with open(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("not a regular file")
         yield stream
 
 

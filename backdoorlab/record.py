@@ -1,9 +1,11 @@
 """The record of an attack on disk, and the part of it that a defender may see."""
 
 import copy
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +84,11 @@ class Record:
 
     def new_model(self) -> Classifier:
         """The same architecture, freshly initialised from torch's global generator."""
-        self.check_architecture()
         return build_model(self.info["architecture"], self.info["dataset"], self.info["num_classes"])
 
     def model_shapes(self) -> loading.Shapes:
         """Types and shapes of the weights of the architecture that record.json names, without making them."""
-        with torch.device("meta"):
-            state = build_model(self.info["architecture"], self.info["dataset"], self.info["num_classes"]).state_dict()
-        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-
-    def check_architecture(self) -> None:
-        """The weights on disk are those of the architecture, which record.json could name in any size: look before it is made."""
-        path = self.folder / "model.safetensors"
-        _refuse_other_weights(path, self.info, loading.read_shapes(path, self.info["files"]["model.safetensors"]), self.model_shapes())
+        return _model_shapes(self.info)
 
     def dataset(self, path: str | None = None) -> Dataset:
         """The clean data that the attack started from, by its fingerprint; `path` says where it is if the cache has lost it."""
@@ -205,6 +199,18 @@ def build_model(architecture: Mapping[str, Any], dataset: Mapping[str, Any], num
     )
 
 
+def _model_shapes(info: Mapping[str, Any]) -> loading.Shapes:
+    said = {"architecture": info["architecture"], "dataset": {"image_shape": info["dataset"]["image_shape"]}}
+    return _shapes(json.dumps({**said, "num_classes": info["num_classes"]}))
+
+
+@lru_cache(maxsize=64)
+def _shapes(arguments: str) -> loading.Shapes:
+    with torch.device("meta"):
+        state = build_model(**json.loads(arguments)).state_dict()
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+
+
 def write(folder: Path, info: dict[str, Any], model: nn.Module, train_poison: Poison, test_poison: Poison) -> None:
     """Fill a staged folder: weights and poison first, then record.json with the SHA-256 of every file in the folder."""
     files.write_tensors(folder / "model.safetensors", model.state_dict())
@@ -220,12 +226,12 @@ def read_folder(folder: Path) -> Record:
     check_record(path, info)
     manifest = info["files"]
     checks = {"train_poison.safetensors": poison_shapes(info, info["dataset"]["train_size"]), "test_poison.safetensors": poison_shapes(info, None)}
-    for name in PAYLOAD:
+    for name, check in {"model.safetensors": partial(_check_weights, info), **checks}.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing, but record.json lists it. Restore it, or make the record again with --overwrite")
         shapes = loading.read_shapes(folder / name, manifest[name])
         with loading.one_line(folder / name):
-            checks.get(name, lambda _shapes: None)(shapes)
+            check(shapes)
     for name in manifest:
         if name not in checks:
             loading.check_file(folder, name, manifest[name])
@@ -246,11 +252,12 @@ def load_weights(model: nn.Module, path: Path, manifest: Mapping[str, Any], want
     model.load_state_dict(tensors)
 
 
-def _refuse_other_weights(path: Path, info: Mapping[str, Any], found: loading.Shapes, wanted: loading.Shapes) -> None:
+def _check_weights(info: Mapping[str, Any], found: loading.Shapes) -> None:
+    """The weights are those of the architecture, which record.json could name in any size: looked at before it is made."""
     try:
-        refuse_difference(found, wanted)
+        refuse_difference(found, _model_shapes(info))
     except ValueError as error:
-        raise UserError(f"{path}: not the weights of {info['architecture']['name']} as record.json describes it ({error})") from error
+        raise ValueError(f"not the weights of {info['architecture']['name']} as record.json describes it: {error}") from error
 
 
 def _read_poison(path: Path, entry: loading.Entry, check: loading.Check, info: Mapping[str, Any]) -> Poison:

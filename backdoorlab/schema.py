@@ -66,7 +66,7 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
         "der": _is_number(result["der"]),
         "seconds": _is_number(result["seconds"]),
         "collapsed": result["collapsed"] in (None, True, False),
-        "split": split is None or (isinstance(split, dict) and all(_is_number(split.get(key)) for key in ("tpr", "fpr"))),
+        "split": split is None or (isinstance(split, dict) and all(key in split and _is_number(split[key]) for key in ("tpr", "fpr"))),
     }
     _refuse_unsound(path, sound)
     _check_manifest(path, result, ())

@@ -26,13 +26,19 @@ class Finding:
 def verify(name: str, root: Path) -> Finding:
     """Everything in a record that can be loaded is loaded as a run would, and every file of a manifest hashed."""
     try:
-        record = Record.load(name, root)
-        record.check_architecture()
-        shapes = record.model_shapes()
+        return verify_record(Record.load(name, root))
+    except (UserError, FileNotFoundError) as error:
+        return Finding(0, 0, (str(error),))
+
+
+def verify_record(record: Record) -> Finding:
+    """The same for a record that is loaded, and so verified but for its weights and results."""
+    count, wrong = 1 + len(record.info["files"]), []
+    shapes = record.model_shapes()
+    try:
         loading.read_tensors(record.folder / "model.safetensors", entry=record.info["files"]["model.safetensors"])
     except (UserError, FileNotFoundError) as error:
         return Finding(0, 0, (str(error),))
-    count, wrong = 1 + len(record.info["files"]), []
     folders = list(result_folders(record.folder))
     for folder in folders:
         try:
