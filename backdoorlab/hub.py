@@ -87,9 +87,9 @@ def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = Fals
     check_name(name)
     target = root / name
     _refuse_existing(target, overwrite)
-    with files.locked(root / f"{name}.partial"):
+    stage = root / f"{name}.partial"
+    with files.locked(stage):
         _refuse_existing(target, overwrite)
-        stage = root / f"{name}.partial"
         if any((stage / kept).exists() for kept in ("run.json", "final")) and not (stage / "pull.json").exists():
             raise UserError(f"{stage} holds an unfinished run: finish it, or choose another --save_folder_name")
         try:
@@ -110,8 +110,8 @@ def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = Fals
                 files.replace_folder(final, target)
             else:
                 files.publish(final, target)
-        except UserError as error:
-            raise UserError(str(error).replace(f"{root / f'{name}.partial' / 'final'}/", f"{source}: ")) from error
+        except UserError as error:  # in the words of where it came from; the stage is gone when this is read
+            raise UserError(str(error).replace(f"{stage / 'final'}/", f"{source}: ").replace(str(stage / "final"), source)) from error
         finally:
             files.remove(stage)
     return Pulled(Record.load(name, root), commit, found.results)
@@ -148,7 +148,7 @@ def _download(repo: str, commit: str, sizes: Mapping[str, int], final: Path, cac
             loading.check_entry(final / folder, name, entry)
         total, free = sum(entry["size"] for entry in manifest.values()), shutil.disk_usage(final).free
         if total > free:
-            raise UserError(f"{repo}@{commit} needs {total >> 20} MiB, but {final} has {free >> 20} MiB free")
+            raise UserError(f"{repo}@{commit} needs {total >> 20} MiB, but there are {free >> 20} MiB free here")
         for name, entry in manifest.items():
             path = f"{folder}{name}"
             yield path
