@@ -193,9 +193,10 @@ def _told(repo: str) -> Iterator[None]:
     """The client's complaints, which run over many lines, as one."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    complaints: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError)  # its bases are what its transport raises
     try:
         yield
-    except (*HfHubHTTPError.__bases__, HFValidationError) as error:  # its bases are what its transport raises
+    except complaints as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the hub's
             raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -225,8 +225,11 @@ def read_folder(folder: Path) -> Record:
     info = loading.read_sealed(path)
     check_record(path, info)
     manifest = info["files"]
-    checks = {"train_poison.safetensors": poison_shapes(info, info["dataset"]["train_size"]), "test_poison.safetensors": poison_shapes(info, None)}
-    for name, check in {"model.safetensors": partial(_check_weights, info), **checks}.items():
+    checks: dict[str, loading.Check] = {
+        "train_poison.safetensors": poison_shapes(info, info["dataset"]["train_size"]),
+        "test_poison.safetensors": poison_shapes(info, None),
+    }
+    for name, check in [("model.safetensors", partial(_check_weights, info)), *checks.items()]:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing, but record.json lists it. Restore it, or make the record again with --overwrite")
         shapes = loading.read_shapes(folder / name, manifest[name])

@@ -210,12 +210,12 @@ def failing(at: int, mode: str) -> Iterator[list[str]]:
     try:
         for name in names:
             setattr(os, name, patched(name))
-        builtins.open = io.open = opened  # type: ignore[assignment]
+        builtins.open = io.open = opened
         yield seen
     finally:
         for name in names:
             setattr(os, name, real[name])
-        builtins.open = io.open = real_open  # type: ignore[assignment]
+        builtins.open = io.open = real_open
 
 
 MODELS: dict[tuple[Path, int], Any] = {}
@@ -227,7 +227,7 @@ def variant(old: Record, seed: int) -> Any:
         MODELS[old.folder, seed] = model = old.model()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += seed
+                parameter.add_(seed)
     return MODELS[old.folder, seed]
 
 
@@ -330,8 +330,17 @@ def test_all_is_on_the_disk_before_it_gets_its_name(small: Record, tmp_path: Pat
     """What no SIGKILL can show, since the page cache outlives it: every file and folder is flushed, then renamed, then the parent flushed."""
     calls: list[tuple[str, str]] = []
     real_sync, real_rename = os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(("fsync", str(Path(f"/proc/self/fd/{fd}").readlink()))), real_sync(fd)))
-    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(("rename", str(a))), real_rename(a, b)))
+
+    def fsync(descriptor: int) -> None:
+        calls.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        real_sync(descriptor)
+
+    def rename(source: Any, target: Any) -> None:
+        calls.append(("rename", str(source)))
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc to name what is flushed")
     for seed in (1, 2):

@@ -40,6 +40,16 @@ def _write(name: str, content: bytes | str) -> Make:
     return lambda here: (here.root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def _no_data(here: Here) -> None:
+    shutil.rmtree(here.data)
+    here.data.mkdir()
+
+
+def _no_test_images(here: Here) -> None:
+    for image in (here.data / "test").rglob("*.png"):
+        image.unlink()
+
+
 def _grey_and_colour(here: Here) -> None:
     from PIL import Image
 
@@ -67,8 +77,8 @@ MISTAKES: dict[str, tuple[Make | None, tuple[str, ...], str]] = {
     "the record's folder for its name": (None, ("table", "record/small"), "a record name is one folder name"),
     "a file for a folder of data": (_write("data.zip", "x"), (*DATA[:-1], "{root}/data.zip"), "no such folder"),
     "data without a test set": (lambda h: shutil.rmtree(h.data / "test"), DATA, "expected test/ or val/ beside train/"),
-    "an empty folder of data": (lambda h: (shutil.rmtree(h.data), h.data.mkdir()), DATA, "found nothing"),
-    "a class without images": (lambda h: [p.unlink() for c in "012" for p in (h.data / "test" / c).iterdir()], DATA, "no images"),
+    "an empty folder of data": (_no_data, DATA, "found nothing"),
+    "a class without images": (_no_test_images, DATA, "no images"),
     "an image that is none": (lambda h: h.image().write_bytes(b"text"), DATA, "0.png: not a readable image"),
     "an image cut short": (lambda h: h.image().write_bytes(h.image().read_bytes()[:60]), DATA, "0.png: not a readable image"),
     "grey and coloured images": (_grey_and_colour, DATA, "images of different shapes"),
