@@ -229,7 +229,8 @@ def read_folder(folder: Path) -> Record:
         "train_poison.safetensors": poison_shapes(info, info["dataset"]["train_size"]),
         "test_poison.safetensors": poison_shapes(info, None),
     }
-    for name, check in [("model.safetensors", partial(_check_weights, info)), *checks.items()]:
+    every: dict[str, loading.Check] = {"model.safetensors": partial(_check_weights, info), **checks}
+    for name, check in every.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing, but record.json lists it. Restore it, or make the record again with --overwrite")
         shapes = loading.read_shapes(folder / name, manifest[name])
