@@ -155,6 +155,9 @@ def locked(folder: Path) -> Iterator[None]:
         (folder / HOLDER).write_text(f"{os.getpid()} {socket.gethostname()}")
         yield
     finally:
+        with contextlib.suppress(OSError):  # where nothing else came of it, nothing is left of it
+            (folder / HOLDER).unlink()
+            folder.rmdir()
         _unlock(descriptor)
 
 
