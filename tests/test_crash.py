@@ -433,11 +433,11 @@ def test_a_loss_that_is_no_number_stops_within_one_step(
     method: str, small: Record, small_flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F8: the second loss is NaN."""
-    steps, real = [0], Run.step
+    steps, real = [0], Run.watch
 
-    def poisoned(self: Run, optimizer: Any, loss: torch.Tensor) -> None:
-        steps[0] += 1
-        real(self, optimizer, loss * float("nan") if steps[0] == 2 else loss)
+    def poisoned(self: Run, **values: torch.Tensor) -> None:
+        steps[0] += "loss" in values
+        real(self, **{name: value * float("nan") if name == "loss" and steps[0] == 2 else value for name, value in values.items()})
 
     def go(flags: tuple[str, ...] = ()) -> None:
         if method == "badnet":
@@ -446,7 +446,7 @@ def test_a_loss_that_is_no_number_stops_within_one_step(
             helpers.defend(method, found, *helpers.short_flags(method), *flags)
 
     found = helpers.copy(small, tmp_path)
-    monkeypatch.setattr(Run, "step", poisoned)
+    monkeypatch.setattr(Run, "watch", poisoned)
     if method == "badnet":
         done = tmp_path / "r"
     else:
@@ -460,7 +460,7 @@ def test_a_loss_that_is_no_number_stops_within_one_step(
         pytest.skip("takes no second step on so small a set")
     assert steps[0] == 2, "not one step more"
     assert not done.exists()
-    monkeypatch.setattr(Run, "step", real)
+    monkeypatch.setattr(Run, "watch", real)
     go(("--overwrite", "True"))
     assert (done / ("record.json" if method == "badnet" else "result.json")).exists(), "without the NaN it ends well"
 
