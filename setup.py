@@ -34,6 +34,7 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "dev": ["ruff", "mypy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "types-PyYAML", "build", "setuptools", "wheel"],
+        "hub": ["huggingface_hub>=1.0"],
         "report": ["plotly"],
         "ray": ["ray"],
         "slurm": ["submitit"],

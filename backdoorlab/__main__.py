@@ -14,11 +14,12 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from . import datasets, engine, exporting, importing, models, registry, scan, tables
-from .cli import guarded, run_method
+from . import datasets, engine, exporting, hub, importing, models, registry, scan, tables
+from .cli import guarded, one_line, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
 from .record import Record, record_names, record_root
+from .verify import verify
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,95 @@ class Doctor:
     """Show a traceback with an error."""
 
 
+@dataclass(frozen=True)
+class Verify:
+    """Hash records and their defenses' results again. Exit code 0 where all is as it was written, else 2."""
+
+    names: Positional[tuple[str, ...]] = ()
+    """Records to look at; none means all."""
+    record_root: str | None = None
+    """Folder of records."""
+    debug: bool = False
+    """Show a traceback with an error."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Upload a record with its results to the Hugging Face hub, as one commit."""
+
+    name: Positional[str] = ""
+    """Record to upload."""
+    repo: str = ""
+    """owner/name of the repository; made where it is missing."""
+    private: bool = False
+    """Make a new repository visible to its owner only."""
+    overwrite: bool = False
+    """Replace what the repository holds."""
+    record_root: str | None = None
+    """Folder of records."""
+    debug: bool = False
+    """Show a traceback with an error."""
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Download a record from the Hugging Face hub and verify it before it is kept."""
+
+    source: Positional[str] = ""
+    """owner/name, or owner/name@commit; without one the newest commit, which is then printed."""
+    save_folder_name: str = ""
+    """Name of the record to write. Required."""
+    overwrite: bool = False
+    """Replace a finished record of that name."""
+    record_root: str | None = None
+    """Folder of records."""
+    debug: bool = False
+    """Show a traceback with an error."""
+
+
 def table(options: Table) -> int:
     root = record_root(options.record_root)
-    names = options.names or tuple(record_names(root))
+    print(tables.render(tables.rows([Record.load(name, root) for name in _names(options.names, root)]), options.format), end="")
+    return 0
+
+
+def verifying(options: Verify) -> int:
+    root = record_root(options.record_root)
+    sound = True
+    for name in _names(options.names, root):
+        found = verify(name, root)
+        sound = sound and not found.wrong
+        if not found.wrong:
+            print(f"OK  {name}  {found.files} files, {found.results} results of defenses")
+        for line in found.wrong:
+            print(one_line(line), file=sys.stderr)
+    return 0 if sound else 2
+
+
+def pushing(options: Push) -> int:
+    if not options.name or not options.repo:
+        raise UserError("push NAME --repo owner/name: one of the two is missing")
+    commit = hub.push(
+        options.name, record_root(options.record_root), options.repo, hub.connect(), private=options.private, overwrite=options.overwrite
+    )
+    print(f"pushed: python -m backdoorlab pull {options.repo}@{commit} --save_folder_name {options.name}")
+    return 0
+
+
+def pulling(options: Pull) -> int:
+    if not options.source or not options.save_folder_name:
+        raise UserError("pull owner/name[@commit] --save_folder_name NAME: one of the two is missing")
+    pulled = hub.pull(options.source, options.save_folder_name, record_root(options.record_root), hub.connect(), overwrite=options.overwrite)
+    print(f"verified: {pulled.record.folder} is commit {pulled.commit}, with {pulled.results} results of defenses")
+    return 0
+
+
+def _names(given: tuple[str, ...], root: Path) -> tuple[str, ...]:
+    """The records named, or all of them."""
+    names = given or tuple(record_names(root))
     if not names:
         raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
-    print(tables.render(tables.rows([Record.load(name, root) for name in names]), options.format), end="")
-    return 0
+    return names
 
 
 def listing(_options: List) -> int:
@@ -115,6 +198,9 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "import": (importing.Import, importing.import_record),
     "export": (exporting.Export, exporting.export_record),
     "scan": (scan.Scan, scan.scan),
+    "verify": (Verify, verifying),
+    "push": (Push, pushing),
+    "pull": (Pull, pulling),
     "list": (List, listing),
     "doctor": (Doctor, doctor),
 }
@@ -127,6 +213,10 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH), or your own --weights
   export RECORD ...                       to BackdoorBench (--to backdoorbench PATH), or a model (--weights FILE)
   scan RECORD                             the training images that DAU takes for poison, with a contact sheet
+  verify [RECORD ...]                     hash records and results again; names what is damaged
+  push RECORD --repo OWNER/NAME           upload a record to the Hugging Face hub
+  pull OWNER/NAME[@COMMIT] --save_folder_name RECORD
+                                          download a record and verify it
   list                                    attacks, defenses with what they assume, data sets, models
   doctor                                  versions, device, disk, data sets found
 

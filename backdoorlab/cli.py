@@ -54,7 +54,7 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
@@ -62,8 +62,22 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk, a folder of another user: nothing of ours
+            if debug:
+                traceback.print_exc()
+            place = f"{error.filename}: " if error.filename is not None else ""
+            print(
+                one_line(f"{place}{error.strerror}. Nothing finished was changed; make room or choose another place, then run it again"),
+                file=sys.stderr,
+            )
+            return 2
         if debug:
             raise
         first = (str(error).splitlines() or [""])[0]
-        print(f"error: unexpected {type(error).__name__}: {first} (pass --debug True to see where)", file=sys.stderr)
+        print(one_line(f"unexpected {type(error).__name__}: {first} (pass --debug True to see where)"), file=sys.stderr)
         return 1
+
+
+def one_line(complaint: object) -> str:
+    """A complaint as one printable line, whatever file name or text of others is in it."""
+    return "error: " + "".join(c if c.isprintable() else " " for c in " ".join(str(complaint).split()))

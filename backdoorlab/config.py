@@ -263,7 +263,7 @@ def _yaml_layer(config_class: type[Any], path: str) -> tuple[str, list[str]]:
 def _dataset_yaml(dataset: str) -> dict[str, Any]:
     """Sections `attack`, `defense`, `short_run` and one for each method; {} for a data set without a file."""
     file = registry.resource("config") / f"{dataset}.yaml"
-    if not file.exists():
+    if Path(dataset).name != dataset or not file.exists():  # a name, never a path
         return {}
     found = _read_yaml(file)
     known = {"attack", "defense", "short_run", *registry.available("attack"), *registry.available("defense")}

@@ -25,7 +25,7 @@ import torch
 
 from .data import Dataset, Split, fingerprint
 from .errors import UserError, suggest
-from .files import publish, remove
+from .files import locked, publish, remove, sweep
 
 DEFAULT = "digits"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
@@ -394,16 +394,20 @@ ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 def _write_cache(folder: Path, name: str, arrays: Arrays) -> None:
     dataset = _dataset(name, arrays)
     stage = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    stage.mkdir(parents=True)
     try:
-        for array_name, array in zip(ARRAY_NAMES, arrays[:4], strict=True):
-            np.save(stage / f"{array_name}.npy", array)
-        meta = dict(name=name, fingerprint=dataset.fingerprint, class_names=dataset.class_names, train=len(dataset.train), test=len(dataset.test))
-        (stage / "meta.json").write_text(json.dumps(meta))
-        if (folder / "meta.json").exists():  # another process was faster
-            return
-        remove(folder)
-        publish(stage, folder)
+        if folder.parent.is_dir():
+            sweep(folder.parent, lambda _stage: True)
+        with locked(stage):
+            final = stage / "final"
+            final.mkdir()
+            for array_name, array in zip(ARRAY_NAMES, arrays[:4], strict=True):
+                np.save(final / f"{array_name}.npy", array)
+            meta = dict(name=name, fingerprint=dataset.fingerprint, class_names=dataset.class_names, train=len(dataset.train), test=len(dataset.test))
+            (final / "meta.json").write_text(json.dumps(meta))
+            if (folder / "meta.json").exists():  # another process was faster
+                return
+            remove(folder)
+            publish(final, folder)
     except OSError as error:
         raise UserError(f"the data set cache {folder} cannot be written ({error}): set BACKDOORLAB_CACHE to a folder with space") from error
     finally:

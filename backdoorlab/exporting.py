@@ -6,10 +6,10 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from . import backdoorbench, files, foreign, models
+from . import backdoorbench, foreign, models
 from .config import published
 from .errors import UserError
-from .record import Record, check_name, record_root
+from .record import Record, check_name, load_weights, read_result, record_root
 from .staging import staged
 
 
@@ -70,8 +70,9 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
             raise UserError(
                 f"record {record.name!r} has no finished run {options.run_name!r} of {options.defense!r}. Finished: {', '.join(runs) or 'none yet'}"
             )
-        scores = files.read_json(folder / "result.json")["after"]
-        model.load_state_dict(files.read_tensors(folder / "model.safetensors")[0])
+        result = read_result(folder)
+        scores = result["after"]
+        load_weights(model, folder / "model.safetensors", result["files"], record.model_shapes())
     meta = {
         "record": record.name,
         "attack": record.info["attack"],

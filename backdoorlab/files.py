@@ -1,24 +1,31 @@
-"""Writing so that a reader sees all of it or nothing, and reading so that every damaged file is one clear line.
+"""Writing so that a reader sees all of it or nothing. Reading is in loading.py.
 
 Tensors are safetensors, everything else JSON: nothing here can run code. A file is written beside its target, flushed to
 the disk and renamed; a folder likewise.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from .errors import UserError
+from .loading import canonical, read_json, read_tensors, sealed, sha256, tensor_hash
+
+__all__ = ["read_json", "read_tensors", "sha256", "tensor_hash"]
+
+HOLDER = ".holder"
+"""The file in a locked folder that says who holds it."""
+PATIENCE = 1.0
+"""Seconds to wait for another process that only looks at a folder, or puts it in its place."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -37,7 +44,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Canonical JSON, atomic; a non-finite number is an error."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    write_bytes(path, canonical(value))
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """JSON with a SHA-256 over itself, atomic; for files that no manifest lists."""
+    write_bytes(path, sealed(value))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
@@ -53,67 +65,69 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) ->
     write_bytes(path, save(plain, metadata={"backdoorlab": json.dumps([tensor_hash(plain, text), text])}))
 
 
-def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata) of a file by `write_tensors`; a damaged one is refused with a line that names it."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as stream:
-            header = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
-        checksum, text = json.loads(header["backdoorlab"])
-        if checksum != tensor_hash(tensors, text):
-            raise ValueError("its content does not match its own checksum")
-        metadata = json.loads(text)
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged file ({_first_line(error)}). Restore it, or make it again with --overwrite") from error
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; anything else is refused with a line that names the file."""
-    try:
-        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged file ({_first_line(error)}). Restore it, or make it again with --overwrite") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged file (expected a JSON object). Restore it, or make it again with --overwrite")
-    return value
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> SHA-256 and size of every file in a folder."""
-    return {path.name: {"sha256": sha256(path), "size": path.stat().st_size} for path in sorted(folder.iterdir())}
+    return {path.name: {"sha256": sha256(path), "size": path.stat().st_size} for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents where they are missing, each on the disk."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
 
 
 def publish(stage: Path, target: Path) -> None:
     """Rename a finished folder to its name, with everything in it on the disk first."""
-    for folder, _, names in os.walk(stage):
-        for name in names:
-            with open(Path(folder) / name, "rb") as stream:
-                os.fsync(stream.fileno())
-        _sync_folder(Path(folder))
+    _sync_tree(stage)
     os.rename(stage, target)
     _sync_folder(target.parent)
 
 
 def replace_folder(stage: Path, target: Path) -> None:
-    """Publish over an existing folder: the old one is moved aside, and deleted only after the new one is in place."""
-    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
-    os.rename(target, aside)
+    """Publish over an existing folder: the old one is moved aside, and deleted only after the new one is in place.
+
+    For a moment there is neither; a process that ends just then leaves the old one aside, and `recover` puts it back.
+    """
+    _sync_tree(stage)
+    aside, trash = _aside(target), target.with_name(f".{target.name}.trash")
+    descriptor = _try_lock(target)  # the lock moves along with the folder and keeps `recover` in other processes away
     try:
-        publish(stage, target)
-    except OSError:
-        os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        os.rename(target, aside)
+        try:
+            os.rename(stage, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        _sync_folder(target.parent)
+        remove(trash)
+        os.rename(aside, trash)  # from here on, nobody takes the half-deleted folder for one to put back
+    finally:
+        _unlock(descriptor)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Put back the folder that a killed `replace_folder` moved aside, or delete it where the new one is in place."""
+    aside, deadline = _aside(target), time.monotonic() + PATIENCE
+    while aside.is_dir():
+        descriptor = _try_lock(aside)
+        if descriptor is None and time.monotonic() < deadline:  # its writer is between two renames
+            time.sleep(0.005)
+            continue
+        try:
+            if descriptor is not None and target.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            elif descriptor is not None:
+                os.rename(aside, target)
+                _sync_folder(target.parent)
+        except FileNotFoundError:  # another process was faster
+            pass
+        finally:
+            _unlock(descriptor)
+        return
 
 
 def remove(path: Path) -> None:
@@ -126,23 +140,84 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; a second one is told so at once. The lock ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold a folder for this process; a second one is told who does. The lock ends with the process, however it ends."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        make_folder(folder)
+        descriptor = _try_lock(folder)
+        if descriptor is not None:
+            break
+        holder = _holder(folder)
+        if holder or time.monotonic() > deadline:
+            raise UserError(f"{folder} is being written by {holder or 'another process'}: wait for it, or choose another name")
+        time.sleep(0.005)  # whoever has only begun, or sweeps, says no name
+    try:
+        (folder / HOLDER).write_text(f"{os.getpid()} {socket.gethostname()}")
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # where nothing else came of it, nothing is left of it
+            (folder / HOLDER).unlink()
+            folder.rmdir()
+        _unlock(descriptor)
+
+
+def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
+    """Delete the stages (*.partial) in a folder that nobody holds and that `stale` calls worthless, and emptied trash."""
+    for trash in folder.glob(".*.trash"):
+        shutil.rmtree(trash, ignore_errors=True)
+    for stage in folder.glob("*.partial"):
+        if stage.is_symlink() or not stage.is_dir():
+            continue
+        descriptor = _try_lock(stage)
+        if descriptor is None:
+            continue
+        try:
+            if stale(stage):
+                shutil.rmtree(stage, ignore_errors=True)
+        finally:
+            _unlock(descriptor)
+
+
+def _try_lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder while it is open; None where another process holds it or has just removed it."""
     try:
         import fcntl
     except ImportError:  # not on Windows: two runs of one name are then the user's to avoid
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+        return -1
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        # A folder that its last holder removed can still be locked, but holds nothing.
+        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
         os.close(descriptor)
-        raise UserError(f"{folder} is being written by another process: wait for it, or choose another name") from error
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _unlock(descriptor: int | None) -> None:
+    if descriptor is not None and descriptor >= 0:
+        os.close(descriptor)
+
+
+def _holder(folder: Path) -> str:
+    """'process N on HOST' where the file in a locked folder names a process that may be alive, else ''."""
     try:
-        yield
-    finally:
-        os.close(descriptor)
+        number, host = (folder / HOLDER).read_text().split()
+        if host == socket.gethostname():
+            os.kill(int(number), 0)
+    except PermissionError:  # alive, and another user's
+        pass
+    except (OSError, ValueError):
+        return ""
+    return f"process {number} on {host}"
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
@@ -170,15 +245,16 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: unpack(item, tensors) for key, item in value["items"]}
 
 
-def tensor_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 over a text and the names, types, shapes and bytes of tensors on the CPU."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.numel():
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _sync_tree(folder: Path) -> None:
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            with open(Path(inner) / name, "rb") as stream:
+                os.fsync(stream.fileno())
+        _sync_folder(Path(inner))
 
 
 def _sync_folder(folder: Path) -> None:
@@ -187,11 +263,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that this file may hold")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).split("\n")[0] or type(error).__name__

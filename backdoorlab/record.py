@@ -1,24 +1,25 @@
 """The record of an attack on disk, and the part of it that a defender may see."""
 
 import copy
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import datasets, files, models
+from . import datasets, files, loading, models
 from .data import Augment, Dataset, Split
 from .errors import UserError, suggest
 from .models import Classifier
-from .poison import Poison
+from .poison import CROSS, POISON, Poison
+from .schema import ASSUMABLE, PAYLOAD, SCHEMA, check_record, check_result, poison_shapes, refuse_difference
 
-SCHEMA = 1
-PAYLOAD = ("model.safetensors", "train_poison.safetensors", "test_poison.safetensors")
-REQUIRED = ("schema", "attack", "config", "dataset", "architecture", "num_classes", "seed", "scores", "files")
+__all__ = ["ASSUMABLE", "PAYLOAD", "SCHEMA"]
 
 
 def record_root(given: str | None = None) -> Path:
@@ -35,7 +36,11 @@ def record_names(root: Path) -> list[str]:
     """Every finished record below `root`, in alphabetical order."""
     if not root.is_dir():
         return []
-    return sorted(entry.name for entry in root.iterdir() if (entry / "record.json").is_file() and not _unfinished(entry.name))
+    for aside in root.glob(".*.old"):
+        files.recover(root / aside.name[1 : -len(".old")])
+    return sorted(
+        entry.name for entry in root.iterdir() if not entry.name.startswith(".") and not _unfinished(entry.name) and (entry / "record.json").is_file()
+    )
 
 
 def check_name(name: str) -> None:
@@ -59,15 +64,12 @@ class Record:
         """Read and verify a record by name; an unknown name is answered with the known ones."""
         check_name(name)
         folder = root / name
+        files.recover(folder)
         if not (folder / "record.json").is_file():
             known = record_names(root)
             listing = f"Known: {', '.join(known)}" if known else "There is none yet: run python attack/badnet.py --save_folder_name NAME first"
             raise UserError(f"no record {name!r} in {root}.{suggest(name, known)} {listing}")
-        info = files.read_json(folder / "record.json")
-        _check_info(folder / "record.json", info)
-        for file in info["files"]:
-            _check_file(folder, file, info["files"])
-        return cls(folder, info, _read_poison(folder / "train_poison.safetensors"), _read_poison(folder / "test_poison.safetensors"))
+        return read_folder(folder)
 
     @property
     def name(self) -> str:
@@ -75,36 +77,49 @@ class Record:
 
     def model(self) -> Classifier:
         """The poisoned model, a fresh copy."""
-        tensors, _ = files.read_tensors(self.folder / "model.safetensors")
+        wanted = self.model_shapes()
         model = self.new_model()
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise UserError(f"{self.folder / 'model.safetensors'}: not the weights of {self.info['architecture']['name']}") from error
+        load_weights(model, self.folder / "model.safetensors", self.info["files"], wanted)
         return model
 
     def new_model(self) -> Classifier:
         """The same architecture, freshly initialised from torch's global generator."""
         return build_model(self.info["architecture"], self.info["dataset"], self.info["num_classes"])
 
+    def model_shapes(self) -> loading.Shapes:
+        """Types and shapes of the weights of the architecture that record.json names, without making them."""
+        return _model_shapes(self.info)
+
     def dataset(self, path: str | None = None) -> Dataset:
         """The clean data that the attack started from, by its fingerprint; `path` says where it is if the cache has lost it."""
         wanted = self.info["dataset"]
         options = dict(image_size=wanted["image_size"], grey=wanted["grey"])
         if path is None:
-            return datasets.find(wanted["name"], wanted["fingerprint"], **options)
-        found = datasets.load(wanted["name"], path, **options)
+            found = datasets.find(wanted["name"], wanted["fingerprint"], **options)
+        else:
+            found = datasets.load(wanted["name"], path, **options)
         if found.fingerprint != wanted["fingerprint"]:
             raise UserError(
                 f"record {self.name!r} was made on other data: expected fingerprint {wanted['fingerprint'][:12]}, but {path} has"
                 f" {found.fingerprint[:12]}: pass the --dataset_path that the attack was run with"
             )
+        self._check_data(found)
         return found
 
     @property
     def known_poison(self) -> bool:
         """Whether the record says which training images are poisoned; a stranger's data set does not."""
         return self.info.get("known_poison", True)
+
+    def _check_data(self, found: Dataset) -> None:
+        """The fingerprint decides which data it is; what record.json says of them besides must be true, too."""
+        said = (tuple(self.info["dataset"]["image_shape"]), self.info["dataset"]["train_size"], self.info["num_classes"])
+        true = (found.image_shape, len(found.train), found.num_classes)
+        if said != true:
+            raise UserError(
+                f"{self.folder / 'record.json'}: says images of {said[0]}, {said[1]} of them for training, {said[2]} classes,"
+                f" but its data set has images of {true[0]}, {true[1]}, {true[2]} classes. Restore the record, or make it again"
+            )
 
     def augment(self) -> Augment:
         config = self.info["config"]
@@ -155,10 +170,6 @@ class DefenderView:
         if what not in self.granted:
             raise PermissionError(f"this defense does not assume {what!r}: add it to the ASSUMES of its file")
         return self.granted[what]
-
-
-ASSUMABLE = {"model": "poisoned model", "train": "poisoned training set", "trusted": "trusted images", "seeds": "clean seeds"}
-"""What a defense may assume, in the words of the table."""
 
 
 def defender_view(
@@ -218,48 +229,84 @@ def build_model(architecture: Mapping[str, Any], dataset: Mapping[str, Any], num
     )
 
 
+def _model_shapes(info: Mapping[str, Any]) -> loading.Shapes:
+    said = {"architecture": info["architecture"], "dataset": {"image_shape": info["dataset"]["image_shape"]}}
+    return _shapes(json.dumps({**said, "num_classes": info["num_classes"]}))
+
+
+@lru_cache(maxsize=64)
+def _shapes(arguments: str) -> loading.Shapes:
+    with torch.device("meta"):
+        state = build_model(**json.loads(arguments)).state_dict()
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+
+
 def write(folder: Path, info: dict[str, Any], model: nn.Module, train_poison: Poison, test_poison: Poison) -> None:
     """Fill a staged folder: weights and poison first, then record.json with the SHA-256 of every file in the folder."""
     files.write_tensors(folder / "model.safetensors", model.state_dict())
     for name, poison in (("train_poison", train_poison), ("test_poison", test_poison)):
         files.write_tensors(folder / f"{name}.safetensors", vars(poison))
-    files.write_json(folder / "record.json", {"schema": SCHEMA, **info, "files": files.manifest(folder)})
+    files.write_sealed(folder / "record.json", {"schema": SCHEMA, **info, "files": files.manifest(folder)})
 
 
-def _read_poison(path: Path) -> Poison:
-    tensors, _ = files.read_tensors(path)
+def read_folder(folder: Path) -> Record:
+    """Read and verify the record in a folder: every size and header first, then every hash, then what is kept in memory."""
+    path = folder / "record.json"
+    info = loading.read_sealed(path)
+    check_record(path, info)
+    manifest = info["files"]
+    checks: dict[str, loading.Check] = {
+        "train_poison.safetensors": poison_shapes(info, info["dataset"]["train_size"]),
+        "test_poison.safetensors": poison_shapes(info, None),
+    }
+    every: dict[str, loading.Check] = {"model.safetensors": partial(_check_weights, info), **checks}
+    for name, check in every.items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing, but record.json lists it. Restore it, or make the record again with --overwrite")
+        shapes = loading.read_shapes(folder / name, manifest[name])
+        with loading.one_line(folder / name):
+            check(shapes)
+    for name in manifest:
+        if name not in checks:
+            loading.check_file(folder, name, manifest[name])
+    train, test = (_read_poison(folder / name, manifest[name], check, info) for name, check in checks.items())
+    return Record(folder, info, train, test)
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """The result.json of a finished defense."""
+    result = loading.read_sealed(folder / "result.json")
+    check_result(folder / "result.json", result)
+    return result
+
+
+def load_weights(model: nn.Module, path: Path, manifest: Mapping[str, Any], wanted: loading.Shapes) -> None:
+    """Put a verified file's weights into a model whose weights have the shapes `wanted`."""
+    tensors, _ = loading.read_tensors(path, entry=manifest[path.name], check=lambda shapes: refuse_difference(shapes, wanted))
+    model.load_state_dict(tensors)
+
+
+def _check_weights(info: Mapping[str, Any], found: loading.Shapes) -> None:
+    """The weights are those of the architecture, which record.json could name in any size: looked at before it is made."""
     try:
-        return Poison(**tensors)
-    except TypeError as error:
-        raise UserError(f"{path}: damaged file (expected index, images, labels, original_labels, kind)") from error
+        refuse_difference(found, _model_shapes(info))
+    except ValueError as error:
+        raise ValueError(f"not the weights of {info['architecture']['name']} as record.json describes it: {error}") from error
 
 
-def _check_info(path: Path, info: dict[str, Any]) -> None:
-    missing = [key for key in REQUIRED if key not in info]
-    if missing:
-        raise UserError(f"{path}: damaged file (no {', '.join(missing)}). Restore it, or make it again with --overwrite")
-    objects = ("config", "dataset", "architecture", "scores", "files")
-    wrong = [key for key in objects if not isinstance(info[key], dict)] + [
-        name for name in PAYLOAD if not isinstance(info["files"], dict) or not _has_hash(info["files"].get(name))
-    ]
-    if wrong:
-        raise UserError(f"{path}: damaged file (nothing usable on {', '.join(wrong)}). Restore it, or make it again with --overwrite")
-    if info["schema"] != SCHEMA:
-        raise UserError(f"{path}: schema {info['schema']}, but this version reads schema {SCHEMA}: use the version that wrote it")
-
-
-def _has_hash(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
-
-
-def _check_file(folder: Path, file: str, manifest: Mapping[str, Any]) -> None:
-    path = folder / file
-    if not _has_hash(manifest[file]):
-        raise UserError(f"{folder / 'record.json'}: damaged file (no SHA-256 of {file}). Restore it, or make it again with --overwrite")
-    if Path(file).name != file or not path.is_file():
-        raise UserError(f"{path}: missing, but record.json lists it. Restore it, or make the record again with --overwrite")
-    if files.sha256(path) != manifest[file]["sha256"]:
-        raise UserError(f"{path}: damaged file (its SHA-256 is not the one in record.json). Restore it, or make it again with --overwrite")
+def _read_poison(path: Path, entry: loading.Entry, check: loading.Check, info: Mapping[str, Any]) -> Poison:
+    tensors, _ = loading.read_tensors(path, entry=entry, check=check)
+    poison = Poison(**tensors)
+    size = info["dataset"]["train_size"] if path.name == "train_poison.safetensors" else 1 << 62
+    with loading.one_line(path):
+        if len(poison) and (int(poison.index[0]) < 0 or bool((poison.index.diff() <= 0).any()) or int(poison.index[-1]) >= size):
+            raise ValueError("its index does not rise within the data set")
+        for labels in (poison.labels, poison.original_labels):
+            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < info["num_classes"]:
+                raise ValueError(f"a label outside 0..{info['num_classes'] - 1}")
+        if not bool(((poison.kind == POISON) | (poison.kind == CROSS)).all()):
+            raise ValueError("a kind of poison that this version does not know")
+    return poison
 
 
 def _unfinished(name: str) -> bool:

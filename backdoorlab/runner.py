@@ -232,7 +232,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             **_costs(spent),
             **environment(device),
         }
-        files.write_json(final / "result.json", {**result, "files": files.manifest(final)})
+        files.write_sealed(final / "result.json", {**result, "files": files.manifest(final)})
         _publish(final, target)
     return result
 
@@ -271,11 +271,11 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
         raise UserError(f"{target}: no finished run to test; run without --subtask test first")
     device = engine.choose_device(config.device)
     dataset = found.dataset(config.dataset_path)
+    result = record.read_result(target)
     model = found.model()
-    model.load_state_dict(files.read_tensors(target / "model.safetensors")[0])
+    record.load_weights(model, target / "model.safetensors", result["files"], found.model_shapes())
     autocast = partial(engine.autocast, device, config.precision)
     after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, autocast)(model.to(device)).summary()
-    result = files.read_json(target / "result.json")
     return {**result, "after": after, "der": der(result["before"], after)}
 
 
@@ -294,16 +294,20 @@ def _record(config: DefenseConfig) -> Record:
 def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
     """The unfinished folder of a run beside its target: locked, and continued only by the same settings."""
     config = job.config
+    files.recover(target)
     _refuse_existing(target, done, config)
+    files.sweep(target.parent, partial(_worthless, done=done))
     path = target.with_name(f"{target.name}.partial")
     with files.locked(path):
         _refuse_existing(target, done, config)
+        for torn in path.glob(".*.tmp"):
+            files.remove(torn)
         settings = {"method": job.method.name, "config": config.science()}
         marker = path / "run.json"
         if marker.exists() and _begun(path) and not config.overwrite:
             _check_same(path, files.read_json(marker), settings)
         else:
-            entries = list(path.iterdir())
+            entries = [entry for entry in path.iterdir() if entry.name != files.HOLDER]
             if entries and not marker.exists():
                 raise UserError(f"{path} is in the way and not ours (no run.json in it): move it, or choose another name")
             for entry in entries:
@@ -320,6 +324,13 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
 def _begun(path: Path) -> bool:
     """Whether an unfinished run has anything worth continuing."""
     return any(path.glob("checkpoint-*.safetensors")) or any(path.glob("once-*.safetensors"))
+
+
+def _worthless(stage: Path, done: str) -> bool:
+    """Whether a stage that nobody holds is ours and will never be continued: it holds no checkpoint, or its run is finished."""
+    names = {entry.name for entry in stage.iterdir()}
+    ours = "run.json" in names or names <= {files.HOLDER}
+    return ours and (not _begun(stage) or (stage.with_name(stage.name.removesuffix(".partial")) / done).exists())
 
 
 def _refuse_existing(target: Path, done: str, config: MethodConfig) -> None:

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from . import datasets, files, registry, runner
 from .data import Split
 from .errors import UserError
-from .record import Record, check_name, record_root
+from .record import Record, check_name, read_result, record_root
 from .staging import staged
 
 SHOWN, COLUMNS, LABELS, SIDE, GAP, TITLE = 10, 16, 40, 48, 3, 14
@@ -108,7 +108,8 @@ def _flagged(record: Record, options: Scan) -> Tensor:
     folder, run_name = record.folder / "defense" / "dau", options.run_name or "seed0"
     check_name(run_name)
     if (folder / run_name / "result.json").is_file():
-        return files.read_tensors(folder / run_name / "split.safetensors")[0]["flagged"]
+        listed = read_result(folder / run_name)["files"]
+        return files.read_tensors(folder / run_name / "split.safetensors", entry=listed["split.safetensors"])[0]["flagged"]
     if options.run_name is not None:
         raise UserError(f"record {record.name!r} has no finished run {run_name!r} of dau: leave --run_name out to search now")
     # Under a name of its own, so that a later run of the defense is not bound to these settings.

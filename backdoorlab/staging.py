@@ -25,13 +25,13 @@ def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[P
     with files.locked(stage):
         try:
             _refuse(target, done, overwrite)
-            entries = list(stage.iterdir())
+            entries = _entries(stage)
             if any(entry.name.startswith(("checkpoint-", "once-")) for entry in entries):
                 raise UserError(f"{stage} holds an unfinished run: finish it, delete it, or choose another name")
             if entries and not (stage / "run.json").exists():
                 raise UserError(f"{stage} is in the way and not ours (no run.json in it): move it, or choose another name")
         except UserError:
-            if not any(stage.iterdir()):
+            if not _entries(stage):
                 files.remove(stage)
             raise
         try:
@@ -44,6 +44,11 @@ def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[P
             (files.replace_folder if target.exists() else files.publish)(final, target)
         finally:
             files.remove(stage)
+
+
+def _entries(stage: Path) -> list[Path]:
+    """What is in a stage beside the name of its holder."""
+    return [entry for entry in stage.iterdir() if entry.name != files.HOLDER]
 
 
 def _refuse(target: Path, done: str, overwrite: bool) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from . import files, registry
-from .errors import UserError
-from .record import ASSUMABLE, Record
+from . import registry
+from .record import ASSUMABLE, Record, read_result
 
 Format = Literal["text", "markdown", "csv", "latex"]
 HOLE = "-"
@@ -26,7 +25,7 @@ def rows(records: Iterable[Record]) -> list[Row]:
     for record in records:
         info = record.info
         start = {"record": record.name, "attack": info["attack"]}
-        found.append(start | {"defense": "none", "assumes": HOLE} | _scores(info["scores"]) | {"seconds": _seconds(info["seconds"])})
+        found.append(start | {"defense": "none", "assumes": HOLE} | _scores(info["scores"]) | {"seconds": _whole(info.get("seconds"))})
         results = _results(record.folder)
         for name in sorted({*registry.available("defense"), *results}):
             if name not in results:
@@ -91,10 +90,7 @@ def _results(folder: Path) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     paths = (folder / "defense").glob("*/*/result.json")
     for path in sorted(paths, key=lambda p: (not p.parent.name.startswith("seed"), p)):  # named variants after the plain runs
         if not path.parent.name.endswith(".partial"):
-            result = files.read_json(path)
-            missing = [key for key in ("assumes", "after", "der", "split", "seconds", "collapsed") if key not in result]
-            if missing:
-                raise UserError(f"{path}: damaged file (no {', '.join(missing)}). Restore it, or run the defense again with --overwrite")
+            result = read_result(path.parent)
             found.setdefault(path.parent.parent.name, []).append((path.parent.name, result))
     return found
 
@@ -107,7 +103,7 @@ def _result(result: dict[str, Any]) -> Row:
         "DER %": _percent(result["der"]),
         "TPR %": _percent(split["tpr"]),
         "FPR %": _percent(split["fpr"]),
-        "seconds": f"{result['seconds']:.0f}",
+        "seconds": _whole(result["seconds"]),
     }
 
 
@@ -123,6 +119,10 @@ def _seconds(value: float | None) -> str:
 
 def _percent(value: float | None) -> str:
     return HOLE if value is None else f"{100 * value:.2f}"
+
+
+def _whole(value: float | None) -> str:
+    return HOLE if value is None else f"{value:.0f}"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

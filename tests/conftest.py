@@ -52,3 +52,18 @@ def backdoored(session_folder: Path) -> Record:
     """A BadNets record that works: high clean accuracy and high ASR."""
     with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
         return helpers.attack("badnet", "backdoored", session_folder / "backdoored", *helpers.WORKING)
+
+
+@pytest.fixture(scope="session")
+def small_flags(session_folder: Path) -> tuple[str, ...]:
+    """Flags of an attack that takes half a second, on images of its own."""
+    return helpers.small_flags(helpers.small_data(session_folder / "small-data"))
+
+
+@pytest.fixture(scope="session")
+def small(session_folder: Path, small_flags: tuple[str, ...]) -> Record:
+    """A record of a few kilobytes with a result of DAU, which has a split. Copy its folder before changing anything."""
+    with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
+        record = helpers.attack("badnet", "small", session_folder / "small", *small_flags)
+        helpers.defend("dau", record, *helpers.short_flags("dau"))
+        return record

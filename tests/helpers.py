@@ -1,6 +1,8 @@
 """What several test files need: run a method in this process or as a user types it."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from backdoorlab import registry, runner
+import numpy as np
+from PIL import Image
+
+from backdoorlab import files, registry, runner
 from backdoorlab.record import Record
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -54,6 +59,39 @@ def copy(record: Record, root: Path, name: str | None = None) -> Record:
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(record.folder, folder, ignore=shutil.ignore_patterns("defense"))
     return Record.load(folder.name, root)
+
+
+def small_data(folder: Path) -> Path:
+    """96 + 24 grey 8x8 images of three classes, a bright band in each: the smallest set on which everything runs."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 32), ("test", 8)):
+        for label in range(3):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 90, (8, 8), dtype=np.uint8)
+                pixels[2 * label : 2 * label + 3] += 120
+                Image.fromarray(pixels).save(folder / split / str(label) / f"{i}.png")
+    return folder
+
+
+def small_flags(data: Path) -> tuple[str, ...]:
+    """Flags of an attack on `small_data` that takes half a second."""
+    model = ("--model", "preactresnet10", "--width", "2", "--batch_size", "16", "--lr", "0.05", "--patch_size", "2", "--poison_rate", "0.2")
+    return ("--dataset", "small", "--dataset_path", str(data), *model, "--epochs", "3", "--score_every", "0", "--precision", "fp32")
+
+
+def short_flags(method: str) -> tuple[str, ...]:
+    """Flags of any defense that make each of its stages two epochs long, and leave it enough trusted images on `small_data`."""
+    fields = dataclasses.fields(registry.load("defense", method).config_class)
+    long = [field.name for field in fields if field.type in (int, "int") and ("epochs" in field.name or "rounds" in field.name)]
+    return ("--trusted_ratio", "0.3", "--score_every", "0", "--precision", "fp32", *(x for name in long for x in (f"--{name}", "2")))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change a record.json or result.json as its owner could: None deletes a key, and the checksum is made to fit."""
+    value = {key: item for key, item in json.loads(path.read_text()).items() if key != "checksum"}
+    value |= changes
+    files.write_sealed(path, {key: item for key, item in value.items() if item is not None or key not in changes})
 
 
 def child_environment(**extra: Any) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """What an attack leaves on disk, and the part of it that a defender sees."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -159,20 +158,14 @@ def test_a_damaged_file_is_one_line_that_names_it(tiny: Record, tmp_path: Path, 
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    info = json.loads((folder / "record.json").read_text())
-    for key, value in changes.items():
-        if value is None:
-            del info[key]
-        else:
-            info[key] = value
-    (folder / "record.json").write_text(json.dumps(info))
+    helpers.edit_json(folder / "record.json", **changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"scores": None, "seed": None}, "no seed, scores|no scores, seed"),
-        ({"schema": 2}, "schema 2, but this version reads schema 1"),
+        ({"schema": 3}, "schema 3, but this version reads schema 2"),
         ({"files": ["model.safetensors"]}, "record.json: damaged"),
         ({"files": {"model.safetensors": "x"}}, "model.safetensors|record.json"),
         ({"files": {}}, "record.json"),
@@ -190,7 +183,7 @@ def test_weights_of_another_network_are_refused(tiny: Record, tmp_path: Path) ->
     record = helpers.copy(tiny, tmp_path)
     architecture = {**record.info["architecture"], "width": 8}
     edit(record.folder, architecture=architecture)
-    with pytest.raises(UserError, match=r"model.safetensors: not the weights of preactresnet10"):
+    with pytest.raises(UserError, match=r"model.safetensors: damaged file \(not the weights of preactresnet10"):
         Record.load("tiny", tmp_path).model()
 
 

@@ -1,6 +1,5 @@
 """Both commands as a user types them, and every mistake answered with one line."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -296,9 +295,8 @@ def _lost(folder: Path) -> None:
 
 
 def _other_data(folder: Path) -> None:
-    info = json.loads((folder / "record.json").read_text())
-    info["dataset"]["fingerprint"] = "f" * 64
-    (folder / "record.json").write_text(json.dumps(info))
+    info = files.read_json(folder / "record.json")
+    helpers.edit_json(folder / "record.json", dataset={**info["dataset"], "fingerprint": "f" * 64})
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,16 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backdoorlab import registry, tables
+from backdoorlab import files, registry, tables
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
 from backdoorlab.poison import no_poison
-from backdoorlab.record import Record
+from backdoorlab.record import SCHEMA, Record
 
 TEXT = """\
 record  attack  defense        assumes                 clean acc %  ASR %   RA %  DER %  TPR %  FPR %  seconds
@@ -76,7 +75,7 @@ def result(folder: Path, defense: str, run: str, after: dict[str, float | None],
     path.mkdir(parents=True)
     assumes = {"dau": ["model", "train"], "ft": ["model", "trusted"]}[defense]
     content = {"assumes": assumes, "after": after, "der": None, "collapsed": False, "split": None, "seconds": 1.0, **values}
-    (path / "result.json").write_text(json.dumps(content))
+    files.write_sealed(path / "result.json", {"schema": SCHEMA, "files": {}, **content})
 
 
 @pytest.fixture

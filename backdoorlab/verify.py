@@ -1,0 +1,68 @@
+"""Hash a record and all its defenses' results again, and say which files are not what they were."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from . import loading
+from .errors import UserError
+from .loading import Shapes
+from .record import Record, read_result
+from .schema import refuse_difference
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, and one line for each thing that is wrong."""
+
+    files: int
+    results: int
+    wrong: tuple[str, ...]
+
+
+def verify(name: str, root: Path) -> Finding:
+    """Everything in a record that can be loaded is loaded as a run would, and every file of a manifest hashed."""
+    try:
+        return verify_record(Record.load(name, root))
+    except (UserError, FileNotFoundError) as error:
+        return Finding(0, 0, (str(error),))
+
+
+def verify_record(record: Record) -> Finding:
+    """The same for a record that is loaded, and so verified but for its weights and results."""
+    count, wrong = 1 + len(record.info["files"]), []
+    shapes = record.model_shapes()
+    try:
+        loading.read_tensors(record.folder / "model.safetensors", entry=record.info["files"]["model.safetensors"])
+    except (UserError, FileNotFoundError) as error:
+        return Finding(0, 0, (str(error),))
+    folders = list(result_folders(record.folder))
+    for folder in folders:
+        try:
+            count += _verify_result(folder, shapes, record.info["dataset"]["train_size"])
+        except (UserError, FileNotFoundError) as error:
+            wrong.append(str(error))
+    return Finding(count, len(folders), tuple(wrong))
+
+
+def result_folders(folder: Path) -> Iterator[Path]:
+    """Every folder of a defense's result below a record, finished ones only."""
+    for run in sorted((folder / "defense").glob("*/*")):
+        if run.is_dir() and not run.name.startswith(".") and not run.name.endswith(".partial"):
+            yield run
+
+
+def _verify_result(folder: Path, model: Shapes, train_size: int) -> int:
+    """Number of files, all of them sound."""
+    if not (folder / "result.json").is_file():
+        raise UserError(f"{folder / 'result.json'}: missing, so the run beside it counts as not done. Restore it, or run the defense again")
+    manifest = read_result(folder)["files"]
+    wanted: dict[str, Shapes] = {"model.safetensors": model, "split.safetensors": {"flagged": (torch.bool, (train_size,))}}
+    for name, entry in manifest.items():
+        loading.check_file(folder, name, entry)
+        if name in wanted:
+            loading.read_tensors(folder / name, entry=entry, check=partial(refuse_difference, wanted=wanted[name]))
+    return 1 + len(manifest)
