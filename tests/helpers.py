@@ -84,7 +84,12 @@ def short_flags(method: str) -> tuple[str, ...]:
     """Flags of any defense that make each of its stages two epochs long, and leave it enough trusted images on `small_data`."""
     fields = dataclasses.fields(registry.load("defense", method).config_class)
     long = [field.name for field in fields if field.type in (int, "int") and ("epochs" in field.name or "rounds" in field.name)]
-    return ("--trusted_ratio", "0.3", "--score_every", "0", "--precision", "fp32", *(x for name in long for x in (f"--{name}", "2")))
+    small = {
+        "asd": ("--iterations", "3", "--batch_size", "8", "--seeds_per_class", "2"),
+        "bu": ("--levels", "0.9", "--hidden", "16", "--accept", "0"),
+    }
+    common = ("--trusted_ratio", "0.3", "--score_every", "0", "--precision", "fp32")
+    return (*common, *small.get(method, ()), *(x for name in long for x in (f"--{name}", "2")))
 
 
 def edit_json(path: Path, **changes: Any) -> None:

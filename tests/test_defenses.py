@@ -26,6 +26,8 @@ class Row:
 
 
 ROWS = {
+    "asd": Row(asr=0.1, drop=0.05),
+    "bu": Row(asr=0.1, drop=0.05),
     "dau": Row(asr=0.05, precision=0.9, tpr=0.8),
     "ibau": Row(asr=0.1),
     "sau": Row(asr=0.1),

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def view_of(record: Record, *assumes: str) -> DefenderView:
     dataset = record.dataset()
-    return defender_view(record, dataset, assumes, dataset.train.subset(torch.arange(20)), CPU)
+    return defender_view(record, dataset, assumes, dataset.train.subset(torch.arange(20)), CPU, torch.arange(20))
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
