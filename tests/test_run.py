@@ -357,7 +357,7 @@ def test_every_option_of_a_defense_is_read(method: str, backdoored: Record, tmp_
         runner.run_defense(runner.Job(loaded, recording(job.config, seen)))
     unread = {f.name for f in dataclasses.fields(loaded.config_class)} - seen - set(READ_ELSEWHERE)
     shared = {f.name for f in dataclasses.fields(configs.DefenseConfig)}
-    assert unread <= ({"trusted_ratio", "trusted_count"} & shared if "trusted" not in loaded.assumes else set())
+    assert unread <= ({"trusted_ratio", "trusted_count", "trusted_path"} & shared if "trusted" not in loaded.assumes else set())
 
 
 def test_a_copy_of_a_run_folder_is_not_a_result(tiny: Record, tmp_path: Path) -> None:
