@@ -54,6 +54,8 @@ class Config(DefenseConfig):
     """Optimizer of theta."""
     lr: float = 1e-3
     """Learning rate of theta."""
+    lr_decay: bool = False
+    """Let it fall linearly to 0 over the rounds: a constant rate ends where its last steps happened to lead."""
     delta_steps: int | None = None
     """Steps of finding delta, one a batch; None is one pass over the trusted images."""
     delta_lr: float = 10.0
@@ -121,7 +123,9 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     def outer(images: Tensor, labels: Tensor, where: Tensor, delta: Tensor) -> Tensor:
         return loss(images, labels, delta * where)
 
-    for _ in run.epochs("unlearn", config.n_rounds, model=model, optimizer=optimizer):
+    steps = config.n_rounds * math.ceil(len(trusted) / config.batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps))
+    for _ in run.epochs("unlearn", config.n_rounds, model=model, optimizer=optimizer, schedule=schedule):
         model.eval()
         delta = torch.zeros(1, *view.image_shape, device=run.device)
         first: Batch | None = None
@@ -148,6 +152,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
                 config,
             )
             run.step(optimizer, found.loss, found.gradients)
+            schedule.step()
             if config.K:
                 run.watch(implicit=found.implicit, residual=found.residual)
     return model

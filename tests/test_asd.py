@@ -140,7 +140,22 @@ def test_the_unlabelled_weight_ends_near_15(monkeypatch: pytest.MonkeyPatch, tin
 
     monkeypatch.setattr(asd, "mixmatch", spy)
     record = helpers.copy(tiny, tmp_path)
-    flags = ("--stage1_epochs", "2", "--stage2_epochs", "1", "--stage3_epochs", "1", "--iterations", "5", "--batch_size", "8", "--score_every", "0")
+    flags = (
+        "--stage1_epochs",
+        "2",
+        "--stage2_epochs",
+        "1",
+        "--stage3_epochs",
+        "1",
+        "--iterations",
+        "5",
+        "--batch_size",
+        "8",
+        "--grow_every",
+        "5",
+        "--score_every",
+        "0",
+    )
     helpers.defend("asd", record, *flags)
     assert len(weights) == 20 and weights == sorted(weights) and weights[0] == 0 and weights[-1] == pytest.approx(15 * 19 / 20)
     history = pd.read_csv(record.folder / "defense" / "asd" / "seed0" / "history.csv")
