@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from backdoorlab import registry
 from backdoorlab.data import Augment, Split, place
-from backdoorlab.engine import Precision, choose_device, seed_everything
+from backdoorlab.engine import Precision, choose_device, fast_bf16, seed_everything
 from backdoorlab.models import PASSES, build
 from backdoorlab.perturb import frozen
 from backdoorlab.record import DefenderView
@@ -58,7 +58,8 @@ def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 
 
 def _sau(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    for precision in ("fp32", "auto"):
+    precisions: tuple[Precision, ...] = ("fp32", "bf16") if fast_bf16(device) else ("fp32",)
+    for precision in precisions:
         published, lean = sau_steps(width, options.batch_size, device, precision)
         if precision == "fp32":
             yield _agreement(published(), lean(), width)

@@ -159,7 +159,7 @@ def test_every_data_sets_file_that_ships_is_read_by_every_method() -> None:
         for method in registry.available("defense"):
             config = defense(method=method, dataset=file.stem).config
             for key, value in {**sections.get("defense", {}), **sections.get(method, {})}.items():
-                assert getattr(config, key) == value
+                assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value)
 
 
 @pytest.mark.parametrize("preset", sorted(file.stem for file in SHIPPED if not of_a_data_set(file)))
