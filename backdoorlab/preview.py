@@ -36,7 +36,8 @@ def save_sheet(path: Path, rows: Sequence[torch.Tensor]) -> None:
             top, left = r * (height + GAP), c * (width + GAP)
             sheet[:, top : top + height, left : left + width] = image
     array = sheet[0].numpy() if channels == 1 else sheet.permute(1, 2, 0).numpy()
-    picture = Image.fromarray(array).resize((sheet.shape[2] * SCALE, sheet.shape[1] * SCALE), Image.Resampling.NEAREST)
+    scale = max(SCALE, 24 // height)  # recovered triggers have a few pixels only
+    picture = Image.fromarray(array).resize((sheet.shape[2] * scale, sheet.shape[1] * scale), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     files.write_bytes(path, buffer.getvalue())
