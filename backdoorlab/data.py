@@ -1,22 +1,31 @@
 """Images as bytes in one tensor, and the one way from there to a model: `batches()`."""
 
 import hashlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
 
+AHEAD = 3
+"""Batches that a thread fetches in advance, where images do not lie on the device already."""
+
 
 @dataclass(frozen=True)
 class Split:
-    """images: uint8 (N, C, H, W); labels: int64 (N,). Both may live on a GPU, in host memory or in a memory map."""
+    """images: uint8 (N, C, H, W); labels: int64 (N,). Both may live on a GPU or in host memory."""
 
     images: Tensor
     labels: Tensor
+    file: Path | None = None
+    """The .npy file of which `images` is a private memory map: only what is read takes memory, and what is written stays out of the file."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -25,6 +34,15 @@ class Split:
         """The rows of `index` (int64), copied."""
         index = index.to(self.images.device)
         return Split(self.images[index], self.labels[index.to(self.labels.device)])
+
+    def copy(self) -> "Split":
+        """The same rows, free to be written. Of a memory map another one: only the rows that are written take memory."""
+        return Split(self.images.clone() if self.file is None else mapped(self.file), self.labels.clone(), self.file)
+
+
+def mapped(file: Path) -> Tensor:
+    """The array of a .npy file, read where it is used; writing changes this view alone."""
+    return torch.from_numpy(np.load(file, mmap_mode="c"))
 
 
 @dataclass(frozen=True)
@@ -109,11 +127,11 @@ def batches(
     if augment.flip and generator is not None:
         flips = (torch.rand(count, generator=generator) < 0.5).to(device)
     order = order.to(split.images.device)
-    for start in range(0, count - batch_size + 1 if drop_last else count, batch_size):
-        here = slice(start, start + batch_size)
-        index = order[here]
-        images = split.images.index_select(0, index).to(device, non_blocking=True)
-        labels = split.labels[index].to(device, non_blocking=True)
+    ends = range(batch_size, count + 1, batch_size) if drop_last else range(batch_size, count + batch_size, batch_size)
+    pieces = [slice(end - batch_size, end) for end in ends]
+    far = device.type == "cuda" and split.images.device.type == "cpu"
+    for here, (index, images, labels) in zip(pieces, _fetched(split, [order[here] for here in pieces], far), strict=True):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if moves is not None:
             images = _crop(images, moves[0, here], moves[1, here], padding)
         if flips is not None:
@@ -121,6 +139,32 @@ def batches(
             either = torch.cat([images, images.flip(3)])
             images = either.index_select(0, torch.arange(len(images), device=device) + len(images) * flips[here])
         yield Batch(to_float(images), labels, index.to(device, non_blocking=True))
+
+
+def _fetched(split: Split, wanted: list[Tensor], far: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """index, images and labels of each batch; from a file or for another device ahead of time, there in memory that it copies from by itself."""
+    if not far and split.file is None:
+        return ((index, split.images.index_select(0, index), split.labels[index]) for index in wanted)
+    images = split.images.numpy()
+
+    def fetch(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # By numpy: torch would open a second set of threads here, which wait for work at the expense of the model's.
+        found = torch.from_numpy(images[index.numpy()])
+        return index, found.pin_memory() if far else found, split.labels[index]
+
+    return _in_advance(fetch, wanted)
+
+
+def _in_advance(fetch: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], wanted: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """map(fetch, wanted), in the same order, AHEAD of them at work in a thread."""
+    waiting: deque[Future[tuple[Tensor, Tensor, Tensor]]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for index in wanted:
+            waiting.append(thread.submit(fetch, index))
+            if len(waiting) > AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def to_float(images: Tensor) -> Tensor:

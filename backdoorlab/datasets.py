@@ -12,9 +12,11 @@ Whatever the name, `--dataset_path` may point at parquet shards in the Hugging F
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data import Dataset, Split, fingerprint
+from .data import Dataset, Split, fingerprint, mapped
 from .errors import UserError, suggest
 from .files import locked, publish, remove, sweep
 
@@ -31,6 +33,9 @@ DEFAULT = "digits"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 READER_VERSION = 1
 """Part of every cache key: raise it when decoding or resizing changes a pixel."""
+
+LARGE = 2**30
+"""Bytes of decoded images beyond which they go to a file and not to memory."""
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 """train images uint8 (N, C, H, W), train labels int64, test images, test labels, class names."""
@@ -274,7 +279,7 @@ def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
     if count == 0:
         raise UserError("the data set has no images in one of its splits")
     first = decode(items[0])
-    out = np.empty((count, *first.shape), np.uint8)
+    out = _room((count, *first.shape))
 
     def work(i: int) -> None:
         image = decode(items[i])
@@ -289,6 +294,22 @@ def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
         for _ in pool.map(work, range(count), chunksize=256):
             pass
     return out
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 zeros in memory, or where they are more than LARGE in a file without a name, which goes with the array."""
+    if math.prod(shape) <= LARGE:
+        return np.zeros(shape, np.uint8)
+    cache_root().mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=cache_root()) as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here; in the middle of a map it would end the process
+                os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+            return np.memmap(file, np.uint8, "w+", shape=shape)
+    except OSError as error:
+        raise UserError(
+            f"no room for {math.prod(shape):,} bytes of images in {cache_root()} ({error}): set BACKDOORLAB_CACHE to a folder with space"
+        ) from error
 
 
 def _labels(labels: Any, path: Path) -> np.ndarray:
@@ -418,8 +439,9 @@ def _read_cache(folder: Path, name: str) -> Dataset:
     """Memory-mapped, so that only what is used is read; a changed byte is refused."""
     meta = _read_meta(folder / "meta.json")
     try:
-        arrays = [torch.from_numpy(np.load(folder / f"{array_name}.npy", mmap_mode="c")) for array_name in ARRAY_NAMES]
-        train, test = Split(arrays[0], arrays[1]), Split(arrays[2], arrays[3])
+        files = [folder / f"{array_name}.npy" for array_name in ARRAY_NAMES]
+        labels = [torch.from_numpy(np.load(file)) for file in files[1::2]]
+        train, test = (Split(mapped(file), rows, file) for file, rows in zip(files[::2], labels, strict=True))
         class_names = tuple(meta["class_names"])
         intact = fingerprint(train, test, class_names) == meta["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -40,9 +40,9 @@ class Poison:
 
     def apply(self, clean: Split) -> Split:
         """The split as a victim receives it: a copy with the poisoned rows in place, unmarked."""
-        images, labels = clean.images.clone(), clean.labels.clone()
-        images[self.index], labels[self.index] = self.images, self.labels
-        return Split(images, labels)
+        received = clean.copy()
+        received.images[self.index], received.labels[self.index] = self.images, self.labels
+        return received
 
     def triggered(self) -> Split:
         """The poisoned images alone, with the attacker's labels."""

@@ -59,7 +59,9 @@ class Config(DefenseConfig):
     clean_share: float = 0.5
     """Stages 2 and 3: share of the set that is the clean pool."""
     lr: float = 0.002
-    """Adam's learning rate, constant."""
+    """Adam's learning rate."""
+    lr_decay: bool = False
+    """Let lr fall linearly to 0 over all epochs; the published code keeps it."""
     meta_lr: float = 0.015
     """Stage 3: Adam's learning rate of the copy."""
     meta_batch_size: int = 128
@@ -94,7 +96,9 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     train, seeds, model = place(view.train, run.device), view.seeds, view.new_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     total = config.stage1_epochs + config.stage2_epochs + config.stage3_epochs
-    for epoch in run.epochs("train", total, model=model, optimizer=optimizer):
+    steps = max(1, total * config.iterations)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=steps)
+    for epoch in run.epochs("train", total, model=model, optimizer=optimizer, schedule=schedule):
         clean = clean_pool(epoch, model, train, seeds, view, config, run)
         rest = ~clean
         if not clean.any() or not rest.any():
@@ -105,6 +109,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         for step, (x, u1, u2) in enumerate(triples(train, clean, view, config, run)):
             ramp = min(1.0, (epoch + step / config.iterations) / total)
             run.step(optimizer, mixmatch(model, x, u1, u2, config.lambda_u * ramp, view.num_classes, config, run))
+            schedule.step()
     return model
 
 
@@ -127,10 +132,9 @@ def class_aware(losses: Tensor, labels: Tensor, seeds: Tensor, count: int, num_c
     """bool (N,): the seeds, and of each label the `count` samples of lowest loss beside them. losses (N,), labels (N,), seeds (S,)."""
     pool = torch.zeros(len(losses), dtype=torch.bool)
     pool[seeds] = True
-    rivals = losses.masked_fill(pool, math.inf)
     for label in range(num_classes):
         members = ((labels == label) & ~pool).nonzero().squeeze(1)
-        pool[members[rivals[members].argsort()[:count]]] = True
+        pool[members[losses[members].argsort()[:count]]] = True
     return pool
 
 

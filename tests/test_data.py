@@ -3,6 +3,9 @@
 import io
 import json
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +20,7 @@ import torch
 from PIL import Image
 
 from backdoorlab import datasets
-from backdoorlab.data import Augment, Dataset, Split, batches, channel_statistics, fingerprint, place, to_bytes, to_float, trusted_index
+from backdoorlab.data import Augment, Dataset, Split, batches, channel_statistics, fingerprint, mapped, place, to_bytes, to_float, trusted_index
 from backdoorlab.errors import UserError
 
 CPU = torch.device("cpu")
@@ -25,6 +28,11 @@ CPU = torch.device("cpu")
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def on_disk(split: Split, folder: Path) -> Split:
+    np.save(folder / "images.npy", split.images.numpy())
+    return Split(mapped(folder / "images.npy"), split.labels, folder / "images.npy")
 
 
 def toy(n: int = 53, channels: int = 3, height: int = 8, width: int = 8) -> Split:
@@ -135,12 +143,77 @@ def test_bytes_round_and_clip_and_never_wrap() -> None:
 
 def test_a_memory_map_gives_the_same_batches(tmp_path: Path) -> None:
     split = toy()
-    np.save(tmp_path / "images.npy", split.images.numpy())
-    mapped = Split(torch.from_numpy(np.load(tmp_path / "images.npy", mmap_mode="c")), split.labels)
-    pairs = [list(batches(s, 16, device=CPU, generator=generator(2), augment=Augment(2, True))) for s in (split, mapped)]
-    for a, b in zip(*pairs, strict=True):
-        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.index, b.index)
-    assert torch.equal(mapped.images, split.images), "batches do not write into the map"
+    resident, from_file = split, on_disk(split, tmp_path)
+    for drop_last in (False, True):
+        pairs = [
+            list(batches(s, 16, device=CPU, generator=generator(2), augment=Augment(2, True), drop_last=drop_last)) for s in (resident, from_file)
+        ]
+        for a, b in zip(*pairs, strict=True):
+            assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.index, b.index)
+    assert torch.equal(from_file.images, split.images), "batches do not write into the map"
+
+
+def test_a_copy_of_a_memory_map_may_be_written_and_the_file_stays(tmp_path: Path) -> None:
+    split = toy()
+    clean = on_disk(split, tmp_path)
+    changed = clean.copy()
+    changed.images[[1, 3]], changed.labels[[1, 3]] = 7, 5
+    assert (changed.images[[1, 3]] == 7).all() and torch.equal(changed.images[2], split.images[2])
+    assert torch.equal(clean.images, split.images) and torch.equal(clean.labels, split.labels)
+    assert np.array_equal(np.load(tmp_path / "images.npy"), split.images.numpy())
+    seen = torch.cat([batch.images for batch in batches(changed, 16, device=CPU)])
+    assert torch.equal(to_bytes(seen), changed.images), "batches come from the changed copy, not from the file"
+
+
+def test_a_reader_that_stops_early_leaves_no_thread_and_a_failing_fetch_is_heard(tmp_path: Path) -> None:
+    before = threading.active_count()
+    stream = batches(on_disk(toy(), tmp_path), 4, device=CPU)
+    next(stream)
+    assert threading.active_count() == before + 1
+    stream.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+    with pytest.raises(IndexError):
+        list(batches(on_disk(toy(), tmp_path), 4, device=CPU, order=torch.tensor([0, 10_000])))
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from backdoorlab.data import Augment, Split, batches, mapped
+from backdoorlab.poison import Poison
+
+def held():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+
+file, way = Path(sys.argv[1]), sys.argv[2]
+images, labels = mapped(file), torch.zeros(len(np.load(file, mmap_mode="r")), dtype=torch.int64)
+clean = Split(images, labels, file if way == "mapped" else None)
+index = torch.arange(0, len(labels), 100)
+few = torch.zeros(len(index), dtype=torch.int64)
+poison = Poison(index, images[index], few, few, few.byte())
+generator = torch.Generator().manual_seed(0)
+for batch in batches(clean, 64, device=torch.device("cpu"), order=torch.arange(256)):
+    pass
+before = held()
+received = poison.apply(clean)
+for batch in batches(received, 64, device=torch.device("cpu"), generator=generator, augment=Augment(4, True)):
+    pass
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_set_larger_than_the_memory_it_may_take_is_poisoned_and_read(tmp_path: Path) -> None:
+    """96 MB of images, of which 1 % are poisoned, and one shuffled pass: private memory may grow by a quarter of that. Control: a resident copy."""
+    file = tmp_path / "images.npy"
+    np.save(file, np.random.default_rng(0).integers(0, 256, (8_000, 3, 64, 64), np.uint8))
+    megabytes = file.stat().st_size / 2**20
+    grown = {}
+    for way in ("mapped", "resident"):
+        done = subprocess.run([sys.executable, "-c", MEMORY, str(file), way], capture_output=True, text=True, check=True)
+        grown[way] = float(done.stdout)
+    assert grown["mapped"] < megabytes / 4 < megabytes * 0.9 < grown["resident"], grown
 
 
 def test_subset_copies_and_place_keeps_a_cpu_split() -> None:
@@ -270,6 +343,24 @@ def shards(
         pq.write_table(pa.table({column: cells, label: [(start + i) % 3 for i in range(count)]}), root / f"{name}.parquet")
         start += count
     return root
+
+
+def test_more_images_than_fit_in_memory_are_decoded_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = str(image_folder(tmp_path / "data"))
+    small = datasets.load("pets", root)
+    monkeypatch.setattr(datasets, "LARGE", 100)
+    monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "other"))
+    assert isinstance(datasets._room((1, 3, 12, 12)), np.memmap) and not isinstance(datasets._room((1, 3, 2, 2)), np.memmap)
+    large = datasets.load("pets", root)
+    assert large.fingerprint == small.fingerprint and torch.equal(large.train.images, small.train.images)
+    assert len(list((tmp_path / "other").iterdir())) == 1, "nothing but the cached data set is left"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets.os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="no room for"):
+        datasets.load("pets", root, image_size=10)
 
 
 def test_image_folder_reads_pixels_labels_and_names(tmp_path: Path) -> None:
