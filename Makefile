@@ -28,7 +28,7 @@ test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile
 
 bench: $(VENV)/installed
-	$(RUN) benchmarks/pipeline.py
+	$(RUN) -m benchmarks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -219,7 +219,9 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             "assumes": list(method.assumes),
             "config": config.science(),
             "seed": config.seed,
-            "trusted": None if trusted is None else {"count": len(trusted), "sha256": files.tensor_hash(vars(trusted))},
+            "trusted": None
+            if trusted is None
+            else {"count": len(trusted), "sha256": files.tensor_hash({"images": trusted.images, "labels": trusted.labels})},
             "before": {key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
             "after": after.summary(),
             "der": der(before, after.summary()),

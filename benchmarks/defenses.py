@@ -11,6 +11,7 @@ import argparse
 import copy
 import multiprocessing
 import statistics
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,8 +22,8 @@ import measure
 import published
 import torch
 from measure import Row, busy, describe_machine, report
-from published import Step
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from backdoorlab import registry
 from backdoorlab.data import Augment, Split, place
@@ -33,10 +34,14 @@ from backdoorlab.record import DefenderView
 from backdoorlab.run import Run, peak_memory
 
 asd: Any = registry.load("defense", "asd").module
+ibau: Any = registry.load("defense", "ibau").module
 bu: Any = registry.load("defense", "bu").module
 sau: Any = registry.load("defense", "sau").module
 
 CLASSES = 10
+
+Work = Callable[[], tuple[Tensor, Tensor]]
+"""A step on fixed images; returns the perturbation and the loss."""
 
 
 def main() -> None:
@@ -53,6 +58,7 @@ def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         yield from _sau(width, options, device)
         if options.memory:
             yield _memory(width, options)
+        yield from _ibau(width, options, device)
         yield from _asd(width, options, device)
     yield _bu(options, device)
 
@@ -87,7 +93,7 @@ def _agreement(published: tuple[Tensor, Tensor], lean: tuple[Tensor, Tensor], wi
     )
 
 
-def sau_steps(width: int, batch_size: int, device: torch.device, precision: Precision) -> tuple[Step, Step]:
+def sau_steps(width: int, batch_size: int, device: torch.device, precision: Precision) -> tuple[Work, Work]:
     """The published step (fp32, torch's default memory format) and ours, each on its own copy of a pair of models that differ a little."""
     seed_everything(0, device)
     poisoned = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device).eval()
@@ -102,10 +108,11 @@ def sau_steps(width: int, batch_size: int, device: torch.device, precision: Prec
             parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     y = poisoned(x).argmax(1)
     plain, plain_reference = (copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (model, poisoned))
-    return published.sau_step(plain, plain_reference, x.contiguous(), y), _lean_sau(model, poisoned, x, y, device, precision)
+    step = published.sau_step(plain, plain_reference)
+    return partial(step, x.contiguous(), y), _lean_sau(model, poisoned, x, y, device, precision)
 
 
-def _lean_sau(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, device: torch.device, precision: Precision) -> Step:
+def _lean_sau(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, device: torch.device, precision: Precision) -> Work:
     poisoned.requires_grad_(False)
     config, run = sau.Config(), Run(Path(), seed=0, device=device, precision=precision)
     with torch.no_grad():
@@ -136,6 +143,46 @@ def _peak(side: int, width: int, batch_size: int, device_name: str) -> int:
     before = peak_memory(device)
     step()
     return peak_memory(device) - before
+
+
+def _ibau(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """A round on one batch (then both sides find the same delta), with the published five products; and what the preset without them takes."""
+    size = options.batch_size
+    x = torch.randint(0, 256, (size, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    trusted = Split(x, torch.arange(size) % CLASSES)
+    seed_everything(0, device)
+    model = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device).eval()
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    stream = DataLoader(published.Images(trusted), size)
+    view = DefenderView("", CLASSES, (3, 32, 32), (), Augment(), dict(model=model, trusted=trusted))
+    habits = dict(n_rounds=1, batch_size=size, projected=False, clip_box=False, solver="fixed_point", quirks=True)
+    found = []
+
+    def ours(K: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(Path(folder), seed=0, device=device)
+            ibau.defend(view, ibau.Config(K=K, **habits), run)
+            found.append(run.history[0]["delta"])
+
+    theirs = partial(published.ibau_round, copy.deepcopy(plain), stream, (3, 32, 32))
+    wanted = theirs()
+    ours(5)
+    apart = abs(found[0] - wanted) / wanted
+    for K in (5, 0):
+        pairs = [
+            (
+                measure.timed(partial(published.ibau_round, copy.deepcopy(plain), stream, (3, 32, 32)), device)[0],
+                measure.timed(partial(ours, K), device)[0],
+            )
+            for _ in range(options.repetitions)
+        ]
+        slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+        yield Row(
+            f"I-BAU published / ours, K = {K}, width {width}",
+            "-" if K else ">= 2.5",
+            tuple(a / b for a, b in pairs),
+            detail=f"{slow:.1f} and {fast:.1f} s a round of one batch; relative difference of |delta| {apart:.1e}",
+        )
 
 
 def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:

@@ -26,10 +26,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from measure import Row, busy, describe_machine, report, timed
+from published import Images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
-from torchvision import transforms
 
 from backdoorlab import datasets
 from backdoorlab.data import Augment, Batch, Split, batches, channel_statistics, mapped, place
@@ -40,29 +39,6 @@ from backdoorlab.models import Classifier, build
 BATCH = 128
 AUGMENT = Augment(crop_padding=4, flip=True)
 CIFAR_SHAPE = (50_000, 3, 32, 32)
-
-
-class Images(TorchDataset[tuple[Tensor, int]]):
-    """The conventional way: one PIL image at a time through torchvision's transforms."""
-
-    def __init__(self, split: Split, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        self.images = [transforms.functional.to_pil_image(image) for image in split.images.cpu()]
-        self.labels = split.labels.tolist()
-        size = tuple(split.images.shape[2:])
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(size, padding=AUGMENT.crop_padding),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(mean, std),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[number]), self.labels[number]
 
 
 class Nothing(nn.Module):
@@ -92,7 +68,7 @@ def _rows(split: Split, device: torch.device, repetitions: int, force_bf16: bool
 
 def _data_path(split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], repetitions: int) -> Iterator[Row]:
     count = min(len(split), 50 * BATCH)
-    images = Images(split.subset(torch.arange(count)), mean, std)
+    images = Images(split.subset(torch.arange(count)), AUGMENT, (mean, std))
     ours = place(split, device)
     layer0 = Classifier(Nothing(), mean, std).to(device)
 

@@ -1,10 +1,12 @@
-"""The published steps of defenses, transcribed plainly from their description: what ours are measured against.
+"""The conventional way, transcribed plainly from its description: what ours is measured against.
 
-Images are made as in the published code, one PIL image at a time in DataLoaders, and models run in fp32.
+Images are made one PIL image at a time in DataLoaders, models run in fp32 in torch's default memory format, and clean accuracy,
+ASR and RA each cost a pass after every epoch.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,15 +17,106 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
-Step = Callable[[], tuple[Tensor, Tensor]]
-"""One step of a defense; returns the perturbation and the loss."""
+from backdoorlab.data import NO_AUGMENT, Augment, Split
+from backdoorlab.engine import Recipe
+from backdoorlab.poison import Poison
+
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""One step of a defense on images and labels; returns the perturbation and the loss."""
 
 
-def sau_step(model: nn.Module, reference: nn.Module, x: Tensor, y: Tensor) -> Step:
+class Images(TorchDataset[tuple[Tensor, int]]):
+    """One PIL image at a time through torchvision's transforms."""
+
+    def __init__(self, split: Split, augment: Augment = NO_AUGMENT, normalize: tuple[Sequence[float], Sequence[float]] | None = None) -> None:
+        self.images = [transforms.functional.to_pil_image(image) for image in split.images.cpu()]
+        self.labels = split.labels.tolist()
+        steps: list[Any] = []
+        if augment.crop_padding:
+            steps.append(transforms.RandomCrop(tuple(split.images.shape[2:]), padding=augment.crop_padding))
+        if augment.flip:
+            steps.append(transforms.RandomHorizontalFlip())
+        steps.append(transforms.ToTensor())
+        if normalize is not None:
+            steps.append(transforms.Normalize(*normalize))
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[number]), self.labels[number]
+
+
+@dataclass(frozen=True)
+class Tests:
+    """The test data of clean accuracy, ASR and RA, a loader each."""
+
+    clean_accuracy: DataLoader[Any]
+    asr: DataLoader[Any]
+    robust_accuracy: DataLoader[Any]
+
+    @staticmethod
+    def of(test: Split, triggered: Poison, batch_size: int, workers: int) -> "Tests":
+        splits = (test, triggered.triggered(), Split(triggered.images, triggered.original_labels))
+        return Tests(*(DataLoader(Images(split), batch_size, num_workers=workers) for split in splits))
+
+    def score(self, model: nn.Module) -> dict[str, float]:
+        """Shares in [0, 1] by name."""
+        return {name: _accuracy(model, getattr(self, name)) for name in ("clean_accuracy", "asr", "robust_accuracy")}
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, stream: DataLoader[Any]) -> float:
+    model.eval()
+    device, right, seen = next(model.parameters()).device, 0, 0
+    for x, y in stream:
+        right += (model(x.to(device)).argmax(1) == y.to(device)).sum().item()
+        seen += len(y)
+    return right / seen
+
+
+def training(model: nn.Module, train: Split, recipe: Recipe, tests: Tests, workers: int) -> dict[str, float]:
+    """A whole training with SGD and a rate that follows one cycle or a cosine, evaluated after each epoch; the last scores."""
+    device = next(model.parameters()).device
+    stream = DataLoader(Images(train, recipe.augment), recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    total = recipe.epochs * len(stream)
+    schedule: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=total, cycle_momentum=False)
+    if recipe.schedule != "onecycle":
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    scores: dict[str, float] = {}
+    for _ in range(recipe.epochs):
+        model.train()
+        for x, y in stream:
+            loss = F.cross_entropy(model(x.to(device)), y.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        scores = tests.score(model)
+    return scores
+
+
+def sau(
+    model: nn.Module, reference: nn.Module, trusted: Split, rounds: int, batch_size: int, lr: float, tests: Tests, workers: int
+) -> dict[str, float]:
+    """A whole defense, evaluated after each round; the last scores. Both models stay in evaluation mode."""
+    device = next(model.parameters()).device
+    stream = DataLoader(Images(trusted), batch_size, shuffle=True, num_workers=workers)
+    step, scores = sau_step(model.eval(), reference.eval(), lr), {}
+    for _ in range(rounds):
+        for x, y in stream:
+            step(x.to(device), y.to(device))
+        scores = tests.score(model)
+    return scores
+
+
+def sau_step(model: nn.Module, reference: nn.Module, lr: float = 1e-4) -> Step:
     """24 forwards and 12 backwards with all weight gradients: clean images again at every step, the reference in the graph."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, amsgrad=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
 
-    def step() -> tuple[Tensor, Tensor]:
+    def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         delta = torch.full_like(x, 0.2)
         for _ in range(5):
             delta = delta.detach().requires_grad_()
@@ -57,6 +150,45 @@ def sau_step(model: nn.Module, reference: nn.Module, x: Tensor, y: Tensor) -> St
         return delta, loss.detach()
 
     return step
+
+
+def ibau_round(model: nn.Module, stream: DataLoader[Any], shape: Sequence[int], steps: int = 5, lr: float = 1e-3) -> float:
+    """A round of I-BAU as its authors run it: predicted labels, weight gradients in the search, a fixed point from 0. Returns |delta|."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    device, weights = next(model.parameters()).device, list(model.parameters())
+    model.eval()
+    delta = torch.zeros(1, *shape, device=device, requires_grad=True)
+    search = torch.optim.SGD([delta], lr=10)
+    kept = []
+    for x, y in stream:
+        x, y = x.to(device), y.to(device)
+        kept.append((x, y))
+        with torch.no_grad():
+            predicted = model(x).argmax(1)
+        loss = -F.cross_entropy(model(x + delta), predicted) + 0.001 * delta.square().sum()
+        search.zero_grad()
+        loss.backward()
+        search.step()
+    first_x, first_y = kept[0]
+    for x, y in kept:
+        carry = torch.randperm(len(x), device=device)[: int(0.01 * len(x))]
+        shown = x.clone()
+        shown[carry] = shown[carry] + delta
+        outer = F.cross_entropy(model(shown), y)
+        pull = torch.autograd.grad(outer, delta, retain_graph=True, allow_unused=True)[0]
+        direct = torch.autograd.grad(outer, weights)
+        inner = -F.cross_entropy(model(first_x + delta), first_y) + 0.001 * delta.square().sum()
+        moved = delta - 0.1 * torch.autograd.grad(inner, delta, create_graph=True)[0]
+        g = torch.zeros_like(delta) if pull is None else pull
+        v = torch.zeros_like(delta)
+        for _ in range(steps):
+            v = torch.autograd.grad(moved, delta, v, retain_graph=True)[0] + g
+        implicit = torch.autograd.grad(moved, weights, v, allow_unused=True)
+        optimizer.zero_grad()
+        for weight, a, b in zip(weights, direct, implicit, strict=True):
+            weight.grad = a if b is None else a + b
+        optimizer.step()
+    return delta.detach().norm().item()
 
 
 class _Pool(TorchDataset[Any]):
