@@ -16,6 +16,7 @@ from torch import nn
 from backdoorlab import engine
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
+from backdoorlab.data import place
 from backdoorlab.engine import Recipe
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
@@ -49,7 +50,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         weight_decay=config.weight_decay,
         augment=view.augment,
     )
-    engine.train(model, view.trusted, recipe, run, stage="finetune")
+    engine.train(model, place(view.trusted, run.device), recipe, run, stage="finetune")
     return model
 
 

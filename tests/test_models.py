@@ -1,5 +1,8 @@
 """Models by name: the same layout as everybody's, normalisation inside, every image counted."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,3 +176,30 @@ def test_every_model_names_its_stages() -> None:
     assert model.stages() == [model.network.layer1, model.network.layer2, model.network.layer3, model.network.layer4]
     for name in TIMM:
         assert len(build(name).stages()) >= 3
+
+
+NARROW = """
+import torch
+from backdoorlab.models.preact_resnet import PreActBlock
+
+torch.set_num_threads(2)
+for channels in (1, 4, 8, 12, 16, 20):
+    torch.manual_seed(0)
+    block = PreActBlock(channels, 2 * channels, 2).to(memory_format=torch.channels_last).eval()
+    exact = PreActBlock(channels, 2 * channels, 2).double().eval()
+    exact.load_state_dict(block.state_dict())
+    for _ in range(8):
+        x = torch.randn(153, channels, 32, 32).contiguous(memory_format=torch.channels_last)
+        for net, seen in ((block, x), (exact, x.double())):
+            net.zero_grad()
+            seen = seen.clone().requires_grad_()
+            net(seen).square().mean().backward()
+        for a, b in zip(block.parameters(), exact.parameters()):
+            assert (a.grad - b.grad).abs().max() <= 1e-3 * b.grad.abs().max(), channels
+"""
+
+
+def test_narrow_networks_train_rightly_on_several_threads() -> None:
+    """A strided 1x1 convolution of few channels gives wrong gradients or crashes (oneDNN#6035), hence a process of its own."""
+    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, f"{done.returncode} {done.stderr[-500:]}"

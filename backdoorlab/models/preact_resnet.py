@@ -9,6 +9,9 @@ benchmarks share, so that their weights load by name (102 entries for preactresn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW = 16
+"""Channels below which a strided 1x1 convolution is not left to oneDNN: its weight gradient writes past its buffer (uxlfoundation/oneDNN#6035)."""
+
 
 class PreActBlock(nn.Module):
     """BN-ReLU-conv twice; the shortcut starts after the first activation. (N, C, H, W) -> (N, C', H/stride, W/stride)."""
@@ -19,12 +22,14 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, padding=1, bias=False)
+        self.skip = stride if in_channels < FEW else 1
+        """Rows and columns that are dropped before the shortcut's convolution, which then has no stride: the same function."""
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False))
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride // self.skip, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))
-        shortcut = self.shortcut(activated) if hasattr(self, "shortcut") else x
+        shortcut = self.shortcut(activated[..., :: self.skip, :: self.skip]) if hasattr(self, "shortcut") else x
         return self.conv2(F.relu(self.bn2(self.conv1(activated)))) + shortcut
 
 
