@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,11 @@ def _lean_sau(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, devic
 def _memory(width: int, options: argparse.Namespace) -> Row:
     """Peak of a step above what the process held before it, each side in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        slow, fast = (pool.apply(_peak, (side, width, options.batch_size, options.device)) for side in (0, 1))
+    peaks = []
+    for side in (0, 1):
+        with ProcessPoolExecutor(1, context) as process:
+            peaks.append(process.submit(_peak, side, width, options.batch_size, options.device).result())
+    slow, fast = peaks
     detail = f"{slow / 1e6:,.0f} and {fast / 1e6:,.0f} MB above the models and images, batches of {options.batch_size}"
     return Row(f"SAU peak memory, lean / published, width {width}", "-", (fast / slow,), percent=True, detail=detail)
 
