@@ -29,12 +29,14 @@ from torch.utils.data import DataLoader
 from backdoorlab import registry
 from backdoorlab.data import Augment, Split, place
 from backdoorlab.engine import Precision, choose_device, fast_bf16, seed_everything
+from backdoorlab.features import extract
 from backdoorlab.models import PASSES, build
 from backdoorlab.perturb import frozen
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run, peak_memory
 
 asd: Any = registry.load("defense", "asd").module
+dau: Any = registry.load("defense", "dau").module
 ibau: Any = registry.load("defense", "ibau").module
 bu: Any = registry.load("defense", "bu").module
 sau: Any = registry.load("defense", "sau").module
@@ -59,6 +61,7 @@ def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         yield from _sau(width, options, device)
         if options.memory:
             yield _memory(width, options)
+        yield _dau(width, options, device)
         yield from _ibau(width, options, device)
         yield from _asd(width, options, device)
     yield _bu(options, device)
@@ -147,6 +150,30 @@ def _peak(side: int, width: int, batch_size: int, device_name: str) -> int:
     before = peak_memory(device)
     step()
     return peak_memory(device) - before
+
+
+def _dau(width: int, options: argparse.Namespace, device: torch.device) -> Row:
+    """Anti-learning of its ten passes: five heads on features taken once, against one head behind the whole network."""
+    count = 10 * options.batch_size
+    x = torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    split, pool = Split(x, torch.arange(count) % CLASSES), torch.arange(count) % 100 == 0
+    seed_everything(0, device)
+    model = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device)
+    plain: Any = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    config, run = dau.Config(), Run(Path(), seed=0, device=device)
+
+    def ours() -> None:
+        dau.anti_learn(extract(model, place(split, device), run), pool, model.get_classifier(), config.beta1, config, run)
+
+    work = partial(published.anti_learning, plain, plain.get_classifier(), split, pool, config.head_epochs, options.batch_size, options.workers)
+    pairs = measure.in_turn(work, ours, device, max(2, options.repetitions // 2))
+    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return Row(
+        f"DAU anti-learning, port / ours, width {width}",
+        "-",
+        tuple(a / b for a, b in pairs),
+        detail=f"{slow:.1f} and {fast:.1f} s for {count:,} images; {config.heads} heads",
+    )
 
 
 def _ibau(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:

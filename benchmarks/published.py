@@ -191,6 +191,35 @@ def ibau_round(model: nn.Module, stream: DataLoader[Any], shape: Sequence[int], 
     return delta.detach().norm().item()
 
 
+def anti_learning(model: nn.Module, head: nn.Linear, split: Split, pool: Tensor, epochs: int, batch_size: int, workers: int) -> None:
+    """DAU's first stage as ported: only the last layer learns, but every image goes through the whole network at every pass."""
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    device, flags = next(model.parameters()).device, pool.tolist()
+    stream = DataLoader(_Flagged(Images(split), flags), batch_size, shuffle=True, num_workers=workers)
+    for _ in range(epochs):
+        for x, y, poisoned in stream:
+            x, y, poisoned = x.to(device), y.to(device), poisoned.to(device)
+            logits = model(x)
+            p = logits.softmax(1).gather(1, y[:, None]).squeeze(1)
+            loss = (F.cross_entropy(logits, y, reduction="none") * ~poisoned - 1000 * (1 - p + 1e-6).log() * poisoned).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+class _Flagged(TorchDataset[Any]):
+    """Images and labels with a flag each."""
+
+    def __init__(self, images: Images, flags: list[bool]) -> None:
+        self.images, self.flags = images, flags
+
+    def __len__(self) -> int:
+        return len(self.flags)
+
+    def __getitem__(self, number: int) -> Any:
+        return *self.images[number], self.flags[number]
+
+
 class _Pool(TorchDataset[Any]):
     """ASD's pools: a deep copy of the whole data set with some of its rows, augmented once, or twice for the unlabelled one."""
 
