@@ -141,6 +141,11 @@ def batches(
         yield Batch(to_float(images), labels, index.to(device, non_blocking=True))
 
 
+def in_order(split: Split, device: torch.device) -> Iterator[Batch]:
+    """One pass over a split as it is, in batches of a size that suits models without gradients."""
+    return batches(split, 1000 if device.type == "cuda" else 250, device=device)
+
+
 def _fetched(split: Split, wanted: list[Tensor], far: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """index, images and labels of each batch; from a file or for another device ahead of time, there in memory that it copies from by itself."""
     if not far and split.file is None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .data import Split, batches
+from .data import Split, in_order
 from .models import Classifier
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
     hook = model.stages()[-2].register_forward_hook(lambda _module, _inputs, output: seen.append(_mean_and_std(output)))
     pooled, logits = [], []
     try:
-        for batch in batches(split, 1000 if run.device.type == "cuda" else 250, device=run.device):
+        for batch in in_order(split, run.device):
             with run.autocast():
                 features = model.forward_head(model.forward_features(batch.images), pre_logits=True)
             pooled.append(features.float())
@@ -48,7 +48,7 @@ def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
     """The model's answers on a split, int64 (N,) on the run's device; the model's mode is evaluation afterwards."""
     model.eval()
     found = []
-    for batch in batches(split, 1000 if run.device.type == "cuda" else 250, device=run.device):
+    for batch in in_order(split, run.device):
         with run.autocast():
             found.append(model(batch.images).argmax(1))
     return torch.cat(found)

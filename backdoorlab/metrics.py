@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import files
-from .data import Split, batches, place
+from .data import Split, in_order, place
 from .models import PASSES
 from .poison import CROSS, Poison
 
@@ -120,7 +120,7 @@ def predict(model: nn.Module, split: Split, device: torch.device, autocast: Call
     model.eval()
     try:
         with torch.inference_mode(), autocast():
-            found = [model(batch.images).argmax(1) for batch in batches(split, 1000 if device.type == "cuda" else 250, device=device)]
+            found = [model(batch.images).argmax(1) for batch in in_order(split, device)]
     finally:
         PASSES.paused = paused
         for module, mode in modes.items():

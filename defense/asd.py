@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import Batch, Split, batches, place
+from backdoorlab.data import Batch, Split, batches, in_order, place
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier
 from backdoorlab.record import DefenderView
@@ -150,7 +150,7 @@ def split_losses(model: Classifier, train: Split, run: Run) -> Tensor:
     """(N,) on the CPU: symmetric cross-entropy of each sample as it is, in evaluation mode."""
     model.eval()
     found = []
-    for batch in batches(train, 1000 if run.device.type == "cuda" else 250, device=run.device):
+    for batch in in_order(train, run.device):
         with run.autocast():
             logits = model(batch.images)
         found.append(symmetric_cross_entropy(logits.float(), batch.labels))
