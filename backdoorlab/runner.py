@@ -21,6 +21,7 @@ from .preview import save_preview, save_sheet
 from .record import Record
 from .registry import Method
 from .run import Run, describe_split, environment
+from .source import code_version
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def run_attack(job: Job) -> Record:
     dataset = datasets.load(config.dataset, config.dataset_path, image_size=config.image_size, grey=config.grey)
     if isinstance(config, AttackConfig):
         check_target(config.target_label, dataset.num_classes)
+    code = code_version(job.method.path)
     with _stage(target, "record.json", job) as stage:
         engine.seed_everything(config.seed, device)
         run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
@@ -115,6 +117,7 @@ def run_attack(job: Job) -> Record:
             "notes": run.notes,
             **_costs(spent),
             **environment(device),
+            "code": code,
         }
         save_preview(final / "preview.png", dataset.test, outcome.test_poison)
         run.save_history(final)
@@ -176,6 +179,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         return _score_saved(found, target, config)
     device = engine.choose_device(config.device)
     dataset = found.dataset(config.dataset_path)
+    code = code_version(method.path)
     with _stage(target, "result.json", job) as stage:
         engine.seed_everything(config.seed, device)
         run = Run(
@@ -231,6 +235,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             "notes": run.notes,
             **_costs(spent),
             **environment(device),
+            "code": code,
         }
         files.write_sealed(final / "result.json", {**result, "files": files.manifest(final)})
         _publish(final, target)

@@ -3,11 +3,10 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from . import registry
-from .record import ASSUMABLE, Record, read_result
+from . import registry, results
+from .record import ASSUMABLE, Record
 
 Format = Literal["text", "markdown", "csv", "latex"]
 HOLE = "-"
@@ -23,17 +22,11 @@ def rows(records: Iterable[Record]) -> list[Row]:
     """One row for each record as it was attacked, then one for each known defense; a defense that was not run is a row of holes."""
     found = []
     for record in records:
-        info = record.info
-        start = {"record": record.name, "attack": info["attack"]}
-        found.append(start | {"defense": "none", "assumes": HOLE} | _scores(info["scores"]) | {"seconds": _whole(info.get("seconds"))})
-        results = _results(record.folder)
-        for name in sorted({*registry.available("defense"), *results}):
-            if name not in results:
-                method = registry.load("defense", name)
-                found.append(start | {"defense": name, "assumes": assumes(method.assumes)} | dict.fromkeys(NUMBERS, HOLE))
-            for run, result in results.get(name, []):
-                shown = name if run == "seed0" else f"{name} ({run})"
-                found.append(start | {"defense": shown + (" COLLAPSED" if result["collapsed"] else "")} | _result(result))
+        undefended, *defended = results.rows([record])
+        found.append(_cells(undefended))
+        for name in sorted({*registry.available("defense"), *(row.defense for row in defended)}):
+            runs = [row for row in defended if row.defense == name]
+            found += [_cells(row) for row in runs] or [_hole(undefended, name)]
     return found
 
 
@@ -84,37 +77,26 @@ def latex(found: list[Row]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
-def _results(folder: Path) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """defense -> [(run name, result.json)], finished runs only."""
-    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    paths = (folder / "defense").glob("*/*/result.json")
-    for path in sorted(paths, key=lambda p: (not p.parent.name.startswith("seed"), p)):  # named variants after the plain runs
-        if not path.parent.name.endswith(".partial"):
-            result = read_result(path.parent)
-            found.setdefault(path.parent.parent.name, []).append((path.parent.name, result))
-    return found
-
-
-def _result(result: dict[str, Any]) -> Row:
-    split = result["split"] or {"tpr": None, "fpr": None}
+def _cells(row: results.Row) -> Row:
+    defense = row.defense if row.run in ("", "seed0") else f"{row.defense} ({row.run})"
     return {
-        "assumes": assumes(result["assumes"]),
-        **_scores(result["after"]),
-        "DER %": _percent(result["der"]),
-        "TPR %": _percent(split["tpr"]),
-        "FPR %": _percent(split["fpr"]),
-        "seconds": _whole(result["seconds"]),
+        "record": row.record,
+        "attack": row.attack,
+        "defense": defense + (" COLLAPSED" if row.collapsed else ""),
+        "assumes": HOLE if row.defense == results.UNDEFENDED else assumes(row.assumes),
+        "clean acc %": _percent(row.clean_accuracy),
+        "ASR %": _percent(row.asr),
+        "RA %": _percent(row.robust_accuracy),
+        "DER %": _percent(row.der),
+        "TPR %": _percent(row.tpr),
+        "FPR %": _percent(row.fpr),
+        "seconds": _whole(row.seconds),
     }
 
 
-def _scores(scores: dict[str, Any]) -> Row:
-    named = {"clean acc %": scores["clean_accuracy"], "ASR %": scores["asr"], "RA %": scores["robust_accuracy"]}
-    return dict.fromkeys(NUMBERS, HOLE) | {name: _percent(value) for name, value in named.items()}
-
-
-def _seconds(value: float | None) -> str:
-    """A hole for a model that was trained elsewhere."""
-    return HOLE if value is None else f"{value:.0f}"
+def _hole(undefended: results.Row, defense: str) -> Row:
+    needs = assumes(registry.load("defense", defense).assumes)
+    return dict.fromkeys(COLUMNS, HOLE) | {"record": undefended.record, "attack": undefended.attack, "defense": defense, "assumes": needs}
 
 
 def _percent(value: float | None) -> str:
