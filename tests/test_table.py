@@ -86,8 +86,14 @@ def two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Record]
     import torch
 
     poison = no_poison(Split(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)))
-    first = {"attack": "badnet", "scores": scores(0.9182, 0.9379, 0.0512), "seconds": 60.7}
-    second = {"attack": "none", "scores": scores(0.99, None, None), "seconds": 5.2}
+    shared = {
+        "config": {},
+        "dataset": {"name": "digits", "fingerprint": "0" * 64, "train_size": 9},
+        "architecture": {"name": "preactresnet10", "width": None},
+        "seed": 0,
+    }
+    first = {"attack": "badnet", "scores": scores(0.9182, 0.9379, 0.0512), "seconds": 60.7, **shared}
+    second = {"attack": "none", "scores": scores(0.99, None, None), "seconds": 5.2, **shared}
     bad = tmp_path / "b_ad"
     split = {"tpr": 0.9875, "fpr": 0.0012, "precision": 0.9, "flagged": 3, "cross_flagged": None}
     result(bad, "dau", "seed0", scores(0.9, 0.01, 0.88), der=0.95485, split=split, seconds=30.2)
@@ -142,5 +148,5 @@ def test_what_a_defense_assumes_in_words() -> None:
 
 def test_latex_escapes() -> None:
     row = dict.fromkeys(tables.COLUMNS, "-") | {"record": "a_b&c%d#e"}
-    line = tables.latex([row]).splitlines()[4]
+    line = tables.render([row], "latex").splitlines()[4]
     assert line.startswith(r"a\_b\&c\%d\#e &")

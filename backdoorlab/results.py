@@ -1,0 +1,402 @@
+"""The numbers behind every table and picture, as plain values: nothing here prints, draws or writes.
+
+rows(records)   -> list[Row]          one measured model each: a record as it was attacked, or one run of a defense on it
+grouped(rows)   -> list[Group]        the same experiment over seeds; rows that differ in anything else are never together
+group.score(m)  -> Summary | None     mean, sd and n of one metric over the seeds of a group
+labels(groups)  -> list[Label]        what to call each group, with the settings that tell it from its like
+remarks(rows)   -> list[str]          one sentence for each thing that was kept apart or left out
+compare(groups) -> list[Comparison]   each defense against fine-tuning over attacks: exact sign-flip test, Holm's correction
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .record import Record, read_result
+
+Metric = Literal["clean_accuracy", "asr", "robust_accuracy", "der", "tpr", "fpr", "seconds", "peak_memory_bytes", "forward", "backward"]
+"""What a Row measures. Scores and rates are fractions in [0, 1]; seconds are without evaluation; forward and backward count images."""
+
+UNDEFENDED = "none"
+"""The `defense` of a row that shows a record as it was attacked."""
+BASELINE = "ft"
+"""The defense that every other one has to beat."""
+IMPLANTED = 0.5
+"""Mean ASR from which on an attack counts as implanted; below it there is little to defend."""
+NOT_SETTINGS = frozenset(["seed", "score_every", "dataset", "poison_rate", "suspicious"])
+"""Fields of a config that never change a result, or that a row holds under a name of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model that was measured; None where a number does not exist (no ASR without an attack, no split without one)."""
+
+    record: str
+    run: str
+    """The result's folder below defense/<method>/; "" for the record itself."""
+    attack: str
+    defense: str
+    """The method's name, or UNDEFENDED."""
+    assumes: tuple[str, ...]
+    dataset: str
+    fingerprint: str
+    architecture: str
+    """preactresnet18, with its width where it is not 64."""
+    poison_rate: float | None
+    seed: int
+    """The attack's."""
+    defense_seed: int | None
+    clean_accuracy: float
+    asr: float | None
+    robust_accuracy: float | None
+    asr_before: float | None
+    der: float | None
+    tpr: float | None
+    fpr: float | None
+    collapsed: bool
+    seconds: float | None
+    forward: int | None
+    backward: int | None
+    peak_memory_bytes: int | None
+    train_size: int
+    device: str | None
+    attack_settings: str
+    """Canonical JSON of the attack's config without NOT_SETTINGS, plus what its code was; the same text is the same experiment."""
+    defense_settings: str
+    """The same of the defense; "" for a record."""
+
+    @property
+    def attack_key(self) -> tuple[Any, ...]:
+        """Equal for records that differ in the seed alone."""
+        return (
+            self.dataset,
+            self.fingerprint,
+            self.architecture,
+            self.attack,
+            -1.0 if self.poison_rate is None else self.poison_rate,
+            self.attack_settings,
+        )
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for rows that may enter one mean."""
+        return (*self.attack_key, self.defense, self.variant, self.defense_settings)
+
+    @property
+    def variant(self) -> str:
+        """A run's name without its seed: "" for seed0, "lite" for lite-s0."""
+        return re.sub(r"(^|-)(seed|s)\d+$", "", self.run)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One metric over the seeds that have it."""
+
+    mean: float
+    sd: float | None
+    """Sample standard deviation; None for one seed."""
+    n: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The same experiment with different seeds. Never empty."""
+
+    rows: tuple[Row, ...]
+    """In the order of their seeds, each pair of seeds once."""
+
+    @property
+    def first(self) -> Row:
+        """Any row, for what all of them share: record settings, data set, attack, defense, assumes."""
+        return self.rows[0]
+
+    @property
+    def n(self) -> int:
+        return len(self.rows)
+
+    def score(self, metric: Metric) -> Summary | None:
+        """None where no seed has the number, and for seconds of different devices, which nobody should average."""
+        if metric == "seconds" and len({row.device for row in self.rows}) > 1:
+            return None
+        return summary(getattr(row, metric) for row in self.rows)
+
+    @cached_property
+    def worst(self) -> Row:
+        """The seed with the lowest DER, or the lowest clean accuracy where there was no attack: one model's numbers, not a mixture."""
+        return min(self.rows, key=lambda row: (row.clean_accuracy if row.der is None else row.der, row.clean_accuracy))
+
+    @property
+    def collapsed(self) -> int:
+        """How many seeds lost half of their clean accuracy."""
+        return sum(row.collapsed for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a table calls a group: the attack and the defense, with whatever tells them from others of the same name in brackets."""
+
+    attack: str
+    defense: str
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def rows(records: Iterable[Record], only: Container[tuple[str, str, str]] | None = None) -> list[Row]:
+    """For each record a row as it was attacked, then one for each finished result: by method, plain runs before named ones.
+
+    With `only`, those results alone whose (record, defense, run) is in it.
+    """
+    found = []
+    for record in records:
+        found.append(_undefended(record))
+        for folder in result_folders(record.folder):
+            defense, run = folder.parent.name, folder.name
+            if only is None or (record.name, defense, run) in only:
+                found.append(_defended(record, defense, run, read_result(folder)))
+    return found
+
+
+def result_folders(folder: Path) -> list[Path]:
+    """Where the finished results below a record's folder lie."""
+    found = [path.parent for path in (folder / "defense").glob("*/*/result.json") if not path.parent.name.endswith(".partial")]
+    return sorted(found, key=lambda run: (run.parent.name, not run.name.startswith("seed"), *_natural(run.name)))
+
+
+def _undefended(record: Record) -> Row:
+    info = record.info
+    return Row(
+        **_shared(record),
+        **_costs(info),
+        run="",
+        defense=UNDEFENDED,
+        assumes=(),
+        defense_seed=None,
+        **{key: info["scores"][key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
+        der=None,
+        tpr=None,
+        fpr=None,
+        collapsed=False,
+        defense_settings="",
+    )
+
+
+def _defended(record: Record, defense: str, run: str, result: Mapping[str, Any]) -> Row:
+    split = result["split"] or {}
+    return Row(
+        **_shared(record),
+        **_costs(result),
+        run=run,
+        defense=defense,
+        assumes=tuple(result["assumes"]),
+        defense_seed=result.get("seed"),
+        **{key: result["after"][key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
+        der=result["der"],
+        tpr=split.get("tpr"),
+        fpr=split.get("fpr"),
+        collapsed=bool(result["collapsed"]),
+        defense_settings=_settings(result),
+    )
+
+
+def _shared(record: Record) -> dict[str, Any]:
+    info = record.info
+    architecture = info["architecture"]
+    return {
+        "record": record.name,
+        "attack": info["attack"],
+        "dataset": info["dataset"]["name"],
+        "fingerprint": info["dataset"]["fingerprint"],
+        "architecture": architecture["name"] + (f" w{architecture['width']}" if architecture["width"] else ""),
+        "poison_rate": info["config"].get("poison_rate"),
+        "seed": info["seed"],
+        "asr_before": info["scores"]["asr"],
+        "train_size": info["dataset"]["train_size"],
+        "attack_settings": _settings(info),
+    }
+
+
+def _costs(info: Mapping[str, Any]) -> dict[str, Any]:
+    passes = info.get("image_passes") or {}
+    return {
+        "seconds": info.get("seconds"),
+        "forward": passes.get("forward"),
+        "backward": passes.get("backward"),
+        "peak_memory_bytes": info.get("peak_memory_bytes"),
+        "device": info.get("device"),
+    }
+
+
+def _settings(info: Mapping[str, Any]) -> str:
+    config = {key: value for key, value in info.get("config", {}).items() if key not in NOT_SETTINGS}
+    return json.dumps({**config, "code": code(info)}, sort_keys=True)
+
+
+def code(info: Mapping[str, Any]) -> str | None:
+    """Which code made a record or a result; those made before it was kept have their commit instead."""
+    commit = info.get("commit")
+    return info.get("code") or (f"commit {commit}" if commit else None)
+
+
+# --- groups ------------------------------------------------------------------------------------------------------
+
+
+def grouped(found: Iterable[Row]) -> list[Group]:
+    """Groups by data set, attack and rate, the undefended first in each. A pair of seeds that is there twice is counted once."""
+    seeds: dict[tuple[Any, ...], dict[tuple[int, int], Row]] = defaultdict(dict)
+    for row in found:
+        seeds[row.key].setdefault((row.seed, -1 if row.defense_seed is None else row.defense_seed), row)
+    groups = [Group(tuple(members[pair] for pair in sorted(members))) for members in seeds.values()]
+    return sorted(groups, key=lambda group: _order(group.first))
+
+
+def summary(values: Iterable[float | int | None]) -> Summary | None:
+    """Mean and sample standard deviation of the numbers among the values; None without any."""
+    numbers = [float(value) for value in values if value is not None]
+    if not numbers:
+        return None
+    sd = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+    return Summary(math.fsum(numbers) / len(numbers), sd, len(numbers))
+
+
+def no_better_than_baseline(groups: Sequence[Group]) -> list[bool | None]:
+    """For each group: is its DER, over the seeds that both have, no higher than fine-tuning's on the same records?
+
+    None where there is no DER, for fine-tuning itself, and where it was not run.
+    """
+    # A plain run of the baseline speaks for it, where there are several.
+    baseline = {group.first.attack_key: group for group in reversed(groups) if group.first.defense == BASELINE}
+    answers: list[bool | None] = []
+    for group in groups:
+        other = baseline.get(group.first.attack_key)
+        pairs = [] if other is None or group.first.defense in (BASELINE, UNDEFENDED) else _paired(group, other)
+        answers.append(sum(a - b for a, b in pairs) <= 0 if pairs else None)
+    return answers
+
+
+def _paired(group: Group, other: Group) -> list[tuple[float, float]]:
+    """DER of both on the records of the same seed."""
+    theirs: dict[int, list[float]] = defaultdict(list)
+    for row in other.rows:
+        if row.der is not None:
+            theirs[row.seed].append(row.der)
+    return [(row.der, math.fsum(theirs[row.seed]) / len(theirs[row.seed])) for row in group.rows if row.der is not None and row.seed in theirs]
+
+
+# --- names -------------------------------------------------------------------------------------------------------
+
+
+def labels(groups: Sequence[Group]) -> list[Label]:
+    """One for each group. Two groups of one data set and rate never have the same label."""
+    attacks = _told_apart({group.first.attack_key: (_attack_family(group.first), _attack_traits(group.first)) for group in groups})
+    defenses = _told_apart(
+        {
+            group.first.key: ((*group.first.attack_key, group.first.defense, group.first.variant), _traits(group.first.defense_settings))
+            for group in groups
+        }
+    )
+    found = []
+    for group in groups:
+        row = group.first
+        defense = row.defense if not row.variant else f"{row.defense} {row.variant}"
+        found.append(Label(row.attack + attacks[row.attack_key], defense + defenses[row.key]))
+    return found
+
+
+def remarks(found: Iterable[Row]) -> list[str]:
+    """What a reader should know about the means: experiments of one name that were kept apart, repeats, attacks that did not take."""
+    everything = list(found)
+    groups = grouped(everything)
+    said = []
+    for name, traits in (*_families(groups, attack=True), *_families(groups, attack=False)):
+        said.append(f"{name}: {len(traits)} experiments that differ in {_listed(_differing(traits))} are kept apart, not averaged")
+    counted = {(row.record, row.defense, row.run) for group in groups for row in group.rows}
+    repeats = [row for row in everything if (row.record, row.defense, row.run) not in counted]
+    for row in repeats:
+        what = f"{row.record}'s {row.defense} {row.run}".rstrip() if row.defense != UNDEFENDED else row.record
+        said.append(f"{what} repeats a seed of the same experiment, so it is not counted again")
+    for group, label in zip(groups, labels(groups), strict=True):
+        asr = group.score("asr")
+        if group.first.defense == UNDEFENDED and asr is not None and asr.mean < IMPLANTED:
+            said.append(f"{label.attack} on {group.first.dataset} hardly took: ASR {100 * asr.mean:.0f} % before any defense, so its DER says little")
+    return said
+
+
+def _families(groups: Sequence[Group], attack: bool) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Groups that share a name -> the traits of each."""
+    families: dict[tuple[Any, ...], dict[Any, dict[str, Any]]] = defaultdict(dict)
+    names = {}
+    for group in groups:
+        row = group.first
+        if attack:
+            family, key, traits, name = _attack_family(row), row.attack_key, _attack_traits(row), f"{row.attack} on {row.dataset}"
+        else:
+            family, key, traits = (*row.attack_key, row.defense, row.variant), row.key, _traits(row.defense_settings)
+            name = f"{row.defense} on {row.dataset}, {row.attack}"
+        families[family][key] = traits
+        names[family] = name
+    return [(names[family], list(members.values())) for family, members in families.items() if len(members) > 1]
+
+
+def _attack_family(row: Row) -> tuple[Any, ...]:
+    return (row.dataset, row.attack, row.poison_rate)
+
+
+def _attack_traits(row: Row) -> dict[str, Any]:
+    return {**_traits(row.attack_settings), "data": row.fingerprint[:8], "architecture": row.architecture}
+
+
+def _traits(settings: str) -> dict[str, Any]:
+    return json.loads(settings) if settings else {}
+
+
+def _told_apart(members: Mapping[Any, tuple[Any, dict[str, Any]]]) -> dict[Any, str]:
+    """key -> " (position=random)" with what differs within the key's family, "" where it is alone."""
+    families: dict[Any, list[Any]] = defaultdict(list)
+    for key, (family, _) in members.items():
+        families[family].append(key)
+    found = {}
+    for keys in families.values():
+        differing = _differing([members[key][1] for key in keys])
+        for key in keys:
+            traits = members[key][1]
+            shown = ", ".join(f"{name}={_short(traits.get(name))}" for name in differing)
+            found[key] = f" ({shown})" if shown else ""
+    return found
+
+
+def _differing(traits: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names that do not have the same value in all; what another one says already (a width is in the architecture) is left out."""
+    names = sorted({name for one in traits for name in one})
+    differing = [name for name in names if len({json.dumps(one.get(name)) for one in traits}) > 1]
+    if {"model", "width"} & set(differing):
+        differing = [name for name in differing if name != "architecture"]
+    return differing
+
+
+def _short(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    rate = -1.0 if row.poison_rate is None else row.poison_rate
+    place = (row.dataset, row.attack == "none", row.attack, rate, row.architecture, row.fingerprint, row.attack_settings)
+    return (*place, row.defense != UNDEFENDED, row.defense, row.variant, row.defense_settings)
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """seed2 before seed10."""
+    digits = re.search(r"\d+$", name)
+    return (name[: digits.start()], int(digits.group())) if digits else (name, -1)
