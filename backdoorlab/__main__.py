@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from . import datasets, engine, exporting, hub, importing, models, registry, scan, tables
+from . import datasets, engine, exporting, hub, importing, models, registry, report, scan, tables
 from .cli import guarded, one_line, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
@@ -195,6 +195,7 @@ def _writable(folder: Path) -> str:
 
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "table": (Table, table),
+    "report": (report.Report, report.report),
     "import": (importing.Import, importing.import_record),
     "export": (exporting.Export, exporting.export_record),
     "scan": (scan.Scan, scan.scan),
@@ -210,6 +211,7 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   attack NAME --save_folder_name RECORD   run an attack (the same as python attack/NAME.py ...)
   defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
   table [RECORD ...] [--format FORMAT]    records and defenses side by side
+  report [RECORD ...] --html FILE         the same as a page to look at, offline; --figures DIR for papers
   import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH), or your own --weights
   export RECORD ...                       to BackdoorBench (--to backdoorbench PATH), or a model (--weights FILE)
   scan RECORD                             the training images that DAU takes for poison, with a contact sheet
