@@ -25,6 +25,8 @@ SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross"
 TEXT = -1
 """The look of what is not a method: an x in the text colour."""
 BINS = 40
+WIDE = 5
+"""Largest number over smallest from which on an axis of costs is logarithmic."""
 
 Kind = Literal["points", "line", "dotted", "bars"]
 
@@ -65,6 +67,8 @@ class Panel:
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     log_x: bool = False
+    bare: bool = False
+    """Axes without a meaning: no numbers at them."""
     lanes: tuple[str, ...] = ()
     """The words on the y axis, from the top, where it has words."""
 
@@ -111,7 +115,7 @@ def accuracy_against_asr(cells: Sequence[Cell]) -> Chart:
     if control:
         lanes = tuple(name for name in look if any(cell.row.defense == name for cell in control))
         series = _by_defense(control, look, lambda c: _percent(c.row.clean_accuracy), lambda c: c.row.defense)
-        panels.append(Panel("no ASR: nothing was attacked, or nobody knows the trigger", "clean accuracy %", "", series, lanes=lanes))
+        panels.append(Panel("no ASR: no attack, or an unknown trigger", "clean accuracy %", "", series, lanes=lanes))
     caption = (
         "One mark for each model that was measured. A defense that works moves the mark of its attack (x, on the right) to the left without"
         " letting it sink: the upper left corner is best. A mark far below the others bought its low ASR with accuracy."
@@ -126,14 +130,15 @@ def costs(cells: Sequence[Cell]) -> Chart:
     for title, label, value in (
         ("Time", "seconds, without evaluation", lambda c: c.row.seconds),
         ("Peak memory", "GiB", lambda c: c.row.peak_memory_bytes and c.row.peak_memory_bytes / 2**30),
-        ("Image passes", "images forward + backward, in passes over the training set", _passes),
+        ("Image passes, forward and backward", "passes over the training set", _passes),
     ):
         known = [cell for cell in cells if value(cell)]
         lanes = tuple(name for name in look if any(cell.row.defense == name for cell in known))
         if known:
-            panels.append(Panel(title, label, "", _by_defense(known, look, value, lambda c: c.row.defense), log_x=True, lanes=lanes))
+            wide = max(value(cell) for cell in known) > WIDE * min(value(cell) for cell in known)
+            panels.append(Panel(title, label, "", _by_defense(known, look, value, lambda c: c.row.defense), log_x=wide, lanes=lanes))
     caption = (
-        "Further left is cheaper; each axis is logarithmic. Seconds and memory belong to the machine that a mark names when pointed at (memory is"
+        "Further left is cheaper; an axis is logarithmic where its numbers differ much. Seconds and memory belong to the machine that a mark names when pointed at (memory is"
         " the whole process on a CPU, torch's share on a GPU); image passes are the same everywhere. The row none is the attack's own training."
     )
     return Chart("costs", "Time, memory and image passes", caption, tuple(panels), "" if panels else "No cell says what it cost.")
@@ -171,13 +176,19 @@ SCORES = {"clean_accuracy": ("clean accuracy", 1), "asr": ("ASR", 0), "robust_ac
 
 def scores(cells: Sequence[Cell]) -> Chart:
     """Clean accuracy, ASR and RA epoch by epoch, a panel for each defense with a line for each of its runs."""
-    panels = tuple(Panel(_titled(name), "epoch", "%", _score_series(own), y_range=(-3, 103)) for name, own in _families(cells))
+    drawn = [(name, _score_series(own)) for name, own in _families(cells)]
+    panels = []
+    for name, series in drawn:
+        if series:
+            last = max(float(x) for one in series for x in one.x)
+            panels.append(Panel(_titled(name), "epoch", "%", series, x_range=(-0.03 * last, 1.03 * last), y_range=(-3, 103)))
     caption = (
         "A defense starts at epoch 0 with what the attack left. It works where ASR falls while clean accuracy stays, and robust accuracy, the share of"
         " triggered images that get their true label, rises. Dotted: only the start and the end were measured (--score_every 0). Several lines of a"
         " colour are several runs."
     )
-    return Chart("scores", "Scores, epoch by epoch", caption, panels)
+    missing = "" if panels else "No defense was run, and the attack was scored at its end only (--score_every 0)."
+    return Chart("scores", "Scores, epoch by epoch", caption, tuple(panels), missing)
 
 
 def _score_series(cells: Sequence[Cell]) -> tuple[Series, ...]:
@@ -188,9 +199,9 @@ def _score_series(cells: Sequence[Cell]) -> tuple[Series, ...]:
             seen = history.dropna(subset=[metric]) if metric in history else history.iloc[:0]
             x, y = [float(at) for at in seen["at"]], [100 * float(value) for value in seen[metric]] if len(seen) else []
             end, before = getattr(cell.row, metric), cell.record.info["scores"][metric]
-            if end is None:
-                continue
             measured = bool(x)
+            if end is None or (cell.undefended and not measured):
+                continue
             last = float(max(1, len(history)))
             if not x or x[-1] < last:
                 x, y = [*x, last], [*y, 100 * end]
@@ -244,7 +255,7 @@ def splits(cells: Sequence[Cell]) -> Chart:
             Series(title, look, "bars", [_percent(quality.get(key)) for _, quality in reported], [name for name, _ in reported])
             for key, (title, look) in RATES.items()
         )
-        panels.append(Panel("as reported at the end", "%", "", series, x_range=(0, 103), lanes=tuple(dict.fromkeys(name for name, _ in reported))))
+        panels.append(Panel("as reported at the end", "%", "", series, x_range=(0, 115), lanes=tuple(dict.fromkeys(name for name, _ in reported))))
     return Chart("split", "Finding the poison", caption, tuple(panels), "" if panels else "No run on this record splits the training set.")
 
 

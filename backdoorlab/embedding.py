@@ -32,7 +32,7 @@ def chart(cells: Sequence[Cell], dataset_path: str | None, device: torch.device)
         if model is not None:
             places = embed(features(model, [clean, triggered], device))
             title = "no defense" if cell.undefended else cell.name
-            panels.append(Panel(title, series=_series(places, clean, dataset.class_names)))
+            panels.append(Panel(title, series=_series(places, clean, dataset.class_names), bare=True))
     caption = (
         "Each panel is one model, its axes have no unit: only who lies near whom counts. With a backdoor the triggered images (x) form an island of"
         " their own or lie with the target class. After a defense that works they lie among the classes that they show."

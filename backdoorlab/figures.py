@@ -50,7 +50,7 @@ def _panel(ax: object, panel: Panel) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(ax, Axes)
-    ax.set_title(_plain(panel.title), fontsize=8)
+    ax.set_title(_plain(panel.title), fontsize=8, wrap=True)
     ax.set_xlabel(_plain(panel.x_label))
     ax.set_ylabel(_plain(panel.y_label))
     if panel.grid is not None:
@@ -66,12 +66,16 @@ def _panel(ax: object, panel: Panel) -> None:
             places = [place + offset for place in y if place is not None]
             ax.barh(places, [float(x or 0) for x in series.x], height=0.8 / len(bars), color=colour)
         elif series.kind == "points":
-            ax.plot(series.x, y, linestyle="", marker=_marker(series.look), color=colour, markersize=4.5, markeredgecolor="white", markeredgewidth=0.4)
+            edge = {} if series.look == TEXT else {"markeredgecolor": "white", "markeredgewidth": 0.4}
+            ax.plot(series.x, y, linestyle="", marker=_marker(series.look), color=colour, markersize=3 if panel.bare else 4.5, **edge)
         else:
             marker = _marker(series.look) if len(series.x) <= 40 else ""
             ax.plot(series.x, y, linestyle=":" if series.kind == "dotted" else "-", marker=marker, color=colour, markersize=3, linewidth=1)
     if panel.log_x:
         ax.set_xscale("log")
+    if panel.bare:
+        ax.set_xticks([])
+        ax.set_yticks([])
     if panel.x_range:
         ax.set_xlim(*panel.x_range)
     if panel.y_range:

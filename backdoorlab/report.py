@@ -247,17 +247,18 @@ def means_table(groups: Sequence[Group]) -> str:
     columns = [
         _words("attack", lambda group: named[id(group)].attack),
         Column("defense", defense, lambda group: named[id(group)].defense),
-        _words("data set", lambda group: group.first.dataset),
-        _number("poison %", lambda group: group.first.poison_rate, lambda rate: f"{100 * rate:g}"),
-        _words("assumes", lambda group: _assumed(group.first)),
         _mean("clean acc", "clean_accuracy"),
         _mean("ASR", "asr"),
         _mean("RA", "robust_accuracy"),
         _mean("DER", "der"),
+        _number("n", lambda group: group.n, lambda n: f"{n:.0f}"),
+        _words("assumes", lambda group: _assumed(group.first)),
+        _words("data set", lambda group: group.first.dataset),
+        _number("poison %", lambda group: group.first.poison_rate, lambda rate: f"{100 * rate:g}"),
         _mean("TPR", "tpr"),
         _mean("FPR", "fpr"),
         _mean("seconds", "seconds", scale=1),
-        _number("n", lambda group: group.n, lambda n: f"{n:.0f}"),
+        _words("records", lambda group: ", ".join(dict.fromkeys(row.record for row in group.rows))),
     ]
     return _table(columns, [(group, _filters(group.first)) for group in groups])
 
@@ -268,8 +269,6 @@ def runs_table(cells: Sequence[Cell]) -> str:
         _words("record", lambda line: line.row.record),
         _words("attack", lambda line: line.row.attack),
         Column("defense", _defense, lambda line: line.name),
-        _words("data set", lambda line: line.row.dataset),
-        _number("seed", lambda line: line.row.seed, lambda seed: f"{seed:.0f}"),
         _number("clean acc", lambda line: line.row.clean_accuracy, _as_percent),
         _number("ASR", lambda line: line.row.asr, _as_percent),
         _number("RA", lambda line: line.row.robust_accuracy, _as_percent),
@@ -281,6 +280,8 @@ def runs_table(cells: Sequence[Cell]) -> str:
         _number("forward", lambda line: line.row.forward, lambda value: f"{value:,.0f}"),
         _number("backward", lambda line: line.row.backward, lambda value: f"{value:,.0f}"),
         _words("assumes", lambda line: _assumed(line.row)),
+        _words("data set", lambda line: line.row.dataset),
+        _number("seed", lambda line: line.row.seed, lambda seed: f"{seed:.0f}"),
     ]
     lines: list[tuple[Any, dict[str, str]]] = []
     for own in _by_record(cells).values():
@@ -328,7 +329,9 @@ def _table(columns: Sequence[Column], lines: Iterable[tuple[Any, Mapping[str, st
 
 def _cell(column: Column, line: Any) -> str:
     value = column.value(line)
-    return f'<td class="{_class(column)}" data-v="{"" if value is None else escape(str(value))}">{column.shown(line)}</td>'
+    text = "" if value is None else escape(str(value))
+    title = "" if column.number else f' title="{text}"'
+    return f'<td class="{_class(column)}" data-v="{text}"{title}>{column.shown(line)}</td>'
 
 
 def _class(column: Column) -> str:
@@ -368,13 +371,13 @@ def _article(cells: Sequence[Cell], own: Sequence[Chart]) -> str:
     attack = "unknown: a stranger's model or data" if row.attack == "unknown" else "none: trained on clean data, the control" if row.attack == "none" else row.attack
     facts = {
         "attack": attack,
-        "target": None if target is None else f"class {target}" + (f", {classes[target]}" if target < len(classes) else ""),
+        "target": None if target is None else f"class {target}" + (f", {classes[target]}" if target < len(classes) and classes[target] != str(target) else ""),
         "poisoned": poisoned,
         "data set": f"{row.dataset}, {info['num_classes']} classes, images {'x'.join(map(str, info['dataset']['image_shape']))}",
         "network": row.architecture,
         "seed": str(row.seed),
         "made on": row.device,
-        "defenses": "no defense was run on this record" if len(cells) == 1 else f"{len(cells) - 1} finished runs",
+        "defenses": "no defense was run on this record" if len(cells) == 1 else f"{len(cells) - 1} finished run{'s' if len(cells) > 2 else ''}",
     }
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items() if text)
     settings = escape(", ".join(f"{name} {value}" for name, value in sorted(info["config"].items()) if value is not None))

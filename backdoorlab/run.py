@@ -66,6 +66,7 @@ class Run:
         self.splits: dict[str, dict[str, Any]] = {}
         self.progress = Progress()
         self.flagged: Tensor | None = None
+        self.suspicion: Tensor | None = None
         self.pictures: dict[str, Sequence[Tensor]] = {}
         self._evaluator: Evaluator | None = None
         self._train_poison, self._score_every = train_poison, score_every
@@ -185,10 +186,14 @@ class Run:
     def say(self, text: str) -> None:
         tqdm.write(f"  {text}", file=sys.stderr)
 
-    def report_split(self, flagged: Tensor, name: str = "split") -> None:
-        """Score a bool (N,) mask over the training set that claims to be the poison. Returns nothing."""
+    def report_split(self, flagged: Tensor, name: str = "split", suspicion: Tensor | None = None) -> None:
+        """Score a bool (N,) mask over the training set that claims to be the poison. Returns nothing.
+
+        `suspicion`, float (N,), the larger the more suspect, is what the mask was decided by; it is kept for a histogram.
+        """
         if name == "split":
             self.flagged = flagged.cpu()
+            self.suspicion = None if suspicion is None else suspicion.detach().float().cpu()
         if self._train_poison is not None:
             self.splits[name] = quality = split_quality(flagged, self._train_poison)
             self._logged |= {f"{name}_flagged": quality["flagged"], f"{name}_missed": quality["missed"]}
@@ -262,8 +267,7 @@ class Run:
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         meta = dict(history=self.history, notes=self.notes, splits=self.splits, progress=vars(self.progress))
-        if self.flagged is not None:
-            tensors["flagged"] = self.flagged
+        tensors |= {name: value for name, value in (("flagged", self.flagged), ("suspicion", self.suspicion)) if value is not None}
         return tensors, meta
 
     def _save(self, path: Path, parts: dict[str, Any], **position: Any) -> None:
@@ -278,7 +282,7 @@ class Run:
             torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
         self.history, self.notes, self.splits = meta["history"], meta["notes"], meta["splits"]
         self.progress = Progress(**meta["progress"])
-        self.flagged = tensors.get("flagged")
+        self.flagged, self.suspicion = tensors.get("flagged"), tensors.get("suspicion")
         self._clock, self._passes = time.perf_counter(), (PASSES.forward, PASSES.backward)
 
 

@@ -212,7 +212,8 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         for name, images in run.pictures.items():
             save_sheet(final / f"{name}.png", images)
         if run.flagged is not None:
-            files.write_tensors(final / "split.safetensors", {"flagged": run.flagged})
+            decided = {} if run.suspicion is None else {"suspicion": run.suspicion}
+            files.write_tensors(final / "split.safetensors", {"flagged": run.flagged, **decided})
         result = {
             "schema": record.SCHEMA,
             "attack": found.info["attack"],

@@ -19,18 +19,18 @@ function trace(series, panel, shown) {
   const found = {
     name: plain(series.name), x: pick(series.x), y: pick(series.y).map((v) => (words ? plain(v) : v)),
     text: pick(series.hover.length ? series.hover : series.x.map(() => series.name)).map(plain),
-    marker: { color, symbol: shape, size: narrow() ? 8 : 9, opacity: 0.9, line: { width: series.look < 0 ? 2 : 0.6, color: series.look < 0 ? color : colour("--paper") } },
+    marker: { color, symbol: shape, size: panel.bare ? 6 : narrow() ? 8 : 9, opacity: 0.9, line: { width: panel.bare ? 1 : series.look < 0 ? 2 : 0.6, color: series.look < 0 ? color : colour("--paper") } },
     customdata: pick(series.cells),
   };
   const at = `${plain(panel.x_label)} %{x:.4~g}` + (words ? "" : `<br>${plain(panel.y_label)} %{y:.4~g}`);
   found.hovertemplate = `%{text}<br>${at}<extra></extra>`;
   if (series.kind === "bars") {
-    return Object.assign(found, { type: "bar", orientation: "h", marker: { color } });
+    return Object.assign(found, { type: "bar", orientation: "h", marker: { color }, texttemplate: "%{x:.1f}", textposition: "outside", cliponaxis: false });
   }
   found.type = "scatter";
   if (series.kind === "points") { found.mode = "markers"; return found; }
   found.mode = series.x.length > 40 ? "lines" : "lines+markers";
-  found.marker.size = 6;
+  found.marker.size = 7;
   found.line = { color, width: 1.6, dash: series.kind === "dotted" ? "dot" : "solid" };
   return found;
 }
@@ -44,21 +44,32 @@ function gridTrace(grid) {
   };
 }
 
+// Round numbers on a logarithmic axis: 1, 2 and 5 of each decade where there are few of them.
+function decades(values) {
+  const low = Math.floor(Math.log10(Math.min(...values))), high = Math.ceil(Math.log10(Math.max(...values)));
+  const tickvals = [];
+  for (let k = low; k <= high; k++) for (const m of high - low > 3 ? [1] : [1, 2, 5]) tickvals.push(m * 10 ** k);
+  return { tickvals, ticktext: tickvals.map((v) => v.toLocaleString("en")), tickmode: "array" };
+}
+
 function layout(panel) {
   const line = colour("--line");
   const axis = (label) => ({ title: { text: plain(label), standoff: 8 }, gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, fixedrange: narrow() });
   const rows = panel.grid ? panel.grid.rows.length : panel.lanes.length;
   const bars = panel.series.filter((s) => s.kind === "bars").length;
   const found = {
-    height: panel.grid ? 130 + 24 * rows : rows ? 100 + rows * (bars ? 12 + 11 * bars : 26) : 280,
-    margin: { l: 48, r: 14, t: 8, b: 44 }, showlegend: false, hovermode: "closest", dragmode: narrow() ? false : "zoom",
+    height: panel.grid ? 140 + 24 * rows : rows ? 110 + rows * (bars ? 12 + 11 * bars : 26) : 280,
+    margin: { l: 48, r: 14, t: narrow() ? 8 : 28, b: 44 }, showlegend: false, hovermode: "closest", dragmode: narrow() ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--ink"), size: 12 }, bargap: 0.25,
     xaxis: axis(panel.x_label), yaxis: axis(panel.y_label),
     hoverlabel: { bgcolor: colour("--field"), font: { color: colour("--ink") }, align: "left" },
+    modebar: { bgcolor: colour("--paper"), color: colour("--soft"), activecolor: colour("--link") },
   };
+  const last = Math.max(...panel.series.flatMap((s) => s.x.filter(Number.isFinite)));
+  if (panel.x_label.startsWith("epoch") && last <= 8) found.xaxis.dtick = 1;
   if (panel.x_range) found.xaxis.range = panel.x_range;
   if (panel.y_range) found.yaxis.range = panel.y_range;
-  if (panel.log_x) Object.assign(found.xaxis, { type: "log", dtick: 1 });
+  if (panel.log_x) Object.assign(found.xaxis, { type: "log" }, decades(panel.series.flatMap((s) => s.x)));
   if (panel.lanes.length) {
     Object.assign(found.yaxis, { type: "category", categoryorder: "array", categoryarray: panel.lanes.map(plain), range: [panel.lanes.length - 0.5, -0.5] });
   }
@@ -66,33 +77,34 @@ function layout(panel) {
     Object.assign(found.xaxis, { type: "category", tickangle: -45, showgrid: false });
     Object.assign(found.yaxis, { type: "category", autorange: "reversed", showgrid: false });
   }
-  if (!panel.grid && !panel.x_label && !panel.y_label) {
-    found.height = 300;
-    for (const side of [found.xaxis, found.yaxis]) Object.assign(side, { showticklabels: false, zeroline: false });
+  if (panel.bare) {
+    Object.assign(found.margin, { l: 4, r: 4, b: 4 });
+    for (const side of [found.xaxis, found.yaxis]) Object.assign(side, { showticklabels: false, showgrid: false, zeroline: false, showline: true, mirror: true });
   }
   return found;
 }
 
-const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"], toImageButtonOptions: { format: "svg" } };
+const config = {
+  displaylogo: false, showSendToCloud: false, plotlyServerURL: "", responsive: true, toImageButtonOptions: { format: "svg" },
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]], // plotly's own choice offers to upload the chart
+};
 
 function draw(figure, shown) {
   const panels = charts.charts[figure.dataset.chart];
   const place = figure.querySelector(".panels");
+  while (place.children.length < panels.length) { // all boxes before the first chart, which takes the width that it finds
+    const box = document.createElement("div"), heading = document.createElement("h4"), plot = document.createElement("div");
+    heading.textContent = panels[place.children.length].title;
+    heading.hidden = !heading.textContent;
+    plot.className = "plot";
+    box.append(heading, plot);
+    place.append(box);
+  }
   panels.forEach((panel, i) => {
-    let box = place.children[i];
-    if (!box) {
-      box = document.createElement("div");
-      const heading = document.createElement("h4");
-      heading.textContent = panel.title;
-      heading.hidden = !panel.title;
-      const plot = document.createElement("div");
-      plot.className = "plot";
-      box.append(heading, plot);
-      place.append(box);
-    }
+    const box = place.children[i];
     const traces = panel.grid ? [gridTrace(panel.grid)] : panel.series.map((series) => trace(series, panel, shown));
     box.hidden = shown && panel.series.some((s) => s.cells.length) && traces.every((t) => !t.x.length);
-    if (!box.hidden) Plotly.react(box.lastChild, traces, layout(panel), config);
+    if (!box.hidden) Plotly.react(box.lastChild, traces, layout(panel), { ...config, displayModeBar: narrow() ? false : "hover" });
   });
 }
 
