@@ -47,6 +47,6 @@ setup(
         "backdoorlab.defense": "defense",
         "backdoorlab.resource": "resource",
     },
-    package_data={"backdoorlab.resource": ["config/*.yaml", "page/*"], "backdoorlab": ["py.typed"]},
+    package_data={"backdoorlab.resource": ["*.yaml", "config/*.yaml", "page/*"], "backdoorlab": ["py.typed"]},
     entry_points={"console_scripts": ["backdoorlab = backdoorlab.__main__:main"]},
 )

@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from . import datasets, engine, exporting, hub, importing, models, registry, report, scan, tables
+from . import bench, datasets, engine, exporting, forms, hub, importing, models, registry, report, results, scan, tables
 from .cli import guarded, one_line, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
@@ -28,8 +28,12 @@ class Table:
 
     names: Positional[tuple[str, ...]] = ()
     """Records to show; none means all."""
-    format: Annotated[tables.Format, arg(aliases=["-f"])] = "text"
+    format: Annotated[forms.Format, arg(aliases=["-f"])] = "text"
     """text, markdown, csv or latex."""
+    mean: bool = False
+    """A row for the mean over seeds of each experiment, with published numbers and a test over attacks, instead of a row for each run."""
+    worst: bool = False
+    """As mean, with the worst seed's own numbers."""
     record_root: str | None = None
     """Folder of records."""
     debug: bool = False
@@ -102,7 +106,11 @@ class Pull:
 
 def table(options: Table) -> int:
     root = record_root(options.record_root)
-    print(tables.render(tables.rows([Record.load(name, root) for name in _names(options.names, root)]), options.format), end="")
+    records = [Record.load(name, root) for name in _names(options.names, root)]
+    if options.mean or options.worst:
+        tables.show(tables.means(results.rows(records), options.format, worst=options.worst), options.format)
+    else:
+        print(tables.render(tables.rows(records), options.format), end="")
     return 0
 
 
@@ -195,6 +203,7 @@ def _writable(folder: Path) -> str:
 
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "table": (Table, table),
+    "bench": (bench.Bench, bench.bench),
     "report": (report.Report, report.report),
     "import": (importing.Import, importing.import_record),
     "export": (exporting.Export, exporting.export_record),
@@ -210,7 +219,8 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
 
   attack NAME --save_folder_name RECORD   run an attack (the same as python attack/NAME.py ...)
   defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
-  table [RECORD ...] [--format FORMAT]    records and defenses side by side
+  table [RECORD ...] [--format FORMAT]    records and defenses side by side; --mean True: over seeds
+  bench --config GRID                     attacks x defenses x seeds: runs what is missing, then shows the means
   report [RECORD ...] --html FILE         the same as a page to look at, offline; --figures DIR for papers
   import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH), or your own --weights
   export RECORD ...                       to BackdoorBench (--to backdoorbench PATH), or a model (--weights FILE)

@@ -8,7 +8,7 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -195,7 +195,7 @@ def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], da
         place = 0
         for section in (kind, method):
             if section in sections:
-                layers.insert(place, (file, _flags(config_class, sections[section], f"{file}: {section}")))
+                layers.insert(place, (file, as_flags(config_class, sections[section], f"{file}: {section}")))
                 place += 1
         config = _parse_flags(config_class, layers, prog)
         short = sections.get("short_run", {})
@@ -203,7 +203,7 @@ def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], da
             raise UserError(f"{file}: short_run needs a line `epochs_below: N`")
         if kind == "attack" and short and config.epochs < short["epochs_below"]:
             values = {key: value for key, value in short.items() if key != "epochs_below"}
-            layers.insert(place, (f"{file}: short_run", _flags(config_class, values, f"{file}: short_run")))
+            layers.insert(place, (f"{file}: short_run", as_flags(config_class, values, f"{file}: short_run")))
             config = _parse_flags(config_class, layers, prog)
     return Parsed(config, _origins(config_class, layers))
 
@@ -254,10 +254,10 @@ def _yaml_layer(config_class: type[Any], path: str) -> tuple[str, list[str]]:
     if not file.exists():
         preset = registry.resource("config") / f"{path}.yaml"
         if not preset.exists():
-            presets = sorted(p.stem for p in registry.resource("config").glob("*.yaml"))
+            presets = sorted(p.stem for p in registry.resource("config").glob("*.yaml") if not p.stem.startswith("bench_"))
             raise UserError(f"--yaml_path {path}: no such file, and no preset of that name. Presets: {', '.join(presets)}")
         file = preset
-    return file.name, _flags(config_class, _read_yaml(file), str(file))
+    return file.name, as_flags(config_class, read_yaml(file), str(file))
 
 
 def _dataset_yaml(dataset: str) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def _dataset_yaml(dataset: str) -> dict[str, Any]:
     file = registry.resource("config") / f"{dataset}.yaml"
     if Path(dataset).name != dataset or not file.exists():  # a name, never a path
         return {}
-    found = _read_yaml(file)
+    found = read_yaml(file)
     known = {"attack", "defense", "short_run", *registry.available("attack"), *registry.available("defense")}
     for section in found:
         if section not in known:
@@ -275,7 +275,8 @@ def _dataset_yaml(dataset: str) -> dict[str, Any]:
     return {"file": file.name, **found}
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Lines of `key: value`; anything else is one line that names the file."""
     try:
         found = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -285,7 +286,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return found
 
 
-def _flags(config_class: type[Any], values: dict[str, Any], where: str) -> list[str]:
+def as_flags(config_class: type[Any], values: Mapping[str, Any], where: str) -> list[str]:
+    """Keys and values of a YAML file as flags; an unknown key is answered with the closest one."""
     known = _flag_names(config_class)
     flags = []
     for key, value in values.items():

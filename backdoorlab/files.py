@@ -93,7 +93,7 @@ def replace_folder(stage: Path, target: Path) -> None:
     """
     _sync_tree(stage)
     aside, trash = _aside(target), target.with_name(f".{target.name}.trash")
-    descriptor = _try_lock(target)  # the lock moves along with the folder and keeps `recover` in other processes away
+    descriptor = try_lock(target)  # the lock moves along with the folder and keeps `recover` in other processes away
     try:
         os.rename(target, aside)
         try:
@@ -105,7 +105,7 @@ def replace_folder(stage: Path, target: Path) -> None:
         remove(trash)
         os.rename(aside, trash)  # from here on, nobody takes the half-deleted folder for one to put back
     finally:
-        _unlock(descriptor)
+        unlock(descriptor)
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -113,7 +113,7 @@ def recover(target: Path) -> None:
     """Put back the folder that a killed `replace_folder` moved aside, or delete it where the new one is in place."""
     aside, deadline = _aside(target), time.monotonic() + PATIENCE
     while aside.is_dir():
-        descriptor = _try_lock(aside)
+        descriptor = try_lock(aside)
         if descriptor is None and time.monotonic() < deadline:  # its writer is between two renames
             time.sleep(0.005)
             continue
@@ -126,7 +126,7 @@ def recover(target: Path) -> None:
         except FileNotFoundError:  # another process was faster
             pass
         finally:
-            _unlock(descriptor)
+            unlock(descriptor)
         return
 
 
@@ -144,7 +144,7 @@ def locked(folder: Path) -> Iterator[None]:
     deadline = time.monotonic() + PATIENCE
     while True:
         make_folder(folder)
-        descriptor = _try_lock(folder)
+        descriptor = try_lock(folder)
         if descriptor is not None:
             break
         holder = _holder(folder)
@@ -158,7 +158,7 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # where nothing else came of it, nothing is left of it
             (folder / HOLDER).unlink()
             folder.rmdir()
-        _unlock(descriptor)
+        unlock(descriptor)
 
 
 def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
@@ -168,17 +168,17 @@ def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
     for stage in folder.glob("*.partial"):
         if stage.is_symlink() or not stage.is_dir():
             continue
-        descriptor = _try_lock(stage)
+        descriptor = try_lock(stage)
         if descriptor is None:
             continue
         try:
             if stale(stage):
                 shutil.rmtree(stage, ignore_errors=True)
         finally:
-            _unlock(descriptor)
+            unlock(descriptor)
 
 
-def _try_lock(folder: Path) -> int | None:
+def try_lock(folder: Path) -> int | None:
     """A descriptor that holds the folder while it is open; None where another process holds it or has just removed it."""
     try:
         import fcntl
@@ -202,7 +202,7 @@ def _try_lock(folder: Path) -> int | None:
     return None
 
 
-def _unlock(descriptor: int | None) -> None:
+def unlock(descriptor: int | None) -> None:
     if descriptor is not None and descriptor >= 0:
         os.close(descriptor)
 

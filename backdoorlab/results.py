@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,16 +167,25 @@ class Comparison:
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-def rows(records: Iterable[Record]) -> list[Row]:
-    """For each record a row as it was attacked, then one for each finished result: by method, plain runs before named ones."""
-    return [row for record in records for row in (_undefended(record), *(_defended(record, *found) for found in results(record.folder)))]
+def rows(records: Iterable[Record], only: Container[tuple[str, str, str]] | None = None) -> list[Row]:
+    """For each record a row as it was attacked, then one for each finished result: by method, plain runs before named ones.
+
+    With `only`, those results alone whose (record, defense, run) is in it.
+    """
+    found = []
+    for record in records:
+        found.append(_undefended(record))
+        for folder in result_folders(record.folder):
+            defense, run = folder.parent.name, folder.name
+            if only is None or (record.name, defense, run) in only:
+                found.append(_defended(record, defense, run, read_result(folder)))
+    return found
 
 
-def results(folder: Path) -> list[tuple[str, str, dict[str, Any]]]:
-    """(defense, run, result.json) of each finished result below a record's folder; a damaged one is a UserError that names it."""
-    found = [p.parent for p in (folder / "defense").glob("*/*/result.json") if not p.parent.name.endswith(".partial")]
-    found.sort(key=lambda run: (run.parent.name, not run.name.startswith("seed"), *_natural(run.name)))
-    return [(run.parent.name, run.name, read_result(run)) for run in found]
+def result_folders(folder: Path) -> list[Path]:
+    """Where the finished results below a record's folder lie."""
+    found = [path.parent for path in (folder / "defense").glob("*/*/result.json") if not path.parent.name.endswith(".partial")]
+    return sorted(found, key=lambda run: (run.parent.name, not run.name.startswith("seed"), *_natural(run.name)))
 
 
 def _undefended(record: Record) -> Row:
@@ -324,11 +333,8 @@ def remarks(found: Iterable[Row]) -> list[str]:
     everything = list(found)
     groups = grouped(everything)
     said = []
-    for kind, families in (("attack", _families(groups, attack=True)), ("defense", _families(groups, attack=False))):
-        for name, traits in families:
-            keys = _differing(traits)
-            if keys:
-                said.append(f"{name}: {len(traits)} experiments that differ in {_listed(keys)} are kept apart, not averaged ({kind})")
+    for name, traits in (*_families(groups, attack=True), *_families(groups, attack=False)):
+        said.append(f"{name}: {len(traits)} experiments that differ in {_listed(_differing(traits))} are kept apart, not averaged")
     counted = {(row.record, row.defense, row.run) for group in groups for row in group.rows}
     repeats = [row for row in everything if (row.record, row.defense, row.run) not in counted]
     for row in repeats:

@@ -1,21 +1,30 @@
-"""Side by side: records and what each defense left of them, as text, Markdown, CSV or LaTeX."""
+"""Side by side: what each defense left of each record, a row for a run, or a row for the mean over seeds."""
 
-import csv
-import io
+import sys
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any
 
-from . import registry, results
+from . import forms, registry, reported, results
+from .forms import HOLE, Format, Row, Table
 from .record import ASSUMABLE, Record
+from .results import BASELINE, UNDEFENDED, Group, Label, Metric
 
-Format = Literal["text", "markdown", "csv", "latex"]
-HOLE = "-"
 COLUMNS = ["record", "attack", "defense", "assumes", "clean acc %", "ASR %", "RA %", "DER %", "TPR %", "FPR %", "seconds"]
-NUMBERS = COLUMNS[4:]
+SCORES: dict[str, Metric] = {
+    "clean acc %": "clean_accuracy",
+    "ASR %": "asr",
+    "RA %": "robust_accuracy",
+    "DER %": "der",
+    "TPR %": "tpr",
+    "FPR %": "fpr",
+    "seconds": "seconds",
+}
+"""Columns of numbers, and what they show."""
+MARK = " †"
+"""After the DER of a defense that is no better than fine-tuning."""
 
-LATEX = {c: f"\\{c}" for c in "%_&#${}"} | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
 
-Row = dict[str, str]
+# --- a row for each run ------------------------------------------------------------------------------------------
 
 
 def rows(records: Iterable[Record]) -> list[Row]:
@@ -30,51 +39,19 @@ def rows(records: Iterable[Record]) -> list[Row]:
     return found
 
 
+def render(found: Sequence[Row], form: Format) -> str:
+    """The rows in one of the four forms, with a trailing newline."""
+    return forms.render(Table(COLUMNS, found, list(SCORES), ["record"]), form)
+
+
+def text(found: Sequence[Row]) -> str:
+    """The rows as aligned text."""
+    return render(found, "text").removesuffix("\n")
+
+
 def assumes(words: Sequence[str]) -> str:
     """What a defense needs, in the words of the table."""
     return " + ".join(ASSUMABLE[word].removeprefix("poisoned ") for word in words) or "nothing"
-
-
-def render(found: list[Row], form: Format) -> str:
-    """The rows in one of the four forms, with a trailing newline."""
-    return {"text": text, "markdown": markdown, "csv": as_csv, "latex": latex}[form](found) + "\n"
-
-
-def text(found: list[Row]) -> str:
-    """Aligned columns; numbers to the right; a line between records."""
-    widths = [max(len(column), *(len(row[column]) for row in found)) if found else len(column) for column in COLUMNS]
-    lines = [_line(COLUMNS, widths), "  ".join("-" * width for width in widths)]
-    for before, row in zip([None, *found], found, strict=False):
-        if before is not None and before["record"] != row["record"]:
-            lines.append("")
-        lines.append(_line([row[column] for column in COLUMNS], widths))
-    return "\n".join(lines)
-
-
-def markdown(found: list[Row]) -> str:
-    """A GitHub table."""
-    marks = ["---:" if column in NUMBERS else "---" for column in COLUMNS]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (COLUMNS, marks, *([row[c] for c in COLUMNS] for row in found)))
-
-
-def as_csv(found: list[Row]) -> str:
-    """Comma-separated, a hole being an empty cell."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([["" if row[c] == HOLE else row[c] for c in COLUMNS] for row in found])
-    return stream.getvalue().rstrip("\n")
-
-
-def latex(found: list[Row]) -> str:
-    """A booktabs tabular."""
-    lines = [r"\begin{tabular}{" + "".join("r" if c in NUMBERS else "l" for c in COLUMNS) + "}", r"\toprule"]
-    lines += [_latex_line(COLUMNS), r"\midrule"]
-    for before, row in zip([None, *found], found, strict=False):
-        if before is not None and before["record"] != row["record"]:
-            lines.append(r"\midrule")
-        lines.append(_latex_line([row[c] for c in COLUMNS]))
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
 def _cells(row: results.Row) -> Row:
@@ -83,14 +60,8 @@ def _cells(row: results.Row) -> Row:
         "record": row.record,
         "attack": row.attack,
         "defense": defense + (" COLLAPSED" if row.collapsed else ""),
-        "assumes": HOLE if row.defense == results.UNDEFENDED else assumes(row.assumes),
-        "clean acc %": _percent(row.clean_accuracy),
-        "ASR %": _percent(row.asr),
-        "RA %": _percent(row.robust_accuracy),
-        "DER %": _percent(row.der),
-        "TPR %": _percent(row.tpr),
-        "FPR %": _percent(row.fpr),
-        "seconds": _whole(row.seconds),
+        "assumes": _assumes(row),
+        **{column: _number(metric, getattr(row, metric)) for column, metric in SCORES.items()},
     }
 
 
@@ -99,18 +70,118 @@ def _hole(undefended: results.Row, defense: str) -> Row:
     return dict.fromkeys(COLUMNS, HOLE) | {"record": undefended.record, "attack": undefended.attack, "defense": defense, "assumes": needs}
 
 
-def _percent(value: float | None) -> str:
-    return HOLE if value is None else f"{100 * value:.2f}"
+# --- a row for each mean -----------------------------------------------------------------------------------------
 
 
-def _whole(value: float | None) -> str:
-    return HOLE if value is None else f"{value:.0f}"
+def means(found: Sequence[results.Row], form: Format = "text", *, defenses: Sequence[str] = (), worst: bool = False) -> Table:
+    """Mean ± sd over seeds for each data set, attack, rate and defense; or, with `worst`, the worst seed's own numbers.
+
+    `defenses` are given a row of holes where they were not run. Numbers that others have published stand beside ours where there are any.
+    """
+    groups = results.grouped(found)
+    labels = results.labels(groups)
+    weak = results.no_better_than_baseline(groups)
+    lines: list[dict[str, str]] = []
+    for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
+        lines.append(_mean(group, label, bool(weak[number]), form, worst))
+        last = number + 1 == len(groups) or groups[number + 1].first.attack_key != group.first.attack_key
+        if last:
+            run = {other.first.defense for other in groups if other.first.attack_key == group.first.attack_key}
+            lines += [_missing(lines[-1], name) for name in defenses if name not in run]
+    scores = list(SCORES)
+    if form == "csv" and not worst:
+        scores = [name for column in SCORES for name in (column, f"{column} sd")]
+    columns = ["data", "attack", "poison %", "defense", "assumes", "seed" if worst else "n", *scores]
+    if any("reported" in line for line in lines):
+        columns.append("reported")
+    filled = [{column: line.get(column, HOLE) for column in columns} for line in lines]
+    return Table(columns, filled, ["poison %", "n", "seed", *scores], ["data", "attack", "poison %"], _notes(found, groups, weak, worst))
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    aligned = (cell.rjust(width) if column in NUMBERS else cell.ljust(width) for column, cell, width in zip(COLUMNS, cells, widths, strict=True))
-    return "  ".join(aligned).rstrip()
+def show(table: Table, form: Format) -> None:
+    """Print a table; the notes of a CSV, which has no place for them, go to the other stream."""
+    print(forms.render(table, form), end="")
+    if form == "csv" and table.notes:
+        print("\n".join(table.notes), file=sys.stderr)
 
 
-def _latex_line(cells: Sequence[str]) -> str:
-    return " & ".join("".join(LATEX.get(character, character) for character in cell) for cell in cells) + r" \\"
+def _mean(group: Group, label: Label, weak: bool, form: Format, worst: bool) -> dict[str, str]:
+    row = group.worst if worst else group.first
+    collapsed = "" if not group.collapsed else " COLLAPSED" + (f" {group.collapsed} of {group.n}" if group.n > 1 else "")
+    cells = {
+        "data": row.dataset,
+        "attack": label.attack,
+        "poison %": HOLE if row.poison_rate is None else f"{100 * row.poison_rate:g}",
+        "defense": label.defense + collapsed,
+        "assumes": _assumes(row),
+        "n": str(group.n),
+        "seed": str(row.seed),
+    }
+    for column, metric in SCORES.items():
+        if worst:
+            cells[column] = _number(metric, getattr(row, metric))
+            continue
+        score = group.score(metric)
+        cells[column] = _number(metric, score and score.mean)
+        spread = _number(metric, score and score.sd)
+        if form == "csv":
+            cells[f"{column} sd"] = spread
+        elif spread != HOLE:
+            cells[column] += f" ± {spread}"
+    if weak and form != "csv":
+        cells["DER %"] += MARK
+    published = [f"{_percents(number)} [{number.key}]" for number in reported.beside(row)]
+    return cells | ({"reported": "; ".join(published)} if published else {})
+
+
+def _missing(like: dict[str, str], defense: str) -> dict[str, str]:
+    needs = assumes(registry.load("defense", defense).assumes) if defense in registry.available("defense") else HOLE
+    return {key: like[key] for key in ("data", "attack", "poison %")} | {"defense": defense, "assumes": needs, "n": "0"}
+
+
+def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence[bool | None], worst: bool) -> list[str]:
+    """What the numbers mean, and what was kept out of them."""
+    said = []
+    if groups and worst:
+        said.append("Each row is one model: the seed with the lowest DER (the lowest clean accuracy without an attack).")
+    elif groups:
+        said.append("Mean ± standard deviation over n seeds; seconds without evaluation.")
+    if groups:
+        said.append("RA: triggered images that get their true label. DER: 50 is no effect, 100 is an ASR from 100 to 0 at no cost in accuracy.")
+    for dataset in dict.fromkeys(group.first.dataset for group in groups):
+        networks = dict.fromkeys(f"{row.architecture}, {row.train_size:,} training images" for row in found if row.dataset == dataset)
+        said.append(f"{dataset}: {'; '.join(networks)}.")
+    if any(weak):
+        said.append(f"†: no better than fine-tuning ({BASELINE}) in DER on the same records.")
+    said += [remark + "." for remark in results.remarks(found)]
+    comparisons = results.compare(groups)
+    for dataset in dict.fromkeys(comparison.dataset for comparison in comparisons):
+        said.append(_tested([comparison for comparison in comparisons if comparison.dataset == dataset]))
+    sources = {number.key: number for group in groups for number in reported.beside(group.first)}
+    return said + [f"[{key}] clean acc / ASR %: {number.source}; {number.protocol}." for key, number in sources.items()]
+
+
+def _tested(comparisons: Sequence[results.Comparison]) -> str:
+    """Each defense's mean lead over fine-tuning on one data set, and what may be concluded."""
+    leads = ", ".join(
+        f"{c.defense} {100 * c.difference:+.2f}" + (f" (p {c.p:.2g}, Holm {c.holm:.2g})" if c.attacks >= results.fewest_attacks(1) else "")
+        for c in comparisons
+    )
+    return f"{comparisons[0].dataset}, DER minus {BASELINE}'s, mean over attacks: {leads}. {results.verdict(comparisons)}"
+
+
+# --- cells -------------------------------------------------------------------------------------------------------
+
+
+def _assumes(row: results.Row) -> str:
+    return HOLE if row.defense == UNDEFENDED else assumes(row.assumes)
+
+
+def _percents(number: reported.Reported) -> str:
+    return " / ".join(_number(metric, number.scores[metric]) for metric in ("clean_accuracy", "asr") if metric in number.scores)
+
+
+def _number(metric: str, value: Any) -> str:
+    if value is None:
+        return HOLE
+    return f"{value:.0f}" if metric == "seconds" else f"{100 * value:.2f}"

@@ -148,5 +148,5 @@ def test_what_a_defense_assumes_in_words() -> None:
 
 def test_latex_escapes() -> None:
     row = dict.fromkeys(tables.COLUMNS, "-") | {"record": "a_b&c%d#e"}
-    line = tables.latex([row]).splitlines()[4]
+    line = tables.render([row], "latex").splitlines()[4]
     assert line.startswith(r"a\_b\&c\%d\#e &")

@@ -340,7 +340,7 @@ def opened_everywhere(data: bytes, record: Record, root: Path) -> int:
     attempt(lambda: files.read_json(root / "run.json"))
     attempt(lambda: datasets._read_cache(root, "mine"))
     attempt(lambda: datasets._class_names(root, 3))
-    attempt(lambda: configs._read_yaml(root / "mine.yaml"))
+    attempt(lambda: configs.read_yaml(root / "mine.yaml"))
     return taken
 
 

@@ -1,0 +1,123 @@
+"""A grid becomes cells: names, commands, and every mistake in one line before anything runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from backdoorlab import grid, registry
+from backdoorlab.errors import UserError
+
+
+def write(folder: Path, **content: Any) -> str:
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def cells(path: str | None = None, **flags: str) -> list[grid.Cell]:
+    return grid.cells(grid.read(path, **flags))
+
+
+def test_the_digits_grid_is_three_attacks_six_defenses_three_seeds() -> None:
+    found = cells("bench_digits")
+    assert sum(cell.kind == "attack" for cell in found) == 9 and sum(cell.kind == "defense" for cell in found) == 54
+    assert {cell.record for cell in found} >= {"digits-badnet-0.1-s0", "digits-blended-0.1-s2", "digits-badnet-random-0.1-s1"}
+    assert len({cell.name for cell in found}) == len(found) == len({cell.folder(Path("r")) for cell in found})
+
+
+def test_a_name_holds_data_network_preset_attack_rate_and_seed(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        datasets=[{"digits": {"model": "preactresnet10", "width": 8}}],
+        attacks=["none", {"blended-faint": {"method": "blended", "alpha": 0.1, "poison_rate": 0.05}}],
+        defenses=["ft", {"sau-lite": {"method": "sau", "yaml_path": "sau_lite"}}],
+        poison_rates=[0.1, 0.01],
+        seeds=[3],
+    )
+    names = [cell.name for cell in cells(path)]
+    record = "digits-preactresnet10-w8-{}-s3"
+    assert names == [
+        record.format("none"),
+        record.format("none") + " ft seed3",
+        record.format("none") + " sau lite-s3",
+        record.format("blended-faint-0.05"),
+        record.format("blended-faint-0.05") + " ft seed3",
+        record.format("blended-faint-0.05") + " sau lite-s3",
+    ]
+    lite = cells(path)[2]
+    assert lite.flags[:6] == ("--result_file", record.format("none"), "--run_name", "lite-s3", "--seed", "3")
+    (tmp_path / "quick.yaml").write_text("epochs: 3")
+    quick = cells(write(tmp_path, attacks=["badnet"], defenses=[], seeds=[0], attack={"yaml_path": str(tmp_path / "quick.yaml")}))
+    assert [cell.name for cell in quick] == ["digits-quick-badnet-0.1-s0"] and json.loads(quick[0].settings)["epochs"] == 3
+
+
+def test_a_cells_settings_are_those_of_its_command() -> None:
+    """What the grid expects in record.json is what the command's own parser makes of the flags."""
+    from backdoorlab import runner
+
+    for cell in cells("bench_digits"):
+        method = registry.load(cell.kind, cell.method)
+        if cell.kind == "attack":
+            config = runner.attack_job(method, cell.flags, "test").config
+            assert config.save_folder_name == cell.record
+            assert json.loads(cell.settings) == json.loads(grid.settings_of(config.science()))
+    assert json.loads(cells("bench_digits")[4].settings)["epochs"] == 20, "ft's epochs on the digits, from digits.yaml"
+
+
+def test_flags_replace_the_files_lists_and_keep_its_entries() -> None:
+    found = cells("bench_digits", attacks="badnet-random", defenses="ft", seeds="7")
+    assert [cell.name for cell in found] == ["digits-badnet-random-0.1-s7", "digits-badnet-random-0.1-s7 ft seed7"]
+    assert json.loads(found[0].settings)["position"] == "random"
+
+
+def test_all_is_every_method_there_is() -> None:
+    found = cells(None, attacks="all", defenses="all", seeds="0")
+    assert {cell.method for cell in found if cell.kind == "attack"} == set(registry.available("attack")) - {"none"}
+    assert {cell.method for cell in found if cell.kind == "defense"} == set(registry.available("defense"))
+    named = cells(None, attacks="all,none", defenses="ft", seeds="0")
+    assert {cell.method for cell in named if cell.kind == "attack"} == set(registry.available("attack")), "none where it is named"
+
+
+def test_a_method_with_options_beside_all(tmp_path: Path) -> None:
+    found = cells(write(tmp_path, attacks=["badnet"], defenses=["all", {"ft": {"epochs": 3}}], seeds=[0]))
+    epochs = [json.loads(cell.settings)["epochs"] for cell in found if cell.method == "ft"]
+    assert epochs == [3], "the named entry takes the place of the one that `all` brings"
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "complaint"),
+    [
+        ({"attacks": ["badnt"]}, {}, r"grid.yaml: unknown attack 'badnt'. Did you mean 'badnet'\? Known: "),
+        ({"attacks": ["badnet"], "defenses": ["sauu"]}, {}, r"unknown defense 'sauu'. Did you mean 'sau'\?"),
+        ({"attacks": ["badnet"], "seed": [0]}, {}, r"unknown key 'seed'. Did you mean 'seeds'\? Known: datasets, "),
+        ({"attacks": []}, {}, "an empty grid; attacks names nothing"),
+        ({"attacks": ["badnet"], "seeds": []}, {}, "an empty grid; seeds names nothing"),
+        ({"attacks": ["badnet"]}, {"datasets": ""}, "an empty grid; datasets names nothing"),
+        ({}, {}, "expected lines of|an empty grid"),
+        ({"defenses": ["ft"]}, {}, "an empty grid; name a file with --config, or attacks with --attacks"),
+        ({"attacks": ["badnet"], "seeds": ["one"]}, {}, "seeds: expected whole numbers, got 'one'"),
+        ({"attacks": ["badnet"], "poison_rates": [1.5]}, {}, "1.5"),
+        ({"attacks": [{"badnet": {"positon": "random"}}]}, {}, r"badnet: unknown key 'positon'. Did you mean 'position'\?"),
+        ({"attacks": ["badnet"], "defense": {"epoch": 2}}, {}, "unknown key 'epoch'"),
+        ({"attacks": [{"badnet": {"seed": 3}}]}, {}, "seed is set by the grid"),
+        ({"attacks": [{"badnet": {"position": "middle"}}]}, {}, "position"),
+        ({"attacks": [{"bad/net": {"method": "badnet"}}]}, {}, "is no name"),
+        ({"attacks": [["badnet"]]}, {}, "expected names, or"),
+        ({"attacks": [{"a": {"method": "badnet"}, "b": {}}]}, {}, "expected names, or"),
+        ({"attacks": ["badnet"], "attack": 3}, {}, "expected lines of `key: value`, found 3"),
+        ({"attacks": ["badnet"], "defenses": [{"sau-x": {"method": "sau"}}, {"sau_x": {"method": "sau"}}]}, {}, "give one of them another label"),
+    ],
+)
+def test_mistakes(tmp_path: Path, content: dict[str, Any], flags: dict[str, str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        cells(write(tmp_path, **content), **flags)
+
+
+def test_an_unknown_grid_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"no grid of that name. Did you mean 'bench_digits'\? Grids: bench_digits"):
+        grid.read("bench_digit")
+    with pytest.raises(UserError, match="an empty grid; name a file with --config"):
+        grid.read(None)

@@ -1,0 +1,276 @@
+"""What may enter one mean, and what may be concluded from it."""
+
+import dataclasses
+import itertools
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from backdoorlab import forms, reported, results, tables
+from backdoorlab.results import Row
+
+
+def row(defense: str = "none", seed: int = 0, attack: str = "badnet", der: float | None = None, **values: Any) -> Row:
+    """A row of the digits; what is not said is the same in all."""
+    plain: dict[str, Any] = dict(
+        record=f"{attack}-s{seed}",
+        run="" if defense == "none" else f"seed{seed}",
+        attack=attack,
+        defense=defense,
+        assumes=() if defense == "none" else ("model", "trusted"),
+        dataset="digits",
+        fingerprint="a" * 64,
+        architecture="preactresnet10 w16",
+        poison_rate=0.1,
+        seed=seed,
+        defense_seed=None if defense == "none" else seed,
+        clean_accuracy=0.9,
+        asr=0.95 if defense == "none" else 0.1,
+        robust_accuracy=0.05,
+        asr_before=0.95,
+        der=der,
+        tpr=None,
+        fpr=None,
+        collapsed=False,
+        seconds=10.0,
+        forward=100,
+        backward=50,
+        peak_memory_bytes=1000,
+        train_size=1442,
+        device="cpu",
+        attack_settings=json.dumps({"code": "c0de", "label_mode": "all2one", "position": "corner"}),
+        defense_settings="" if defense == "none" else json.dumps({"code": "c0de", "lr": 0.01}),
+    )
+    return Row(**(plain | values))
+
+
+def test_seeds_make_a_mean_and_nothing_else_does() -> None:
+    rows = [row("ft", seed, der=der) for seed, der in enumerate((0.5, 0.6, 0.8))]
+    (group,) = results.grouped(rows)
+    score = group.score("der")
+    assert score is not None and group.n == score.n == 3
+    assert math.isclose(score.mean, np.mean([0.5, 0.6, 0.8])) and score.sd is not None and math.isclose(score.sd, np.std([0.5, 0.6, 0.8], ddof=1))
+    assert group.worst.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"fingerprint": "b" * 64}, "data"),
+        ({"architecture": "preactresnet10 w8"}, "architecture"),
+        ({"attack_settings": json.dumps({"code": "c0de", "label_mode": "all2one", "position": "random"})}, "position"),
+        ({"attack_settings": json.dumps({"code": "0ther", "label_mode": "all2one", "position": "corner"})}, "code"),
+        ({"defense_settings": json.dumps({"code": "c0de", "lr": 0.1})}, "lr"),
+        ({"defense_settings": json.dumps({"code": "0ther", "lr": 0.01})}, "code"),
+    ],
+)
+def test_another_protocol_code_or_data_is_kept_apart_and_named(change: dict[str, Any], named: str) -> None:
+    rows = [row("ft", 0, der=0.5), row("ft", 1, der=0.6, **change)]
+    groups = results.grouped(rows)
+    assert [group.n for group in groups] == [1, 1]
+    (remark,) = results.remarks(rows)
+    assert f"2 experiments that differ in {named} are kept apart" in remark
+    labels = results.labels(groups)
+    assert labels[0] != labels[1] and all(f"{named}=" in label.attack + label.defense for label in labels)
+    assert len(results.grouped([rows[0], row("ft", 1, der=0.6)])) == 1, "the control: without the change they are one group"
+
+
+@pytest.mark.parametrize("change", [{"poison_rate": 0.05}, {"dataset": "mnist"}, {"attack": "blended"}, {"run": "lite-s1"}])
+def test_another_experiment_is_another_row_without_a_remark(change: dict[str, Any]) -> None:
+    rows = [row("ft", 0, der=0.5), dataclasses.replace(row("ft", 1, der=0.6), **change)]
+    assert len(results.grouped(rows)) == 2 and results.remarks(rows) == []
+
+
+def test_a_seed_counts_once_however_often_it_was_run() -> None:
+    rows = [row("ft", 0, der=0.5), row("ft", 1, der=0.6), row("ft", 0, der=0.5, record="copy")]
+    (group,) = results.grouped(rows)
+    assert group.n == 2
+    assert results.remarks(rows) == ["copy's ft seed0 repeats a seed of the same experiment, so it is not counted again"]
+
+
+def test_seconds_of_different_machines_are_not_averaged() -> None:
+    same, other = ([row("ft", 0, seconds=1.0), row("ft", 1, seconds=3.0, device=device)] for device in ("cpu", "cuda"))
+    (group,) = results.grouped(same)
+    assert group.score("seconds") == results.Summary(2.0, math.sqrt(2), 2)
+    (group,) = results.grouped(other)
+    assert group.score("seconds") is None and group.score("clean_accuracy") is not None
+
+
+def test_the_worst_seed_is_one_model() -> None:
+    rows = [row("ft", 0, der=0.9, clean_accuracy=0.5), row("ft", 1, der=0.6, clean_accuracy=0.99), row("ft", 2, der=0.7, clean_accuracy=0.9)]
+    (group,) = results.grouped(rows)
+    assert (group.worst.seed, group.worst.clean_accuracy) == (1, 0.99), "the lowest DER, though its clean accuracy is the best"
+    clean = [row("ft", seed, der=None, attack="none", asr=None, clean_accuracy=0.9 - seed / 10) for seed in range(2)]
+    assert results.grouped(clean)[0].worst.seed == 1
+
+
+def test_a_defense_no_better_than_fine_tuning_on_the_same_records() -> None:
+    rows = [row(), row("ft", 0, der=0.7), row("ft", 1, der=0.9), row("good", 0, der=0.75), row("poor", 1, der=0.8), row("poor", 2, der=0.99)]
+    groups = results.grouped(rows)
+    marks = {group.first.defense: mark for group, mark in zip(groups, results.no_better_than_baseline(groups), strict=True)}
+    assert marks == {"none": None, "ft": None, "good": False, "poor": True}, "poor's seed 2 has no fine-tuning beside it and does not count"
+    elsewhere = results.grouped([row("ft", 0, der=0.7), row("good", 0, attack="blended", der=0.5)])
+    assert results.no_better_than_baseline(elsewhere) == [None, None]
+
+
+# --- statistics --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 9])
+def test_sign_flip_is_the_exact_permutation_test(n: int) -> None:
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        numbers = rng.normal(0.5, 1, n).round(1)
+        patterns = np.array(list(itertools.product((1, -1), repeat=n)))
+        listed = np.mean(abs(patterns @ numbers) >= abs(numbers.sum()) - 1e-9)
+        assert results.sign_flip(numbers.tolist()) == pytest.approx(listed, abs=1e-15)
+
+
+def test_sign_flip_agrees_with_scipy() -> None:
+    numbers = np.random.default_rng(0).normal(0.4, 1, 8)
+    theirs = stats.permutation_test((numbers,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided")
+    assert results.sign_flip(numbers.tolist()) == pytest.approx(theirs.pvalue)
+
+
+def test_sign_flip_of_many_is_exact_too() -> None:
+    assert results.sign_flip([1.0] * 40) == 2 / 2**40
+    assert results.sign_flip([1.0, -1.0] * 10) == 1.0
+    with pytest.raises(ValueError, match="between 1 and 40"):
+        results.sign_flip([])
+
+
+def test_holm() -> None:
+    assert results.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert results.holm([0.9, 0.8]) == [1.0, 1.0] and results.holm([]) == []
+
+
+def test_fewer_than_six_attacks_cannot_show_significance() -> None:
+    """Whatever the numbers: all in one direction gives the smallest p there is."""
+    assert results.sign_flip([1.0] * 5) > results.SIGNIFICANT >= results.sign_flip([1.0] * 6)
+    assert results.fewest_attacks(1) == 6
+    for comparisons in range(1, 30):
+        n = results.fewest_attacks(comparisons)
+        assert results.holm([results.sign_flip([1.0] * n)] * comparisons)[0] <= 0.05
+        assert results.holm([results.sign_flip([1.0] * (n - 1))] * comparisons)[0] > 0.05
+
+
+def attacked(attacks: int, **defenses: float) -> list[results.Group]:
+    """`attacks` attacks, two rates each, with fine-tuning at DER 0.6 and each defense above it by so much and a little more."""
+    rows = []
+    for number in range(attacks):
+        for rate in (0.1, 0.05):
+            shared: dict[str, Any] = dict(attack=f"attack{number}", poison_rate=rate)
+            rows += [row(**shared), row("ft", der=0.6, **shared)]
+            rows += [row(name, der=0.6 + lead + number / 1000, **shared) for name, lead in defenses.items()]
+    return results.grouped(rows)
+
+
+@pytest.mark.parametrize(
+    ("attacks", "says"), [(5, "Fewer than six attacks cannot show"), (6, "2 comparisons need 7"), (7, "Different from ft at 5 % after Holm: good.")]
+)
+def test_the_verdict_says_what_so_many_attacks_can_show(attacks: int, says: str) -> None:
+    comparisons = results.compare(attacked(attacks, good=0.1, even=-0.003))
+    assert [comparison.defense for comparison in comparisons] == ["good", "even"]
+    assert {comparison.attacks for comparison in comparisons} == {attacks}, "rates of one attack are not two attacks"
+    assert comparisons[0].difference == pytest.approx(0.1 + (attacks - 1) / 2000)
+    assert says in results.verdict(comparisons)
+
+
+def test_an_attack_that_did_not_take_proves_nothing() -> None:
+    groups = results.grouped([row(asr=0.2, asr_before=0.2), row("ft", der=0.5, asr_before=0.2), row("good", der=0.6, asr_before=0.2)])
+    assert results.compare(groups) == []
+    assert results.remarks([member for group in groups for member in group.rows]) == [
+        "badnet on digits hardly took: ASR 20 % before any defense, so its DER says little"
+    ]
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+ROWS = [
+    row(),
+    row(seed=1, asr=0.97),
+    row("ft", 0, der=0.6, clean_accuracy=0.88),
+    row("ft", 1, der=0.7, clean_accuracy=0.9),
+    row("sau", 0, der=0.55, tpr=0.5, fpr=0.25),
+    row("sau", 1, der=0.65, collapsed=True, tpr=0.7, fpr=0.35),
+]
+
+TEXT = """\
+data    attack  poison %  defense               assumes                 n   clean acc %         ASR %         RA %           DER %          TPR %         FPR %  seconds
+------  ------  --------  --------------------  ----------------------  -  ------------  ------------  -----------  --------------  -------------  ------------  -------
+digits  badnet        10  none                  -                       2  90.00 ± 0.00  96.00 ± 1.41  5.00 ± 0.00               -              -             -   10 ± 0
+digits  badnet        10  ft                    model + trusted images  2  89.00 ± 1.41  10.00 ± 0.00  5.00 ± 0.00    65.00 ± 7.07              -             -   10 ± 0
+digits  badnet        10  sau COLLAPSED 1 of 2  model + trusted images  2  90.00 ± 0.00  10.00 ± 0.00  5.00 ± 0.00  60.00 ± 7.07 †  60.00 ± 14.14  30.00 ± 7.07   10 ± 0
+digits  badnet        10  dau                   model + training set    0             -             -            -               -              -             -        -
+
+Mean ± standard deviation over n seeds; seconds without evaluation.
+RA: triggered images that get their true label. DER: 50 is no effect, 100 is an ASR from 100 to 0 at no cost in accuracy.
+digits: preactresnet10 w16, 1,442 training images.
+†: no better than fine-tuning (ft) in DER on the same records.
+digits, DER minus ft's, mean over attacks: sau -5.00. Fewer than six attacks cannot show significance: with 1 the smallest p that an exact \
+sign-flip test can give is 1, 1 after Holm.
+"""  # noqa: E501
+
+
+def test_golden_means() -> None:
+    assert forms.render(tables.means(ROWS, defenses=["dau", "ft", "sau"]), "text") == TEXT
+
+
+def test_means_as_csv_have_a_column_for_each_sd() -> None:
+    lines = forms.render(tables.means(ROWS, "csv"), "csv").splitlines()
+    named = dict(zip(lines[0].split(","), lines[3].split(","), strict=True))
+    assert named["DER %"] == "60.00" and named["DER % sd"] == "7.07" and named["n"] == "2"
+
+
+def test_means_in_latex_and_markdown() -> None:
+    latex = forms.render(tables.means(ROWS, "latex"), "latex")
+    assert r"60.00 $\pm$ 7.07 $^\dagger$" in latex and latex.splitlines()[-1].startswith("% digits, DER")
+    markdown = forms.render(tables.means(ROWS, "markdown"), "markdown").splitlines()
+    assert markdown[4].startswith("| digits | badnet | 10 | sau") and markdown[6].startswith("- Mean")
+
+
+def test_the_worst_seed_on_request() -> None:
+    shown = tables.means(ROWS, worst=True)
+    sau = next(line for line in shown.rows if line["defense"].startswith("sau"))
+    assert (sau["seed"], sau["DER %"], sau["TPR %"]) == ("0", "55.00 †", "50.00") and "n" not in shown.columns
+
+
+# --- published numbers -------------------------------------------------------------------------------------------
+
+
+def test_published_numbers_are_scores_with_a_source() -> None:
+    numbers = reported.published()
+    assert len(numbers) > 80
+    for number in numbers:
+        assert number.source and number.protocol and 0 < number.poison_rate < 1
+        assert {"clean_accuracy", "asr"} <= set(number.scores) and all(0 <= score <= 1 for score in number.scores.values())
+
+
+def test_published_der_fits_the_published_scores() -> None:
+    """FT-SAM prints DER; it follows from the other numbers, so a slip in copying shows."""
+    numbers = {
+        (n.attack, *sorted(n.settings.items()), n.defense): n.scores for n in reported.published() if n.key == "ftsam" and n.dataset == "cifar10"
+    }
+    checked = 0
+    for (*attack, defense), scores in numbers.items():
+        if "der" in scores:
+            before = numbers[(*attack, "none")]
+            der = (max(0, before["asr"] - scores["asr"]) - max(0, before["clean_accuracy"] - scores["clean_accuracy"]) + 1) / 2
+            assert der == pytest.approx(scores["der"], abs=1.01e-4), (attack, defense)
+            checked += 1
+    assert checked == 10
+
+
+def test_a_published_number_stands_beside_the_same_experiment_only() -> None:
+    ours = row("ibau", dataset="cifar10", der=0.9)
+    assert {number.key for number in reported.beside(ours)} == {"ftsam"}
+    random = json.dumps({"code": "c0de", "label_mode": "all2one", "position": "random"})
+    for change in ({"attack_settings": random}, {"poison_rate": 0.2, "attack": "blended"}, {"dataset": "digits"}, {"defense": "sau"}):
+        assert reported.beside(dataclasses.replace(ours, **change)) == []
+    table = tables.means([ours])
+    assert table.rows[0]["reported"] == "87.43 / 4.48 [ftsam]" and any(note.startswith("[ftsam] ") for note in table.notes)
+    assert "reported" not in tables.means([dataclasses.replace(ours, dataset="digits")]).columns
