@@ -12,7 +12,7 @@ import torch
 
 from . import loading, results
 from .errors import UserError
-from .record import Record
+from .record import Record, read_result
 from .results import UNDEFENDED, Row
 
 LARGEST_PART = 16 << 20
@@ -111,7 +111,7 @@ def gather(records: Iterable[Record]) -> list[Cell]:
     """The cells of these records, each record's own first, in the order of `results.rows`."""
     found: list[Cell] = []
     for record in records:
-        infos = [record.info, *(result for _, _, result in results.results(record.folder))]
+        infos = [record.info, *(read_result(folder) for folder in results.result_folders(record.folder))]
         for row, info in zip(results.rows([record]), infos, strict=True):
             found.append(Cell(len(found), row, record, info))
     return found

@@ -7,6 +7,7 @@ percent here. A chart that cannot be drawn has no panel, and says in `missing` w
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -135,11 +136,13 @@ def costs(cells: Sequence[Cell]) -> Chart:
         known = [cell for cell in cells if value(cell)]
         lanes = tuple(name for name in look if any(cell.row.defense == name for cell in known))
         if known:
-            wide = max(value(cell) for cell in known) > WIDE * min(value(cell) for cell in known)
+            numbers = [value(cell) or 0 for cell in known]
+            wide = max(numbers) > WIDE * min(numbers)
             panels.append(Panel(title, label, "", _by_defense(known, look, value, lambda c: c.row.defense), log_x=wide, lanes=lanes))
     caption = (
-        "Further left is cheaper; an axis is logarithmic where its numbers differ much. Seconds and memory belong to the machine that a mark names when pointed at (memory is"
-        " the whole process on a CPU, torch's share on a GPU); image passes are the same everywhere. The row none is the attack's own training."
+        "Further left is cheaper; an axis is logarithmic where its numbers differ much. Seconds and memory belong to the machine that a mark names"
+        " when pointed at (memory is the whole process on a CPU, torch's share on a GPU); image passes are the same everywhere. The row none is"
+        " the attack's own training."
     )
     return Chart("costs", "Time, memory and image passes", caption, tuple(panels), "" if panels else "No cell says what it cost.")
 
@@ -183,9 +186,9 @@ def scores(cells: Sequence[Cell]) -> Chart:
             last = max(float(x) for one in series for x in one.x)
             panels.append(Panel(_titled(name), "epoch", "%", series, x_range=(-0.03 * last, 1.03 * last), y_range=(-3, 103)))
     caption = (
-        "A defense starts at epoch 0 with what the attack left. It works where ASR falls while clean accuracy stays, and robust accuracy, the share of"
-        " triggered images that get their true label, rises. Dotted: only the start and the end were measured (--score_every 0). Several lines of a"
-        " colour are several runs."
+        "A defense starts at epoch 0 with what the attack left. It works where ASR falls while clean accuracy stays, and robust accuracy, the share"
+        " of triggered images that get their true label, rises. Dotted: only the start and the end were measured (--score_every 0). Several lines"
+        " of a colour are several runs."
     )
     missing = "" if panels else "No defense was run, and the attack was scored at its end only (--score_every 0)."
     return Chart("scores", "Scores, epoch by epoch", caption, tuple(panels), missing)
@@ -229,7 +232,11 @@ def losses(cells: Sequence[Cell]) -> Chart:
     return Chart("loss", "Training loss", caption, tuple(panels), "" if panels else "No run kept a loss.")
 
 
-RATES = {"tpr": ("TPR: share of the poison that is flagged", 0), "precision": ("precision", 1), "fpr": ("FPR: share of the clean images that is flagged", 3)}
+RATES = {
+    "tpr": ("TPR: share of the poison that is flagged", 0),
+    "precision": ("precision", 1),
+    "fpr": ("FPR: share of the clean images that is flagged", 3),
+}
 
 
 def splits(cells: Sequence[Cell]) -> Chart:
@@ -251,9 +258,9 @@ def splits(cells: Sequence[Cell]) -> Chart:
             panels.append(Panel(f"{cell.name}, epoch by epoch", "epoch", "%", series, y_range=(-3, 103)))
     reported = [(f"{cell.name}: {name}" if name != "split" else cell.name, quality) for cell in cells for name, quality in cell.splits.items()]
     if reported:
+        known = {key: [(name, 100 * quality[key]) for name, quality in reported if quality.get(key) is not None] for key in RATES}
         series = tuple(
-            Series(title, look, "bars", [_percent(quality.get(key)) for _, quality in reported], [name for name, _ in reported])
-            for key, (title, look) in RATES.items()
+            Series(title, look, "bars", [rate for _, rate in known[key]], [name for name, _ in known[key]]) for key, (title, look) in RATES.items()
         )
         panels.append(Panel("as reported at the end", "%", "", series, x_range=(0, 115), lanes=tuple(dict.fromkeys(name for name, _ in reported))))
     return Chart("split", "Finding the poison", caption, tuple(panels), "" if panels else "No run on this record splits the training set.")
@@ -295,7 +302,7 @@ def _histogram(values: Tensor, mask: Tensor) -> tuple[list[float], list[float]]:
     inside = values[mask].float().nan_to_num(low).clamp(low, high)
     shares = torch.histc(inside, BINS, low, high) / max(1, len(inside))
     edges = torch.linspace(low, high, BINS + 1).tolist()
-    return [edge for pair in zip(edges[:-1], edges[1:], strict=True) for edge in pair], [100 * float(share) for share in shares for _ in range(2)]
+    return [edge for pair in pairwise(edges) for edge in pair], [100 * float(share) for share in shares for _ in range(2)]
 
 
 def destinations(cells: Sequence[Cell]) -> Chart:

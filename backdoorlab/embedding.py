@@ -16,7 +16,7 @@ from .errors import UserError
 from .models import Classifier
 
 CLASSES, PER_CLASS, TRIGGERED = 10, 40, 120
-"""Clean test images of how many classes (the target among them), how many of each, and how many triggered ones: enough to see, few enough to wait for."""
+"""Clean test images of how many classes (the target among them), how many of each, and how many triggered ones."""
 PERPLEXITY = 30.0
 """How many neighbours each image is thought to have."""
 

@@ -2,8 +2,9 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
-from .charts import INK, LIGHT, SHAPES, TEXT, Chart, Panel, Series
+from .charts import INK, LIGHT, SHAPES, TEXT, Chart, Grid, Panel, Series
 
 PANEL_INCHES = (3.4, 2.6)
 """One panel; two stand side by side on a text width of 7 inches."""
@@ -26,7 +27,7 @@ def drawn(chart: Chart) -> dict[str, bytes]:
     columns = min(COLUMNS, len(chart.panels))
     heights = [max(_height(panel) for panel in chart.panels[at : at + columns]) for at in range(0, len(chart.panels), columns)]
     wide = any(panel.grid for panel in chart.panels)
-    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": MAKER, "svg.fonttype": "none"}
+    style: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": MAKER, "svg.fonttype": "none"}
     with matplotlib.rc_context(style):
         legend = _entries(chart.panels)
         lines = -(-len(legend) // 4)
@@ -46,15 +47,12 @@ def drawn(chart: Chart) -> dict[str, bytes]:
     return found
 
 
-def _panel(ax: object, panel: Panel) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(ax, Axes)
+def _panel(ax: Any, panel: Panel) -> None:
     ax.set_title(_plain(panel.title), fontsize=8, wrap=True)
     ax.set_xlabel(_plain(panel.x_label))
     ax.set_ylabel(_plain(panel.y_label))
     if panel.grid is not None:
-        _grid(ax, panel)
+        _grid(ax, panel.grid)
         return
     lanes = {name: place for place, name in enumerate(panel.lanes)}
     bars = [series for series in panel.series if series.kind == "bars"]
@@ -87,11 +85,7 @@ def _panel(ax: object, panel: Panel) -> None:
         ax.set_axisbelow(True)
 
 
-def _grid(ax: object, panel: Panel) -> None:
-    from matplotlib.axes import Axes
-
-    assert isinstance(ax, Axes) and panel.grid is not None
-    grid = panel.grid
+def _grid(ax: Any, grid: Grid) -> None:
     values = [[float("nan") if value is None else value for value in row] for row in grid.values]
     image = ax.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=100)
     ax.set_yticks(range(len(grid.rows)), [_plain(name) for name in grid.rows])
@@ -102,7 +96,6 @@ def _grid(ax: object, panel: Panel) -> None:
             for c, value in enumerate(row):
                 if value is not None:
                     ax.text(c, r, f"{value:.0f}", ha="center", va="center", color="black" if value > 55 else "white", fontsize=6)
-    assert ax.figure is not None
     ax.figure.colorbar(image, ax=ax, label=grid.unit, fraction=0.03)
 
 
@@ -118,13 +111,13 @@ def _entries(panels: Sequence[Panel]) -> list[Series]:
     return sorted(named.values(), key=lambda series: series.look)
 
 
-def _handle(series: Series) -> object:
+def _handle(series: Series) -> Any:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     if series.kind == "bars":
         return Patch(color=_colour(series.look), label=_plain(series.name))
-    line = "" if series.kind == "points" else "-"
+    line: Any = "" if series.kind == "points" else "-"
     return Line2D([], [], linestyle=line, marker=_marker(series.look), color=_colour(series.look), label=_plain(series.name), markersize=4.5)
 
 

@@ -18,14 +18,13 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from . import __version__, charts, engine, files, registry, results
+from . import __version__, charts, engine, files, forms, registry, results, tables
 from .cells import Cell, gather
 from .charts import TEXT, Chart, Series
 from .errors import UserError
 from .preview import GAIN
 from .record import Record, record_names, record_root
-from .results import Group, Metric, Row
-from .tables import assumes
+from .results import Group, Row
 
 MAKER = "a page of backdoorlab"
 """In each page, so that only pages are ever replaced."""
@@ -130,7 +129,8 @@ def page(cells: Sequence[Cell], overall: Sequence[Chart], by_record: Mapping[str
     panels = {chart.name: _json(chart) for chart in overall}
     panels |= {f"{name}/{chart.name}": _json(chart) for name, own in by_record.items() for chart in own}
     payload = {"charts": panels, "shapes": charts.SHAPES, "colours": len(charts.LIGHT)}
-    groups = results.grouped(cell.row for cell in cells)
+    rows = [cell.row for cell in cells]
+    means = tables.means(rows)
     datasets = dict.fromkeys(cell.row.dataset for cell in cells)
     lead = f"{len(cells)} models of {len(by_record)} {'record' if len(by_record) == 1 else 'records'} on {', '.join(datasets)}."
     title = f"Backdoor report: {', '.join(by_record)}" if len(by_record) <= 3 else f"Backdoor report: {len(by_record)} records"
@@ -141,8 +141,8 @@ def page(cells: Sequence[Cell], overall: Sequence[Chart], by_record: Mapping[str
         "hashes": " ".join(map(_hash, (plotly, script))),
         "style": style,
         "selects": _selects(cells),
-        "means": means_table(groups),
-        "remarks": _remarks([cell.row for cell in cells], groups),
+        "means": means_table(rows, means),
+        "remarks": _notes_below(means),
         "runs": runs_table(cells),
         "overview": "\n".join(_figure(chart, chart.name, 2) for chart in overall),
         "options": "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in by_record),
@@ -221,46 +221,33 @@ def _number(title: str, value: Callable[[Any], float | None], form: Callable[[fl
     return Column(title, lambda line: "-" if (found := value(line)) is None else escape(form(found)), value, number=True)
 
 
-def _mean(title: str, metric: Metric, scale: float = 100) -> Column:
-    def shown(group: Group) -> str:
-        found = group.score(metric)
-        if found is None:
-            return "-"
-        digits = 2 if scale == 100 else 0
-        return f"{scale * found.mean:.{digits}f}" + ("" if found.sd is None else f" ± {scale * found.sd:.{digits}f}")
+def means_table(rows: Sequence[Row], table: forms.Table) -> str:
+    """One line for each experiment, seeds averaged: the texts of `table`, which is `tables.means` of the same rows, sorted by their numbers."""
+    groups = results.grouped(rows)
+    lines = list(zip(groups, table.rows, strict=True))
 
-    return Column(title, shown, lambda group: None if (found := group.score(metric)) is None else found.mean, number=True)
+    def column(title: str) -> Column:
+        def value(line: tuple[Group, Mapping[str, str]]) -> float | str | None:
+            group, text = line
+            if title in tables.SCORES:
+                score = group.score(tables.SCORES[title])
+                return None if score is None else score.mean
+            if title in table.numbers:
+                return None if text[title] == forms.HOLE else float(text[title])
+            return text[title]
+
+        return Column(title, lambda line: _marked(escape(line[1][title])), value, title in table.numbers)
+
+    last = ["TPR %", "FPR %", "seconds", "data", "poison %", *(["reported"] if "reported" in table.columns else [])]
+    order = ["attack", "defense", "clean acc %", "ASR %", "RA %", "DER %", "n", "assumes", *last]
+    columns = [column(title) for title in order]
+    columns.append(_words("records", lambda line: ", ".join(dict.fromkeys(row.record for row in line[0].rows))))
+    return _table(columns, [(line, _filters(line[0].first)) for line in lines])
 
 
-def means_table(groups: Sequence[Group]) -> str:
-    """One line for each experiment, seeds averaged."""
-    labels = results.labels(groups)
-    named = {id(group): label for group, label in zip(groups, labels, strict=True)}
-    weak = {id(group): answer for group, answer in zip(groups, results.no_better_than_baseline(groups), strict=True)}
-
-    def defense(group: Group) -> str:
-        marks = ['<span class="mark">≤ ft</span>'] if weak[id(group)] else []
-        if group.collapsed:
-            marks.append(f'<span class="mark bad">COLLAPSED{"" if group.n == 1 else f" {group.collapsed} of {group.n}"}</span>')
-        return escape(named[id(group)].defense) + "".join(marks)
-
-    columns = [
-        _words("attack", lambda group: named[id(group)].attack),
-        Column("defense", defense, lambda group: named[id(group)].defense),
-        _mean("clean acc", "clean_accuracy"),
-        _mean("ASR", "asr"),
-        _mean("RA", "robust_accuracy"),
-        _mean("DER", "der"),
-        _number("n", lambda group: group.n, lambda n: f"{n:.0f}"),
-        _words("assumes", lambda group: _assumed(group.first)),
-        _words("data set", lambda group: group.first.dataset),
-        _number("poison %", lambda group: group.first.poison_rate, lambda rate: f"{100 * rate:g}"),
-        _mean("TPR", "tpr"),
-        _mean("FPR", "fpr"),
-        _mean("seconds", "seconds", scale=1),
-        _words("records", lambda group: ", ".join(dict.fromkeys(row.record for row in group.rows))),
-    ]
-    return _table(columns, [(group, _filters(group.first)) for group in groups])
+def _marked(text: str) -> str:
+    """The word that a reader must not miss, in a frame."""
+    return re.sub(r" (COLLAPSED( \d+ of \d+)?)$", r'<span class="mark bad">\1</span>', text)
 
 
 def runs_table(cells: Sequence[Cell]) -> str:
@@ -309,7 +296,7 @@ def _defense(line: Cell | Hole) -> str:
 
 
 def _assumed(row: Row) -> str:
-    return "" if row.defense == results.UNDEFENDED else assumes(row.assumes)
+    return "" if row.defense == results.UNDEFENDED else tables.assumes(row.assumes)
 
 
 def _filters(row: Row) -> dict[str, str]:
@@ -351,13 +338,8 @@ def _selects(cells: Sequence[Cell]) -> str:
     return "\n".join(found)
 
 
-def _remarks(rows: Sequence[Row], groups: Sequence[Group]) -> str:
-    """What a reader of the means should know, and what the comparison with fine-tuning allows to say."""
-    said = results.remarks(rows)
-    compared = results.compare(groups)
-    for dataset in dict.fromkeys(comparison.dataset for comparison in compared):
-        said.append(f"{dataset}: {results.verdict([comparison for comparison in compared if comparison.dataset == dataset])}")
-    return '<ul class="caption">' + "".join(f"<li>{escape(text)}</li>" for text in said) + "</ul>" if said else ""
+def _notes_below(table: forms.Table) -> str:
+    return '<ul class="caption">' + "".join(f"<li>{escape(note)}</li>" for note in table.notes) + "</ul>"
 
 
 # --- one record --------------------------------------------------------------------------------------------------
@@ -368,10 +350,11 @@ def _article(cells: Sequence[Cell], own: Sequence[Chart]) -> str:
     info = record.info
     classes, target = info["dataset"].get("class_names") or [], info.get("target")
     poisoned = f"{info['poisoned']:,} of {row.train_size:,} training images" if record.known_poison and "poisoned" in info else "nobody knows"
-    attack = "unknown: a stranger's model or data" if row.attack == "unknown" else "none: trained on clean data, the control" if row.attack == "none" else row.attack
+    meaning = {"unknown": "unknown: a stranger's model or data", "none": "none: trained on clean data, the control"}
+    target_name = f", {classes[target]}" if target is not None and target < len(classes) and classes[target] != str(target) else ""
     facts = {
-        "attack": attack,
-        "target": None if target is None else f"class {target}" + (f", {classes[target]}" if target < len(classes) and classes[target] != str(target) else ""),
+        "attack": meaning.get(row.attack, row.attack),
+        "target": None if target is None else f"class {target}{target_name}",
         "poisoned": poisoned,
         "data set": f"{row.dataset}, {info['num_classes']} classes, images {'x'.join(map(str, info['dataset']['image_shape']))}",
         "network": row.architecture,
@@ -453,7 +436,7 @@ def _glyph(series: Series) -> str:
         inside = '<path d="M2 2L10 10M10 2L2 10" stroke-width="2" fill="none"/>'
     else:
         inside = OUTLINES[charts.SHAPES[series.look % len(charts.SHAPES)]]
-    return f'<svg viewBox="0 0 12 12" aria-hidden="true" style="color:{colour}" fill="currentColor" stroke="currentColor" stroke-width="0">{inside}</svg>'
+    return f'<svg viewBox="0 0 12 12" aria-hidden="true" fill="{colour}" stroke="{colour}" stroke-width="0">{inside}</svg>'
 
 
 def _polygon(corners: int, turn: float = 0.0, inner: float = 1.0) -> str:
