@@ -48,6 +48,8 @@ class Cell:
     def triggered_predictions(self) -> list[int] | None:
         """How many triggered test images end in each class; None where there is no triggered image, or nobody counted."""
         counts = (self.info["scores"] if self.undefended else self.info).get("triggered_predictions")
+        if counts and len(counts) != self.record.info["num_classes"]:
+            raise loading.damaged(self.folder, f"triggered_predictions counts {len(counts)} classes, not {self.record.info['num_classes']}")
         return counts if counts and sum(counts) else None
 
     @property

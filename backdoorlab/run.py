@@ -68,6 +68,8 @@ class Run:
         self.flagged: Tensor | None = None
         self.suspicion: Tensor | None = None
         self.pictures: dict[str, Sequence[Tensor]] = {}
+        self.told: Callable[[int, dict[str, Any]], None] | None = None
+        """Hears of each line of history and its place, from 1; without effect on the run."""
         self._evaluator: Evaluator | None = None
         self._train_poison, self._score_every = train_poison, score_every
         self._sums: dict[str, Tensor] = {}
@@ -121,6 +123,7 @@ class Run:
                 row |= self.score(model).summary()
             self.history.append(row)
             self._describe(row, total, bar)
+            self._tell(row)
             ended, self._ended = self._ended, False
             self._save(path, parts, stage=stage, done=total if ended else epoch + 1, total=total)
             if ended:
@@ -244,6 +247,13 @@ class Run:
             self.say(f"{row['stage']} {row['epoch'] + 1}/{total}  {values}")
         else:
             bar.set_postfix_str(values)
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        """The time that a listener takes is not charged to the method."""
+        if self.told is not None:
+            self._charge()
+            self.told(len(self.history), row)
+            self._clock = time.perf_counter()
 
     def _check_finite(self) -> None:
         for name, value in self._sums.items():

@@ -1,13 +1,15 @@
 """Run one attack into a record, or one defense on a record."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from . import config as configs
 from . import data, datasets, engine, files, models, record
@@ -22,6 +24,9 @@ from .record import Record
 from .registry import Method
 from .run import Run, describe_split, environment
 from .source import code_version
+
+if TYPE_CHECKING:
+    from .tracking import Told
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,10 @@ def run_attack(job: Job) -> Record:
     if isinstance(config, AttackConfig):
         check_target(config.target_label, dataset.num_classes)
     code = code_version(job.method.path)
-    with _stage(target, "record.json", job) as stage:
+    with _stage(target, "record.json", job) as stage, _tracked(job, config.save_folder_name, stage) as tracker:
         engine.seed_everything(config.seed, device)
         run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
+        run.told = tracker.line
         job.say_settings(run)
         run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
         attack = job.method.function("attack") or partial(static_attack, stamp=job.method.module.stamp)
@@ -123,6 +129,7 @@ def run_attack(job: Job) -> Record:
         run.save_history(final)
         record.write(final, info, outcome.model, outcome.train_poison, outcome.test_poison)
         _publish(final, target)
+        tracker.final(after=scores.summary(), cost={"seconds": spent.seconds, "peak_memory_bytes": spent.peak_memory_bytes})
     return Record.load(config.save_folder_name, root)
 
 
@@ -180,7 +187,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     device = engine.choose_device(config.device)
     dataset = found.dataset(config.dataset_path)
     code = code_version(method.path)
-    with _stage(target, "result.json", job) as stage:
+    with _stage(target, "result.json", job) as stage, _tracked(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker:
         engine.seed_everything(config.seed, device)
         run = Run(
             stage,
@@ -190,6 +197,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             train_poison=found.train_poison if found.known_poison else None,
             score_every=config.score_every,
         )
+        run.told = tracker.line
         run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, run.autocast))
         trusted = _trusted(config, found, dataset) if "trusted" in method.assumes else None
         seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
@@ -240,7 +248,21 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         }
         files.write_sealed(final / "result.json", {**result, "files": files.manifest(final)})
         _publish(final, target)
+        tracker.final(
+            before=result["before"],
+            after={**after.summary(), "der": result["der"]},
+            split=run.splits.get("split", {}),
+            cost={"seconds": spent.seconds, "peak_memory_bytes": spent.peak_memory_bytes},
+        )
     return result
+
+
+def _tracked(job: Job, name: str, stage: Path) -> AbstractContextManager["Told"]:
+    """Who else hears of a run; the import waits until someone asks, as the trackers are no part of what makes a number."""
+    from .tracking import tracked
+
+    say = lambda text: tqdm.write(f"  {text}", file=sys.stderr)  # noqa: E731
+    return tracked(job.config.track, job.config.track_folder, name, job.config.science(), stage, say)
 
 
 def _trusted(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:
