@@ -17,7 +17,7 @@ from .cells import Cell
 from .results import UNDEFENDED
 
 LIGHT = ("#E8590C", "#009E73", "#5B2A86", "#CA61ED", "#7D1D09")
-DARK = ("#F07030", "#2BAF83", "#A98BFF", "#7CC4FF", "#CCF224")
+DARK = ("#EECC66", "#1FA187", "#785EF0", "#E07BE0", "#B35900")
 """Told apart by people without one of the three cones, too, and from the text colour; on white and on black. Tests measure it."""
 INK = {"light": "#14213D", "dark": "#E6EDF3"}
 PAPER = {"light": "#FFFFFF", "dark": "#14171C"}

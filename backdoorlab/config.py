@@ -24,22 +24,8 @@ from .errors import UserError, suggest
 
 C = TypeVar("C", bound="MethodConfig")
 
-RUN_OPTIONS = frozenset(
-    [
-        "save_folder_name",
-        "result_file",
-        "run_name",
-        "dataset_path",
-        "device",
-        "record_root",
-        "yaml_path",
-        "overwrite",
-        "debug",
-        "subtask",
-        "track",
-        "track_folder",
-    ]
-)
+WHERE = ["save_folder_name", "result_file", "run_name", "dataset_path", "device", "record_root", "yaml_path", "track", "track_folder"]
+RUN_OPTIONS = frozenset([*WHERE, "overwrite", "debug", "subtask"])
 """Fields that say where and how to run, not what is computed: they are not kept in a record, nor compared on resuming."""
 
 

@@ -104,7 +104,8 @@ function draw(figure, shown) {
     const box = place.children[i];
     const traces = panel.grid ? [gridTrace(panel.grid)] : panel.series.map((series) => trace(series, panel, shown));
     box.hidden = shown && panel.series.some((s) => s.cells.length) && traces.every((t) => !t.x.length);
-    if (!box.hidden) Plotly.react(box.lastChild, traces, layout(panel), { ...config, displayModeBar: narrow() ? false : "hover" });
+    if (box.hidden) Plotly.purge(box.lastChild);
+    else Plotly.react(box.lastChild, traces, layout(panel), { ...config, displayModeBar: narrow() ? false : "hover" });
   });
 }
 
