@@ -7,6 +7,7 @@ on, nobody starts it a second time, and when it ends, however it ends, the lock 
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -192,6 +193,7 @@ class OnRay:
         self.slots = slots
         self.ours = not self.ray.is_initialized()
         if self.ours:
+            _refuse_silent(address)
             quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="error")
             try:
                 self.ray.init(address=address, **quiet) if address else self.ray.init(**quiet, object_store_memory=100 << 20)
@@ -211,6 +213,16 @@ class OnRay:
     def close(self) -> None:
         if self.ours:
             self.ray.shutdown()
+
+
+def _refuse_silent(address: str | None) -> None:
+    """Ray itself asks an address where nobody answers for minutes on end."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"no Ray at {address} ({_first_line(error)}): start one with `ray start --head`, or leave --ray_address out") from error
 
 
 @dataclass

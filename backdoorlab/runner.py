@@ -84,7 +84,6 @@ def run_attack(job: Job) -> Record:
     dataset = datasets.load(config.dataset, config.dataset_path, image_size=config.image_size, grey=config.grey)
     if isinstance(config, AttackConfig):
         check_target(config.target_label, dataset.num_classes)
-    code = code_version(job.method.path)
     with _stage(target, "record.json", job) as stage, _tracked(job, config.save_folder_name, stage) as tracker:
         engine.seed_everything(config.seed, device)
         run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
@@ -123,7 +122,7 @@ def run_attack(job: Job) -> Record:
             "notes": run.notes,
             **_costs(spent),
             **environment(device),
-            "code": code,
+            "code": _code(stage),
         }
         save_preview(final / "preview.png", dataset.test, outcome.test_poison)
         run.save_history(final)
@@ -186,7 +185,6 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         return _score_saved(found, target, config)
     device = engine.choose_device(config.device)
     dataset = found.dataset(config.dataset_path)
-    code = code_version(method.path)
     with _stage(target, "result.json", job) as stage, _tracked(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker:
         engine.seed_everything(config.seed, device)
         run = Run(
@@ -244,7 +242,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             "notes": run.notes,
             **_costs(spent),
             **environment(device),
-            "code": code,
+            "code": _code(stage),
         }
         files.write_sealed(final / "result.json", {**result, "files": files.manifest(final)})
         _publish(final, target)
@@ -331,22 +329,31 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
         for torn in path.glob(".*.tmp"):
             files.remove(torn)
         settings = {"method": job.method.name, "config": config.science()}
+        code = code_version(job.method.path)
         marker = path / "run.json"
         if marker.exists() and _begun(path) and not config.overwrite:
-            _check_same(path, files.read_json(marker), settings)
+            begun = files.read_json(marker)
+            before = begun.pop("code", "?")
+            _check_same(path, begun, settings)
+            code = before if before.split("+")[-1] == code else f"{before}+{code}"
         else:
             entries = [entry for entry in path.iterdir() if entry.name != files.HOLDER]
             if entries and not marker.exists():
                 raise UserError(f"{path} is in the way and not ours (no run.json in it): move it, or choose another name")
             for entry in entries:
                 files.remove(entry)
-            files.write_json(marker, settings)
+        files.write_json(marker, {**settings, "code": code})
         try:
             yield path
         except BaseException:
             if not _begun(path):
                 files.remove(path)
             raise
+
+
+def _code(stage: Path) -> str:
+    """Which code a run is made by: one version, or all of them, where one went on with what another had begun."""
+    return files.read_json(stage / "run.json")["code"]
 
 
 def _begun(path: Path) -> bool:

@@ -148,19 +148,19 @@ def test_an_interrupt_ends_the_commands_too(made: Record, tmp_path: Path, monkey
 # --- kills -------------------------------------------------------------------------------------------------------
 
 
-def drive_silently(cells: list[Cell], root: Path) -> None:
+def drive_silently(cells: list[Cell], root: Path, jobs: int) -> None:
     """A driver in a process of its own, without a word."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-        work(cells, root)
+        work(cells, root, jobs)
 
 
-def kill_until_done(cells: list[Cell], root: Path, kills: int, pause: float) -> int:
+def kill_until_done(cells: list[Cell], root: Path, kills: int, pause: float, jobs: int = 2) -> int:
     """Two drivers at all times, `kills` of them killed at random moments; then both may finish. How many kills met a driver at work."""
     context, met = multiprocessing.get_context("fork"), 0
     rng = random.Random(0)
 
     def start() -> Any:
-        driver = context.Process(target=drive_silently, args=(cells, root))
+        driver = context.Process(target=drive_silently, args=(cells, root, jobs))
         driver.start()
         return driver
 
@@ -173,7 +173,7 @@ def kill_until_done(cells: list[Cell], root: Path, kills: int, pause: float) -> 
         drivers[victim].join()
         drivers[victim] = start()
     for driver in drivers:
-        driver.join(600)
+        driver.join(1200)
         assert driver.exitcode == 0
     return met
 
@@ -200,7 +200,7 @@ def test_killed_drivers_with_real_commands(tmp_path: Path, small_flags: tuple[st
     """60 real cells on images of a second's training, 40 kills: each finished once, each by an ordinary command line."""
     cells, root = real_cells(tmp_path, small_flags, seeds=12), tmp_path / "root"
     assert len(cells) == 60
-    met = kill_until_done(cells, root, 40, 8.0)
+    met = kill_until_done(cells, root, 40, 8.0, jobs=1)  # a killed driver's command runs on beside its successor's
     assert met >= 20 and all(state.done for state in states(cells, root).values())
     finished = [sum(line.startswith(("record written", "clean accuracy")) for line in log) for log in logs(root)]
     assert finished == [1] * 60

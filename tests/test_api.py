@@ -1,0 +1,50 @@
+"""The library from Python: the same runs, names and complaints as the commands."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import helpers
+import pytest
+
+import backdoorlab as bl
+from backdoorlab import tables
+from backdoorlab.errors import UserError
+from backdoorlab.record import Record
+
+
+def options(flags: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip((flag[2:] for flag in flags[::2]), flags[1::2], strict=True))
+
+
+def test_attack_defend_table(tmp_path: Path, small: Record, small_flags: tuple[str, ...]) -> None:
+    record = bl.attack("badnet", save_folder_name="mine", record_root=tmp_path, **options(small_flags))
+    assert record.info["scores"] == small.info["scores"], "the same as by the command line"
+    result = bl.defend("ft", record, epochs=2, trusted_ratio=0.3, score_every=0, precision="fp32", run_name="two")
+    assert result is not None and result["config"]["epochs"] == 2 and (record.folder / "defense" / "ft" / "two" / "result.json").is_file()
+    assert bl.defend("ft", "mine", record_root=tmp_path, epochs=2, trusted_ratio=0.3, score_every=0, precision="fp32") is not None
+    assert bl.table([record]) == tables.render(tables.rows([record]), "text") == bl.table(root=str(tmp_path))
+    mean = bl.table(["mine"], root=str(tmp_path), mean=True, format="csv").splitlines()
+    assert mean[0].startswith("data,attack,poison %,defense,assumes,n,clean acc %") and len(mean) == 4
+    assert "Each row is one model" in bl.table([record], worst=True)
+
+
+def test_mistakes_are_those_of_the_command_line(tmp_path: Path, small: Record) -> None:
+    with pytest.raises(UserError, match=r"unknown attack 'badnets'. Did you mean 'badnet'"):
+        bl.attack("badnets")
+    with pytest.raises(UserError, match=r"badnet: unknown key 'poison_rat'. Did you mean 'poison_rate'"):
+        bl.attack("badnet", save_folder_name="x", poison_rat=0.1)
+    with pytest.raises(UserError, match="poison_rate must lie in"):
+        bl.attack("badnet", save_folder_name="x", poison_rate=2, record_root=tmp_path)
+    with pytest.raises(UserError, match="exists and is finished"):
+        bl.defend("dau", small)
+    with pytest.raises(UserError, match="no record 'nobody'"):
+        bl.table(["nobody"], root=str(tmp_path))
+    with pytest.raises(AttributeError, match="no attribute 'defence'"):
+        bl.defence  # noqa: B018
+
+
+def test_the_package_alone_is_light() -> None:
+    """torch takes seconds, and comes with the first of the three functions only."""
+    code = "import sys, backdoorlab as bl; assert 'torch' not in sys.modules; bl.attack; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=helpers.CHECKOUT)

@@ -1,0 +1,41 @@
+"""The cost model of docs/scaling.md against counted passes."""
+
+import importlib.util
+import sys
+from typing import Any
+
+import helpers
+import pytest
+
+from backdoorlab.record import Record, read_result
+
+
+@pytest.fixture(scope="module")
+def cost() -> Any:
+    spec = importlib.util.spec_from_file_location("cost", helpers.CHECKOUT / "benchmarks" / "cost.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cost"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_formulas_are_what_is_counted(cost: Any, small: Record, tmp_path: Any) -> None:
+    """DAU exactly, FT but for dropped batches, SAU as an upper bound."""
+    copied = helpers.copy(small, tmp_path)
+    setting = cost.Setting(copied.info["dataset"]["train_size"], 0, copied.info["num_classes"])
+    dau = read_result(small.folder / "defense" / "dau" / "seed0")
+    if dau["splits"].get("split", {}).get("flagged"):  # without poison found, it ends after the features
+        assert cost.dau(dau["config"], setting) == (dau["image_passes"]["forward"], dau["image_passes"]["backward"])
+    for method, slack in (("ft", 0.5), ("sau", 0.5)):
+        result = helpers.defend(method, copied, *helpers.short_flags(method))
+        assert result is not None
+        setting = cost.Setting(setting.n, result["trusted"]["count"], setting.classes)
+        for formula, name in zip(cost.COSTS[method](result["config"], setting), ("forward", "backward"), strict=True):
+            assert slack * formula <= result["image_passes"][name] <= formula
+
+
+def test_operations_are_counted_on_the_network(cost: Any) -> None:
+    """ResNet-50's published 4.1 billion multiplications, and four times as many for twice the side."""
+    assert cost.operations("resnet50", 224, 1000) / 2 == pytest.approx(4.09e9, rel=0.01)
+    assert cost.operations("preactresnet18", 64, 10) / cost.operations("preactresnet18", 32, 10) == pytest.approx(4, rel=0.001)

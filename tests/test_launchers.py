@@ -1,0 +1,181 @@
+"""The same commands on Ray and through submitit: the same results as in processes of this machine."""
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_bench
+
+from backdoorlab import bench, files, launchers
+from backdoorlab.bench import Bench, Drive
+from backdoorlab.errors import UserError
+from backdoorlab.grid import Cell
+from backdoorlab.launchers import Launcher, Task
+from backdoorlab.record import read_result
+
+
+def work(cells: list[Cell], root: Path, launcher: Launcher, kind: Any) -> dict[Cell, str]:
+    found = test_bench.states(cells, root)
+    return Drive([cell for cell in cells if not found[cell].done], found, root, launcher, Bench(launcher=kind)).run()
+
+
+def weights(cell: Cell, root: Path) -> tuple[str, Any]:
+    """What a cell computed: the hash of its weights, and its scores."""
+    folder = cell.folder(root)
+    if cell.kind == "attack":
+        info = files.read_json(folder / "record.json")
+        return info["files"]["model.safetensors"]["sha256"], info["scores"]
+    result = read_result(folder)
+    return result["files"]["model.safetensors"]["sha256"], result["after"]
+
+
+def sleepers(folder: Path, count: int, seconds: float) -> list[Task]:
+    """Commands that write when they began and ended."""
+    code = "import pathlib, sys, time; t = time.time(); time.sleep(float(sys.argv[2])); pathlib.Path(sys.argv[1]).write_text(f'{t} {time.time()}')"
+    tasks = []
+    for number in range(count):
+        done = folder / f"{number}.txt"
+        tasks.append(Task((sys.executable, "-c", code, str(done), str(seconds)), folder / "claims" / str(number), done))
+    return tasks
+
+
+def finish(launcher: Launcher, tasks: list[Task]) -> list[tuple[float, float]]:
+    """Run them all at once; when each began and ended."""
+    running = [launcher.start(task, slot) for slot, task in enumerate(tasks)]
+    while any(one.poll() is None for one in running):
+        time.sleep(0.1)
+    assert [one.poll() for one in running] == [0] * len(tasks)
+    return [(float(begin), float(end)) for begin, end in (task.done.read_text().split() for task in tasks)]
+
+
+def at_once(spans: list[tuple[float, float]]) -> int:
+    """The most spans that overlap at one moment."""
+    return max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans)
+
+
+# --- a command and its lock --------------------------------------------------------------------------------------
+
+
+def test_a_command_runs_once_at_a_time_and_not_again(tmp_path: Path) -> None:
+    (task,) = sleepers(tmp_path, 1, 0.3)
+    first = launchers.begin(task)
+    assert isinstance(first, launchers.Process)
+    assert launchers.begin(task) == launchers.Answered(launchers.BUSY)
+    assert first.child.wait() == 0 and first.poll() == 0
+    assert launchers.begin(task) == launchers.Answered(launchers.ALREADY)
+    assert launchers.run_there(task) == launchers.ALREADY
+    task.done.unlink()
+    assert launchers.run_there(task) == 0
+    assert (task.folder / launchers.LOG).read_text().count("$ ") == 2
+
+
+def test_last_words_are_the_error_of_the_last_start(tmp_path: Path) -> None:
+    assert launchers.last_words(tmp_path) == ""
+    (tmp_path / launchers.LOG).write_text("$ first\nerror: old\n$ second\nfine\nerror: new, and why\nafter\n")
+    assert launchers.last_words(tmp_path) == "new, and why"
+    (tmp_path / launchers.LOG).write_text("$ first\nerror: old\n$ second\nterminate called\n\n")
+    assert launchers.last_words(tmp_path) == "terminate called"
+
+
+def test_cores_and_gpus_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Task] = []
+    monkeypatch.setattr(launchers, "begin", given.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    task = sleepers(tmp_path, 1, 0)[0]
+    four = launchers.Local(4)
+    for slot in range(4):
+        four.start(task, slot)
+    assert [dict(one.environment) for one in given] == [{"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("4", "7", "4", "7")]
+    given.clear()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launchers.Local(2).start(task, 0)
+    assert dict(given[0].environment) == {}, "what the user has set stays"
+
+
+def test_slurm_parameters() -> None:
+    assert launchers.parameters(("slurm_partition=gpu", "gpus_per_node=1")) == {"slurm_partition": "gpu", "gpus_per_node": 1}
+    with pytest.raises(UserError, match="takes key=value, got '=3'"):
+        launchers.parameters(("=3",))
+
+
+# --- submitit ----------------------------------------------------------------------------------------------------
+
+
+def test_no_slurm_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="Slurm cannot be used here"):
+        launchers.OnSlurm(1, tmp_path, {})
+    with pytest.raises(UserError, match="Slurm cannot be used here"):
+        launchers.OnSlurm(1, tmp_path, {"cluster": "local", "slurm_partitoin": "gpu"})
+
+
+def test_slurm_jobs_in_submitits_local_executor(tmp_path: Path) -> None:
+    """Not Slurm itself: the same object, pickled and run by submitit in processes of this machine."""
+    pytest.importorskip("submitit")
+    launcher = launchers.OnSlurm(2, tmp_path / "slurm", {"cluster": "local"})
+    tasks = sleepers(tmp_path, 2, 3)
+    spans = finish(launcher, tasks)
+    assert at_once(spans) == 2
+    again = launcher.start(dataclasses.replace(tasks[0]), 0)
+    while (code := again.poll()) is None:
+        time.sleep(0.1)
+    assert code == launchers.ALREADY
+
+
+def test_a_preempted_job_asks_for_the_same_again() -> None:
+    submitit = pytest.importorskip("submitit")
+    task = Task(("true",), Path("a"), Path("b"))
+    successor = launchers._Requeued(task).checkpoint()
+    assert isinstance(successor, submitit.helpers.DelayedSubmission) and successor.function == launchers._Requeued(task)
+
+
+@pytest.mark.slow
+def test_slurm_results_are_the_local_ones(tmp_path: Path, small_flags: tuple[str, ...]) -> None:
+    pytest.importorskip("submitit")
+    cells = test_bench.real_cells(tmp_path, small_flags, seeds=1)
+    assert work(cells, tmp_path / "slurm", launchers.OnSlurm(2, tmp_path / "jobs", {"cluster": "local"}), "slurm") == {}
+    assert work(cells, tmp_path / "local", launchers.Local(1), "local") == {}
+    assert [weights(cell, tmp_path / "slurm") for cell in cells] == [weights(cell, tmp_path / "local") for cell in cells]
+
+
+# --- Ray ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_an_unreachable_ray_is_one_line(address: str) -> None:
+    """At once: Ray itself would ask for eight minutes."""
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match=rf"no Ray at {address} \(.*\): start one with `ray start --head`, or leave --ray_address out"):
+        launchers.OnRay(1, address, 0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ray_places_four_quarter_gpu_jobs_at_once_with_the_local_results(tmp_path: Path, small_flags: tuple[str, ...]) -> None:
+    """A local Ray with one logical GPU, which no machine needs to have: it only counts. Then a grid, on Ray and in processes."""
+    ray = pytest.importorskip("ray")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=8, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    try:
+        quarters = finish(launchers.OnRay(6, None, 0.25, 0), sleepers(tmp_path / "quarters", 6, 6))
+        assert at_once(quarters) == 4, "of six, four fit on the GPU"
+        halves = finish(launchers.OnRay(3, None, 0.5, 0), sleepers(tmp_path / "halves", 3, 3))
+        assert at_once(halves) == 2, "the control: of halves, two"
+        with pytest.raises(UserError, match="a job asks for 2 GPU, but the Ray cluster has 1: lower --gpus_per_job"):
+            launchers.OnRay(1, None, 2, 1)
+        cells = test_bench.real_cells(tmp_path, small_flags, seeds=1)
+        assert work(cells, tmp_path / "ray", launchers.OnRay(4, None, 0.25, 1), "ray") == {}
+    finally:
+        ray.shutdown()
+    assert work(cells, tmp_path / "local", launchers.Local(1), "local") == {}
+    assert [weights(cell, tmp_path / "ray") for cell in cells] == [weights(cell, tmp_path / "local") for cell in cells]
+    assert all(bench.look(cell, tmp_path / "ray").done for cell in cells)
