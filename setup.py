@@ -33,8 +33,10 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIRED,
     extras_require={
-        "dev": ["ruff", "mypy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "types-PyYAML", "build", "setuptools", "wheel"]
-        + ["plotly", "selenium"],
+        "dev": [
+            *("ruff", "mypy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "types-PyYAML", "build", "setuptools", "wheel"),
+            *("plotly", "selenium"),
+        ],
         "hub": ["huggingface_hub>=1.0"],
         "report": ["plotly"],
         "ray": ["ray"],
