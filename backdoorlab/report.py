@@ -398,7 +398,7 @@ def _about(cell: Cell, name: str) -> str:
             return "Test images; there is no trigger to show."
         return f"From above: clean test images, the same with the trigger, and their difference, {GAIN} times stronger around grey."
     if name == "triggers":
-        return f"{cell.name}: the trigger that it recovered for each class. The attack's own should look like the difference in the preview."
+        return f"{cell.name}: triggers that it recovered, a row for each class. The target's should look like the difference in the preview."
     return f"{'the attack' if cell.undefended else cell.name}: {name}"
 
 
