@@ -198,22 +198,13 @@ class Drive:
         return self.failed
 
     def _fill(self) -> None:
-        """Hand over what can start; what another driver holds is looked at again later."""
-        for cell in list(self.waiting):
-            slot = next((slot for slot in range(self.launcher.slots) if slot not in self.running), None)
-            if slot is None:
-                return
-            if (cell.kind == "defense" and cell.record not in self.ready) or self.not_before.get(cell, 0.0) > time.monotonic():
-                continue
-            if cell not in self.waiting:
-                continue
-            running = self.launcher.start(self._task(cell), slot)
-            code = running.poll()
+        """Hand over what can start, in the grid's order; what another driver holds is tried again later."""
+        free = [slot for slot in range(self.launcher.slots) if slot not in self.running]
+        able = [cell for cell in self.waiting if cell.kind == "attack" or cell.record in self.ready]
+        due = [cell for cell in able if self.not_before.get(cell, 0.0) <= time.monotonic()]
+        for slot, cell in zip(free, due, strict=False):
+            self.running[slot] = cell, self.launcher.start(self._task(cell), slot)
             self.waiting.remove(cell)
-            if code is None:
-                self.running[slot] = cell, running
-            else:
-                self._answer(cell, code)
 
     def _collect(self) -> None:
         for slot, (cell, running) in list(self.running.items()):

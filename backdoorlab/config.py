@@ -223,7 +223,7 @@ def parse_plain(options_class: type[Any], argv: Sequence[str], prog: str) -> Any
 
 def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], prog: str) -> Any:
     """Later layers win. Each flag reaches the parser once, under its field's name."""
-    known = _flag_names(config_class)
+    known = flag_names(config_class)
     given: dict[str, list[str]] = {}
     loose: list[str] = []
     for origin, flags in layers:
@@ -291,7 +291,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def as_flags(config_class: type[Any], values: Mapping[str, Any], where: str) -> list[str]:
     """Keys and values of a YAML file as flags; an unknown key is answered with the closest one."""
-    known = _flag_names(config_class)
+    known = flag_names(config_class)
     flags = []
     for key, value in values.items():
         if key not in known:
@@ -301,7 +301,7 @@ def as_flags(config_class: type[Any], values: Mapping[str, Any], where: str) -> 
     return flags
 
 
-def _flag_names(config_class: type[Any]) -> dict[str, str]:
+def flag_names(config_class: type[Any]) -> dict[str, str]:
     """Every flag and alias, without dashes -> the field."""
     known = {}
     hints = get_type_hints(config_class, include_extras=True)
@@ -316,7 +316,7 @@ def _flag_names(config_class: type[Any]) -> dict[str, str]:
 
 
 def _origins(config_class: type[Any], layers: list[tuple[str, list[str]]]) -> dict[str, str]:
-    known = _flag_names(config_class)
+    known = flag_names(config_class)
     origins = {}
     for origin, flags in layers:
         for token in flags:

@@ -166,7 +166,7 @@ def _methods(kind: registry.Kind, entries: Iterable[Entry], where: str) -> tuple
             every = entry.name == "all"
             label = name if every else entry.label
             if label not in found or not every:
-                found[label] = Entry(label, name, entry.options)
+                found[label] = Entry(label, name, _by_field(kind, name, entry.options, f"{where}: {entry.label}"))
     return tuple(found.values())
 
 
@@ -185,10 +185,16 @@ def _options(values: Any, where: str) -> Mapping[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{where}: expected lines of `key: value`, found {values!r}")
-    for key in values:
-        if key in OURS:
-            raise UserError(f"{where}: {key} is set by the grid: take it out")
     return values
+
+
+def _by_field(kind: registry.Kind, method: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options under their fields' names, whatever alias was used; those that the grid itself sets are refused."""
+    fields = configs.flag_names(registry.load(kind, method).config_class)
+    found = {fields.get(key, key): value for key, value in options.items()}
+    for key in OURS & found.keys():
+        raise UserError(f"{where}: {key} is set by the grid: take it out")
+    return found
 
 
 # --- cells -------------------------------------------------------------------------------------------------------
@@ -250,7 +256,8 @@ def _rates(grid: Grid, entry: Entry) -> tuple[float | None, ...]:
 
 def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | None) -> _Settings:
     method = registry.load("attack", entry.name)
-    options = {**grid.attack_options, **dataset.options, **entry.options}
+    shared = _by_field("attack", method.name, {**grid.attack_options, **dataset.options}, "attack")
+    options = {**shared, **entry.options}
     if rate is not None:
         check_rate(rate)
         options["poison_rate"] = rate
@@ -267,7 +274,8 @@ def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | Non
 
 def _defense_settings(grid: Grid, dataset: Entry, entry: Entry) -> _Settings:
     method = registry.load("defense", entry.name)
-    flags = configs.as_flags(method.config_class, {**grid.defense_options, **entry.options}, entry.label)
+    shared = _by_field("defense", method.name, grid.defense_options, "defense")
+    flags = configs.as_flags(method.config_class, {**shared, **entry.options}, entry.label)
     parsed = configs.parse(method.config_class, method.name, "defense", flags, lambda config: dataset.name, entry.label)
     parsed.config.check()
     variant = "" if entry.label == method.name else re.sub(rf"^{re.escape(method.name)}[-_]", "", entry.label)

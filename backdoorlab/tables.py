@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from . import forms, registry, reported, results
+from . import forms, registry, reported, results, significance
 from .forms import HOLE, Format, Row, Table
 from .record import ASSUMABLE, Record
 from .results import BASELINE, UNDEFENDED, Group, Label, Metric
@@ -154,20 +154,20 @@ def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence
     if any(weak):
         said.append(f"†: no better than fine-tuning ({BASELINE}) in DER on the same records.")
     said += [remark + "." for remark in results.remarks(found)]
-    comparisons = results.compare(groups)
+    comparisons = significance.compare(groups)
     for dataset in dict.fromkeys(comparison.dataset for comparison in comparisons):
         said.append(_tested([comparison for comparison in comparisons if comparison.dataset == dataset]))
     sources = {number.key: number for group in groups for number in reported.beside(group.first)}
     return said + [f"[{key}] clean acc / ASR %: {number.source}; {number.protocol}." for key, number in sources.items()]
 
 
-def _tested(comparisons: Sequence[results.Comparison]) -> str:
+def _tested(comparisons: Sequence[significance.Comparison]) -> str:
     """Each defense's mean lead over fine-tuning on one data set, and what may be concluded."""
     leads = ", ".join(
-        f"{c.defense} {100 * c.difference:+.2f}" + (f" (p {c.p:.2g}, Holm {c.holm:.2g})" if c.attacks >= results.fewest_attacks(1) else "")
+        f"{c.defense} {100 * c.difference:+.2f}" + (f" (p {c.p:.2g}, Holm {c.holm:.2g})" if c.attacks >= significance.fewest_attacks(1) else "")
         for c in comparisons
     )
-    return f"{comparisons[0].dataset}, DER minus {BASELINE}'s, mean over attacks: {leads}. {results.verdict(comparisons)}"
+    return f"{comparisons[0].dataset}, DER minus {BASELINE}'s, mean over attacks: {leads}. {significance.verdict(comparisons)}"
 
 
 # --- cells -------------------------------------------------------------------------------------------------------

@@ -54,6 +54,13 @@ def test_a_name_holds_data_network_preset_attack_rate_and_seed(tmp_path: Path) -
     assert [cell.name for cell in quick] == ["digits-quick-badnet-0.1-s0"] and json.loads(quick[0].settings)["epochs"] == 3
 
 
+def test_an_alias_is_the_flag_that_it_stands_for(tmp_path: Path) -> None:
+    found = cells(write(tmp_path, attacks=[{"badnet": {"pratio": [0.02, 0.03]}}], defenses=[], seeds=[0], attack={"attack_target": 3}))
+    assert [cell.name for cell in found] == ["digits-badnet-0.02-s0", "digits-badnet-0.03-s0"]
+    assert [json.loads(cell.settings)["poison_rate"] for cell in found] == [0.02, 0.03]
+    assert json.loads(found[0].settings)["target_label"] == 3
+
+
 def test_a_cells_settings_are_those_of_its_command() -> None:
     """What the grid expects in record.json is what the command's own parser makes of the flags."""
     from backdoorlab import runner
@@ -103,6 +110,7 @@ def test_a_method_with_options_beside_all(tmp_path: Path) -> None:
         ({"attacks": [{"badnet": {"positon": "random"}}]}, {}, r"badnet: unknown key 'positon'. Did you mean 'position'\?"),
         ({"attacks": ["badnet"], "defense": {"epoch": 2}}, {}, "unknown key 'epoch'"),
         ({"attacks": [{"badnet": {"seed": 3}}]}, {}, "seed is set by the grid"),
+        ({"attacks": ["badnet"], "attack": {"random_seed": 3}}, {}, "attack: seed is set by the grid"),
         ({"attacks": [{"badnet": {"position": "middle"}}]}, {}, "position"),
         ({"attacks": [{"bad/net": {"method": "badnet"}}]}, {}, "is no name"),
         ({"attacks": [["badnet"]]}, {}, "expected names, or"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from backdoorlab import forms, reported, results, tables
+from backdoorlab import forms, reported, results, significance, tables
 from backdoorlab.results import Row
 
 
@@ -127,35 +127,35 @@ def test_sign_flip_is_the_exact_permutation_test(n: int) -> None:
         numbers = rng.normal(0.5, 1, n).round(1)
         patterns = np.array(list(itertools.product((1, -1), repeat=n)))
         listed = np.mean(abs(patterns @ numbers) >= abs(numbers.sum()) - 1e-9)
-        assert results.sign_flip(numbers.tolist()) == pytest.approx(listed, abs=1e-15)
+        assert significance.sign_flip(numbers.tolist()) == pytest.approx(listed, abs=1e-15)
 
 
 def test_sign_flip_agrees_with_scipy() -> None:
     numbers = np.random.default_rng(0).normal(0.4, 1, 8)
     theirs = stats.permutation_test((numbers,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided")
-    assert results.sign_flip(numbers.tolist()) == pytest.approx(theirs.pvalue)
+    assert significance.sign_flip(numbers.tolist()) == pytest.approx(theirs.pvalue)
 
 
 def test_sign_flip_of_many_is_exact_too() -> None:
-    assert results.sign_flip([1.0] * 40) == 2 / 2**40
-    assert results.sign_flip([1.0, -1.0] * 10) == 1.0
+    assert significance.sign_flip([1.0] * 40) == 2 / 2**40
+    assert significance.sign_flip([1.0, -1.0] * 10) == 1.0
     with pytest.raises(ValueError, match="between 1 and 40"):
-        results.sign_flip([])
+        significance.sign_flip([])
 
 
 def test_holm() -> None:
-    assert results.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert results.holm([0.9, 0.8]) == [1.0, 1.0] and results.holm([]) == []
+    assert significance.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert significance.holm([0.9, 0.8]) == [1.0, 1.0] and significance.holm([]) == []
 
 
 def test_fewer_than_six_attacks_cannot_show_significance() -> None:
     """Whatever the numbers: all in one direction gives the smallest p there is."""
-    assert results.sign_flip([1.0] * 5) > results.SIGNIFICANT >= results.sign_flip([1.0] * 6)
-    assert results.fewest_attacks(1) == 6
+    assert significance.sign_flip([1.0] * 5) > significance.SIGNIFICANT >= significance.sign_flip([1.0] * 6)
+    assert significance.fewest_attacks(1) == 6
     for comparisons in range(1, 30):
-        n = results.fewest_attacks(comparisons)
-        assert results.holm([results.sign_flip([1.0] * n)] * comparisons)[0] <= 0.05
-        assert results.holm([results.sign_flip([1.0] * (n - 1))] * comparisons)[0] > 0.05
+        n = significance.fewest_attacks(comparisons)
+        assert significance.holm([significance.sign_flip([1.0] * n)] * comparisons)[0] <= 0.05
+        assert significance.holm([significance.sign_flip([1.0] * (n - 1))] * comparisons)[0] > 0.05
 
 
 def attacked(attacks: int, **defenses: float) -> list[results.Group]:
@@ -173,16 +173,16 @@ def attacked(attacks: int, **defenses: float) -> list[results.Group]:
     ("attacks", "says"), [(5, "Fewer than six attacks cannot show"), (6, "2 comparisons need 7"), (7, "Different from ft at 5 % after Holm: good.")]
 )
 def test_the_verdict_says_what_so_many_attacks_can_show(attacks: int, says: str) -> None:
-    comparisons = results.compare(attacked(attacks, good=0.1, even=-0.003))
+    comparisons = significance.compare(attacked(attacks, good=0.1, even=-0.003))
     assert [comparison.defense for comparison in comparisons] == ["good", "even"]
     assert {comparison.attacks for comparison in comparisons} == {attacks}, "rates of one attack are not two attacks"
     assert comparisons[0].difference == pytest.approx(0.1 + (attacks - 1) / 2000)
-    assert says in results.verdict(comparisons)
+    assert says in significance.verdict(comparisons)
 
 
 def test_an_attack_that_did_not_take_proves_nothing() -> None:
     groups = results.grouped([row(asr=0.2, asr_before=0.2), row("ft", der=0.5, asr_before=0.2), row("good", der=0.6, asr_before=0.2)])
-    assert results.compare(groups) == []
+    assert significance.compare(groups) == []
     assert results.remarks([member for group in groups for member in group.rows]) == [
         "badnet on digits hardly took: ASR 20 % before any defense, so its DER says little"
     ]
