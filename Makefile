@@ -21,6 +21,7 @@ demo: $(VENV)/installed
 	for defense in defense/*.py; do $(RUN) $$defense --result_file demo || exit; done
 	$(RUN) -m backdoorlab table demo
 
+# The page's tests drive Chromium (Debian: apt-get install chromium chromium-driver) and are skipped without it.
 test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

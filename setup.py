@@ -33,7 +33,10 @@ setup(
     python_requires=">=3.11",
     install_requires=REQUIRED,
     extras_require={
-        "dev": ["ruff", "mypy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "types-PyYAML", "build", "setuptools", "wheel"],
+        "dev": [
+            *("ruff", "mypy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "types-PyYAML", "build", "setuptools", "wheel"),
+            *("plotly", "selenium"),
+        ],
         "hub": ["huggingface_hub>=1.0"],
         "report": ["plotly"],
         "ray": ["ray"],
@@ -47,6 +50,6 @@ setup(
         "backdoorlab.defense": "defense",
         "backdoorlab.resource": "resource",
     },
-    package_data={"backdoorlab.resource": ["*.yaml", "config/*.yaml"], "backdoorlab": ["py.typed"]},
+    package_data={"backdoorlab.resource": ["*.yaml", "config/*.yaml", "page/*"], "backdoorlab": ["py.typed"]},
     entry_points={"console_scripts": ["backdoorlab = backdoorlab.__main__:main"]},
 )

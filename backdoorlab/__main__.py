@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from . import bench, datasets, engine, exporting, forms, hub, importing, models, registry, results, scan, tables
+from . import bench, datasets, engine, exporting, forms, hub, importing, models, registry, report, results, scan, tables
 from .cli import guarded, one_line, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
@@ -204,6 +204,7 @@ def _writable(folder: Path) -> str:
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "table": (Table, table),
     "bench": (bench.Bench, bench.bench),
+    "report": (report.Report, report.report),
     "import": (importing.Import, importing.import_record),
     "export": (exporting.Export, exporting.export_record),
     "scan": (scan.Scan, scan.scan),
@@ -220,6 +221,7 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
   table [RECORD ...] [--format FORMAT]    records and defenses side by side; --mean True: over seeds
   bench --config GRID                     attacks x defenses x seeds: runs what is missing, then shows the means
+  report [RECORD ...] --html FILE         the same as a page to look at, offline; --figures DIR for papers
   import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH), or your own --weights
   export RECORD ...                       to BackdoorBench (--to backdoorbench PATH), or a model (--weights FILE)
   scan RECORD                             the training images that DAU takes for poison, with a contact sheet

@@ -24,9 +24,8 @@ from .errors import UserError, suggest
 
 C = TypeVar("C", bound="MethodConfig")
 
-RUN_OPTIONS = frozenset(
-    ["save_folder_name", "result_file", "run_name", "dataset_path", "device", "record_root", "yaml_path", "overwrite", "debug", "subtask"]
-)
+WHERE = ["save_folder_name", "result_file", "run_name", "dataset_path", "device", "record_root", "yaml_path", "track", "track_folder"]
+RUN_OPTIONS = frozenset([*WHERE, "overwrite", "debug", "subtask"])
 """Fields that say where and how to run, not what is computed: they are not kept in a record, nor compared on resuming."""
 
 
@@ -48,6 +47,10 @@ class MethodConfig:
     """Folder of records; default $BACKDOORLAB_RECORDS, else record/ of the checkout, else ./record."""
     yaml_path: str | None = None
     """YAML file with flags as keys, or the name of a preset in resource/config/."""
+    track: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
+    """Send each line of history and the final scores there as well; never changes a result. Needs pip install 'backdoorlab[track]'."""
+    track_folder: str = "runs"
+    """Folder for what the tracker keeps on this machine."""
     overwrite: bool = False
     """Replace a finished result of the same name (a record takes its defenses' results along), or throw away an unfinished one."""
     debug: bool = False

@@ -66,7 +66,10 @@ class Run:
         self.splits: dict[str, dict[str, Any]] = {}
         self.progress = Progress()
         self.flagged: Tensor | None = None
+        self.suspicion: Tensor | None = None
         self.pictures: dict[str, Sequence[Tensor]] = {}
+        self.told: Callable[[int, dict[str, Any]], None] | None = None
+        """Hears of each line of history and its place, from 1; without effect on the run."""
         self._evaluator: Evaluator | None = None
         self._train_poison, self._score_every = train_poison, score_every
         self._sums: dict[str, Tensor] = {}
@@ -120,6 +123,7 @@ class Run:
                 row |= self.score(model).summary()
             self.history.append(row)
             self._describe(row, total, bar)
+            self._tell(row)
             ended, self._ended = self._ended, False
             self._save(path, parts, stage=stage, done=total if ended else epoch + 1, total=total)
             if ended:
@@ -185,10 +189,14 @@ class Run:
     def say(self, text: str) -> None:
         tqdm.write(f"  {text}", file=sys.stderr)
 
-    def report_split(self, flagged: Tensor, name: str = "split") -> None:
-        """Score a bool (N,) mask over the training set that claims to be the poison. Returns nothing."""
+    def report_split(self, flagged: Tensor, name: str = "split", suspicion: Tensor | None = None) -> None:
+        """Score a bool (N,) mask over the training set that claims to be the poison. Returns nothing.
+
+        `suspicion`, float (N,), the larger the more suspect, is what the mask was decided by; it is kept for a histogram.
+        """
         if name == "split":
             self.flagged = flagged.cpu()
+            self.suspicion = None if suspicion is None else suspicion.detach().float().cpu()
         if self._train_poison is not None:
             self.splits[name] = quality = split_quality(flagged, self._train_poison)
             self._logged |= {f"{name}_flagged": quality["flagged"], f"{name}_missed": quality["missed"]}
@@ -240,6 +248,13 @@ class Run:
         else:
             bar.set_postfix_str(values)
 
+    def _tell(self, row: dict[str, Any]) -> None:
+        """The time that a listener takes is not charged to the method."""
+        if self.told is not None:
+            self._charge()
+            self.told(len(self.history), row)
+            self._clock = time.perf_counter()
+
     def _check_finite(self) -> None:
         for name, value in self._sums.items():
             if not finite(value):
@@ -262,8 +277,7 @@ class Run:
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
         meta = dict(history=self.history, notes=self.notes, splits=self.splits, progress=vars(self.progress))
-        if self.flagged is not None:
-            tensors["flagged"] = self.flagged
+        tensors |= {name: value for name, value in (("flagged", self.flagged), ("suspicion", self.suspicion)) if value is not None}
         return tensors, meta
 
     def _save(self, path: Path, parts: dict[str, Any], **position: Any) -> None:
@@ -278,7 +292,7 @@ class Run:
             torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
         self.history, self.notes, self.splits = meta["history"], meta["notes"], meta["splits"]
         self.progress = Progress(**meta["progress"])
-        self.flagged = tensors.get("flagged")
+        self.flagged, self.suspicion = tensors.get("flagged"), tensors.get("suspicion")
         self._clock, self._passes = time.perf_counter(), (PASSES.forward, PASSES.backward)
 
 

@@ -1,13 +1,15 @@
 """Run one attack into a record, or one defense on a record."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from . import config as configs
 from . import data, datasets, engine, files, models, record
@@ -22,6 +24,9 @@ from .record import Record
 from .registry import Method
 from .run import Run, describe_split, environment
 from .source import code_version
+
+if TYPE_CHECKING:
+    from .tracking import Told
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,10 @@ def run_attack(job: Job) -> Record:
     dataset = datasets.load(config.dataset, config.dataset_path, image_size=config.image_size, grey=config.grey)
     if isinstance(config, AttackConfig):
         check_target(config.target_label, dataset.num_classes)
-    with _stage(target, "record.json", job) as stage:
+    with _stage(target, "record.json", job) as stage, _tracked(job, config.save_folder_name, stage) as tracker:
         engine.seed_everything(config.seed, device)
         run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
+        run.told = tracker.line
         job.say_settings(run)
         run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
         attack = job.method.function("attack") or partial(static_attack, stamp=job.method.module.stamp)
@@ -122,6 +128,7 @@ def run_attack(job: Job) -> Record:
         run.save_history(final)
         record.write(final, info, outcome.model, outcome.train_poison, outcome.test_poison)
         _publish(final, target)
+        tracker.final(after=scores.summary(), cost={"seconds": spent.seconds, "peak_memory_bytes": spent.peak_memory_bytes})
     return Record.load(config.save_folder_name, root)
 
 
@@ -178,7 +185,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         return _score_saved(found, target, config)
     device = engine.choose_device(config.device)
     dataset = found.dataset(config.dataset_path)
-    with _stage(target, "result.json", job) as stage:
+    with _stage(target, "result.json", job) as stage, _tracked(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker:
         engine.seed_everything(config.seed, device)
         run = Run(
             stage,
@@ -188,6 +195,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             train_poison=found.train_poison if found.known_poison else None,
             score_every=config.score_every,
         )
+        run.told = tracker.line
         run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, run.autocast))
         trusted = _trusted(config, found, dataset) if "trusted" in method.assumes else None
         seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
@@ -210,7 +218,8 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         for name, images in run.pictures.items():
             save_sheet(final / f"{name}.png", images)
         if run.flagged is not None:
-            files.write_tensors(final / "split.safetensors", {"flagged": run.flagged})
+            decided = {} if run.suspicion is None else {"suspicion": run.suspicion}
+            files.write_tensors(final / "split.safetensors", {"flagged": run.flagged, **decided})
         result = {
             "schema": record.SCHEMA,
             "attack": found.info["attack"],
@@ -239,7 +248,21 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         }
         files.write_sealed(final / "result.json", {**result, "files": files.manifest(final)})
         _publish(final, target)
+        tracker.final(
+            before=result["before"],
+            after={**after.summary(), "der": result["der"]},
+            split=run.splits.get("split", {}),
+            cost={"seconds": spent.seconds, "peak_memory_bytes": spent.peak_memory_bytes},
+        )
     return result
+
+
+def _tracked(job: Job, name: str, stage: Path) -> AbstractContextManager["Told"]:
+    """Who else hears of a run; the import waits until someone asks, as the trackers are no part of what makes a number."""
+    from .tracking import tracked
+
+    say = lambda text: tqdm.write(f"  {text}", file=sys.stderr)  # noqa: E731
+    return tracked(job.config.track, job.config.track_folder, name, job.config.science(), stage, say)
 
 
 def _trusted(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:

@@ -43,6 +43,9 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         "dataset image_size": dataset["image_size"] is None or (is_count(dataset["image_size"]) and 1 <= dataset["image_size"] <= LARGEST_SIDE),
         "dataset grey": dataset["grey"] in (None, True, False),
         "dataset train_size": is_count(dataset["train_size"]),
+        "dataset class_names": _are_texts(dataset.get("class_names")),
+        "poisoned": info.get("poisoned") is None or is_count(info["poisoned"]),
+        "target": info.get("target") is None or is_count(info["target"]),
         "architecture name": _is_word(architecture["name"]),
         "architecture width": architecture["width"] is None or (is_count(architecture["width"]) and architecture["width"] >= 1),
         "architecture stem": architecture.get("stem", "small") in ("small", "stock"),
@@ -52,8 +55,10 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         "architecture std": _are_numbers(architecture["std"]),
         "config crop_padding": is_count(config.get("crop_padding")) and config["crop_padding"] <= LARGEST_SIDE,
         "config flip": isinstance(config.get("flip"), bool),
+        "config poison_rate": _is_number(config.get("poison_rate")),
+        "scores triggered_predictions": _are_counts(scores.get("triggered_predictions")),
     }
-    _refuse_unsound(path, sound)
+    _refuse_unsound(path, sound | _told(info))
     if len(architecture["mean"]) != shape[0] or len(architecture["std"]) != shape[0]:
         raise damaged(path, f"mean and std need {shape[0]} numbers each")
     _check_scores(path, scores)
@@ -72,8 +77,11 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
         "seconds": _is_number(result["seconds"]),
         "collapsed": result["collapsed"] in (None, True, False),
         "split": split is None or (isinstance(split, dict) and all(key in split and _is_number(split[key]) for key in ("tpr", "fpr"))),
+        "splits": result.get("splits") is None or (isinstance(result["splits"], dict) and all(map(_is_quality, result["splits"].values()))),
+        "seed": result.get("seed") is None or is_count(result["seed"]),
+        "triggered_predictions": _are_counts(result.get("triggered_predictions")),
     }
-    _refuse_unsound(path, sound)
+    _refuse_unsound(path, sound | _told(result))
     _check_manifest(path, result, ())
 
 
@@ -143,6 +151,29 @@ def _check_manifest(path: Path, info: Mapping[str, Any], required: tuple[str, ..
     _refuse_missing(path, manifest, required)
     for name, entry in manifest.items():
         check_entry(path.parent, name, entry)
+
+
+def _told(info: Mapping[str, Any]) -> dict[str, bool]:
+    """What records and results say of themselves alike, where they say it."""
+    passes = info.get("image_passes")
+    return {
+        "image_passes": passes is None or (isinstance(passes, dict) and all(is_count(passes.get(key)) for key in ("forward", "backward"))),
+        "peak_memory_bytes": info.get("peak_memory_bytes") is None or is_count(info["peak_memory_bytes"]),
+        "device": info.get("device") is None or isinstance(info["device"], str),
+        "notes": _are_texts(info.get("notes")),
+    }
+
+
+def _are_texts(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+
+def _are_counts(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(map(is_count, value)))
+
+
+def _is_quality(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_number(value.get(key)) for key in ("tpr", "fpr", "precision"))
 
 
 def _is_number(value: Any) -> bool:

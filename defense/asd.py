@@ -99,12 +99,12 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     steps = max(1, total * config.iterations)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=steps)
     for epoch in run.epochs("train", total, model=model, optimizer=optimizer, schedule=schedule):
-        clean = clean_pool(epoch, model, train, seeds, view, config, run)
+        clean, suspicion = clean_pool(epoch, model, train, seeds, view, config, run)
         rest = ~clean
         if not clean.any() or not rest.any():
             empty = "clean pool (D_C)" if rest.any() else "unlabelled pool (D_P)"
             raise UserError(f"the {empty} of epoch {epoch} is empty: give more --seeds_per_class, or another --clean_share, --grow or --grow_every")
-        run.report_split(rest)
+        run.report_split(rest, suspicion=suspicion)
         model.train()
         for step, (x, u1, u2) in enumerate(triples(train, clean, view, config, run)):
             ramp = min(1.0, (epoch + step / config.iterations) / total)
@@ -116,16 +116,17 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
 # --- the split ---------------------------------------------------------------------------------------------------
 
 
-def clean_pool(epoch: int, model: Classifier, train: Split, seeds: Tensor, view: DefenderView, config: Config, run: Run) -> Tensor:
-    """bool (N,): D_C of an epoch."""
+def clean_pool(epoch: int, model: Classifier, train: Split, seeds: Tensor, view: DefenderView, config: Config, run: Run) -> tuple[Tensor, Tensor]:
+    """bool (N,), D_C of an epoch, and float (N,), by whose lowest values it was chosen."""
     labels = train.labels.cpu()
     losses = split_losses(model, train, run)
     if epoch < config.stage1_epochs:
-        return class_aware(losses, labels, seeds, config.grow * (epoch // config.grow_every), view.num_classes)
+        return class_aware(losses, labels, seeds, config.grow * (epoch // config.grow_every), view.num_classes), losses
     size = int(config.clean_share * len(labels))
     if epoch < config.stage1_epochs + config.stage2_epochs:
-        return lowest(losses, size)
-    return lowest(losses - split_losses(learned_copy(model, train, view, config, run), train, run), size)
+        return lowest(losses, size), losses
+    gained = losses - split_losses(learned_copy(model, train, view, config, run), train, run)
+    return lowest(gained, size), gained
 
 
 def class_aware(losses: Tensor, labels: Tensor, seeds: Tensor, count: int, num_classes: int) -> Tensor:

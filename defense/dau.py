@@ -173,15 +173,19 @@ def find_poison(view: DefenderView, config: Config, run: Run) -> Tensor:
     if flagged.any():
         counts = torch.bincount(features.labels[flagged], minlength=view.num_classes).tolist()
         run.note("flagged by label: " + ", ".join(f"{label}: {count}" for label, count in enumerate(counts) if count))
-    run.report_split(flagged)
+    run.report_split(flagged, suspicion=doubt(log_p, features, config))
     return flagged.cpu()
 
 
 def lost_label(log_p: Tensor, features: Features, config: Config) -> Tensor:
     """Step 3: bool (N,), where the anti-learned log p (N, K) gives a sample's own label too little."""
-    belief = -cross_entropy(log_p, features.labels)
-    before = -cross_entropy(features.logits, features.labels) if config.relative else torch.zeros_like(belief)
-    return belief < before + math.log(config.threshold)
+    return doubt(log_p, features, config) > -math.log(config.threshold)
+
+
+def doubt(log_p: Tensor, features: Features, config: Config) -> Tensor:
+    """float (N,): how much less, as a log, the anti-learned head believes in a sample's label than the poisoned model did."""
+    before = cross_entropy(features.logits, features.labels) if config.relative else 0
+    return cross_entropy(log_p, features.labels) - before
 
 
 def accuracy(logits: Tensor, labels: Tensor, among: Tensor) -> float:

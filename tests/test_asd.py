@@ -49,7 +49,7 @@ def test_the_clean_pool_grows_as_published() -> None:
 def test_each_stage_takes_what_it_says() -> None:
     train, view, config, model = setting(stage1_epochs=2, stage2_epochs=1, stage3_epochs=1, grow=3, grow_every=1)
     losses = asd.split_losses(model, train, new_run())
-    first, grown, half, meta = (asd.clean_pool(epoch, model, train, view.seeds, view, config, new_run()) for epoch in range(4))
+    first, grown, half, meta = (asd.clean_pool(epoch, model, train, view.seeds, view, config, new_run())[0] for epoch in range(4))
     assert first.nonzero().squeeze(1).tolist() == list(range(K)), "seeds alone"
     assert grown[view.seeds].all() and torch.bincount(train.labels[grown], minlength=K).tolist() == [4] * K
     for label in range(K):

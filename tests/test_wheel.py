@@ -39,6 +39,7 @@ def test_a_wheel_holds_everything_and_runs_without_a_checkout(tmp_path: Path) ->
         *(f"backdoorlab/resource/config/{p.name}" for p in (helpers.CHECKOUT / "resource" / "config").glob("*.yaml")),
     }
     wanted |= {f"backdoorlab/{kind}/{path.name}" for kind in ("attack", "defense") for path in (helpers.CHECKOUT / kind).glob("*.py")}
+    wanted |= {f"backdoorlab/resource/page/{path.name}" for path in (helpers.CHECKOUT / "resource" / "page").iterdir()}
     assert wanted <= inside, f"missing: {sorted(wanted - inside)}"
     assert not [name for name in inside if name.startswith(("tests/", "attack/", "defense/", "record/"))]
 

@@ -1,0 +1,352 @@
+"""What is drawn of the cells, as plain values: the page and the figures for papers draw the same charts.
+
+A chart has panels, a panel has series or a grid, and under each chart stands a caption that says what to see. Scores are in
+percent here. A chart that cannot be drawn has no panel, and says in `missing` why.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .cells import Cell
+from .results import UNDEFENDED
+
+LIGHT = ("#E8590C", "#009E73", "#5B2A86", "#CA61ED", "#7D1D09")
+DARK = ("#EECC66", "#1FA187", "#785EF0", "#E07BE0", "#B35900")
+"""Told apart by people without one of the three cones, too, and from the text colour; on white and on black. Tests measure it."""
+INK = {"light": "#14213D", "dark": "#E6EDF3"}
+PAPER = {"light": "#FFFFFF", "dark": "#14171C"}
+SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "pentagon", "hexagon")
+"""Colours repeat after five, shapes after nine: 45 looks before the first comes again."""
+TEXT = -1
+"""The look of what is not a method: an x in the text colour."""
+BINS = 40
+WIDE = 5
+"""Largest number over smallest from which on an axis of costs is logarithmic."""
+
+Kind = Literal["points", "line", "dotted", "bars"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points in one look; y None is a gap."""
+
+    name: str
+    look: int
+    """Which colour and shape: TEXT, or counted from 0."""
+    kind: Kind
+    x: Sequence[float | str]
+    y: Sequence[float | str | None]
+    hover: Sequence[str] = ()
+    """What to say of each point."""
+    cells: Sequence[int] = ()
+    """Which cell each point is, where a point is a cell."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Numbers in rows and columns; None is a hole."""
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float | None]]
+    unit: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    x_label: str = ""
+    y_label: str = ""
+    series: tuple[Series, ...] = ()
+    grid: Grid | None = None
+    x_range: tuple[float, float] | None = None
+    y_range: tuple[float, float] | None = None
+    log_x: bool = False
+    bare: bool = False
+    """Axes without a meaning: no numbers at them."""
+    lanes: tuple[str, ...] = ()
+    """The words on the y axis, from the top, where it has words."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    name: str
+    """Of its file, and of its place on the page."""
+    title: str
+    caption: str
+    panels: tuple[Panel, ...] = ()
+    missing: str = ""
+
+
+def looks(cells: Iterable[Cell]) -> dict[str, int]:
+    """Each defense's look, the same all over a page."""
+    names = sorted({cell.row.defense for cell in cells} - {UNDEFENDED})
+    return {UNDEFENDED: TEXT} | {name: number for number, name in enumerate(names)}
+
+
+def overview(cells: Sequence[Cell]) -> list[Chart]:
+    """The charts over all records."""
+    return [accuracy_against_asr(cells), costs(cells)] if cells else []
+
+
+def of_record(cells: Sequence[Cell]) -> list[Chart]:
+    """The charts of one record, whose cells these are, its own first."""
+    return [scores(cells), losses(cells), splits(cells), histograms(cells), destinations(cells)]
+
+
+# --- over all records --------------------------------------------------------------------------------------------
+
+
+def accuracy_against_asr(cells: Sequence[Cell]) -> Chart:
+    """One mark a cell; a panel for each data set, and one for cells without an ASR."""
+    look = looks(cells)
+    panels = []
+    for dataset in sorted({cell.row.dataset for cell in cells}):
+        attacked = [cell for cell in cells if cell.row.dataset == dataset and cell.row.asr is not None]
+        if attacked:
+            series = _by_defense(attacked, look, lambda c: _percent(c.row.asr), lambda c: _percent(c.row.clean_accuracy))
+            panels.append(Panel(dataset, "ASR %", "clean accuracy %", series, x_range=(-3, 103)))
+    control = [cell for cell in cells if cell.row.asr is None]
+    if control:
+        lanes = tuple(name for name in look if any(cell.row.defense == name for cell in control))
+        series = _by_defense(control, look, lambda c: _percent(c.row.clean_accuracy), lambda c: c.row.defense)
+        panels.append(Panel("no ASR: no attack, or an unknown trigger", "clean accuracy %", "", series, lanes=lanes))
+    caption = (
+        "One mark for each model that was measured. A defense that works moves the mark of its attack (x, on the right) to the left without"
+        " letting it sink: the upper left corner is best. A mark far below the others bought its low ASR with accuracy."
+    )
+    return Chart("accuracy_asr", "Clean accuracy against attack success rate", caption, tuple(panels))
+
+
+def costs(cells: Sequence[Cell]) -> Chart:
+    """Seconds, peak memory and image passes, one mark a cell that has the number."""
+    look = looks(cells)
+    panels = []
+    for title, label, value in (
+        ("Time", "seconds, without evaluation", lambda c: c.row.seconds),
+        ("Peak memory", "GiB", lambda c: c.row.peak_memory_bytes and c.row.peak_memory_bytes / 2**30),
+        ("Image passes, forward and backward", "passes over the training set", _passes),
+    ):
+        known = [cell for cell in cells if value(cell)]
+        lanes = tuple(name for name in look if any(cell.row.defense == name for cell in known))
+        if known:
+            numbers = [value(cell) or 0 for cell in known]
+            wide = max(numbers) > WIDE * min(numbers)
+            panels.append(Panel(title, label, "", _by_defense(known, look, value, lambda c: c.row.defense), log_x=wide, lanes=lanes))
+    caption = (
+        "Further left is cheaper; an axis is logarithmic where its numbers differ much. Seconds and memory belong to the machine that a mark names"
+        " when pointed at (memory is the whole process on a CPU, torch's share on a GPU); image passes are the same everywhere. The row none is"
+        " the attack's own training."
+    )
+    return Chart("costs", "Time, memory and image passes", caption, tuple(panels), "" if panels else "No cell says what it cost.")
+
+
+def _passes(cell: Cell) -> float | None:
+    row = cell.row
+    return None if row.forward is None or row.backward is None else (row.forward + row.backward) / max(1, row.train_size)
+
+
+def _by_defense(cells: Sequence[Cell], look: dict[str, int], x: Callable[[Cell], Any], y: Callable[[Cell], Any]) -> tuple[Series, ...]:
+    members = defaultdict(list)
+    for cell in cells:
+        members[cell.row.defense].append(cell)
+    return tuple(
+        Series(name, look[name], "points", [x(c) for c in own], [y(c) for c in own], [described(c) for c in own], [c.number for c in own])
+        for name, own in sorted(members.items(), key=lambda member: look[member[0]])
+    )
+
+
+def described(cell: Cell) -> str:
+    """What a mark says of itself, line by line."""
+    row = cell.row
+    scores = f"clean accuracy {_text(_percent(row.clean_accuracy))}, ASR {_text(_percent(row.asr))}, RA {_text(_percent(row.robust_accuracy))}"
+    lines = [f"{row.record}: {row.attack}, {cell.name}", scores]
+    if row.seconds is not None:
+        lines.append(f"{row.seconds:,.0f} s on {row.device or 'an unnamed machine'}")
+    return "\n".join(lines + (["COLLAPSED: half of the clean accuracy is lost"] if row.collapsed else []))
+
+
+# --- one record --------------------------------------------------------------------------------------------------
+
+SCORES = {"clean_accuracy": ("clean accuracy", 1), "asr": ("ASR", 0), "robust_accuracy": ("robust accuracy", 3)}
+
+
+def scores(cells: Sequence[Cell]) -> Chart:
+    """Clean accuracy, ASR and RA epoch by epoch, a panel for each defense with a line for each of its runs."""
+    drawn = [(name, _score_series(own)) for name, own in _families(cells)]
+    panels = []
+    for name, series in drawn:
+        if series:
+            last = max(float(x) for one in series for x in one.x)
+            panels.append(Panel(_titled(name), "epoch", "%", series, x_range=(-0.03 * last, 1.03 * last), y_range=(-3, 103)))
+    caption = (
+        "A defense starts at epoch 0 with what the attack left. It works where ASR falls while clean accuracy stays, and robust accuracy, the share"
+        " of triggered images that get their true label, rises. Dotted: only the start and the end were measured (--score_every 0). Several lines"
+        " of a colour are several runs."
+    )
+    missing = "" if panels else "No defense was run, and the attack was scored at its end only (--score_every 0)."
+    return Chart("scores", "Scores, epoch by epoch", caption, tuple(panels), missing)
+
+
+def _score_series(cells: Sequence[Cell]) -> tuple[Series, ...]:
+    found = []
+    for metric, (title, look) in SCORES.items():
+        for cell in cells:
+            history = cell.history
+            seen = history.dropna(subset=[metric]) if metric in history else history.iloc[:0]
+            x, y = [float(at) for at in seen["at"]], [100 * float(value) for value in seen[metric]] if len(seen) else []
+            end, before = getattr(cell.row, metric), cell.record.info["scores"][metric]
+            measured = bool(x)
+            if end is None or (cell.undefended and not measured):
+                continue
+            last = float(max(1, len(history)))
+            if not x or x[-1] < last:
+                x, y = [*x, last], [*y, 100 * end]
+            if not cell.undefended and before is not None:
+                x, y = [0.0, *x], [100 * before, *y]
+            found.append(Series(title, look, "line" if measured else "dotted", x, y, [f"{cell.name}: {title}"] * len(x)))
+    return tuple(found)
+
+
+def losses(cells: Sequence[Cell]) -> Chart:
+    """Each run's training loss, a panel for each defense and stage."""
+    panels = []
+    for name, own in _families(cells):
+        known = [cell for cell in own if "loss" in cell.history]
+        for stage in dict.fromkeys(stage for cell in known for stage in cell.history["stage"]):
+            series = []
+            for cell in known:
+                seen = cell.history[cell.history["stage"] == stage].dropna(subset=["loss"])
+                x, y = [float(at) for at in range(1, len(seen) + 1)], [float(value) for value in seen["loss"]]
+                if x:
+                    series.append(Series("loss", 2, "line", x, y, [cell.name] * len(x)))
+            if series:
+                panels.append(Panel(_titled(name) + (f", {stage}" if stage else ""), "epoch of the stage", "loss", tuple(series)))
+    caption = "What each method minimises, on its own scale, so only the shape compares: a line that still falls at its end was stopped early."
+    return Chart("loss", "Training loss", caption, tuple(panels), "" if panels else "No run kept a loss.")
+
+
+RATES = {
+    "tpr": ("TPR: share of the poison that is flagged", 0),
+    "precision": ("precision", 1),
+    "fpr": ("FPR: share of the clean images that is flagged", 3),
+}
+
+
+def splits(cells: Sequence[Cell]) -> Chart:
+    """How well each split finds the poison: per epoch where it is made anew in each, and as it was reported at the end."""
+    caption = (
+        "A defense that splits the training set should flag all of the poison (TPR 100) and nothing else (FPR 0, precision 100). ASD flags the half"
+        " that it does not trust yet, so its precision is low by construction: look for a TPR that stays high. DAU reports a small, pure pool"
+        " first, then the whole split."
+    )
+    if not cells[0].record.known_poison:
+        return Chart("split", "Finding the poison", caption, missing="Nobody knows which images of this record are poisoned.")
+    panels = []
+    for cell in cells:
+        history = cell.history
+        if {"split_flagged", "split_missed"} <= set(history.columns) and len(seen := history.dropna(subset=["split_flagged", "split_missed"])) > 1:
+            x = [float(at) for at in seen["at"]]
+            rates = [_rates(cell, float(flagged), float(missed)) for flagged, missed in zip(seen["split_flagged"], seen["split_missed"], strict=True)]
+            series = tuple(Series(title, look, "line", x, [rate[key] for rate in rates]) for key, (title, look) in RATES.items())
+            panels.append(Panel(f"{cell.name}, epoch by epoch", "epoch", "%", series, y_range=(-3, 103)))
+    reported = [(f"{cell.name}: {name}" if name != "split" else cell.name, quality) for cell in cells for name, quality in cell.splits.items()]
+    if reported:
+        known = {key: [(name, 100 * quality[key]) for name, quality in reported if quality.get(key) is not None] for key in RATES}
+        series = tuple(
+            Series(title, look, "bars", [rate for _, rate in known[key]], [name for name, _ in known[key]]) for key, (title, look) in RATES.items()
+        )
+        panels.append(Panel("as reported at the end", "%", "", series, x_range=(0, 115), lanes=tuple(dict.fromkeys(name for name, _ in reported))))
+    return Chart("split", "Finding the poison", caption, tuple(panels), "" if panels else "No run on this record splits the training set.")
+
+
+def _rates(cell: Cell, flagged: float, missed: float) -> dict[str, float | None]:
+    """TPR, precision and FPR in percent, from how many are flagged and how many poisoned images are not."""
+    poisoned = int(cell.record.train_poison.mask(cell.row.train_size).sum())
+    hit, clean = poisoned - missed, cell.row.train_size - poisoned
+    share = lambda part, whole: 100 * part / whole if whole else None  # noqa: E731
+    return {"tpr": share(hit, poisoned), "precision": share(hit, flagged), "fpr": share(flagged - hit, clean)}
+
+
+def histograms(cells: Sequence[Cell]) -> Chart:
+    """What a split was decided by, poison and clean images apart, each as a share of its own."""
+    panels = []
+    for cell in cells:
+        if cell.suspicion is not None:
+            values, poisoned = cell.suspicion
+            series = tuple(
+                Series(name, look, "line", *_histogram(values, mask))
+                for name, look, mask in (("poison", 0, poisoned), ("clean", 1, ~poisoned))
+                if mask.any()
+            )
+            panels.append(Panel(cell.name, "suspicion", "% of its own", series))
+    caption = (
+        "The number by which a defense tells poison from clean images, as it saw it last: for DAU the log of what share of its confidence the"
+        " anti-learned head lost (its cut is at 2.3), for ASD the loss by which its last pool was chosen. The further apart the two"
+        " outlines, the easier the split."
+    )
+    return Chart("suspicion", "What the split is decided by", caption, tuple(panels), "" if panels else "No run on this record kept it.")
+
+
+def _histogram(values: Tensor, mask: Tensor) -> tuple[list[float], list[float]]:
+    """Outline of a histogram over the range of all finite values: (edges, percent), two points a bin."""
+    finite = values[values.isfinite()].float()
+    low, high = (float(finite.quantile(q)) if len(finite) < 10_000_000 else float(finite.min() if q < 0.5 else finite.max()) for q in (0.001, 0.999))
+    high = high if high > low else low + 1
+    inside = values[mask].float().nan_to_num(low).clamp(low, high)
+    shares = torch.histc(inside, BINS, low, high) / max(1, len(inside))
+    edges = torch.linspace(low, high, BINS + 1).tolist()
+    return [edge for pair in pairwise(edges) for edge in pair], [100 * float(share) for share in shares for _ in range(2)]
+
+
+def destinations(cells: Sequence[Cell]) -> Chart:
+    """Which class triggered images are taken for, before and after each defense."""
+    known = [cell for cell in cells if cell.triggered_predictions]
+    title, caption = (
+        "Where triggered images go",
+        "Each row is a model, each cell the share of triggered test images that it takes for that class. Before a defense the target's column holds"
+        " nearly all. A removed backdoor spreads them as their true classes are spread; another column that lights up means that the trigger"
+        " was moved, not removed.",
+    )
+    if not known:
+        return Chart("destinations", title, caption, missing="There are no triggered images: this record has no attack, or nobody knows the trigger.")
+    info = cells[0].record.info
+    names, target = [_short(name) for name in info["dataset"].get("class_names") or map(str, range(info["num_classes"]))], info.get("target")
+    names = [f"{number}: {name}" if names.count(name) > 1 else name for number, name in enumerate(names)]
+    columns = [f"{name} (target)" if number == target else name for number, name in enumerate(names)]
+    values = [[100 * count / sum(counts) for count in counts] for cell in known if (counts := cell.triggered_predictions)]
+    rows = ["no defense" if cell.undefended else cell.name for cell in known]
+    return Chart("destinations", title, caption, (Panel("", "class", "", grid=Grid(rows, columns, values, "% of the triggered images")),))
+
+
+# --- words -------------------------------------------------------------------------------------------------------
+
+
+def _families(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
+    """(defense, its runs), the record itself first."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.row.defense, []).append(cell)
+    return list(found.items())
+
+
+def _titled(defense: str) -> str:
+    return "the attack's training" if defense == UNDEFENDED else defense
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
