@@ -143,6 +143,14 @@ class AttackConfig(TrainingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JointConfig(AttackConfig):
+    """What an attack that controls the training takes besides."""
+
+    plain: bool = True
+    """Also train an ordinary model on the stored training set: what training-time defenses are compared with. As long again."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DefenseConfig(MethodConfig):
     """What every defense takes. Data set and architecture come from the record."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from . import config as configs
 from . import data, datasets, engine, files, models, record
-from .config import AttackConfig, DefenseConfig, MethodConfig, Parsed, TrainingConfig
+from .config import AttackConfig, DefenseConfig, JointConfig, MethodConfig, Parsed, TrainingConfig
 from .data import Dataset, Split
 from .errors import UserError
 from .metrics import Evaluator, collapsed, der
@@ -22,6 +22,9 @@ from .record import Record
 from .registry import Method
 from .run import Run, describe_split, environment
 
+WEAK_SNAPSHOT = 0.5
+"""An ASR of ordinary training on the stored set below which a joint attack's record says so."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -30,6 +33,8 @@ class Outcome:
     model: Classifier
     train_poison: Poison
     test_poison: Poison
+    measured: dict[str, float] = field(default_factory=dict)
+    """Other facts about the attack, for record.json: accuracy on cross images, PSNR, ..."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def run_attack(job: Job) -> Record:
         attack = job.method.function("attack") or partial(static_attack, stamp=job.method.module.stamp)
         outcome: Outcome = attack(dataset, config, run)
         scores = run.score(outcome.model)
-        spent = run.spent()
+        costs = _costs(run.spent())
+        joint = {"plain_scores": plain_scores(outcome, dataset, config, run)} if isinstance(config, JointConfig) else {}
         final = _fresh(stage / "final")
         info = {
             "attack": "unknown" if getattr(config, "suspicious", False) else job.method.name,
@@ -112,8 +118,10 @@ def run_attack(job: Job) -> Record:
             "seed": config.seed,
             "poisoned": int((outcome.train_poison.kind == POISON).sum()),
             "scores": scores.to_json(),
+            **joint,
+            "measured": outcome.measured,
             "notes": run.notes,
-            **_costs(spent),
+            **costs,
             **environment(device),
         }
         save_preview(final / "preview.png", dataset.test, outcome.test_poison)
@@ -133,13 +141,25 @@ def static_attack(dataset: Dataset, config: AttackConfig, run: Run, stamp: Calla
     return poison_and_train(dataset, config, run, train_poison, test_poison)
 
 
-def poison_and_train(dataset: Dataset, config: TrainingConfig, run: Run, train_poison: Poison, test_poison: Poison) -> Outcome:
+def poison_and_train(dataset: Dataset, config: TrainingConfig, run: Run, train_poison: Poison, test_poison: Poison, stage: str = "train") -> Outcome:
     """Train a fresh model on the poisoned set in the ordinary way, scored after each epoch."""
     model = new_model(dataset, config).to(run.device)
     run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
     received = data.place(train_poison.apply(dataset.train), run.device)
-    engine.train(model, received, config.recipe(), run)
+    engine.train(model, received, config.recipe(), run, stage=stage)
     return Outcome(model, train_poison, test_poison)
+
+
+def plain_scores(outcome: Outcome, dataset: Dataset, config: JointConfig, run: Run) -> dict[str, Any] | None:
+    """Scores of an ordinary model on what a joint attack leaves as its training set; None where the user wants none."""
+    if not config.plain:
+        return None
+    before = run.spent().seconds
+    model = poison_and_train(dataset, config, run, outcome.train_poison, outcome.test_poison, stage="plain").model
+    found = run.score(model).to_json() | {"seconds": round(run.spent().seconds - before, 3)}
+    if found["asr"] < WEAK_SNAPSHOT:
+        run.note(f"ordinary training on the stored images gives an ASR of {100 * found['asr']:.2f} %: little for training-time defenses to prevent")
+    return found
 
 
 def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
@@ -196,11 +216,12 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             _describe_trusted(trusted, config, dataset, run)
             if config.trusted_path is None and not found.known_poison and found.info.get("has_train", True):
                 run.note("the trusted images are drawn from the record's training images, which nobody vouches for: pass --trusted_path if you can")
+        before = _before(found, method)
         model = method.module.defend(view, config, run)
         if model is None:
             run.say(f"subtask {subtask} is done; its files are in {stage}")
             return None
-        before, after = found.info["scores"], run.score(model)
+        after = run.score(model)
         spent = run.spent()
         final = _fresh(stage / "final")
         files.write_tensors(final / "model.safetensors", model.state_dict())
@@ -235,6 +256,18 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         files.write_sealed(final / "result.json", {**result, "files": files.manifest(final)})
         _publish(final, target)
     return result
+
+
+def _before(found: Record, method: Method) -> dict[str, Any]:
+    """What a defense is compared with: the poisoned model, or where it trains one itself, what training without it gives."""
+    if "model" in method.assumes or "plain_scores" not in found.info:
+        return found.info["scores"]
+    if found.info["plain_scores"] is None:
+        raise UserError(
+            f"record {found.name!r} was made with --plain False, so nothing says what training on its images gives without {method.name}:"
+            " make it again with --plain True"
+        )
+    return found.info["plain_scores"]
 
 
 def _trusted(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:

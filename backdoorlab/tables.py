@@ -26,6 +26,11 @@ def rows(records: Iterable[Record]) -> list[Row]:
         info = record.info
         start = {"record": record.name, "attack": info["attack"]}
         found.append(start | {"defense": "none", "assumes": HOLE} | _scores(info["scores"]) | {"seconds": _whole(info.get("seconds"))})
+        plain = info.get("plain_scores")
+        if plain is not None:  # a joint attack's: what training-time defenses are compared with
+            found.append(
+                start | {"defense": "none (plain)", "assumes": assumes(("train",))} | _scores(plain) | {"seconds": _whole(plain.get("seconds"))}
+            )
         results = _results(record.folder)
         for name in sorted({*registry.available("defense"), *results}):
             if name not in results:
