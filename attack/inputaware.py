@@ -110,8 +110,8 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     train_masks(trigger, train, config, run)
     train_jointly(model, trigger, train, dataset, config, run)
     generator.eval()
-    own = partial(stamp, trigger=trigger, donors=None, config=config)
-    cross = partial(stamp, trigger=trigger, donors=dataset.train.images, config=config)
+    own = partial(paint, trigger=trigger, donors=None, config=config)
+    cross = partial(paint, trigger=trigger, donors=dataset.train.images, config=config)
     train_poison, test_poison = snapshot(dataset, config, own, cross, config.cross_ratio * config.poison_rate)
     run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
     return Outcome(model, train_poison, test_poison, {"cross_accuracy": cross_accuracy(model, dataset, cross, run)})
@@ -185,7 +185,7 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def stamp(images: Tensor, index: Tensor, split: str, trigger: Trigger, donors: Tensor | None, config: Config) -> Tensor:
+def paint(images: Tensor, index: Tensor, split: str, trigger: Trigger, donors: Tensor | None, config: Config) -> Tensor:
     """Paint each image's own trigger, or that of an image of `donors` drawn for its position. uint8 (N, C, H, W) -> same."""
     source = images if donors is None else donors[[_donor(config.seed, split, i, len(donors)) for i in index.tolist()]]
     parts = []

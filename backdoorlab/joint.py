@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from .config import JointConfig
 from .data import Dataset, Split
 from .engine import Recipe, derived_generator
-from .errors import UserError
 from .metrics import predict
-from .poison import CROSS, POISON, Labels, Poison, Stamp, poison_test
+from .poison import Labels, Poison, Stamp, poison_test, poison_train
 from .run import Run
 
 CROP_SHARE, ROTATION, ROTATION_SHARE = 0.8, 10.0, 0.5
@@ -73,26 +72,12 @@ def labels_of(dataset: Dataset, config: JointConfig) -> Labels:
 def snapshot(dataset: Dataset, config: JointConfig, stamp: Stamp, cross: Stamp | None = None, cross_rate: float = 0.0) -> tuple[Poison, Poison]:
     """The training set as the attack leaves it, and the images that ASR is measured on, both made by the final stamps.
 
-    round(poison_rate * N) images of all classes get `stamp` and the attacker's label, round(cross_rate * N) others get `cross` and keep
-    theirs; which ones is drawn from the seed.
+    round(poison_rate * N) images of all classes get `stamp` and the attacker's label, round(cross_rate * N) others, as far as there are any,
+    get `cross` and keep theirs; which ones is drawn from the seed.
     """
-    clean, labels = dataset.train, labels_of(dataset, config)
-    poisoned, crossed = round(config.poison_rate * len(clean)), round(cross_rate * len(clean))
-    if poisoned == 0 or poisoned + crossed > len(clean):
-        raise UserError(
-            f"{poisoned} poisoned and {crossed} cross images of {len(clean)} training images: change --poison_rate, so that there is one and they fit"
-        )
-    order = torch.randperm(len(clean), generator=derived_generator(config.seed, "victims"))[: poisoned + crossed]
-    kind = torch.full((len(clean),), 0, dtype=torch.uint8)
-    kind[order[:poisoned]], kind[order[poisoned:]] = POISON, CROSS
-    index = kind.nonzero().squeeze(1)
-    kind, original = kind[index], clean.labels[index]
-    images = clean.images[index]
-    images[kind == POISON] = stamped(clean, index[kind == POISON], stamp, "train")
-    if cross is not None:
-        images[kind == CROSS] = stamped(clean, index[kind == CROSS], cross, "train")
-    given = torch.where(kind == POISON, labels.of(original), original)
-    return Poison(index, images, given, original, kind), poison_test(dataset.test, stamp, labels)
+    labels, drawn = labels_of(dataset, config), derived_generator(config.seed, "victims")
+    train = poison_train(dataset.train, stamp, labels, poison_rate=config.poison_rate, generator=drawn, cover_rate=cross_rate, cover_stamp=cross)
+    return train, poison_test(dataset.test, stamp, labels)
 
 
 def stamped(clean: Split, index: Tensor, stamp: Stamp, split: str) -> Tensor:

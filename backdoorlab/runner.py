@@ -11,12 +11,12 @@ import torch
 
 from . import config as configs
 from . import data, datasets, engine, files, models, record
-from .config import AttackConfig, DefenseConfig, JointConfig, MethodConfig, Parsed, TrainingConfig
+from .config import CleanLabelConfig, CoverConfig, DefenseConfig, JointConfig, MethodConfig, Parsed, TrainingConfig, TriggerConfig
 from .data import Dataset, Split
 from .errors import UserError
 from .metrics import Evaluator, collapsed, der
 from .models import Classifier
-from .poison import POISON, Labels, Poison, Stamp, check_rate, check_target, poison_test, poison_train
+from .poison import CROSS, POISON, Labels, Poison, Stamp, check_rate, check_target, poison_test, poison_train
 from .preview import save_preview, save_sheet
 from .record import Record
 from .registry import Method
@@ -78,18 +78,17 @@ def run_attack(job: Job) -> Record:
     root = record.record_root(config.record_root)
     target = root / config.save_folder_name
     device = engine.choose_device(config.device)
-    if isinstance(config, AttackConfig):
-        check_rate(config.poison_rate)
+    if isinstance(config, TriggerConfig):
+        _check_poisoning(config, job.method.name)
     dataset = datasets.load(config.dataset, config.dataset_path, image_size=config.image_size, grey=config.grey)
-    if isinstance(config, AttackConfig):
+    if isinstance(config, TriggerConfig):
         check_target(config.target_label, dataset.num_classes)
     with _stage(target, "record.json", job) as stage:
         engine.seed_everything(config.seed, device)
         run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
         job.say_settings(run)
         run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
-        attack = job.method.function("attack") or partial(static_attack, stamp=job.method.module.stamp)
-        outcome: Outcome = attack(dataset, config, run)
+        outcome = _attack_function(job.method)(dataset, config, run)
         scores = run.score(outcome.model)
         costs = _costs(run.spent())
         joint = {"plain_scores": plain_scores(outcome, dataset, config, run)} if isinstance(config, JointConfig) else {}
@@ -131,14 +130,72 @@ def run_attack(job: Job) -> Record:
     return Record.load(config.save_folder_name, root)
 
 
-def static_attack(dataset: Dataset, config: AttackConfig, run: Run, stamp: Callable[..., torch.Tensor]) -> Outcome:
-    """Any attack that is a function of images: stamp a share of the training set, then train in the ordinary way."""
-    fixed: Stamp = partial(stamp, config=config)
+def _attack_function(method: Method) -> Callable[[Dataset, Any, Run], Outcome]:
+    """The file's own `attack`, else static_attack with what the file defines."""
+    pieces: dict[str, Any] = {name: method.function(name) for name in ("stamp", "prepare", "victims", "covers")}
+    return method.function("attack") or (lambda dataset, config, run: static_attack(dataset, config, run, **pieces))
+
+
+Choice = Callable[[torch.Tensor, str, Any], torch.Tensor]
+"""choice(labels, split, config): int64 (N,), "train" or "test" -> bool (N,), the images that may be taken."""
+
+
+def static_attack(
+    dataset: Dataset,
+    config: Any,
+    run: Run,
+    stamp: Callable[..., torch.Tensor],
+    prepare: Callable[..., dict[str, Any]] | None = None,
+    victims: Choice | None = None,
+    covers: Choice | None = None,
+) -> Outcome:
+    """Any attack that is a function of images: stamp a share of the training set, then train in the ordinary way.
+
+    prepare(dataset, config, run): what the stamp needs besides config and seed, as its keyword arguments.
+    victims: whom the attack is meant for, in either split; default everyone, or the target class in training where the attack keeps labels.
+    covers: who may be stamped with the true label in training; default everyone. Read where the config has a cover_rate.
+    """
+    fixed: Stamp = partial(stamp, config=config, **(prepare(dataset, config, run) if prepare else {}))
     labels = Labels(config.target_label, config.label_mode, dataset.num_classes)
-    victims = engine.derived_generator(config.seed, "victims")
-    train_poison = poison_train(dataset.train, fixed, labels, poison_rate=config.poison_rate, generator=victims)
-    test_poison = poison_test(dataset.test, fixed, labels)
+    train_poison = _poisoned_training_set(dataset.train, fixed, labels, config, run, victims, covers)
+    meant = victims(dataset.test.labels, "test", config) if victims else None
+    test_poison = poison_test(dataset.test, fixed, labels, victims=meant)
     return poison_and_train(dataset, config, run, train_poison, test_poison)
+
+
+def _poisoned_training_set(
+    train: Split, stamp: Stamp, labels: Labels, config: Any, run: Run, victims: Choice | None, covers: Choice | None
+) -> Poison:
+    """Draw victims and covers; what cannot be had is capped, and said."""
+    size = len(train)
+    pool = victims(train.labels, "train", config) if victims else torch.ones(size, dtype=torch.bool)
+    if isinstance(config, CleanLabelConfig):
+        pool = pool & (train.labels == config.target_label)
+        rate = config.poison_rate if config.poison_rate is not None else config.clean_label_ratio * int(pool.sum()) / size
+    else:
+        rate = config.poison_rate
+    cover_rate = config.cover_rate if isinstance(config, CoverConfig) else 0.0
+    free = covers(train.labels, "train", config) if covers else None
+    drawn = engine.derived_generator(config.seed, "victims")
+    poison = poison_train(train, stamp, labels, poison_rate=rate, generator=drawn, victims=pool, cover_rate=cover_rate, covers=free)
+    found, crossed = (int((poison.kind == kind).sum()) for kind in (POISON, CROSS))
+    for asked, got, what in ((round(rate * size), found, "poison_rate"), (round(cover_rate * size), crossed, "cover_rate")):
+        if got < asked:
+            run.note(f"{what} asks for {asked:,} of {size:,} training images, but this attack can have {got:,}: capped to them")
+    if isinstance(config, CleanLabelConfig):
+        of_class = int((train.labels == config.target_label).sum())
+        shares = f"{100 * found / of_class:.1f} % of class {config.target_label}, {100 * found / size:.2f} % of the training set"
+        said = f"{found:,} images poisoned: {shares}"
+        run.note(said if found < of_class else f"{said}; no clean one is left, so its clean accuracy measures a missing class")
+    return poison
+
+
+def _check_poisoning(config: Any, name: str) -> None:
+    """Refuse rates and labels that no data set would make right."""
+    if getattr(config, "poison_rate", None) is not None:
+        check_rate(config.poison_rate)
+    if isinstance(config, CleanLabelConfig) and config.label_mode != "all2one":
+        raise UserError(f"{name} changes no label, so it has one target: expected --label_mode all2one, got {config.label_mode}")
 
 
 def poison_and_train(dataset: Dataset, config: TrainingConfig, run: Run, train_poison: Poison, test_poison: Poison, stage: str = "train") -> Outcome:
@@ -246,6 +303,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             "der": der(before, after.summary()),
             "collapsed": collapsed(before, after.summary()),
             "per_class": after.per_class,
+            "cross": after.cross,
             "triggered_predictions": after.triggered_predictions,
             "split": run.splits.get("split"),
             "splits": run.splits,

@@ -243,6 +243,47 @@ def test_mask_tells_poison_from_cross_images() -> None:
     assert poison.mask(6, CROSS).tolist() == [False, False, True, False, False, False]
 
 
+def test_covers_are_stamped_keep_their_label_and_are_no_victims() -> None:
+    clean, stamp = pictures(600), stamp_of("badnet")
+    allowed = (clean.labels == 5) | (clean.labels == 7)
+    poison = poison_train(
+        clean,
+        stamp,
+        Labels(0, "all2one", 10),
+        poison_rate=0.1,
+        generator=generator(),
+        victims=clean.labels == 1,
+        cover_rate=0.05,
+        covers=allowed,
+        cover_stamp=lambda images, _index, _split: 255 - images,
+    )
+    poisoned, cover = poison.of_kind(POISON), poison.of_kind(CROSS)
+    assert len(poisoned) == 60 and (poisoned.original_labels == 1).all() and (poisoned.labels == 0).all()
+    assert len(cover) == 30 and allowed[cover.index].all() and torch.equal(cover.labels, cover.original_labels)
+    assert (poison.index.diff() > 0).all(), "in the order of their positions, none twice"
+    assert torch.equal(poisoned.images, stamp(clean.images[poisoned.index], poisoned.index, "train"))
+    assert torch.equal(cover.images, 255 - clean.images[cover.index])
+    everybody = poison_train(clean, stamp, Labels(0, "all2one", 10), poison_rate=0.5, generator=generator(), cover_rate=0.5)
+    assert len(everybody) == 600 and (everybody.index.diff() == 1).all(), "disjoint, even where they fill the set"
+
+
+def test_the_asr_set_counts_those_whom_the_attack_is_meant_for_and_keeps_the_others_as_cross() -> None:
+    clean, stamp = pictures(), stamp_of("badnet")
+    poison = poison_test(clean, stamp, Labels(7, "all2one", 10), victims=(clean.labels == 1) | (clean.labels == 7))
+    assert (poison.of_kind(POISON).original_labels == 1).all() and (poison.of_kind(POISON).labels == 7).all()
+    spared = poison.of_kind(CROSS)
+    assert spared.original_labels.unique().tolist() == [0, 2, 3, 4, 5, 6, 8, 9] and torch.equal(spared.labels, spared.original_labels)
+    assert torch.equal(poison.images, stamp(clean.images[poison.index], poison.index, "test"))
+
+
+def test_nobody_to_poison_is_refused() -> None:
+    clean = pictures()
+    with pytest.raises(UserError, match="no training image is one that this attack poisons"):
+        poison_train(
+            clean, stamp_of("badnet"), Labels(0, "all2one", 10), poison_rate=0.1, generator=generator(), victims=torch.zeros(60, dtype=torch.bool)
+        )
+
+
 def test_no_poison_leaves_every_byte_as_it_is() -> None:
     clean = pictures()
     received = no_poison(clean).apply(clean)
