@@ -168,6 +168,7 @@ def train_jointly(model: Classifier, trigger: Trigger, train: Any, dataset: Data
             run.step(optimizer, loss + F.cross_entropy(logits.float(), given))
             if poisoned:
                 painter.step()
+                run.watch(asr_in_batch=(logits[:poisoned].argmax(1) == given[:poisoned]).float().mean())
             course.after_step()
         course.after_epoch(run.mean("loss"))
 

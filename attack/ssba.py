@@ -137,10 +137,13 @@ def train_encoder(encoder: Encoder, reader: nn.Module, message: Tensor, dataset:
             noise = (torch.rand(residual.shape, generator=run.generator) - 0.5).to(run.device) / 255
             logits = reader((batch.images + residual + noise).clamp(0, 1))
             loss = F.binary_cross_entropy_with_logits(logits, messages)
-            run.watch(bit_accuracy=((logits > 0) == messages.bool()).float().mean())
+            accuracy = ((logits > 0) == messages.bool()).float().mean()
+            run.watch(bit_accuracy=accuracy)
             if config.universal_penalty:
                 share = universal_share(encoder(batch.images, message.to(run.device).expand(size, -1)))
-                loss = loss + config.universal_penalty * share
+                # Messages first: a residual that nobody can read yet is most easily made different for each image.
+                readable = (2 * accuracy - 1).clamp_min(0).square()
+                loss = loss + config.universal_penalty * readable * share
                 run.watch(universal_share=share)
             run.step(optimizer, loss)
 

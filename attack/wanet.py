@@ -34,12 +34,14 @@ class Config(JointConfig):
     """k: side of the coarse grid of displacements that is blown up to the image."""
     s: float = 0.5
     """s: strength of the warp; the mean displacement is about 0.6 s pixels."""
+    noise: float = 1.0
+    """Bound of the random displacement of cross images, in half pixels."""
     cross_ratio: float = 2.0
     """rho_n / rho_a: images with a random warp and their true label, for each poisoned one; 0 turns the cross mode off."""
     bb_compat: bool = False
     """BackdoorBench's quirks: bytes are truncated instead of rounded, and one draw of crop and rotation serves a whole batch."""
 
-    RANGES: ClassVar[dict[str, str]] = {"k": ">= 2", "s": ">= 0", "cross_ratio": ">= 0"}
+    RANGES: ClassVar[dict[str, str]] = {"k": ">= 2", "s": ">= 0", "noise": ">= 0", "cross_ratio": ">= 0"}
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
@@ -51,7 +53,7 @@ def cross_stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Te
     """Warp by the grid and a further displacement drawn for each pixel of each image. uint8 (N, C, H, W) -> same."""
     height, width = images.shape[2:]
     noise = [torch.rand(height, width, 2, generator=derived_generator(config.seed, f"noise:{split}:{i}")) for i in index.tolist()]
-    return _bytes(_warped(to_float(images), _noisy(_grid(config.seed, config.k, config.s, height, width), torch.stack(noise))), config)
+    return _bytes(_warped(to_float(images), _noisy(_grid(config.seed, config.k, config.s, height, width), torch.stack(noise), config.noise)), config)
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
@@ -83,7 +85,7 @@ def warp_some(batch: Batch, config: Config, generator: torch.Generator) -> tuple
     height, width = images.shape[2:]
     grid = _grid(config.seed, config.k, config.s, height, width).to(images.device)
     noise = torch.rand(warped - poisoned, height, width, 2, generator=generator).to(images.device)
-    grids = torch.cat([grid.expand(poisoned, -1, -1, -1), _noisy(grid, noise)])
+    grids = torch.cat([grid.expand(poisoned, -1, -1, -1), _noisy(grid, noise, config.noise)])
     return torch.cat([to_float(_bytes(_warped(images[:warped], grids), config)), images[warped:]]), poisoned
 
 
@@ -96,9 +98,9 @@ def _grid(seed: int, k: int, s: float, height: int, width: int) -> Tensor:
     return (torch.stack([columns, rows], 2) + s * field / height).clamp(-1, 1)
 
 
-def _noisy(grid: Tensor, draws: Tensor) -> Tensor:
-    """The grid with each pixel moved by U(-1, 1) / H more; draws: uniform in [0, 1), (N, H, W, 2)."""
-    return (grid + (2 * draws - 1) / grid.shape[1]).clamp(-1, 1)
+def _noisy(grid: Tensor, draws: Tensor, noise: float) -> Tensor:
+    """The grid with each pixel moved by noise U(-1, 1) / H more; draws: uniform in [0, 1), (N, H, W, 2)."""
+    return (grid + noise * (2 * draws - 1) / grid.shape[1]).clamp(-1, 1)
 
 
 def _warped(images: Tensor, grids: Tensor) -> Tensor:
