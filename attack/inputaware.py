@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
-from backdoorlab.data import Batch, Dataset, batches, place, to_bytes, to_float
+from backdoorlab.data import Batch, Dataset, batches, place, to_float
 from backdoorlab.engine import Course, derived_generator, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import cross_accuracy, in_batch, labels_of, seeded, snapshot
@@ -29,6 +29,7 @@ from backdoorlab.metrics import Evaluator
 from backdoorlab.models import Classifier
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, new_model
+from backdoorlab.triggers import quantised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +194,7 @@ def paint(images: Tensor, index: Tensor, split: str, trigger: Trigger, donors: T
     for image, other in zip(images.split(256), source.split(256), strict=True):
         x, giver = (to_float(part).to(trigger.mean.device) for part in (image, other))
         painted = x + (trigger.pattern(giver) - x) * trigger.mask(giver)
-        parts.append((painted.mul(255).byte() if config.bb_compat else to_bytes(painted)).cpu())
+        parts.append(quantised(255 * painted, truncate=config.bb_compat).cpu())
     return torch.cat(parts)
 
 

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
-from backdoorlab.data import Batch, Dataset, batches, place, to_bytes, to_float
+from backdoorlab.data import Batch, Dataset, batches, place, to_float
 from backdoorlab.engine import Course, derived_generator, make_optimizer
 from backdoorlab.joint import cross_accuracy, in_batch, labels_of, snapshot, vary
 from backdoorlab.metrics import Evaluator
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, new_model
+from backdoorlab.triggers import quantised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +47,16 @@ class Config(JointConfig):
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     """Warp by the attack's one grid. uint8 (N, C, H, W) -> same."""
-    return _bytes(_warped(to_float(images), _grid(config.seed, config.k, config.s, *images.shape[2:])), config)
+    warped = _warped(to_float(images), _grid(config.seed, config.k, config.s, *images.shape[2:]))
+    return quantised(255 * warped, truncate=config.bb_compat)
 
 
 def cross_stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     """Warp by the grid and a further displacement drawn for each pixel of each image. uint8 (N, C, H, W) -> same."""
     height, width = images.shape[2:]
     noise = [torch.rand(height, width, 2, generator=derived_generator(config.seed, f"noise:{split}:{i}")) for i in index.tolist()]
-    return _bytes(_warped(to_float(images), _noisy(_grid(config.seed, config.k, config.s, height, width), torch.stack(noise), config.noise)), config)
+    grids = _noisy(_grid(config.seed, config.k, config.s, height, width), torch.stack(noise), config.noise)
+    return quantised(255 * _warped(to_float(images), grids), truncate=config.bb_compat)
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
@@ -86,7 +89,8 @@ def warp_some(batch: Batch, config: Config, generator: torch.Generator) -> tuple
     grid = _grid(config.seed, config.k, config.s, height, width).to(images.device)
     noise = torch.rand(warped - poisoned, height, width, 2, generator=generator).to(images.device)
     grids = torch.cat([grid.expand(poisoned, -1, -1, -1), _noisy(grid, noise, config.noise)])
-    return torch.cat([to_float(_bytes(_warped(images[:warped], grids), config)), images[warped:]]), poisoned
+    changed = quantised(255 * _warped(images[:warped], grids), truncate=config.bb_compat)
+    return torch.cat([to_float(changed), images[warped:]]), poisoned
 
 
 @lru_cache(maxsize=4)
@@ -105,10 +109,6 @@ def _noisy(grid: Tensor, draws: Tensor, noise: float) -> Tensor:
 
 def _warped(images: Tensor, grids: Tensor) -> Tensor:
     return F.grid_sample(images, grids.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="zeros", align_corners=True)
-
-
-def _bytes(images: Tensor, config: Config) -> Tensor:
-    return images.mul(255).clamp(0, 255).to(torch.uint8) if config.bb_compat else to_bytes(images)
 
 
 if __name__ == "__main__":

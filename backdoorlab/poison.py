@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from .errors import UserError
 
 POISON, CROSS = 1, 2
 """Kinds: poison has the trigger and the attacker's label; cross has a trigger-like change and its true label."""
+
+STAMPED_AT_ONCE = 512
+"""Images that go through a stamp together: intermediate floats stay in the processor's cache, which makes it two to four times as fast."""
 
 Stamp = Callable[[Tensor, Tensor, str], Tensor]
 """stamp(images, index, split): uint8 (N, C, H, W), int64 (N,), "train" or "test" -> uint8, same shape.
@@ -82,6 +85,11 @@ def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return candidates[torch.randperm(len(candidates), generator=generator)[:count]].sort().values
 
 
+def outside_target(labels: Tensor, config: Any) -> Tensor:
+    """bool (N,): images whose label poisoning would change."""
+    return (labels != config.target_label) | (config.label_mode == "all2all")
+
+
 def poison_train(
     clean: Split,
     stamp: Stamp,
@@ -147,7 +155,7 @@ def check_target(target_label: int, num_classes: int) -> None:
 def _stamped(clean: Split, index: Tensor, stamp: Stamp, split: str, labels: Labels | None) -> Poison:
     """The rows of `index` with the trigger and the attacker's labels; without `labels` with their own, which makes them CROSS."""
     original = clean.labels[index]
-    images = torch.cat([stamp(clean.images[part], part, split) for part in index.split(4096)]) if len(index) else clean.images[:0]
+    images = torch.cat([stamp(clean.images[part], part, split) for part in index.split(STAMPED_AT_ONCE)]) if len(index) else clean.images[:0]
     if images.dtype != torch.uint8 or images.shape[1:] != clean.images.shape[1:]:
         raise TypeError(f"a stamp maps uint8 images to uint8 images of the same shape, got {images.dtype} {tuple(images.shape)}")
     given, kind = (original, CROSS) if labels is None else (labels.of(original), POISON)
