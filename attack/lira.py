@@ -93,7 +93,10 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     train_poison, test_poison = snapshot(dataset, config, stamp)
     run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
     train_classifier(model, trigger, train, replace(config.recipe(), epochs=config.epochs - config.trigger_epochs), labels, config, run)
-    return Outcome(model, train_poison, test_poison, {"psnr": psnr(dataset.test.images[test_poison.index], test_poison.images)})
+    noise = psnr(dataset.test.images[test_poison.index], test_poison.images)
+    if noise is None:
+        run.note("the trigger is lost in rounding to bytes: raise --eps, --trigger_lr or --trigger_epochs")
+    return Outcome(model, train_poison, test_poison, {"psnr": noise})
 
 
 def train_both(

@@ -13,7 +13,6 @@ share* (energy of the mean residual over the mean energy) is measured and kept i
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -99,27 +98,26 @@ def decoder(channels: int, bits: int, width: int) -> nn.Module:
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
-    channels, height, width = dataset.image_shape
+    height, width = dataset.image_shape[1:]
     if min(height, width) < 8:
         raise UserError(f"the encoder halves images twice and needs 8x8 pixels or more, got {height}x{width}: use --image_size")
+    encoder, reader, message = networks(dataset, config, run)
+    train_encoder(encoder, reader, message, dataset, config, run)
+    outcome = static_attack(dataset, config, run, hide, prepare=lambda *_: {"encoder": encoder, "message": message})
+    seen = dataset.test.images[:1000]
+    changed = hide(seen, torch.arange(len(seen)), "test", config, encoder, message)
+    share = universal_share(changed.float() - seen.float()).item()
+    return replace(outcome, measured={"universal_share": share, "bit_accuracy": bit_accuracy(reader, changed, message), "psnr": psnr(seen, changed)})
+
+
+def networks(dataset: Dataset, config: Config, run: Run) -> tuple[Encoder, nn.Module, Tensor]:
+    """Fresh encoder and decoder, and the message, float (bits,) of 0 and 1; all from the seed."""
+    channels = dataset.image_shape[0]
     message = (torch.rand(config.bits, generator=derived_generator(config.seed, "message")) < 0.5).float()
     with seeded(config.seed, "encoder"):
-        encoder = Encoder(channels, config.bits, config.encoder_width, config.eps).to(run.device)
-        reader = decoder(channels, config.bits, config.encoder_width).to(run.device)
-    train_encoder(encoder, reader, message, dataset, config, run)
-    encode = partial(hide, encoder=encoder, message=message)
-    outcome = static_attack(dataset, config, run, encode)
-    reader.eval()
-    seen = dataset.test.images[:1000]
-    changed = encode(seen, torch.arange(len(seen)), "test", config)
-    with torch.no_grad():
-        read = reader(to_float(changed).to(run.device)).cpu() > 0
-    measured = {
-        "universal_share": universal_share(changed.float() - seen.float()).item(),
-        "bit_accuracy": (read == message.bool()).double().mean().item(),
-        "psnr": psnr(seen, changed),
-    }
-    return replace(outcome, measured=measured)
+        encoder = Encoder(channels, config.bits, config.encoder_width, config.eps)
+        reader = decoder(channels, config.bits, config.encoder_width)
+    return encoder.to(run.device), reader.to(run.device), message
 
 
 def train_encoder(encoder: Encoder, reader: nn.Module, message: Tensor, dataset: Dataset, config: Config, run: Run) -> None:
@@ -154,6 +152,15 @@ def hide(images: Tensor, index: Tensor, split: str, config: Config, encoder: Enc
     device = encoder.spread.weight.device
     parts = [to_float(part).to(device) for part in images.split(256)]
     return torch.cat([to_bytes(part + encoder(part, message.to(device).expand(len(part), -1))).cpu() for part in parts])
+
+
+@torch.no_grad()
+def bit_accuracy(reader: nn.Module, images: Tensor, message: Tensor) -> float:
+    """Share of the message's bits that the decoder reads out of uint8 images (N, C, H, W)."""
+    reader.eval()
+    device = next(reader.parameters()).device
+    read = torch.cat([reader(to_float(part).to(device)).cpu() > 0 for part in images.split(256)])
+    return (read == message.bool()).double().mean().item()
 
 
 def universal_share(residuals: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def cross_accuracy(model: nn.Module, dataset: Dataset, cross: Stamp, run: Run) -
     return (predict(model, changed, run.device, run.autocast) == changed.labels).double().mean().item()
 
 
-def psnr(clean: Tensor, changed: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over uint8 images of one shape."""
+def psnr(clean: Tensor, changed: Tensor) -> float | None:
+    """Peak signal-to-noise ratio in dB over uint8 images of one shape; None where nothing differs."""
     error = (clean.double() - changed.double()).square().mean().item()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+    return 10 * math.log10(255**2 / error) if error else None

@@ -33,7 +33,7 @@ class Outcome:
     model: Classifier
     train_poison: Poison
     test_poison: Poison
-    measured: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float | None] = field(default_factory=dict)
     """Other facts about the attack, for record.json: accuracy on cross images, PSNR, ..."""
 
 
