@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Split
@@ -134,6 +135,23 @@ def poison_test(clean: Split, stamp: Stamp, labels: Labels, *, victims: Tensor |
     meant = counted if victims is None else counted & victims
     poisoned, spared = meant.nonzero().squeeze(1), (counted & ~meant).nonzero().squeeze(1)
     return _merged(_stamped(clean, poisoned, stamp, "test", labels), _stamped(clean, spared, stamp, "test", None))
+
+
+def left_by_crops(clean: Split, poison: Poison, padding: int) -> dict[str, float] | None:
+    """What random crops leave of the trigger in training: the share of crops that keep all of it, and that keep none.
+
+    Over all crops of the first 100 poisoned images after `padding` zero pixels on each side; None without a poisoned image. Images whose
+    trigger is cut off are clean images with the wrong label.
+    """
+    poisoned = poison.of_kind(POISON)
+    changed = (poisoned.images[:100] != clean.images[poisoned.index[:100]]).any(1, keepdim=True).float()
+    changed = changed[changed.flatten(1).any(1)]
+    if not len(changed):
+        return None
+    height, width = changed.shape[2:]
+    kept = F.avg_pool2d(F.pad(changed, [padding] * 4), (height, width), stride=1)
+    whole = changed.mean((2, 3), keepdim=True)
+    return {"whole": (kept > whole - 1e-6).double().mean().item(), "none": (kept < 1e-6).double().mean().item()}
 
 
 def no_poison(clean: Split) -> Poison:

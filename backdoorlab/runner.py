@@ -16,7 +16,7 @@ from .data import Dataset, Split
 from .errors import UserError
 from .metrics import Evaluator, collapsed, der
 from .models import Classifier
-from .poison import CROSS, POISON, Labels, Poison, Stamp, check_rate, check_target, poison_test, poison_train
+from .poison import CROSS, POISON, Labels, Poison, Stamp, check_rate, check_target, left_by_crops, poison_test, poison_train
 from .preview import save_preview, save_sheet
 from .record import Record
 from .registry import Method
@@ -93,6 +93,11 @@ def run_attack(job: Job) -> Record:
         costs = _costs(run.spent())
         joint = {"plain_scores": plain_scores(outcome, dataset, config, run)} if isinstance(config, JointConfig) else {}
         final = _fresh(stage / "final")
+        crops = left_by_crops(dataset.train, outcome.train_poison, config.crop_padding)
+        if crops and crops["none"] >= 0.01:
+            run.note(
+                f"random crops cut the whole trigger off in {100 * crops['none']:.1f} % of draws, and keep all of it in {100 * crops['whole']:.1f} %"
+            )
         info = {
             "attack": "unknown" if getattr(config, "suspicious", False) else job.method.name,
             "known_poison": not getattr(config, "suspicious", False),
@@ -115,6 +120,7 @@ def run_attack(job: Job) -> Record:
             "num_classes": dataset.num_classes,
             "target": getattr(config, "target_label", None) if getattr(config, "label_mode", None) == "all2one" else None,
             "seed": config.seed,
+            "trigger_in_crops": crops,
             "poisoned": int((outcome.train_poison.kind == POISON).sum()),
             "scores": scores.to_json(),
             **joint,
