@@ -24,7 +24,6 @@ from backdoorlab.data import Dataset, batches, place
 from backdoorlab.engine import Course, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import labels_of, snapshot
-from backdoorlab.metrics import Evaluator
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, new_model
 
@@ -89,11 +88,10 @@ class History(nn.Module):
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     recipe, labels = config.recipe(), labels_of(dataset, config)
-    train_poison, test_poison = snapshot(dataset, config, partial(stamp, config=config))
+    train_poison, test_poison = snapshot(dataset, config, run, partial(stamp, config=config))
     model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
     optimizer = make_optimizer(model.parameters(), recipe)
     course, history = Course(optimizer, recipe, len(train)), History(config.history).to(run.device)
-    run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
     whole = dict(augment=recipe.augment, drop_last=len(train) >= recipe.batch_size)
     for _ in run.epochs("train", recipe.epochs, model=model, optimizer=optimizer, course=course, history=history):
         model.train()

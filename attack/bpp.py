@@ -24,7 +24,6 @@ from backdoorlab.config import JointConfig
 from backdoorlab.data import Batch, Dataset, Split, batches, place, to_float
 from backdoorlab.engine import Course, derived_generator, make_optimizer
 from backdoorlab.joint import cross_accuracy, in_batch, labels_of, snapshot, stamped, vary
-from backdoorlab.metrics import Evaluator
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, new_model
 
@@ -61,12 +60,11 @@ def negative_stamp(images: Tensor, index: Tensor, split: str, config: Config, do
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     recipe, labels = config.recipe(), labels_of(dataset, config)
     quantise, negative = partial(stamp, config=config), partial(negative_stamp, config=config, donors=dataset.train)
-    train_poison, test_poison = snapshot(dataset, config, quantise, negative, config.negative_rate)
+    train_poison, test_poison = snapshot(dataset, config, run, quantise, negative, config.negative_rate)
     model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
     triggered = stamped(dataset.train, torch.arange(len(train)), quantise, "train").to(train.images.device)
     optimizer = make_optimizer(model.parameters(), recipe)
     course = Course(optimizer, recipe, len(train))
-    run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
     for _ in run.epochs("train", recipe.epochs, model=model, optimizer=optimizer, course=course):
         model.train()
         for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=len(train) >= recipe.batch_size):

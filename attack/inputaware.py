@@ -25,8 +25,8 @@ from backdoorlab.data import Batch, Dataset, batches, place, to_float
 from backdoorlab.engine import Course, derived_generator, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import cross_accuracy, in_batch, labels_of, seeded, snapshot
-from backdoorlab.metrics import Evaluator
 from backdoorlab.models import Classifier
+from backdoorlab.poison import Poison, Stamp
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, new_model
 from backdoorlab.triggers import quantised
@@ -109,12 +109,8 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
         generator, masker = (network(channels, out, config.generator_width).to(run.device) for out in (channels, 1))
     trigger = Trigger(generator, masker, model.mean, model.std)
     train_masks(trigger, train, config, run)
-    train_jointly(model, trigger, train, dataset, config, run)
-    generator.eval()
-    own = partial(paint, trigger=trigger, donors=None, config=config)
     cross = partial(paint, trigger=trigger, donors=dataset.train.images, config=config)
-    train_poison, test_poison = snapshot(dataset, config, own, cross, config.cross_ratio * config.poison_rate)
-    run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
+    train_poison, test_poison = train_jointly(model, trigger, train, cross, dataset, config, run)
     return Outcome(model, train_poison, test_poison, {"cross_accuracy": cross_accuracy(model, dataset, cross, run)})
 
 
@@ -135,14 +131,25 @@ def train_masks(trigger: Trigger, train: Any, config: Config, run: Run) -> None:
     masker.eval()
 
 
-def train_jointly(model: Classifier, trigger: Trigger, train: Any, dataset: Dataset, config: Config, run: Run) -> None:
-    """Poison with an image's own trigger, cross with that of another, the rest as it is; one pass of the classifier for all."""
+def train_jointly(model: Classifier, trigger: Trigger, train: Any, cross: Stamp, dataset: Dataset, config: Config, run: Run) -> tuple[Poison, Poison]:
+    """Poison with an image's own trigger, cross with that of another, the rest as it is; one pass of the classifier for all.
+
+    Returns the snapshot, which waits for the final generator, and so does the first score.
+    """
+
+    def finish() -> tuple[Poison, Poison]:
+        generator.eval()
+        return snapshot(
+            dataset, config, run, partial(paint, trigger=trigger, donors=None, config=config), cross, config.cross_ratio * config.poison_rate
+        )
+
+    made = None
     recipe, labels, generator = config.recipe(), labels_of(dataset, config), trigger.generator
     optimizer = make_optimizer(model.parameters(), recipe)
     course = Course(optimizer, recipe, len(train))
     painter = torch.optim.Adam(generator.parameters(), lr=config.generator_lr, betas=(0.5, 0.9))
     state = dict(generator=generator, optimizer=optimizer, painter=painter, course=course, gradients=Gradients(generator))
-    for _ in run.epochs("train", recipe.epochs, model=model, **state):
+    for epoch in run.epochs("train", recipe.epochs, model=model, **state):
         model.train()
         generator.train()
         for first, second in pairs(train, config, run):
@@ -172,6 +179,9 @@ def train_jointly(model: Classifier, trigger: Trigger, train: Any, dataset: Data
                 run.watch(asr_in_batch=(logits[:poisoned].argmax(1) == given[:poisoned]).float().mean())
             course.after_step()
         course.after_epoch(run.mean("loss"))
+        if epoch + 1 == recipe.epochs:
+            made = finish()
+    return made or finish()
 
 
 def pairs(train: Any, config: Config, run: Run) -> Iterator[tuple[Batch, Batch]]:

@@ -14,7 +14,7 @@ grey levels is lost in them).
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
-from backdoorlab.data import Dataset, Split, batches, place, to_bytes, to_float
-from backdoorlab.engine import Course, Recipe, make_optimizer
+from backdoorlab.data import Dataset, batches, place, to_bytes, to_float
+from backdoorlab.engine import Course, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import labels_of, psnr, seeded, snapshot, vary
-from backdoorlab.metrics import Evaluator
 from backdoorlab.models import Classifier
 from backdoorlab.perturb import frozen
 from backdoorlab.poison import Labels
@@ -84,70 +83,58 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
     with seeded(config.seed, "trigger"):
         trigger, ahead = network(channels, config.trigger_width).to(run.device), network(channels, config.trigger_width).to(run.device)
-    ahead.load_state_dict(trigger.state_dict())
-    labels = labels_of(dataset, config)
-    first = replace(config.recipe(), epochs=config.trigger_epochs, lr=config.first_lr, weight_decay=0.0, schedule="constant")
-    train_both(model, trigger, ahead, train, first, labels, config, run)
-    trigger.eval()
-    stamp = partial(render, trigger=trigger, eps=config.eps)
-    train_poison, test_poison = snapshot(dataset, config, stamp)
-    run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
-    train_classifier(model, trigger, train, replace(config.recipe(), epochs=config.epochs - config.trigger_epochs), labels, config, run)
+    ahead.load_state_dict(trigger.eval().state_dict())
+    labels, recipe, last = labels_of(dataset, config), config.recipe(), config.epochs - config.trigger_epochs
+    stamp, made = partial(render, trigger=trigger, eps=config.eps), None
+    painter = torch.optim.Adam(ahead.parameters(), lr=config.trigger_lr)
+    first = make_optimizer(model.parameters(), replace(recipe, lr=config.first_lr, weight_decay=0.0))
+    second = make_optimizer(model.parameters(), recipe)
+    course = Course(second, replace(recipe, epochs=last), len(train))
+    state = dict(trigger=trigger, ahead=ahead, painter=painter, first=first, second=second, course=course)
+    for epoch in run.epochs("train", config.epochs, model=model, **state):
+        fixed = epoch >= config.trigger_epochs
+        if fixed and made is None:
+            made = snapshot(dataset, config, run, stamp)
+        for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=len(train) >= recipe.batch_size):
+            x = vary(batch.images, recipe, run.generator, crop_share=1, rotation_share=1)
+            if not fixed:
+                teach(ahead, model, x, labels.of(batch.labels), painter, config, run)
+            model.train()
+            run.step(second if fixed else first, joint_loss(model, trigger, x, batch.labels, labels, config, run))
+            if fixed:
+                course.after_step()
+        if fixed:
+            course.after_epoch(run.mean("loss"))
+        else:
+            trigger.load_state_dict(ahead.state_dict())
+    train_poison, test_poison = made or snapshot(dataset, config, run, stamp)
     noise = psnr(dataset.test.images[test_poison.index], test_poison.images)
     if noise is None:
         run.note("the trigger is lost in rounding to bytes: raise --eps, --trigger_lr or --trigger_epochs")
     return Outcome(model, train_poison, test_poison, {"psnr": noise})
 
 
-def train_both(
-    model: Classifier, trigger: nn.Module, ahead: nn.Module, train: Split, recipe: Recipe, labels: Labels, config: Config, run: Run
-) -> None:
-    """Stage 1. `ahead` (T') learns against the classifier as it is scored, the classifier learns with `trigger` (T); T becomes T' after an epoch."""
-    optimizer = make_optimizer(model.parameters(), recipe)
-    painter = torch.optim.Adam(ahead.parameters(), lr=config.trigger_lr)
-    for _ in run.epochs("trigger", recipe.epochs, model=model, trigger=trigger, ahead=ahead, optimizer=optimizer, painter=painter):
-        for batch in _batches(train, recipe, run):
-            x = vary(batch.images, recipe, run.generator, crop_share=1, rotation_share=1)
-            model.eval()
-            ahead.train()
-            with frozen(model), run.autocast():
-                logits = model(triggered(ahead, x, config.eps))
-            loss = F.cross_entropy(logits.float(), labels.of(batch.labels))
-            painter.zero_grad(set_to_none=True)
-            loss.backward()
-            painter.step()
-            run.watch(trigger_loss=loss)
-            model.train()
-            run.step(optimizer, joint_loss(model, trigger, x, batch.labels, labels, config, run))
-        trigger.load_state_dict(ahead.state_dict())
-
-
-def train_classifier(model: Classifier, trigger: nn.Module, train: Split, recipe: Recipe, labels: Labels, config: Config, run: Run) -> None:
-    """Stage 2: the classifier alone."""
-    optimizer = make_optimizer(model.parameters(), recipe)
-    course = Course(optimizer, recipe, len(train))
-    for _ in run.epochs("train", recipe.epochs, model=model, optimizer=optimizer, course=course):
-        model.train()
-        for batch in _batches(train, recipe, run):
-            x = vary(batch.images, recipe, run.generator, crop_share=1, rotation_share=1)
-            run.step(optimizer, joint_loss(model, trigger, x, batch.labels, labels, config, run))
-            course.after_step()
-        course.after_epoch(run.mean("loss"))
+def teach(ahead: nn.Module, model: Classifier, x: Tensor, wanted: Tensor, painter: torch.optim.Optimizer, config: Config, run: Run) -> None:
+    """One step of T' against the classifier as it is scored, in evaluation mode; the classifier gets no gradient."""
+    model.eval()
+    ahead.train()
+    with frozen(model), run.autocast():
+        logits = model(triggered(ahead, x, config.eps))
+    loss = F.cross_entropy(logits.float(), wanted)
+    painter.zero_grad(set_to_none=True)
+    loss.backward()
+    painter.step()
+    run.watch(trigger_loss=loss)
 
 
 def joint_loss(model: Classifier, trigger: nn.Module, x: Tensor, given: Tensor, labels: Labels, config: Config, run: Run) -> Tensor:
     """alpha CE(C(x), y) + (1 - alpha) CE(C(x'), eta(y)), both in one pass of the classifier."""
-    trigger.eval()
     with torch.no_grad():
         changed = triggered(trigger, x, config.eps)
     with run.autocast():
         logits = model(torch.cat([x, changed])).float()
     clean, backdoor = F.cross_entropy(logits[: len(x)], given), F.cross_entropy(logits[len(x) :], labels.of(given))
     return config.alpha * clean + (1 - config.alpha) * backdoor
-
-
-def _batches(train: Split, recipe: Recipe, run: Run) -> Any:
-    return batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=len(train) >= recipe.batch_size)
 
 
 @torch.no_grad()

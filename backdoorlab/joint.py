@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .config import JointConfig
 from .data import Dataset, Split
 from .engine import Recipe, derived_generator
-from .metrics import predict
+from .metrics import Evaluator, predict
 from .poison import Labels, Poison, Stamp, poison_test, poison_train
 from .run import Run
 
@@ -69,15 +69,19 @@ def labels_of(dataset: Dataset, config: JointConfig) -> Labels:
     return Labels(config.target_label, config.label_mode, dataset.num_classes)
 
 
-def snapshot(dataset: Dataset, config: JointConfig, stamp: Stamp, cross: Stamp | None = None, cross_rate: float = 0.0) -> tuple[Poison, Poison]:
-    """The training set as the attack leaves it, and the images that ASR is measured on, both made by the final stamps.
+def snapshot(
+    dataset: Dataset, config: JointConfig, run: Run, stamp: Stamp, cross: Stamp | None = None, cross_rate: float = 0.0
+) -> tuple[Poison, Poison]:
+    """The training set as the attack leaves it, and the images that ASR is measured on from now on, both made by the final stamps.
 
     round(poison_rate * N) images of all classes get `stamp` and the attacker's label, round(cross_rate * N) others, as far as there are any,
     get `cross` and keep theirs; which ones is drawn from the seed.
     """
     labels, drawn = labels_of(dataset, config), derived_generator(config.seed, "victims")
     train = poison_train(dataset.train, stamp, labels, poison_rate=config.poison_rate, generator=drawn, cover_rate=cross_rate, cover_stamp=cross)
-    return train, poison_test(dataset.test, stamp, labels)
+    test = poison_test(dataset.test, stamp, labels)
+    run.watch_scores(Evaluator(dataset.test, test, dataset.num_classes, run.device, run.autocast))
+    return train, test
 
 
 def stamped(clean: Split, index: Tensor, stamp: Stamp, split: str) -> Tensor:
