@@ -7,7 +7,7 @@ Kind: poisoning, clean-label, all-to-one. Made for self-supervised learning; her
 
 Departs from BackdoorBench's script: values are clipped before they become bytes. `--bb_compat True` lets them wrap around, which leaves
 1.2 % bright and dark dots, a second trigger that nobody asked for. On larger images the waves keep their length in pixels. The DCT is
-linear, so the trigger is a fixed wave and no image is transformed; the errors of up to 0.1 grey levels that the original's rounded matrices
+linear, so the trigger is a fixed wave and no image is transformed; the errors of up to 0.3 grey levels that the original's rounded matrices
 from RGB to YUV and back make are left out.
 """
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from backdoorlab.cli import main
 from backdoorlab.config import CleanLabelConfig
 from backdoorlab.triggers import cosine_wave, quantised, refuse_grey
+
+LIMITS = "its trigger lies in the colours: grey images need --grey False, which resource/config/digits.yaml sets for the digits"
 
 
 @dataclass(frozen=True, kw_only=True)

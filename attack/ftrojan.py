@@ -20,6 +20,8 @@ from backdoorlab.config import AttackConfig
 from backdoorlab.poison import outside_target
 from backdoorlab.triggers import cosine_wave, quantised, refuse_grey
 
+LIMITS = "its trigger lies in the colours: grey images need --grey False, which resource/config/digits.yaml sets for the digits"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):

@@ -35,8 +35,8 @@ class Config(CleanLabelConfig):
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     """x + delta sin(2 pi j f / W) in column j, clipped. uint8 (N, C, H, W) -> same; the same wave in all rows and channels."""
     width = images.shape[3]
-    wave = config.delta * torch.sin(2 * torch.pi * config.frequency * torch.arange(width) / width)
-    return quantised(images + wave, truncate=config.bb_compat)
+    wave = config.delta * torch.sin(2 * torch.pi * config.frequency * torch.arange(width, dtype=torch.float64) / width)
+    return quantised(images + wave.float(), truncate=config.bb_compat)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ ROWS = {
 LISTED = {"sig": 19.4, "bpp": 27.7, "ctrl": 32.0, "wanet": 30.5}
 """Published or derived PSNR, dB, which a row's interval may miss by one (wanet: 29 to 32 over its random fields)."""
 
-SHORT = ("--width", "4", "--epochs", "2", "--precision", "fp32")
+SHORT = ("--image_size", "16", "--width", "4", "--epochs", "2", "--precision", "fp32")
 FULL = ("--score_every", "0", "--precision", "fp32")
 CPU = torch.device("cpu")
 FP32 = partial(engine.autocast, CPU, "fp32")
@@ -94,7 +94,7 @@ def images_for(session_folder: Path) -> Callable[[str, str], Dataset]:
     return lambda attack, name: load(name, False if name == "digits" and attack in IN_COLOUR else None)
 
 
-def stamp_of(attack: str, dataset: Dataset, **values: Any) -> Callable[[Tensor, Tensor, str], Tensor]:
+def stamp_of(attack: str, dataset: Dataset, /, **values: Any) -> Callable[[Tensor, Tensor, str], Tensor]:
     method, config = registry.load("attack", attack), config_of(attack, **values)
     prepare = method.function("prepare")
     return partial(method.module.stamp, config=config, **(prepare(dataset, config, None) if prepare else {}))
@@ -268,8 +268,9 @@ def clean_scores(record: Callable[..., Record]) -> Callable[[Record, tuple[str, 
     """Scores on an attack's test images of a network that never met it, trained with `flags` on images of the same shape."""
 
     def measure(attacked: Record, flags: tuple[str, ...]) -> Any:
-        grey = ("--grey", "False") if attacked.info["dataset"]["image_shape"][0] == 3 else ()
-        model, dataset = record("none", *flags, *grey).model(), attacked.dataset()
+        channels, size, _ = attacked.info["dataset"]["image_shape"]
+        shape = ("--grey", str(channels == 1), "--image_size", str(size))
+        model, dataset = record("none", *flags, *shape).model(), attacked.dataset()
         return Evaluator(dataset.test, attacked.test_poison, dataset.num_classes, CPU, FP32)(model)
 
     return measure
@@ -326,10 +327,11 @@ def test_more_than_the_class_is_capped_with_a_line(record: Callable[..., Record]
         (("tact", "--source_label", "77"), "no training image is one that this attack poisons"),
         (("tact", "--cover_labels", "0", "5"), "cover_labels must be neither the source 1 nor the target 0"),
         (("tact", "--label_mode", "all2all"), "tact leads one source class to one target"),
-        (("tact", "--patch_size", "30"), "patch_size must lie in 1..29 for these images, got 30"),
+        (("tact", "--patch_size", "15"), "patch_size must lie in 1..14 for these images, got 15"),
         (("tact", "--patch_size", "8", "--image_size", "8"), "patch_size must lie in 1..7 for these images, got 8"),
         (("badnet", "--patch_size", "3", "--image_size", "2"), "patch_size must lie in 1..2 for these images, got 3"),
         (("adaptive_blend", "--cover_rate", "1.5"), "cover_rate must be in [0, 1], got 1.5"),
+        (("adaptive_patch", "--cover_rate", "0.999"), "capped to them"),
         (("adaptive_blend", "--masked", "16"), "more cells than are masked, got grid 4, masked 16"),
         (("adaptive_blend", "--image_size", "2"), "the grid must have at most 2 cells a side for these images"),
         (("adaptive_patch", "--opacities", "0.5", "0.5", "0.5", "2"), "opacities must be in (0, 1], got 2.0"),
