@@ -132,56 +132,57 @@ def train_masks(trigger: Trigger, train: Any, config: Config, run: Run) -> None:
 
 
 def train_jointly(model: Classifier, trigger: Trigger, train: Any, cross: Stamp, dataset: Dataset, config: Config, run: Run) -> tuple[Poison, Poison]:
-    """Poison with an image's own trigger, cross with that of another, the rest as it is; one pass of the classifier for all.
-
-    Returns the snapshot, which waits for the final generator, and so does the first score.
-    """
-
-    def finish() -> tuple[Poison, Poison]:
-        generator.eval()
-        return snapshot(
-            dataset, config, run, partial(paint, trigger=trigger, donors=None, config=config), cross, config.cross_ratio * config.poison_rate
-        )
-
-    made = None
+    """Classifier and generator on one loss. Returns the snapshot, which waits for the final generator, and so does the first score."""
     recipe, labels, generator = config.recipe(), labels_of(dataset, config), trigger.generator
+    own = partial(paint, trigger=trigger, donors=None, config=config)
+    render = partial(snapshot, dataset, config, run, own, cross, config.cross_ratio * config.poison_rate)
     optimizer = make_optimizer(model.parameters(), recipe)
     course = Course(optimizer, recipe, len(train))
     painter = torch.optim.Adam(generator.parameters(), lr=config.generator_lr, betas=(0.5, 0.9))
-    state = dict(generator=generator, optimizer=optimizer, painter=painter, course=course, gradients=Gradients(generator))
+    state: dict[str, Any] = dict(generator=generator, optimizer=optimizer, painter=painter, course=course)
+    if config.bb_compat:
+        state["gradients"] = Gradients(generator)
+    made = None
     for epoch in run.epochs("train", recipe.epochs, model=model, **state):
         model.train()
         generator.train()
         for first, second in pairs(train, config, run):
-            x, poisoned = first.images, in_batch(config.poison_rate, len(first.images), run.generator)
-            crossed = min(int(config.cross_ratio * poisoned), len(x) - poisoned)
-            both = torch.cat([x[:poisoned], second.images[poisoned : poisoned + crossed]])
+            poisoned = in_batch(config.poison_rate, len(first.images), run.generator)
             given = torch.cat([labels.of(first.labels[:poisoned]), first.labels[poisoned:]])
             if not config.bb_compat:
                 painter.zero_grad(set_to_none=True)
-            loss = torch.zeros((), device=x.device)
-            if poisoned:
-                patterns = trigger.pattern(both)
-                with torch.no_grad():
-                    masks = trigger.mask(both)
-                changed = poisoned + crossed
-                x = torch.cat([x[:changed] + (patterns - x[:changed]) * masks, x[changed:]])
-                pairs_ = min(poisoned, crossed)
-                apart = distance(trigger.normalise(both[:pairs_]), trigger.normalise(both[poisoned : poisoned + pairs_]))
-                drawn = distance(*(trigger.normalise(part) for part in (patterns[:pairs_], patterns[poisoned : poisoned + pairs_])))
-                loss = config.lambda_div * (apart / (drawn + 1e-7)).sum() / max(1, pairs_)
-                run.watch(diversity_loss=loss)
+            images, diversity = paint_some(first.images, second.images, poisoned, trigger, config)
             with run.autocast():
-                logits = model(x)
-            run.step(optimizer, loss + F.cross_entropy(logits.float(), given))
+                logits = model(images)
+            run.step(optimizer, F.cross_entropy(logits.float(), given) + config.lambda_div * diversity)
             if poisoned:
                 painter.step()
-                run.watch(asr_in_batch=(logits[:poisoned].argmax(1) == given[:poisoned]).float().mean())
+                run.watch(diversity=diversity, asr_in_batch=(logits[:poisoned].argmax(1) == given[:poisoned]).float().mean())
             course.after_step()
         course.after_epoch(run.mean("loss"))
         if epoch + 1 == recipe.epochs:
-            made = finish()
-    return made or finish()
+            generator.eval()
+            made = render()
+    generator.eval()
+    return made or render()
+
+
+def paint_some(x: Tensor, other: Tensor, poisoned: int, trigger: Trigger, config: Config) -> tuple[Tensor, Tensor]:
+    """The first images with their own triggers, the next with those of the `other` images, the rest as they are; and the diversity loss.
+
+    That is the mean of d(images) / d(patterns) over pairs of a poisoned and a cross image: patterns should differ as images do.
+    """
+    crossed = min(int(config.cross_ratio * poisoned), len(x) - poisoned)
+    changed, both = poisoned + crossed, min(poisoned, crossed)
+    if not changed:
+        return x, x.new_zeros(())
+    givers = torch.cat([x[:poisoned], other[poisoned:changed]])
+    patterns = trigger.pattern(givers)
+    with torch.no_grad():
+        masks = trigger.mask(givers)
+    images = torch.cat([x[:changed] + (patterns - x[:changed]) * masks, x[changed:]])
+    apart, drawn = (distance(*(trigger.normalise(part) for part in (of[:both], of[poisoned : poisoned + both]))) for of in (givers, patterns))
+    return images, (apart / (drawn + 1e-7)).sum() / max(1, both)
 
 
 def pairs(train: Any, config: Config, run: Run) -> Iterator[tuple[Batch, Batch]]:
