@@ -21,7 +21,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import CoverConfig
 from backdoorlab.triggers import at_side, image_draws, noise_picture, quantised
 
-CHECKERS = torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 1]])
+CHECKERS = 255 * torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 1]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +42,13 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     """Mix patches in. uint8 (N, C, H, W), positions (N,) -> uint8 (N, C, H, W); the patch of a training image is drawn."""
     _, channels, height, width = images.shape
     small, large, checkers, middle = _masks(height, width)
-    noise = noise_picture(config.seed, channels, height, width).float()
-    board = (255 * _checkers(height, width)).expand(channels, -1, -1)
+    noise, board = noise_picture(config.seed, channels, height, width), _board(height, width)
+    if split == "test" and config.test_patches == "large":
+        return torch.where(large | middle, noise, images)
     if split == "test":
-        corners, picture = (small | small.flip(1) | checkers, torch.where(checkers, board, noise))
-        return quantised(
-            torch.where(corners, picture, images.float()) if config.test_patches == "corners" else torch.where(large | middle, noise, images)
-        )
+        return torch.where(small | small.flip(1) | checkers, torch.where(checkers, board, noise), images)
     opacity = torch.stack([small, large, checkers, middle]) * torch.tensor(config.opacities)[:, None, None]
-    pictures = torch.stack([noise, noise, board, noise])
+    pictures = torch.stack([noise, noise, board.expand(channels, -1, -1), noise]).float()
     which = (image_draws(config.seed, split, index, 1)[:, 0] * 4).long()
     return quantised(images + opacity[which][:, None] * (pictures[which] - images))
 
@@ -58,25 +56,27 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
 def _masks(height: int, width: int) -> tuple[Tensor, ...]:
     """Where the four patches lie, bool (H, W) each: 5, 13, 3 (four times) and 8 pixels wide on images of 32."""
     masks = torch.zeros(4, height, width, dtype=torch.bool)
-    small, large, corner, middle, margin = (at_side(pixels, height) for pixels in (5, 13, 3, 8, 3))
+    small, large, middle, margin = (at_side(pixels, height) for pixels in (5, 13, 8, 3))
     masks[0, height - small :, width - small :] = True
     masks[1, :large, width - large :] = True
-    for rows in (slice(corner), slice(height - corner, height)):
-        for columns in (slice(corner), slice(width - corner, width)):
-            masks[2, rows, columns] = True
+    for corner in _corners(height, width):
+        masks[2][corner] = True
     masks[3, height - margin - middle : height - margin, width - margin - middle : width - margin] = True
     return tuple(masks)
 
 
-def _checkers(height: int, width: int) -> Tensor:
-    """The same checkerboard in every corner, float (H, W), 0 elsewhere."""
+def _board(height: int, width: int) -> Tensor:
+    """The same checkerboard in every corner, uint8 (1, H, W), 0 elsewhere."""
+    board, size = torch.zeros(height, width, dtype=torch.uint8), at_side(3, height)
+    for corner in _corners(height, width):
+        board[corner] = F.interpolate(CHECKERS[None, None], (size, size))[0, 0].byte()
+    return board[None]
+
+
+def _corners(height: int, width: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of the four squares of 3 pixels on images of 32."""
     size = at_side(3, height)
-    board = F.interpolate(CHECKERS[None, None], (size, size))[0, 0]
-    canvas = torch.zeros(height, width)
-    for rows in (slice(size), slice(height - size, height)):
-        for columns in (slice(size), slice(width - size, width)):
-            canvas[rows, columns] = board
-    return canvas
+    return [(rows, columns) for rows in (slice(size), slice(height - size, height)) for columns in (slice(size), slice(width - size, width))]
 
 
 if __name__ == "__main__":

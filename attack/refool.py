@@ -65,7 +65,7 @@ def _sources(labels: Tensor, config: Config) -> Tensor:
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config, reflections: Tensor) -> Tensor:
     """Light of the image plus light of a reflection. uint8 (N, C, H, W), positions (N,) -> uint8 (N, C, H, W)."""
-    chance = image_draws(config.seed, split, index, max(5, 3 + images.shape[1])).float()
+    chance = image_draws(config.seed, split, index, max(5, 3 + images.shape[1]))
     own = (images / 255).pow(GAMMA)
     ghostly = chance[:, 0] < config.ghost_rate
     light = torch.zeros_like(own)
@@ -82,7 +82,7 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config, reflections
 def _ghost(reflected: Tensor, chance: Tensor) -> Tensor:
     """The reflection and the same one shifted by 3 to 8 pixels each way, weighed, over what both cover. (N, C, H, W) -> same."""
     height, width = reflected.shape[2:]
-    weight = (0.15 + 0.7 * chance[:, 0])[:, None, None, None]  # the script's |round(U(0, 1)) - U(0.15, 0.5)| has this distribution
+    weight = (0.15 + 0.7 * chance[:, 0]).float()[:, None, None, None]  # the script's |round(U(0, 1)) - U(0.15, 0.5)| has this distribution
     near_rows, far_rows = (matrix[(chance[:, 1] * 6).long()][:, None] for matrix in _shifted(height))
     near_columns, far_columns = (matrix[(chance[:, 2] * 6).long()][:, None].mT for matrix in _shifted(width))
     return weight * (near_rows @ reflected @ near_columns) + (1 - weight) * (far_rows @ reflected @ far_columns)
@@ -109,6 +109,7 @@ def _stretched(rows: Tensor, side: int) -> Tensor:
 
 def _blurred(reflected: Tensor, own: Tensor, chance: Tensor) -> Tensor:
     """Blurred by a sigma of 1 to 5 pixels, dimmed where the sum is too bright, and fading to the borders. (N, C, H, W) -> same."""
+    chance = chance.float()
     sigma, (height, width) = 1 + 4 * chance[:, 0], reflected.shape[2:]
     blurred = _blur(height, sigma)[:, None] @ reflected @ _blur(width, sigma)[:, None].mT
     over = (blurred + own - 1).clamp_min(0)
