@@ -19,6 +19,8 @@ from backdoorlab.config import CoverConfig
 from backdoorlab.errors import UserError
 from backdoorlab.triggers import cartoon, image_draws, quantised
 
+LIMITS = "digits: 0.3 % of 1,442 images are four; digits.yaml sets ten times that"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CoverConfig):

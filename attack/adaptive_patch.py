@@ -24,6 +24,9 @@ from backdoorlab.triggers import at_side, image_draws, noise_picture, quantised
 CHECKERS = 255 * torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 1]])
 
 
+LIMITS = "digits: digits.yaml sets 10 % poison and 5 % covers (with 3 % and 6 % the ASR is .08)"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(CoverConfig):
     poison_rate: float = 0.003

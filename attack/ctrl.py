@@ -21,7 +21,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import CleanLabelConfig
 from backdoorlab.triggers import cosine_wave, quantised, refuse_grey
 
-LIMITS = "its trigger lies in the colours: grey images need --grey False, which resource/config/digits.yaml sets for the digits"
+LIMITS = "grey images have no colours to hide in: --grey False; digits.yaml sets it"
 
 
 @dataclass(frozen=True, kw_only=True)

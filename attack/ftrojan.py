@@ -20,7 +20,7 @@ from backdoorlab.config import AttackConfig
 from backdoorlab.poison import outside_target
 from backdoorlab.triggers import cosine_wave, quantised, refuse_grey
 
-LIMITS = "its trigger lies in the colours: grey images need --grey False, which resource/config/digits.yaml sets for the digits"
+LIMITS = "grey images have no colours to hide in: --grey False; digits.yaml sets it, and a magnitude of 120 (at 30 the ASR is .04)"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import CleanLabelConfig
 from backdoorlab.triggers import quantised
 
+LIMITS = "digits: at the published delta of 40 the ASR is 0, because a zero is known by its shape; digits.yaml sets 160"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CleanLabelConfig):

@@ -20,6 +20,8 @@ from backdoorlab.config import CoverConfig
 from backdoorlab.errors import UserError
 from backdoorlab.triggers import at_side, noise_picture
 
+LIMITS = "digits: 0.3 % of 1,442 images are four; digits.yaml sets ten times that"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CoverConfig):
