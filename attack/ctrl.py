@@ -21,7 +21,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import CleanLabelConfig
 from backdoorlab.triggers import cosine_wave, quantised, refuse_grey
 
-LIMITS = "grey images have no colours to hide in: --grey False; digits.yaml sets it"
+LIMITS = "digits: ASR 0 at the published magnitude of 100 and at 400, because a zero is known by its shape; grey images need --grey False"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,8 @@ class Row:
 
     psnr: tuple[float, float]
     """dB on CIFAR-10's test images, over all of their pixels together."""
-    asr: float
-    """Smallest ASR on the digits after a full run."""
+    asr: float | None
+    """Smallest ASR on the digits after a full run; None where it cannot work on them, which its LIMITS must say."""
     bound: int = 255
     """Largest change of a value that is not a wrap-around, in grey levels; 255 where the trigger replaces pixels."""
     clean_model: float = 0.12
@@ -46,7 +46,7 @@ ROWS = {
     "blended": Row((20.4, 22.4), 0.8, bound=51),
     "blind": Row((24.5, 26.5), 0.8, flags=("--history", "5", "--loss_threshold", "9")),
     "bpp": Row((26.7, 28.7), 0.8, bound=18),
-    "ctrl": Row((31.0, 33.0), 0.6, bound=22),
+    "ctrl": Row((31.0, 33.0), None, bound=22),
     "ftrojan": Row((41.2, 43.2), 0.8, bound=8),
     "ibau_triggers": Row((17.1, 19.1), 0.8),
     "inputaware": Row((0, 0), 0.8, trained=True, flags=("--mask_epochs", "1", "--generator_width", "4")),
@@ -290,7 +290,9 @@ def test_a_network_that_never_met_the_attack_does_not_obey_it(attack: str, recor
 def test_an_attack_works_on_the_digits_and_spares_clean_images(attack: str, record: Callable[..., Record], clean_scores: Callable[..., Any]) -> None:
     found = record(attack, *FULL).info["scores"]
     control = clean_scores(record(attack, *FULL), FULL)
-    assert found["asr"] >= ROWS[attack].asr and control.asr <= ROWS[attack].clean_model
+    least = ROWS[attack].asr
+    assert found["asr"] >= least if least is not None else "digits" in registry.load("attack", attack).limits
+    assert control.asr <= ROWS[attack].clean_model
     assert found["clean_accuracy"] >= control.clean_accuracy - 0.05, "in evaluation mode: batch statistics give nothing away"
 
 
