@@ -26,6 +26,7 @@ from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, static_attack
 from backdoorlab.surrogate import train_surrogate
 
+LIMITS = "digits: ASR 0 at the published eps of 16/255 and at 0.4, because a zero is known by its shape"
 CORNER = torch.tensor([[1, -1, -1], [-1, 1, -1], [1, -1, 1]])
 """Signs of the top left patch."""
 

@@ -50,9 +50,9 @@ ROWS = {
     "ftrojan": Row((41.2, 43.2), 0.8, bound=8),
     "ibau_triggers": Row((17.1, 19.1), 0.8),
     "inputaware": Row((0, 0), 0.8, trained=True, flags=("--mask_epochs", "1", "--generator_width", "4")),
-    "lc": Row((0, 0), 0.6, trained=True, flags=("--surrogate_epochs", "1", "--pgd_steps", "2")),
+    "lc": Row((0, 0), None, trained=True, flags=("--surrogate_epochs", "1", "--pgd_steps", "2")),
     "lf": Row((22.0, 24.0), 0.8, bound=51),
-    "lira": Row((0, 0), 0.5, trained=True, flags=("--trigger_epochs", "1", "--eps", "0.3")),
+    "lira": Row((0, 0), 0.8, trained=True, flags=("--trigger_epochs", "1", "--eps", "0.3")),
     "refool": Row((14.0, 16.0), 0.8, clean_model=0.35),  # a digit in a digit: a clean network reads a quarter of them
     "sig": Row((18.4, 20.4), 0.6, bound=40),
     "ssba": Row((0, 0), 0.8, trained=True, flags=("--encoder_steps", "60")),
