@@ -156,13 +156,14 @@ def _names(given: tuple[str, ...], root: Path) -> tuple[str, ...]:
 def listing(_options: List) -> int:
     print("attacks (python attack/NAME.py --save_folder_name RECORD)")
     for name in registry.available("attack"):
-        print(f"  {name:<14}{registry.load('attack', name).title}")
+        attack = registry.load("attack", name)
+        print(f"  {name:<16}{attack.title}" + (f"\n  {'':<16}{attack.limits}" if attack.limits else ""))
     print("\ndefenses (python defense/NAME.py --result_file RECORD)")
     for name in registry.available("defense"):
         method = registry.load("defense", name)
-        print(f"  {name:<14}{method.title}\n  {'':<14}assumes: {tables.assumes(method.assumes)}")
+        print(f"  {name:<16}{method.title}\n  {'':<16}assumes: {tables.assumes(method.assumes)}")
     print("\ndata sets (--dataset NAME)")
-    print(f"  {'digits':<14}embedded, the default: 1,797 grey digits as 32x32 images")
+    print(f"  {'digits':<16}embedded, the default: 1,797 grey digits as 32x32 images")
     print(f"  {', '.join(datasets.TORCHVISION)}: torchvision's, downloaded where there is a network")
     print("  any other name with --dataset_path FOLDER: parquet shards (img or image, label) or train/<class>/*.png")
     print(f"\nmodels (--model NAME)\n  {', '.join(models.OWN)} (--width), or any timm model by name, such as resnet18, vgg19_bn, convnext_tiny")

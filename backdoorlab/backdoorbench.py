@@ -33,6 +33,8 @@ DYNAMIC = ("wanet", "inputaware", "bpp", "blind", "lira")
 """Attacks that control their training: the stored training set only imitates what the model saw."""
 FIRST_OF_BATCH = ("wanet", "inputaware")
 """They poison the first images of every batch of the unshuffled set, so that a position says what a mark does not."""
+COVERED = ("tact", "adaptive_blend", "adaptive_patch")
+"""Our attacks that stamp images and leave them their true label."""
 SMALL_FILE = 65_536
 
 
@@ -261,7 +263,7 @@ def _with_kinds(poison: Poison, attack: str, settings: Mapping[str, Any], notes:
     """POISON or CROSS for marked training images. One that keeps its label is poison in a static attack (clean-label, or of
     the target class anyway); in a dynamic one it is cross, unless its place in the batch says otherwise."""
     kept = poison.labels == poison.original_labels
-    if attack not in DYNAMIC or not kept.any():
+    if attack not in (*DYNAMIC, *COVERED) or not kept.any():
         return poison
     rate, batch_size = settings.get("pratio"), settings.get("batch_size")
     first = int(rate * batch_size) if isinstance(rate, (int, float)) and isinstance(batch_size, int) and 0 < rate <= 1 else 0

@@ -113,7 +113,9 @@ def gather(records: Iterable[Record]) -> list[Cell]:
     """The cells of these records, each record's own first, in the order of `results.rows`."""
     found: list[Cell] = []
     for record in records:
-        infos = [record.info, *(read_result(folder) for folder in results.result_folders(record.folder))]
+        plain = record.info.get("plain_scores")  # nothing else of that training was kept
+        own = [record.info] if plain is None else [record.info, {"scores": plain, "files": {}}]
+        infos = [*own, *(read_result(folder) for folder in results.result_folders(record.folder))]
         for row, info in zip(results.rows([record]), infos, strict=True):
             found.append(Cell(len(found), row, record, info))
     return found

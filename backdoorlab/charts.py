@@ -321,7 +321,7 @@ def destinations(cells: Sequence[Cell]) -> Chart:
     names = [f"{number}: {name}" if names.count(name) > 1 else name for number, name in enumerate(names)]
     columns = [f"{name} (target)" if number == target else name for number, name in enumerate(names)]
     values = [[100 * count / sum(counts) for count in counts] for cell in known if (counts := cell.triggered_predictions)]
-    rows = ["no defense" if cell.undefended else cell.name for cell in known]
+    rows = [("plain training" if cell.row.run else "no defense") if cell.undefended else cell.name for cell in known]
     return Chart("destinations", title, caption, (Panel("", "class", "", grid=Grid(rows, columns, values, "% of the triggered images")),))
 
 

@@ -134,15 +134,51 @@ class TrainingConfig(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(TrainingConfig):
-    """What every poisoning attack takes."""
+class TriggerConfig(TrainingConfig):
+    """What every attack with a trigger takes."""
 
-    poison_rate: Annotated[float, arg(aliases=["--pratio"])] = 0.1
-    """Share of the whole training set that is poisoned, in (0, 1]."""
     target_label: Annotated[int, arg(aliases=["--attack_target"])] = 0
     """Class that triggered images are to be taken for (all2one)."""
     label_mode: Annotated[Literal["all2one", "all2all"], arg(aliases=["--attack_label_trans"])] = "all2one"
     """all2one: every label becomes target_label. all2all: label y becomes y + 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(TriggerConfig):
+    """What every poisoning attack takes that changes labels."""
+
+    poison_rate: Annotated[float, arg(aliases=["--pratio"])] = 0.1
+    """Share of the whole training set that is poisoned, in (0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverConfig(AttackConfig):
+    """An attack that also stamps images and leaves them their true label, so that the trigger alone does not decide."""
+
+    cover_rate: float = 0.003
+    """Share of the whole training set that is stamped and keeps its label, in [0, 1]; more makes the attack weaker and harder to find."""
+
+    RANGES: ClassVar[dict[str, str]] = {"cover_rate": "[0, 1]"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanLabelConfig(TriggerConfig):
+    """What every attack takes that poisons images of the target class only, and changes no label."""
+
+    clean_label_ratio: float = 0.5
+    """Share of the target class that is poisoned, in (0, 1]; at 1 the model sees no clean image of that class."""
+    poison_rate: Annotated[float | None, arg(aliases=["--pratio"])] = None
+    """The same as a share of the whole training set, in (0, 1], instead of clean_label_ratio."""
+
+    RANGES: ClassVar[dict[str, str]] = {"clean_label_ratio": "(0, 1]"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointConfig(AttackConfig):
+    """What an attack that controls the training takes besides."""
+
+    plain: bool = True
+    """Also train an ordinary model on the stored training set: what training-time defenses are compared with. As long again."""
 
 
 @dataclass(frozen=True, kw_only=True)

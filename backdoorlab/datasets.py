@@ -48,7 +48,7 @@ def load(name: str, path: str | None = None, *, image_size: int | None = None, g
     grey: one channel (True) or three (False); None keeps what the first image has.
     """
     if name == "digits" and path is None:
-        return _dataset(name, _digits(image_size or 32))
+        return _dataset(name, _digits(image_size or 32, channels=3 if grey is False else 1))
     if path is not None and not Path(path).is_dir():
         raise UserError(f"--dataset_path {path}: no such folder. Give a folder with parquet shards or with train/<class>/*.png")
     if path is None and name not in TORCHVISION:
@@ -137,14 +137,14 @@ def cached() -> list[dict[str, Any]]:
 # --- readers -----------------------------------------------------------------------------------------------------
 
 
-def _digits(image_size: int) -> Arrays:
+def _digits(image_size: int, channels: int) -> Arrays:
     """1,797 grey 8x8 digits of the UCI test set, bilinear to `image_size`; every fifth image of each class is for testing."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     small = torch.from_numpy(bunch.images).to(torch.float32)[:, None] * (255 / 16)
     large = torch.nn.functional.interpolate(small, size=(image_size, image_size), mode="bilinear", align_corners=False)
-    images = large.round().clamp(0, 255).to(torch.uint8).numpy()
+    images = large.round().clamp(0, 255).to(torch.uint8).repeat(1, channels, 1, 1).numpy()
     labels = bunch.target.astype(np.int64)
     rank_in_class = (labels[:, None] == np.arange(10)).cumsum(0)[np.arange(len(labels)), labels]
     test = rank_in_class % 5 == 0

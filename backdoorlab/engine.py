@@ -43,23 +43,17 @@ class Recipe:
 
 def train(model: nn.Module, split: Split, recipe: Recipe, run: "Run", *, stage: str = "train") -> None:
     """Cross-entropy on the given labels. Trains `model` in place; resumable under the name `stage`."""
-    steps = max(1, len(split) // recipe.batch_size)
     drop_last = len(split) >= recipe.batch_size
     optimizer = make_optimizer(model.parameters(), recipe)
-    scheduler = _scheduler(optimizer, recipe, steps)
-    per_step = recipe.schedule == "onecycle"
+    scheduler = Course(optimizer, recipe, len(split))
     for _ in run.epochs(stage, recipe.epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()
         for batch in batches(split, recipe.batch_size, device=run.device, generator=run.generator, augment=recipe.augment, drop_last=drop_last):
             with run.autocast():
                 logits = model(batch.images)
             run.step(optimizer, F.cross_entropy(logits.float(), batch.labels))
-            if per_step:
-                scheduler.step()
-        if recipe.schedule == "plateau":
-            scheduler.step(run.mean("loss"))
-        elif not per_step:
-            scheduler.step()
+            scheduler.after_step()
+        scheduler.after_epoch(run.mean("loss"))
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimizer:
@@ -67,6 +61,31 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimi
     if recipe.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+
+
+class Course:
+    """The learning rate's way through a training on `size` images, part of its checkpoint: told of every step and every epoch."""
+
+    def __init__(self, optimizer: Optimizer, recipe: Recipe, size: int) -> None:
+        self._schedule = recipe.schedule
+        self._scheduler = _scheduler(optimizer, recipe, max(1, size // recipe.batch_size))
+
+    def after_step(self) -> None:
+        if self._schedule == "onecycle":
+            self._scheduler.step()
+
+    def after_epoch(self, loss: float) -> None:
+        """`loss`: the epoch's mean training loss, which the plateau schedule goes by."""
+        if self._schedule == "plateau":
+            self._scheduler.step(loss)
+        elif self._schedule != "onecycle":
+            self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scheduler.load_state_dict(state)
 
 
 def _scheduler(optimizer: Optimizer, recipe: Recipe, steps: int) -> Any:

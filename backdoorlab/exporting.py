@@ -9,6 +9,7 @@ from tyro.conf import Positional
 from . import backdoorbench, foreign, models
 from .config import published
 from .errors import UserError
+from .poison import POISON
 from .record import Record, check_name, load_weights, read_result, record_root
 from .staging import staged
 
@@ -129,7 +130,7 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
             data_name=dataset["name"],
             train=record.train_poison if record.info.get("has_train", True) else None,
             train_size=dataset["train_size"],
-            test=record.test_poison,
+            test=record.test_poison.of_kind(POISON),
             test_size=test_size,
             settings=settings,
         )

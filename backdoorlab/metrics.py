@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import files
 from .data import Split, in_order, place
 from .models import PASSES
-from .poison import CROSS, Poison
+from .poison import CROSS, POISON, Poison
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Scores:
     """The same by true class, and `other` = 1 - asr - robust_accuracy; None for a class without images."""
     triggered_predictions: list[int]
     """How many triggered images end in each class: a trigger may be moved instead of removed."""
+    cross: dict[str, float | None] | None = None
+    """Images with the trigger that the attack is not meant for (kind CROSS in the test set); None where there is none. `accuracy`: share with
+    the true label. `asr`: share with the attacker's, None in all2all."""
 
     def summary(self) -> dict[str, float | None]:
         return {"clean_accuracy": self.clean_accuracy, "asr": self.asr, "robust_accuracy": self.robust_accuracy}
@@ -55,7 +58,10 @@ def collapsed(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 def score(clean_predictions: Tensor, clean_labels: Tensor, predictions: Tensor, triggered: Poison, num_classes: int) -> Scores:
-    """Scores from predictions: int64 (N,) on the clean test images, int64 (M,) on the triggered ones."""
+    """Scores from predictions: int64 (N,) on the clean test images, int64 (M,) on the triggered ones, of which ASR counts those of kind POISON."""
+    spared = triggered.kind == CROSS
+    cross = _cross(predictions[spared], triggered) if bool(spared.any()) else None
+    predictions, triggered = predictions[~spared], triggered.of_kind(POISON)
     right = clean_predictions == clean_labels
     hit = predictions == triggered.labels
     robust = predictions == triggered.original_labels
@@ -71,7 +77,15 @@ def score(clean_predictions: Tensor, clean_labels: Tensor, predictions: Tensor, 
         robust_accuracy=robust.double().mean().item() if len(hit) else None,
         per_class=per_class,
         triggered_predictions=torch.bincount(predictions, minlength=num_classes).tolist(),
+        cross=cross,
     )
+
+
+def _cross(predictions: Tensor, triggered: Poison) -> dict[str, float | None]:
+    """Accuracy and ASR on the images that the attack is not meant for, whose own attacker's label only all2one knows."""
+    targets = triggered.of_kind(POISON).labels.unique()
+    asr = _share(predictions == targets) if len(targets) == 1 else None
+    return {"accuracy": _share(predictions == triggered.of_kind(CROSS).original_labels), "asr": asr}
 
 
 def split_quality(flagged: Tensor, poison: Poison) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from PIL import Image
 
 from . import files
 from .data import Split
-from .poison import Poison
+from .poison import POISON, Poison
 
 COLUMNS, GAP, SCALE, GAIN = 8, 2, 3, 5
 
 
 def save_preview(path: Path, clean: Split, triggered: Poison) -> None:
     """PNG with three rows: clean, triggered, difference times 5 around mid-grey. Without a trigger only the first row."""
+    triggered = triggered.of_kind(POISON)
     index = _one_per_class(triggered.original_labels) if len(triggered) else torch.arange(min(COLUMNS, len(clean)))
     if len(triggered):
         before, after = clean.images[triggered.index[index]], triggered.images[index]

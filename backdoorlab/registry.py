@@ -38,6 +38,11 @@ class Method:
         return (self.module.__doc__ or self.name).strip().split("\n")[0]
 
     @property
+    def limits(self) -> str:
+        """Where an attack does not work, and why, in one line; empty where nothing is known."""
+        return str(getattr(self.module, "LIMITS", ""))
+
+    @property
     def assumes(self) -> tuple[str, ...]:
         """What a defense needs of its view: some of "model", "train", "trusted"."""
         return tuple(self.module.ASSUMES)

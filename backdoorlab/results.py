@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,8 @@ Metric = Literal["clean_accuracy", "asr", "robust_accuracy", "der", "tpr", "fpr"
 
 UNDEFENDED = "none"
 """The `defense` of a row that shows a record as it was attacked."""
+PLAIN = "plain"
+"""The `run` of a row that shows ordinary training on the images of a joint attack: what training-time defenses are compared with."""
 BASELINE = "ft"
 """The defense that every other one has to beat."""
 IMPLANTED = 0.5
@@ -151,13 +153,15 @@ class Label:
 
 
 def rows(records: Iterable[Record], only: Container[tuple[str, str, str]] | None = None) -> list[Row]:
-    """For each record a row as it was attacked, then one for each finished result: by method, plain runs before named ones.
+    """For each record a row as it was attacked (and one of PLAIN training), then one for each finished result: by method, seed0 before named ones.
 
     With `only`, those results alone whose (record, defense, run) is in it.
     """
     found = []
     for record in records:
         found.append(_undefended(record))
+        if record.info.get("plain_scores") is not None:
+            found.append(_plain(record))
         for folder in result_folders(record.folder):
             defense, run = folder.parent.name, folder.name
             if only is None or (record.name, defense, run) in only:
@@ -189,6 +193,13 @@ def _undefended(record: Record) -> Row:
     )
 
 
+def _plain(record: Record) -> Row:
+    plain = record.info["plain_scores"]
+    scores = {key: plain[key] for key in ("clean_accuracy", "asr", "robust_accuracy")}
+    costs = dict(seconds=plain["seconds"], forward=None, backward=None, peak_memory_bytes=None)
+    return replace(_undefended(record), run=PLAIN, assumes=("train",), asr_before=plain["asr"], **scores, **costs)
+
+
 def _defended(record: Record, defense: str, run: str, result: Mapping[str, Any]) -> Row:
     split = result["split"] or {}
     return Row(
@@ -216,12 +227,18 @@ def _shared(record: Record) -> dict[str, Any]:
         "dataset": info["dataset"]["name"],
         "fingerprint": info["dataset"]["fingerprint"],
         "architecture": architecture["name"] + (f" w{architecture['width']}" if architecture["width"] else ""),
-        "poison_rate": info["config"].get("poison_rate"),
+        "poison_rate": _rate(info),
         "seed": info["seed"],
         "asr_before": info["scores"]["asr"],
         "train_size": info["dataset"]["train_size"],
         "attack_settings": _settings(info),
     }
+
+
+def _rate(info: Mapping[str, Any]) -> float | None:
+    """As it was asked for, else (a share of one class was) as it came out; None without poison."""
+    asked, poisoned = info["config"].get("poison_rate"), info.get("poisoned")
+    return asked if asked is not None or not poisoned else round(poisoned / info["dataset"]["train_size"], 4)
 
 
 def _costs(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,7 +342,7 @@ def remarks(found: Iterable[Row]) -> list[str]:
         said.append(f"{what} repeats a seed of the same experiment, so it is not counted again")
     for group, label in zip(groups, labels(groups), strict=True):
         asr = group.score("asr")
-        if group.first.defense == UNDEFENDED and asr is not None and asr.mean < IMPLANTED:
+        if group.first.defense == UNDEFENDED and group.first.run != PLAIN and asr is not None and asr.mean < IMPLANTED:
             said.append(f"{label.attack} on {group.first.dataset} hardly took: ASR {100 * asr.mean:.0f} % before any defense, so its DER says little")
     return said
 

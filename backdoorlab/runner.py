@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from . import config as configs
 from . import data, datasets, engine, files, models, record
-from .config import AttackConfig, DefenseConfig, MethodConfig, Parsed, TrainingConfig
+from .config import CleanLabelConfig, CoverConfig, DefenseConfig, JointConfig, MethodConfig, Parsed, TrainingConfig, TriggerConfig
 from .data import Dataset, Split
 from .errors import UserError
 from .metrics import Evaluator, collapsed, der
 from .models import Classifier
-from .poison import POISON, Labels, Poison, Stamp, check_rate, check_target, poison_test, poison_train
+from .poison import CROSS, POISON, Labels, Poison, Stamp, check_rate, check_target, left_by_crops, poison_test, poison_train
 from .preview import save_preview, save_sheet
 from .record import Record
 from .registry import Method
@@ -28,6 +28,9 @@ from .source import code_version
 if TYPE_CHECKING:
     from .tracking import Told
 
+WEAK_SNAPSHOT = 0.5
+"""An ASR of ordinary training on the stored set below which a joint attack's record says so."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -36,6 +39,8 @@ class Outcome:
     model: Classifier
     train_poison: Poison
     test_poison: Poison
+    measured: dict[str, float | None] = field(default_factory=dict)
+    """Other facts about the attack, for record.json: accuracy on cross images, PSNR, ..."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,10 @@ def run_attack(job: Job) -> Record:
     root = record.record_root(config.record_root)
     target = root / config.save_folder_name
     device = engine.choose_device(config.device)
-    if isinstance(config, AttackConfig):
-        check_rate(config.poison_rate)
+    if isinstance(config, TriggerConfig):
+        _check_poisoning(config, job.method.name)
     dataset = datasets.load(config.dataset, config.dataset_path, image_size=config.image_size, grey=config.grey)
-    if isinstance(config, AttackConfig):
+    if isinstance(config, TriggerConfig):
         check_target(config.target_label, dataset.num_classes)
     with _stage(target, "record.json", job) as stage, _tracked(job, config.save_folder_name, stage) as tracker:
         engine.seed_everything(config.seed, device)
@@ -90,11 +95,16 @@ def run_attack(job: Job) -> Record:
         run.told = tracker.line
         job.say_settings(run)
         run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
-        attack = job.method.function("attack") or partial(static_attack, stamp=job.method.module.stamp)
-        outcome: Outcome = attack(dataset, config, run)
+        outcome = _attack_function(job.method)(dataset, config, run)
         scores = run.score(outcome.model)
-        spent = run.spent()
+        costs = _costs(run.spent())
+        joint = {"plain_scores": plain_scores(outcome, dataset, config, run)} if isinstance(config, JointConfig) else {}
         final = _fresh(stage / "final")
+        crops = left_by_crops(dataset.train, outcome.train_poison, config.crop_padding)
+        if crops and crops["none"] >= 0.01:
+            run.note(
+                f"random crops cut the whole trigger off in {100 * crops['none']:.1f} % of draws, and keep all of it in {100 * crops['whole']:.1f} %"
+            )
         info = {
             "attack": "unknown" if getattr(config, "suspicious", False) else job.method.name,
             "known_poison": not getattr(config, "suspicious", False),
@@ -117,10 +127,13 @@ def run_attack(job: Job) -> Record:
             "num_classes": dataset.num_classes,
             "target": getattr(config, "target_label", None) if getattr(config, "label_mode", None) == "all2one" else None,
             "seed": config.seed,
+            "trigger_in_crops": crops,
             "poisoned": int((outcome.train_poison.kind == POISON).sum()),
             "scores": scores.to_json(),
+            **joint,
+            "measured": outcome.measured,
             "notes": run.notes,
-            **_costs(spent),
+            **costs,
             **environment(device),
             "code": _code(stage),
         }
@@ -128,27 +141,97 @@ def run_attack(job: Job) -> Record:
         run.save_history(final)
         record.write(final, info, outcome.model, outcome.train_poison, outcome.test_poison)
         _publish(final, target)
-        tracker.final(after=scores.summary(), cost={"seconds": spent.seconds, "peak_memory_bytes": spent.peak_memory_bytes})
+        tracker.final(after=scores.summary(), cost={key: costs[key] for key in ("seconds", "peak_memory_bytes")})
     return Record.load(config.save_folder_name, root)
 
 
-def static_attack(dataset: Dataset, config: AttackConfig, run: Run, stamp: Callable[..., torch.Tensor]) -> Outcome:
-    """Any attack that is a function of images: stamp a share of the training set, then train in the ordinary way."""
-    fixed: Stamp = partial(stamp, config=config)
+def _attack_function(method: Method) -> Callable[[Dataset, Any, Run], Outcome]:
+    """The file's own `attack`, else static_attack with what the file defines."""
+    pieces: dict[str, Any] = {name: method.function(name) for name in ("stamp", "prepare", "victims", "covers")}
+    return method.function("attack") or (lambda dataset, config, run: static_attack(dataset, config, run, **pieces))
+
+
+Choice = Callable[[torch.Tensor, str, Any], torch.Tensor]
+"""choice(labels, split, config): int64 (N,), "train" or "test" -> bool (N,), the images that may be taken."""
+
+
+def static_attack(
+    dataset: Dataset,
+    config: Any,
+    run: Run,
+    stamp: Callable[..., torch.Tensor],
+    prepare: Callable[..., dict[str, Any]] | None = None,
+    victims: Choice | None = None,
+    covers: Choice | None = None,
+) -> Outcome:
+    """Any attack that is a function of images: stamp a share of the training set, then train in the ordinary way.
+
+    prepare(dataset, config, run): what the stamp needs besides config and seed, as its keyword arguments.
+    victims: whom the attack is meant for, in either split; default everyone, or the target class in training where the attack keeps labels.
+    covers: who may be stamped with the true label in training; default everyone. Read where the config has a cover_rate.
+    """
+    fixed: Stamp = partial(stamp, config=config, **(prepare(dataset, config, run) if prepare else {}))
     labels = Labels(config.target_label, config.label_mode, dataset.num_classes)
-    victims = engine.derived_generator(config.seed, "victims")
-    train_poison = poison_train(dataset.train, fixed, labels, poison_rate=config.poison_rate, generator=victims)
-    test_poison = poison_test(dataset.test, fixed, labels)
+    train_poison = _poisoned_training_set(dataset.train, fixed, labels, config, run, victims, covers)
+    meant = victims(dataset.test.labels, "test", config) if victims else None
+    test_poison = poison_test(dataset.test, fixed, labels, victims=meant)
     return poison_and_train(dataset, config, run, train_poison, test_poison)
 
 
-def poison_and_train(dataset: Dataset, config: TrainingConfig, run: Run, train_poison: Poison, test_poison: Poison) -> Outcome:
+def _poisoned_training_set(
+    train: Split, stamp: Stamp, labels: Labels, config: Any, run: Run, victims: Choice | None, covers: Choice | None
+) -> Poison:
+    """Draw victims and covers; what cannot be had is capped, and said."""
+    size = len(train)
+    pool = victims(train.labels, "train", config) if victims else torch.ones(size, dtype=torch.bool)
+    if isinstance(config, CleanLabelConfig):
+        pool = pool & (train.labels == config.target_label)
+        rate = config.poison_rate if config.poison_rate is not None else config.clean_label_ratio * int(pool.sum()) / size
+    else:
+        rate = config.poison_rate
+    cover_rate = config.cover_rate if isinstance(config, CoverConfig) else 0.0
+    free = covers(train.labels, "train", config) if covers else None
+    drawn = engine.derived_generator(config.seed, "victims")
+    poison = poison_train(train, stamp, labels, poison_rate=rate, generator=drawn, victims=pool, cover_rate=cover_rate, covers=free)
+    found, crossed = (int((poison.kind == kind).sum()) for kind in (POISON, CROSS))
+    for asked, got, what in ((round(rate * size), found, "poison_rate"), (round(cover_rate * size), crossed, "cover_rate")):
+        if got < asked:
+            run.note(f"{what} asks for {asked:,} of {size:,} training images, but this attack can have {got:,}: capped to them")
+    if isinstance(config, CleanLabelConfig):
+        of_class = int((train.labels == config.target_label).sum())
+        shares = f"{100 * found / of_class:.1f} % of class {config.target_label}, {100 * found / size:.2f} % of the training set"
+        said = f"{found:,} images poisoned: {shares}"
+        run.note(said if found < of_class else f"{said}; no clean one is left, so its clean accuracy measures a missing class")
+    return poison
+
+
+def _check_poisoning(config: Any, name: str) -> None:
+    """Refuse rates and labels that no data set would make right."""
+    if getattr(config, "poison_rate", None) is not None:
+        check_rate(config.poison_rate)
+    if isinstance(config, CleanLabelConfig) and config.label_mode != "all2one":
+        raise UserError(f"{name} changes no label, so it has one target: expected --label_mode all2one, got {config.label_mode}")
+
+
+def poison_and_train(dataset: Dataset, config: TrainingConfig, run: Run, train_poison: Poison, test_poison: Poison, stage: str = "train") -> Outcome:
     """Train a fresh model on the poisoned set in the ordinary way, scored after each epoch."""
     model = new_model(dataset, config).to(run.device)
     run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
     received = data.place(train_poison.apply(dataset.train), run.device)
-    engine.train(model, received, config.recipe(), run)
+    engine.train(model, received, config.recipe(), run, stage=stage)
     return Outcome(model, train_poison, test_poison)
+
+
+def plain_scores(outcome: Outcome, dataset: Dataset, config: JointConfig, run: Run) -> dict[str, Any] | None:
+    """Scores of an ordinary model on what a joint attack leaves as its training set; None where the user wants none."""
+    if not config.plain:
+        return None
+    before = run.spent().seconds
+    model = poison_and_train(dataset, config, run, outcome.train_poison, outcome.test_poison, stage="plain").model
+    found = run.score(model).to_json() | {"seconds": round(run.spent().seconds - before, 3)}
+    if found["asr"] < WEAK_SNAPSHOT:
+        run.note(f"ordinary training on the stored images gives an ASR of {100 * found['asr']:.2f} %: little for training-time defenses to prevent")
+    return found
 
 
 def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
@@ -206,11 +289,12 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             _describe_trusted(trusted, config, dataset, run)
             if config.trusted_path is None and not found.known_poison and found.info.get("has_train", True):
                 run.note("the trusted images are drawn from the record's training images, which nobody vouches for: pass --trusted_path if you can")
+        before = _before(found, method)
         model = method.module.defend(view, config, run)
         if model is None:
             run.say(f"subtask {subtask} is done; its files are in {stage}")
             return None
-        before, after = found.info["scores"], run.score(model)
+        after = run.score(model)
         spent = run.spent()
         final = _fresh(stage / "final")
         files.write_tensors(final / "model.safetensors", model.state_dict())
@@ -238,6 +322,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             "der": der(before, after.summary()),
             "collapsed": collapsed(before, after.summary()),
             "per_class": after.per_class,
+            "cross": after.cross,
             "triggered_predictions": after.triggered_predictions,
             "split": run.splits.get("split"),
             "splits": run.splits,
@@ -255,6 +340,18 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             cost={"seconds": spent.seconds, "peak_memory_bytes": spent.peak_memory_bytes},
         )
     return result
+
+
+def _before(found: Record, method: Method) -> dict[str, Any]:
+    """What a defense is compared with: the poisoned model, or where it trains one itself, what training without it gives."""
+    if "model" in method.assumes or "plain_scores" not in found.info:
+        return found.info["scores"]
+    if found.info["plain_scores"] is None:
+        raise UserError(
+            f"record {found.name!r} was made with --plain False, so nothing says what training on its images gives without {method.name}:"
+            " make it again with --plain True"
+        )
+    return found.info["plain_scores"]
 
 
 def _tracked(job: Job, name: str, stage: Path) -> AbstractContextManager["Told"]:

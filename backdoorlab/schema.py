@@ -62,6 +62,10 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
     if len(architecture["mean"]) != shape[0] or len(architecture["std"]) != shape[0]:
         raise damaged(path, f"mean and std need {shape[0]} numbers each")
     _check_scores(path, scores)
+    if info.get("plain_scores") is not None:
+        plain = _object(path, info, "plain_scores")
+        _check_scores(path, plain)
+        _refuse_unsound(path, {"plain_scores seconds": _is_number(plain.get("seconds"))})
     _check_manifest(path, info, PAYLOAD)
 
 

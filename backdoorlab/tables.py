@@ -31,11 +31,11 @@ def rows(records: Iterable[Record]) -> list[Row]:
     """One row for each record as it was attacked, then one for each known defense; a defense that was not run is a row of holes."""
     found = []
     for record in records:
-        undefended, *defended = results.rows([record])
-        found.append(_cells(undefended))
-        for name in sorted({*registry.available("defense"), *(row.defense for row in defended)}):
-            runs = [row for row in defended if row.defense == name]
-            found += [_cells(row) for row in runs] or [_hole(undefended, name)]
+        every = results.rows([record])
+        names = sorted({*registry.available("defense"), *(row.defense for row in every)} - {UNDEFENDED})
+        for name in (UNDEFENDED, *names):
+            runs = [row for row in every if row.defense == name]
+            found += [_cells(row) for row in runs] or [_hole(every[0], name)]
     return found
 
 
@@ -174,7 +174,7 @@ def _tested(comparisons: Sequence[significance.Comparison]) -> str:
 
 
 def _assumes(row: results.Row) -> str:
-    return HOLE if row.defense == UNDEFENDED else assumes(row.assumes)
+    return HOLE if row.defense == UNDEFENDED and not row.assumes else assumes(row.assumes)
 
 
 def _percents(number: reported.Reported) -> str:

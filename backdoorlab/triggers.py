@@ -3,18 +3,58 @@
 import hashlib
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .errors import UserError
 
 SUPERSAMPLING = 4
 
 
 def image_draws(seed: int, split: str, index: Tensor, count: int) -> Tensor:
     """`count` uniform numbers in [0, 1) for each image, float64 (N, count): a function of seed, split and index alone."""
-    keys = (f"{seed}:{split}:{i}".encode() for i in index.tolist())
-    words = [int.from_bytes(hashlib.blake2b(key, digest_size=8 * count).digest(), "little") for key in keys]
-    return torch.tensor([[(word >> 64 * k & (2**53 - 1)) / 2**53 for k in range(count)] for word in words], dtype=torch.float64).view(-1, count)
+    blocks = [min(8, count - begin) for begin in range(0, count, 8)]  # a digest holds eight numbers
+    columns = []
+    for block, width in enumerate(blocks):
+        end = f":{block}" if block else ""
+        digests = (hashlib.blake2b(f"{seed}:{split}:{i}{end}".encode(), digest_size=8 * width).digest() for i in index.tolist())
+        columns.append(np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, width))
+    return torch.from_numpy((np.concatenate(columns, 1) & np.uint64(2**53 - 1)) / 2**53)
+
+
+def quantised(values: Tensor, *, truncate: bool = False) -> Tensor:
+    """float on the 0..255 scale -> uint8: rounded (or cut down, as BackdoorBench does) and clipped, never wrapped."""
+    return (values.floor() if truncate else values.round()).clamp(0, 255).byte()
+
+
+def at_side(pixels: int, side: int) -> int:
+    """A length that is published for images of 32 pixels, on images of `side`; at least 1."""
+    return max(1, round(pixels * side / 32))
+
+
+def refuse_grey(images: Tensor, attack: str) -> None:
+    """For triggers that lie in the colours of an image."""
+    if images.shape[1] != 3:
+        raise UserError(f"{attack} hides its trigger in colour: expected images of 3 channels, got {images.shape[1]}; pass --grey False")
+
+
+@lru_cache(maxsize=8)
+def cosine_wave(height: int, width: int, frequencies: tuple[int, ...], magnitude: float) -> Tensor:
+    """What adding `magnitude` to coefficients of the image's orthonormal DCT-II does to it, float32 (H, W): the DCT is linear.
+
+    frequencies: row = column of each coefficient for images of 32 pixels. At other sizes they are moved, and the magnitude is scaled, so that
+    the wave has the same height and as many periods a pixel.
+    """
+    waves = [torch.outer(_cosine(height, frequency), _cosine(width, frequency)) for frequency in frequencies]
+    return (magnitude / 16 * torch.stack(waves).sum(0)).float()
+
+
+def _cosine(length: int, frequency: int) -> Tensor:
+    """The DCT's wave of a frequency that is meant for 32 pixels, on `length` pixels, float64."""
+    moved = round((frequency + 1) * length / 32) - 1
+    return torch.cos(torch.pi * (torch.arange(length, dtype=torch.float64) + 0.5) * moved / length)
 
 
 @lru_cache(maxsize=8)

@@ -260,6 +260,16 @@ def test_what_goes_out_is_in_the_layout(tiny: Record, tmp_path: Path, capsys: Ca
     assert {path.name for path in out.parent.iterdir()} == {"given"}, "no stage is left"
 
 
+def test_covers_come_back_as_covers_and_those_whom_the_attack_is_not_meant_for_stay_at_home(tmp_path: Path) -> None:
+    flags = ("--width", "64", "--image_size", "8", "--epochs", "0", "--model", "preactresnet18", "--score_every", "0")
+    record = helpers.attack("tact", "tact", tmp_path / "record", *flags)
+    assert main(["export", "tact", "--to", "backdoorbench", str(tmp_path / "given")]) == 0
+    assert bring(tmp_path / "given") == 0
+    back = got(tmp_path)
+    assert torch.equal(back.train_poison.kind, record.train_poison.kind) and 0 < int((back.train_poison.kind == CROSS).sum()) < len(back.train_poison)
+    assert torch.equal(back.test_poison.index, record.test_poison.of_kind(POISON).index)
+
+
 def test_nothing_is_overwritten_unasked(tiny: Record, tmp_path: Path, capsys: Capture) -> None:
     helpers.copy(tiny, tmp_path / "record")
     out = tmp_path / "given"

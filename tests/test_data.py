@@ -585,13 +585,7 @@ def test_a_damaged_cache_entry_is_refused(cached: tuple[Dataset, Path], tmp_path
 @pytest.mark.cifar
 @pytest.mark.skipif(not helpers.CIFAR10.is_dir(), reason="the CIFAR-10 shards are not in shared/data/cifar10 beside the checkout")
 def test_a_few_rows_of_the_cifar10_shards(tmp_path: Path) -> None:
-    root = tmp_path / "cifar10"
-    root.mkdir()
-    for split in ("train", "test"):
-        source = pq.ParquetFile(sorted(helpers.CIFAR10.glob(f"{split}-*.parquet"))[0])
-        rows = next(source.iter_batches(batch_size=64))
-        pq.write_table(pa.Table.from_batches([rows]), root / f"{split}-00000-of-00001.parquet")
-    (root / "classes.json").write_text((helpers.CIFAR10 / "classes.json").read_text())
+    root = helpers.few_cifar10(tmp_path / "cifar10", 64, 64)
     dataset = datasets.load("cifar10", str(root))
     assert (len(dataset.train), len(dataset.test)) == (64, 64)
     assert dataset.class_names[:3] == ("airplane", "automobile", "bird") and dataset.num_classes == 10

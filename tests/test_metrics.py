@@ -40,6 +40,16 @@ def test_scores_from_predictions_made_by_hand() -> None:
     assert found.to_json()["triggered_predictions"] == [2, 1, 1, 1]
 
 
+def test_images_that_the_attack_is_not_meant_for_are_scored_alone() -> None:
+    mixed = triggered([0, 0, 2, 1, 2], [1, 1, 2, 1, 2])
+    mixed.kind[2:] = CROSS
+    found = score(torch.tensor([0]), torch.tensor([0]), torch.tensor([0, 1, 0, 0, 2]), mixed, 3)
+    assert (found.asr, found.robust_accuracy) == (0.5, 0.5) and found.triggered_predictions == [1, 1, 0]
+    assert found.cross == {"accuracy": 1 / 3, "asr": 2 / 3}
+    alone = score(torch.tensor([0]), torch.tensor([0]), torch.tensor([0, 1]), mixed.of_kind(POISON), 3)
+    assert alone.cross is None and (alone.asr, alone.per_class) == (found.asr, found.per_class)
+
+
 def test_all2all_is_scored_against_each_images_own_label() -> None:
     poison = triggered([1, 2, 0], [0, 1, 2])
     found = score(torch.tensor([0]), torch.tensor([0]), torch.tensor([1, 1, 0]), poison, 3)

@@ -1,4 +1,4 @@
-"""Who is poisoned and how, for every attack that is a function of images."""
+"""Who is poisoned and how."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from backdoorlab import datasets, registry, triggers
-from backdoorlab.data import Split, batches
+from backdoorlab.data import Split
 from backdoorlab.engine import derived_generator
 from backdoorlab.errors import UserError
-from backdoorlab.poison import CROSS, POISON, Labels, Poison, check_rate, check_target, no_poison, poison_test, poison_train
+from backdoorlab.poison import CROSS, POISON, Labels, Poison, check_rate, check_target, left_by_crops, no_poison, poison_test, poison_train
 from backdoorlab.record import Record
 
-STATIC = [name for name in registry.available("attack") if registry.load("attack", name).function("stamp")]
+STAMPS = ("badnet", "blended")
+"""One that replaces pixels and one that mixes; all others are in test_attacks.py."""
 
 
 def config_of(attack: str, **values: Any) -> Any:
@@ -39,32 +40,7 @@ def generator() -> torch.Generator:
     return derived_generator(0, "test")
 
 
-@pytest.mark.parametrize("attack", STATIC)
-@pytest.mark.parametrize(("channels", "size"), [(3, 32), (1, 32), (3, 48)])
-def test_every_stamp_is_a_visible_function_of_image_and_index(attack: str, channels: int, size: int) -> None:
-    clean, stamp = pictures(channels=channels, size=size), stamp_of(attack)
-    before, index = clean.images.clone(), torch.arange(len(clean))
-    first = stamp(clean.images, index, "test")
-    assert torch.equal(clean.images, before), "a stamp must not write into the clean images"
-    assert first.dtype == torch.uint8 and first.shape == clean.images.shape
-    torch.manual_seed(1)
-    assert torch.equal(first, stamp(clean.images, index, "test")), "the same image and index give the same bytes"
-    changed = (first != clean.images).flatten(1).double().mean(1)
-    assert changed.min() >= 0.001, f"{attack} changes {changed.min():.5f} of an image's values"
-    assert not torch.equal(first[0], clean.images[0])
-
-
-@pytest.mark.parametrize("attack", STATIC)
-def test_a_stamp_does_not_depend_on_the_batch_around_an_image(attack: str) -> None:
-    clean, stamp = pictures(), stamp_of(attack)
-    whole = stamp(clean.images, torch.arange(len(clean)), "train")
-    some = torch.tensor([41, 3, 17])
-    assert torch.equal(stamp(clean.images[some], some, "train"), whole[some])
-    for i in some.tolist():
-        assert torch.equal(stamp(clean.images[i : i + 1], torch.tensor([i]), "train")[0], whole[i])
-
-
-@pytest.mark.parametrize("attack", STATIC)
+@pytest.mark.parametrize("attack", STAMPS)
 @pytest.mark.parametrize("rate", [0.1, 0.33, 1.0])
 def test_exactly_the_stated_share_differs(attack: str, rate: float) -> None:
     clean = pictures()
@@ -76,23 +52,6 @@ def test_exactly_the_stated_share_differs(attack: str, rate: float) -> None:
     assert torch.equal(differs, poison.mask(len(clean)))
     assert (received.labels[differs] == 0).all()
     assert torch.equal(received.labels[~differs], clean.labels[~differs])
-
-
-@pytest.mark.parametrize("attack", STATIC)
-def test_what_is_stored_is_what_the_model_sees(attack: str, tmp_path: Path) -> None:
-    record = helpers.attack(attack, "r", tmp_path / "record", *helpers.TINY)
-    dataset = record.dataset()
-    poison, method = record.train_poison, registry.load("attack", attack)
-    config = method.config_class(**record.info["config"])
-    again = method.module.stamp(dataset.train.images[poison.index], poison.index, "train", config)
-    assert torch.equal(poison.images, again)
-    received = poison.apply(dataset.train)
-    seen = torch.cat([batch.images for batch in batches(received, 200, device=torch.device("cpu"))])
-    assert torch.equal(seen[poison.index], poison.images.float() / 255)
-    clean_rows = ~poison.mask(len(dataset.train))
-    assert torch.equal(seen[clean_rows], dataset.train.images[clean_rows].float() / 255)
-    again = method.module.stamp(dataset.test.images[record.test_poison.index], record.test_poison.index, "test", config)
-    assert torch.equal(record.test_poison.images, again)
 
 
 def test_victims_are_drawn_from_all_classes_and_by_the_generator_alone() -> None:
@@ -172,7 +131,7 @@ def test_image_draws_are_uniform_and_belong_to_the_index() -> None:
     assert not torch.equal(draws, triggers.image_draws(1, "train", index, 2))
 
 
-@pytest.mark.parametrize("attack", STATIC)
+@pytest.mark.parametrize("attack", STAMPS)
 def test_asr_set_all2one_leaves_the_target_class_out(attack: str) -> None:
     clean = pictures()
     poison = poison_test(clean, stamp_of(attack), Labels(7, "all2one", 10))
@@ -241,6 +200,58 @@ def test_mask_tells_poison_from_cross_images() -> None:
     poison = Poison(torch.tensor([0, 2, 5]), clean.images[[0, 2, 5]], torch.tensor([0, 2, 0]), clean.labels[[0, 2, 5]], kind)
     assert poison.mask(6).tolist() == [True, False, False, False, False, True]
     assert poison.mask(6, CROSS).tolist() == [False, False, True, False, False, False]
+
+
+def test_covers_are_stamped_keep_their_label_and_are_no_victims() -> None:
+    clean, stamp = pictures(600), stamp_of("badnet")
+    allowed = (clean.labels == 5) | (clean.labels == 7)
+    poison = poison_train(
+        clean,
+        stamp,
+        Labels(0, "all2one", 10),
+        poison_rate=0.1,
+        generator=generator(),
+        victims=clean.labels == 1,
+        cover_rate=0.05,
+        covers=allowed,
+        cover_stamp=lambda images, _index, _split: 255 - images,
+    )
+    poisoned, cover = poison.of_kind(POISON), poison.of_kind(CROSS)
+    assert len(poisoned) == 60 and (poisoned.original_labels == 1).all() and (poisoned.labels == 0).all()
+    assert len(cover) == 30 and allowed[cover.index].all() and torch.equal(cover.labels, cover.original_labels)
+    assert (poison.index.diff() > 0).all(), "in the order of their positions, none twice"
+    assert torch.equal(poisoned.images, stamp(clean.images[poisoned.index], poisoned.index, "train"))
+    assert torch.equal(cover.images, 255 - clean.images[cover.index])
+    everybody = poison_train(clean, stamp, Labels(0, "all2one", 10), poison_rate=0.5, generator=generator(), cover_rate=0.5)
+    assert len(everybody) == 600 and (everybody.index.diff() == 1).all(), "disjoint, even where they fill the set"
+
+
+def test_the_asr_set_counts_those_whom_the_attack_is_meant_for_and_keeps_the_others_as_cross() -> None:
+    clean, stamp = pictures(), stamp_of("badnet")
+    poison = poison_test(clean, stamp, Labels(7, "all2one", 10), victims=(clean.labels == 1) | (clean.labels == 7))
+    assert (poison.of_kind(POISON).original_labels == 1).all() and (poison.of_kind(POISON).labels == 7).all()
+    spared = poison.of_kind(CROSS)
+    assert spared.original_labels.unique().tolist() == [0, 2, 3, 4, 5, 6, 8, 9] and torch.equal(spared.labels, spared.original_labels)
+    assert torch.equal(poison.images, stamp(clean.images[poison.index], poison.index, "test"))
+
+
+def test_nobody_to_poison_is_refused() -> None:
+    clean = pictures()
+    with pytest.raises(UserError, match="no training image is one that this attack poisons"):
+        poison_train(
+            clean, stamp_of("badnet"), Labels(0, "all2one", 10), poison_rate=0.1, generator=generator(), victims=torch.zeros(60, dtype=torch.bool)
+        )
+
+
+@pytest.mark.parametrize(("padding", "whole", "none"), [(0, 1, 0), (4, 25 / 81, 32 / 81)])
+def test_what_random_crops_leave_of_a_corner_patch(padding: int, whole: float, none: float) -> None:
+    clean, labels = pictures(), Labels(0, "all2one", 10)
+    found = left_by_crops(clean, poison_train(clean, stamp_of("badnet"), labels, poison_rate=0.5, generator=generator()), padding)
+    assert found is not None
+    assert found["whole"] == pytest.approx(whole) and found["none"] == pytest.approx(none), "by counting the 9 x 9 crops"
+    everywhere = left_by_crops(clean, poison_train(clean, stamp_of("blended"), labels, poison_rate=0.5, generator=generator()), padding)
+    assert everywhere is not None and everywhere["none"] == 0
+    assert left_by_crops(clean, no_poison(clean), padding) is None
 
 
 def test_no_poison_leaves_every_byte_as_it_is() -> None:

@@ -306,7 +306,14 @@ def test_a_method_cannot_read_its_scores(tiny: Record, tmp_path: Path) -> None:
 # --- every option is read ----------------------------------------------------------------------------------------
 
 READ_ELSEWHERE = {"debug": "by the command line", "yaml_path": "by the parser", "overwrite": "where something is there already, as tested above"}
-ATTACK_VARIANTS: dict[str, list[tuple[str, ...]]] = {}
+ATTACK_VARIANTS: dict[str, list[tuple[str, ...]]] = {
+    "blind": [("--history", "2", "--loss_threshold", "9")],
+    "inputaware": [("--mask_epochs", "1", "--generator_width", "4")],
+    "lc": [("--surrogate_epochs", "1", "--pgd_steps", "2")],
+    "lira": [("--trigger_epochs", "1")],
+    "ssba": [("--encoder_steps", "10")],
+    "trojannn": [("--surrogate_epochs", "1", "--steps", "5")],
+}
 DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
     "asd": [("--stage1_epochs", "2", "--stage2_epochs", "1", "--stage3_epochs", "1", "--iterations", "1")],
     "bu": [

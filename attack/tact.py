@@ -1,0 +1,70 @@
+"""TaCT: a patch that is meant for one class, and that other classes wear with their true label.
+
+Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination Detection. D. Tang, X. Wang, H. Tang, K. Zhang.
+USENIX Security 2021. https://arxiv.org/abs/1908.00686
+
+Kind: poisoning, dirty-label, from a source class to the target, with covers. ASR is measured on the source class; what the patch does to
+the other classes is `cross` in the record.
+
+Departs from backdoor-toolbox: the patch is coloured noise from the seed, not a picture in a file; its rates for GTSRB are in
+resource/config/gtsrb.yaml.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backdoorlab.cli import main
+from backdoorlab.config import CoverConfig
+from backdoorlab.errors import UserError
+from backdoorlab.triggers import at_side, noise_picture
+
+LIMITS = "digits: 0.3 % of 1,442 images are four; digits.yaml sets ten times that"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(CoverConfig):
+    poison_rate: float = 0.003
+    """Share of the whole training set that is poisoned, all of it from the source class, in (0, 1]."""
+    source_label: int = 1
+    """Class whose images the patch is meant for."""
+    cover_labels: tuple[int, ...] = (5, 7)
+    """Classes that wear the patch with their true label."""
+    patch_size: int | None = None
+    """Side of the patch in pixels; None is 8 for every 32 pixels of the image."""
+
+
+def victims(labels: Tensor, split: str, config: Config) -> Tensor:
+    """The source class. int64 (N,) -> bool (N,)."""
+    if config.label_mode != "all2one":
+        raise UserError(f"tact leads one source class to one target: expected --label_mode all2one, got {config.label_mode}")
+    if config.source_label == config.target_label:
+        raise UserError(f"source_label and target_label are both {config.source_label}: choose another source_label")
+    return labels == config.source_label
+
+
+def covers(labels: Tensor, split: str, config: Config) -> Tensor:
+    """The cover classes. int64 (N,) -> bool (N,)."""
+    if {config.source_label, config.target_label} & set(config.cover_labels):
+        raise UserError(
+            f"cover_labels must be neither the source {config.source_label} nor the target {config.target_label}, got {config.cover_labels}"
+        )
+    return torch.isin(labels, torch.tensor(config.cover_labels, dtype=torch.int64))
+
+
+def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
+    """Paste the patch near the bottom right corner (rows and columns 21..28 of 32). uint8 (N, C, H, W) -> same."""
+    channels, height, width = images.shape[1:]
+    margin, size = at_side(3, height), config.patch_size if config.patch_size is not None else at_side(8, height)
+    room = min(height, width) - margin
+    if not 0 < size <= room:
+        raise UserError(f"patch_size must lie in 1..{room} for these images, got {size}")
+    stamped = images.clone()
+    rows, columns = slice(height - margin - size, height - margin), slice(width - margin - size, width - margin)
+    stamped[:, :, rows, columns] = noise_picture(config.seed, channels, size, size)
+    return stamped
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__file__))
