@@ -201,7 +201,7 @@ def _score_series(cells: Sequence[Cell]) -> tuple[Series, ...]:
             history = cell.history
             seen = history.dropna(subset=[metric]) if metric in history else history.iloc[:0]
             x, y = [float(at) for at in seen["at"]], [100 * float(value) for value in seen[metric]] if len(seen) else []
-            end, before = getattr(cell.row, metric), cell.record.info["scores"][metric]
+            end, before = getattr(cell.row, metric), cell.info.get("before", cell.record.info["scores"])[metric]
             measured = bool(x)
             if end is None or (cell.undefended and not measured):
                 continue

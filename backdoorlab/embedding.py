@@ -54,7 +54,7 @@ def sample(dataset: Dataset, own: record.Record) -> tuple[Split, Split]:
 def weights(cell: Cell) -> Classifier | None:
     """The model of a cell; None where the result holds none."""
     if cell.undefended:
-        return cell.record.model()
+        return None if cell.row.run else cell.record.model()  # plain training leaves its scores only
     if "model.safetensors" not in cell.info["files"]:
         return None
     model = cell.record.new_model()
