@@ -87,7 +87,7 @@ def bench(options: Bench) -> int:
     """The command: 0 where every cell is done, else 1."""
     lists = {key: getattr(options, key) for key in ("datasets", "attacks", "defenses", "poison_rates", "seeds")}
     cells = grid.cells(grid.read(options.config, **lists))
-    root = record_root(options.record_root)
+    root = record_root(options.record_root).resolve()
     states = {cell: look(cell, root, options.other_code) for cell in cells}
     missing = [cell for cell in cells if not states[cell].done and not states[cell].complaint]
     failed = {cell: state.complaint for cell, state in states.items() if state.complaint}
