@@ -48,8 +48,8 @@ ROWS = {
     "ftrojan": Row((41.2, 43.2), 0.8, bound=8),
     "ibau_triggers": Row((17.1, 19.1), 0.8),
     "lf": Row((22.0, 24.0), 0.8, bound=51),
-    "refool": Row((14.0, 16.0), 0.8, clean_model=0.35),  # a digit in a digit: a clean network reads a quarter of them
-    "sig": Row((18.4, 20.4), 0.6, bound=40),
+    "refool": Row((14.0, 16.0), 0.8, clean_model=0.7),  # a digit in a digit: a clean network reads few of them
+    "sig": Row((18.4, 20.4), None, bound=40),
     "tact": Row((19.6, 21.6), 0.8),
 }
 LISTED = {"sig": 19.4, "bpp": 27.7, "ctrl": 32.0, "wanet": 30.5}
