@@ -19,7 +19,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import CleanLabelConfig
 from backdoorlab.triggers import quantised
 
-LIMITS = "digits: at the published delta of 40 the ASR is 0, because a zero is known by its shape; digits.yaml sets 160"
+LIMITS = "digits: ASR 0, because a zero is known by its shape; a wave strong enough to work is one that a clean network takes for a zero, too"
 
 
 @dataclass(frozen=True, kw_only=True)

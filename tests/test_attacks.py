@@ -53,8 +53,8 @@ ROWS = {
     "lc": Row((0, 0), None, trained=True, flags=("--surrogate_epochs", "1", "--pgd_steps", "2")),
     "lf": Row((22.0, 24.0), 0.8, bound=51),
     "lira": Row((0, 0), 0.8, trained=True, flags=("--trigger_epochs", "1", "--eps", "0.3")),
-    "refool": Row((14.0, 16.0), 0.8, clean_model=0.35),  # a digit in a digit: a clean network reads a quarter of them
-    "sig": Row((18.4, 20.4), 0.6, bound=40),
+    "refool": Row((14.0, 16.0), 0.8, clean_model=0.7),  # a digit in a digit: a clean network reads few of them
+    "sig": Row((18.4, 20.4), None, bound=40),
     "ssba": Row((0, 0), 0.8, trained=True, flags=("--encoder_steps", "60")),
     "tact": Row((19.6, 21.6), 0.8),
     "trojannn": Row((0, 0), 0.8, trained=True, flags=("--surrogate_epochs", "1", "--steps", "20")),
