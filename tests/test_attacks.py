@@ -49,7 +49,7 @@ ROWS = {
     "ctrl": Row((31.0, 33.0), None, bound=22),
     "ftrojan": Row((41.2, 43.2), 0.8, bound=8),
     "ibau_triggers": Row((17.1, 19.1), 0.8),
-    "inputaware": Row((0, 0), 0.8, trained=True, flags=("--mask_epochs", "1", "--generator_width", "4")),
+    "inputaware": Row((0, 0), None, trained=True, flags=("--mask_epochs", "1", "--generator_width", "4")),
     "lc": Row((0, 0), None, trained=True, flags=("--surrogate_epochs", "1", "--pgd_steps", "2")),
     "lf": Row((22.0, 24.0), 0.8, bound=51),
     "lira": Row((0, 0), 0.8, trained=True, flags=("--trigger_epochs", "1", "--eps", "0.3")),
@@ -57,7 +57,7 @@ ROWS = {
     "sig": Row((18.4, 20.4), None, bound=40),
     "ssba": Row((0, 0), 0.8, trained=True, flags=("--encoder_steps", "60")),
     "tact": Row((19.6, 21.6), 0.8),
-    "trojannn": Row((0, 0), 0.8, trained=True, flags=("--surrogate_epochs", "1", "--steps", "20")),
+    "trojannn": Row((0, 0), 0.8, trained=True, flags=("--surrogate_epochs", "1", "--steps", "20"), clean_model=0.6),  # a stain that looks like a zero
     "wanet": Row((29, 32), 0.8),
 }
 LISTED = {"sig": 19.4, "bpp": 27.7, "ctrl": 32.0, "wanet": 30.5}
