@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -282,8 +282,6 @@ class Hole:
     """A line for a defense that was not run on a record: it has a name, and no number."""
 
     def __init__(self, undefended: Cell, defense: str) -> None:
-        from dataclasses import replace
-
         nothing = dict.fromkeys(("clean_accuracy", "asr", "robust_accuracy", "seconds", "forward", "backward", "peak_memory_bytes"))
         self.row = replace(undefended.row, defense=defense, assumes=registry.load("defense", defense).assumes, **nothing)  # type: ignore[arg-type]
         self.name = defense

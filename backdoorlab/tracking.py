@@ -92,10 +92,10 @@ def tensorboard(folder: Path, name: str, settings: Mapping[str, Any], stage: Pat
     (folder / name).mkdir(parents=True, exist_ok=True)
     writers: list[SummaryWriter] = []
 
-    def writer(step: int) -> SummaryWriter:
+    def writer(purge: int | None) -> SummaryWriter:
         if not writers:
-            writers.append(SummaryWriter(str(folder / name), purge_step=step))
-            writers[0].add_text("settings", f"    {json.dumps(dict(settings), sort_keys=True)}", step)
+            writers.append(SummaryWriter(str(folder / name), purge_step=purge))
+            writers[0].add_text("settings", f"    {json.dumps(dict(settings), sort_keys=True)}", last[0])
         return writers[0]
 
     def send(step: int, values: Values) -> None:
@@ -105,8 +105,8 @@ def tensorboard(folder: Path, name: str, settings: Mapping[str, Any], stage: Pat
         writer(step).flush()
 
     def close(values: Values) -> None:
-        for key, value in values.items():
-            writer(last[0] + 1).add_scalar(key, value, last[0])
+        for key, value in values.items():  # a run that was killed after its last epoch has nothing to send again, so nothing to purge
+            writer(None).add_scalar(key, value, last[0])
         if writers:
             writers[0].close()
 
