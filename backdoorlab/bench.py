@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from . import files, forms, grid, launchers, loading, results, tables
+from . import files, forms, grid, launchers, loading, report, results, tables
 from .errors import UserError
 from .grid import Cell
 from .launchers import ALREADY, BUSY, Launcher, Running, Task
@@ -64,6 +64,8 @@ class Bench:
     """Say what is missing, and run nothing."""
     format: Annotated[forms.Format, arg(aliases=["-f"])] = "text"
     """Of the table: text, markdown, csv or latex."""
+    html: str | None = None
+    """Also write a page of the grid's records to this file, as `report` does."""
     worst: bool = False
     """Show each cell's worst seed in the table instead of the mean."""
     record_root: str | None = None
@@ -88,6 +90,8 @@ def bench(options: Bench) -> int:
     lists = {key: getattr(options, key) for key in ("datasets", "attacks", "defenses", "poison_rates", "seeds")}
     cells = grid.cells(grid.read(options.config, **lists))
     root = record_root(options.record_root).resolve()
+    if options.html is not None:
+        report.check(options.html)  # what is missing is said before the work
     states = {cell: look(cell, root, options.other_code) for cell in cells}
     missing = [cell for cell in cells if not states[cell].done and not states[cell].complaint]
     failed = {cell: state.complaint for cell, state in states.items() if state.complaint}
@@ -107,6 +111,9 @@ def bench(options: Bench) -> int:
             launcher.close()
     finished = {cell for cell in cells if cell not in failed}
     _show(finished, sorted({cell.method for cell in cells if cell.kind == "defense"}), root, options)
+    records = tuple(sorted({cell.record for cell in finished if cell.kind == "attack"}))
+    if options.html is not None and records:
+        report.report(report.Report(names=records, html=options.html, record_root=str(root)))
     if failed:
         _say(f"{len(failed)} of {len(cells)} cells are not done; the same command tries them again")
     return 1 if failed else 0

@@ -59,9 +59,7 @@ def report(options: Report) -> int:
     names = tuple(dict.fromkeys(options.names)) or tuple(record_names(root))
     if not names:
         raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
-    plotly = plotly_script() if options.html is not None else ""  # what is missing is said before the work
-    if options.html is not None:
-        _refuse_foreign(Path(options.html), MAKER)
+    plotly = check(options.html) if options.html is not None else ""  # what is missing is said before the work
     cells = gather([Record.load(name, root) for name in names])
     overall = charts.overview(cells)
     by_record = {name: charts.of_record(own) for name, own in _by_record(cells).items()}
@@ -80,6 +78,13 @@ def report(options: Report) -> int:
         files.write_bytes(target, content)
         print(f"page of {len(cells)} models, {len(content) / 2**20:.1f} MiB, works offline: {target}")
     return 0
+
+
+def check(html: str) -> str:
+    """plotly's script, where it is installed and a page may be written to this file."""
+    script = plotly_script()
+    _refuse_foreign(Path(html), MAKER)
+    return script
 
 
 def plotly_script() -> str:

@@ -331,6 +331,7 @@ def test_the_command_from_nothing_to_a_table(tmp_path: Path, small_flags: tuple[
         (("--attacks", "badnet", "--jobs", "0"), "jobs must be >= 1, got 0"),
         (("--attacks", "badnet", "--launcher", "slurm", "--slurm", "gpu"), "--slurm takes key=value, got 'gpu'"),
         (("--attacks", "badnet", "--attack", "blended"), "unknown flag --attack. Did you mean"),
+        (("--attacks", "badnet", "--html", str(Path(__file__))), "test_bench.py is there and was not written by this command"),
     ],
 )
 def test_mistakes_are_one_line(flags: tuple[str, ...], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
