@@ -315,7 +315,11 @@ def test_every_defense_runs_on_every_attack(attack: str, defense: str, record: C
         ("sig", ("--poison_rate", "0.5"), "poison_rate asks for 721 of 1,442 training images, but this attack can have 143: capped to them"),
         ("sig", ("--poison_rate", "0.5"), "143 images poisoned: 100.0 % of class 0, 9.92 % of the training set; no clean one is left"),
         ("refool", ("--sources", "1442", "--poison_rate", "0.5"), "poison_rate asks for 721 of 1,442 training images, but this attack can have 143"),
-        ("adaptive_patch", ("--cover_rate", "0.999"), "cover_rate asks for 1,441 of 1,442 training images, but this attack can have 1,399"),
+        (
+            "adaptive_patch",
+            ("--poison_rate", "0.03", "--cover_rate", "0.999"),
+            "cover_rate asks for 1,441 of 1,442 training images, but this attack can have 1,399",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_capped_with_a_line(attack: str, flags: tuple[str, ...], said: str, record: Callable[..., Record]) -> None:

@@ -55,7 +55,7 @@ def test_a_record_says_what_was_done(tiny: Record) -> None:
     assert info["poisoned"] == len(tiny.train_poison) == 144
     assert info["dataset"]["fingerprint"] == tiny.dataset().fingerprint
     assert info["config"]["epochs"] == 1 and info["config"]["width"] == 4 and "record_root" not in info["config"]
-    assert set(info["scores"]) == {"clean_accuracy", "asr", "robust_accuracy", "per_class", "triggered_predictions"}
+    assert set(info["scores"]) == {"clean_accuracy", "asr", "robust_accuracy", "per_class", "triggered_predictions", "cross"}
     assert info["image_passes"]["forward"] == info["image_passes"]["backward"] == 1442 // 64 * 64, "one epoch, evaluation not counted"
     assert {path.name for path in tiny.folder.iterdir() if path.is_file()} == {*info["files"], "record.json"}
     assert (tiny.folder / "preview.png").stat().st_size > 0
