@@ -23,7 +23,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
 from backdoorlab.data import Batch, Dataset, Split, batches, place, to_float
 from backdoorlab.engine import Course, derived_generator, make_optimizer
-from backdoorlab.joint import cross_accuracy, in_batch, labels_of, snapshot, stamped, vary
+from backdoorlab.joint import cross_accuracy, in_batch, labels_of, snapshot, vary
+from backdoorlab.poison import stamped
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, new_model
 

@@ -18,7 +18,7 @@ from .config import JointConfig
 from .data import Dataset, Split
 from .engine import Recipe, derived_generator
 from .metrics import Evaluator, predict
-from .poison import Labels, Poison, Stamp, poison_test, poison_train
+from .poison import Labels, Poison, Stamp, poison_test, poison_train, stamped
 from .run import Run
 
 CROP_SHARE, ROTATION, ROTATION_SHARE = 0.8, 10.0, 0.5
@@ -82,12 +82,6 @@ def snapshot(
     test = poison_test(dataset.test, stamp, labels)
     run.watch_scores(Evaluator(dataset.test, test, dataset.num_classes, run.device, run.autocast))
     return train, test
-
-
-def stamped(clean: Split, index: Tensor, stamp: Stamp, split: str) -> Tensor:
-    """uint8 (M, C, H, W): the images of `index` with a stamp, in parts that fit in memory."""
-    parts = [stamp(clean.images[part], part, split) for part in index.split(1024)]
-    return torch.cat(parts) if parts else clean.images[:0].clone()
 
 
 def cross_accuracy(model: nn.Module, dataset: Dataset, cross: Stamp, run: Run) -> float:

@@ -170,10 +170,15 @@ def check_target(target_label: int, num_classes: int) -> None:
         raise UserError(f"target_label must lie in 0..{num_classes - 1} for this data set, got {target_label}")
 
 
+def stamped(clean: Split, index: Tensor, stamp: Stamp, split: str) -> Tensor:
+    """uint8 (M, C, H, W): the images of `index` with a stamp, in parts."""
+    return torch.cat([stamp(clean.images[part], part, split) for part in index.split(STAMPED_AT_ONCE)]) if len(index) else clean.images[:0]
+
+
 def _stamped(clean: Split, index: Tensor, stamp: Stamp, split: str, labels: Labels | None) -> Poison:
     """The rows of `index` with the trigger and the attacker's labels; without `labels` with their own, which makes them CROSS."""
     original = clean.labels[index]
-    images = torch.cat([stamp(clean.images[part], part, split) for part in index.split(STAMPED_AT_ONCE)]) if len(index) else clean.images[:0]
+    images = stamped(clean, index, stamp, split)
     if images.dtype != torch.uint8 or images.shape[1:] != clean.images.shape[1:]:
         raise TypeError(f"a stamp maps uint8 images to uint8 images of the same shape, got {images.dtype} {tuple(images.shape)}")
     given, kind = (original, CROSS) if labels is None else (labels.of(original), POISON)
