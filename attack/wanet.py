@@ -20,9 +20,9 @@ from torch import Tensor
 
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
-from backdoorlab.data import Batch, Dataset, batches, place, to_float
-from backdoorlab.engine import Course, derived_generator, make_optimizer
-from backdoorlab.joint import cross_accuracy, in_batch, labels_of, snapshot, vary
+from backdoorlab.data import Batch, Dataset, place, to_float
+from backdoorlab.engine import derived_generator
+from backdoorlab.joint import cross_accuracy, in_batch, labels_of, snapshot, train_changed
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, new_model
 from backdoorlab.triggers import quantised
@@ -63,18 +63,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     cross = partial(cross_stamp, config=config)
     train_poison, test_poison = snapshot(dataset, config, run, partial(stamp, config=config), cross, config.cross_ratio * config.poison_rate)
     model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
-    optimizer = make_optimizer(model.parameters(), recipe)
-    course = Course(optimizer, recipe, len(train))
-    for _ in run.epochs("train", recipe.epochs, model=model, optimizer=optimizer, course=course):
-        model.train()
-        for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=len(train) >= recipe.batch_size):
-            images, poisoned = warp_some(batch, config, run.generator)
-            given = torch.cat([labels.of(batch.labels[:poisoned]), batch.labels[poisoned:]])
-            with run.autocast():
-                logits = model(vary(images, recipe, run.generator, shared=config.bb_compat))
-            run.step(optimizer, F.cross_entropy(logits.float(), given))
-            course.after_step()
-        course.after_epoch(run.mean("loss"))
+    train_changed(model, train, lambda batch: warp_some(batch, config, run.generator), labels, recipe, run, shared=config.bb_compat)
     return Outcome(model, train_poison, test_poison, {"cross_accuracy": cross_accuracy(model, dataset, cross, run)})
 
 

@@ -8,15 +8,15 @@ model trained on it, not with the attacker's.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import JointConfig
-from .data import Dataset, Split
-from .engine import Recipe, derived_generator
+from .data import Batch, Dataset, Split, batches
+from .engine import Course, Recipe, derived_generator, make_optimizer
 from .metrics import Evaluator, predict
 from .poison import Labels, Poison, Stamp, poison_test, poison_train, stamped
 from .run import Run
@@ -82,6 +82,31 @@ def snapshot(
     test = poison_test(dataset.test, stamp, labels)
     run.watch_scores(Evaluator(dataset.test, test, dataset.num_classes, run.device, run.autocast))
     return train, test
+
+
+def train_changed(
+    model: nn.Module,
+    train: Split,
+    change: Callable[[Batch], tuple[Tensor, int]],
+    labels: Labels,
+    recipe: Recipe,
+    run: Run,
+    *,
+    shared: bool,
+) -> None:
+    """Ordinary training but for each batch's images: `change` gives them, the attacker's label first, and how many have it; then they are varied."""
+    optimizer = make_optimizer(model.parameters(), recipe)
+    course = Course(optimizer, recipe, len(train))
+    for _ in run.epochs("train", recipe.epochs, model=model, optimizer=optimizer, course=course):
+        model.train()
+        for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=len(train) >= recipe.batch_size):
+            images, poisoned = change(batch)
+            given = torch.cat([labels.of(batch.labels[:poisoned]), batch.labels[poisoned:]])
+            with run.autocast():
+                logits = model(vary(images, recipe, run.generator, shared=shared))
+            run.step(optimizer, F.cross_entropy(logits.float(), given))
+            course.after_step()
+        course.after_epoch(run.mean("loss"))
 
 
 def cross_accuracy(model: nn.Module, dataset: Dataset, cross: Stamp, run: Run) -> float:
