@@ -18,7 +18,7 @@ from torch import Tensor
 from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
 from backdoorlab.errors import UserError
-from backdoorlab.triggers import image_draws
+from backdoorlab.triggers import image_draws, patch_side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,7 @@ class Config(AttackConfig):
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     """Paint the square. uint8 (N, C, H, W), positions (N,) in the split -> uint8 (N, C, H, W)."""
     height, width = images.shape[2:]
-    size = config.patch_size if config.patch_size is not None else max(1, round(3 * height / 32))
-    if not 0 < size <= min(height, width):
-        raise UserError(f"patch_size must lie in 1..{min(height, width)} for these images, got {size}")
+    size = patch_side(config.patch_size, 3, height, min(height, width))
     if not 0 <= config.patch_value <= 255:
         raise UserError(f"patch_value must lie in 0..255, got {config.patch_value}")
     if config.position == "corner":

@@ -18,7 +18,7 @@ from torch import Tensor
 from backdoorlab.cli import main
 from backdoorlab.config import CoverConfig
 from backdoorlab.errors import UserError
-from backdoorlab.triggers import at_side, noise_picture
+from backdoorlab.triggers import at_side, noise_picture, patch_side
 
 LIMITS = "digits: 0.3 % of 1,442 images are four; digits.yaml sets ten times that"
 
@@ -56,10 +56,8 @@ def covers(labels: Tensor, split: str, config: Config) -> Tensor:
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     """Paste the patch near the bottom right corner (rows and columns 21..28 of 32). uint8 (N, C, H, W) -> same."""
     channels, height, width = images.shape[1:]
-    margin, size = at_side(3, height), config.patch_size if config.patch_size is not None else at_side(8, height)
-    room = min(height, width) - margin
-    if not 0 < size <= room:
-        raise UserError(f"patch_size must lie in 1..{room} for these images, got {size}")
+    margin = at_side(3, height)
+    size = patch_side(config.patch_size, 8, height, min(height, width) - margin)
     stamped = images.clone()
     rows, columns = slice(height - margin - size, height - margin), slice(width - margin - size, width - margin)
     stamped[:, :, rows, columns] = noise_picture(config.seed, channels, size, size)

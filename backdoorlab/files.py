@@ -79,6 +79,16 @@ def make_folder(folder: Path) -> None:
     _sync_folder(folder.parent)
 
 
+def entries(folder: Path) -> list[Path]:
+    """What is in a locked folder beside the name of its holder."""
+    return [entry for entry in folder.iterdir() if entry.name != HOLDER]
+
+
+def put(stage: Path, target: Path) -> None:
+    """Bring a finished folder to its name, in place of an older one where there is one."""
+    (replace_folder if target.exists() else publish)(stage, target)
+
+
 def publish(stage: Path, target: Path) -> None:
     """Rename a finished folder to its name, with everything in it on the disk first."""
     _sync_tree(stage)

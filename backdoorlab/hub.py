@@ -15,6 +15,7 @@ from . import files, loading
 from .errors import UserError
 from .record import Record, check_name, read_folder, read_result
 from .schema import WORD
+from .staging import refuse_existing
 from .verify import result_folders, verify, verify_record
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
@@ -86,10 +87,10 @@ def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = Fals
     _check_repository(repo)
     check_name(name)
     target = root / name
-    _refuse_existing(target, overwrite)
+    refuse_existing(target, "record.json", overwrite)
     stage = root / f"{name}.partial"
     with files.locked(stage):
-        _refuse_existing(target, overwrite)
+        refuse_existing(target, "record.json", overwrite)
         if any((stage / kept).exists() for kept in ("run.json", "final")) and not (stage / "pull.json").exists():
             raise UserError(f"{stage} holds an unfinished run: finish it, or choose another --save_folder_name")
         try:
@@ -106,10 +107,7 @@ def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = Fals
             found = verify_record(record)
             if found.wrong:
                 raise UserError(found.wrong[0])
-            if target.exists():
-                files.replace_folder(final, target)
-            else:
-                files.publish(final, target)
+            files.put(final, target)
         except UserError as error:  # in the words of where it came from; the stage is gone when this is read
             raise UserError(str(error).replace(f"{stage / 'final'}/", f"{source}: ").replace(str(stage / "final"), source)) from error
         finally:
@@ -178,14 +176,6 @@ def _card(record: Record, repo: str) -> str:
 def _check_repository(repo: str) -> None:
     if not REPOSITORY.fullmatch(repo):
         raise UserError(f"a repository is owner/name, got {repo!r}")
-
-
-def _refuse_existing(target: Path, overwrite: bool) -> None:
-    files.recover(target)
-    if target.exists() and not (target / "record.json").exists():
-        raise UserError(f"{target} exists but holds no record.json, so it is not ours to replace: choose another name")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists and is finished: choose another name, or pass --overwrite True to replace it")
 
 
 @contextmanager

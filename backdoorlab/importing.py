@@ -20,7 +20,7 @@ from .metrics import Evaluator, predict
 from .models import Classifier
 from .poison import POISON, Poison, no_poison
 from .preview import save_preview
-from .record import Record, check_name, record_root
+from .record import Record, check_name, describe, record_root
 from .record import write as write_record
 from .run import environment
 from .staging import staged
@@ -249,15 +249,7 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
         "has_train": found.has_train,
         "source": dict(found.source),
         "config": config,
-        "dataset": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "image_shape": list(dataset.image_shape),
-            "image_size": found.image_size,
-            "grey": found.grey,
-            "train_size": len(dataset.train),
-            "class_names": list(dataset.class_names),
-        },
+        "dataset": describe(dataset, found.image_size, found.grey),
         "architecture": dict(found.architecture),
         "num_classes": dataset.num_classes,
         "target": targets.pop() if len(targets) == 1 else None,

@@ -241,6 +241,19 @@ def _shapes(arguments: str) -> loading.Shapes:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
 
 
+def describe(dataset: Dataset, image_size: int | None, grey: bool | None) -> dict[str, Any]:
+    """A record's entry for its data set; image_size and grey are what was asked for, so that the same can be loaded again."""
+    return {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "image_shape": list(dataset.image_shape),
+        "image_size": image_size,
+        "grey": grey,
+        "train_size": len(dataset.train),
+        "class_names": list(dataset.class_names),
+    }
+
+
 def write(folder: Path, info: dict[str, Any], model: nn.Module, train_poison: Poison, test_poison: Poison) -> None:
     """Fill a staged folder: weights and poison first, then record.json with the SHA-256 of every file in the folder."""
     files.write_tensors(folder / "model.safetensors", model.state_dict())

@@ -46,6 +46,11 @@ class Progress:
     peak_memory_bytes: int = 0
 
 
+def say(text: str) -> None:
+    """A line for a person, above the progress bar where there is one."""
+    tqdm.write(f"  {text}", file=sys.stderr)
+
+
 class Run:
     """What a method needs while it runs. Everything here survives a kill: the same command continues at the last epoch."""
 
@@ -80,6 +85,8 @@ class Run:
         self._passes = (PASSES.forward, PASSES.backward)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+
+    say = staticmethod(say)
 
     # --- what a method calls -------------------------------------------------------------------------------------
 
@@ -185,9 +192,6 @@ class Run:
         if text not in self.notes:
             self.notes.append(text)
             self.say(text)
-
-    def say(self, text: str) -> None:
-        tqdm.write(f"  {text}", file=sys.stderr)
 
     def report_split(self, flagged: Tensor, name: str = "split", suspicion: Tensor | None = None) -> None:
         """Score a bool (N,) mask over the training set that claims to be the poison. Returns nothing.

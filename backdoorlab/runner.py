@@ -1,6 +1,5 @@
 """Run one attack into a record, or one defense on a record."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -9,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from . import config as configs
 from . import data, datasets, engine, files, models, record
-from .config import CleanLabelConfig, CoverConfig, DefenseConfig, JointConfig, MethodConfig, Parsed, TrainingConfig, TriggerConfig
+from .config import CleanLabelConfig, CoverConfig, DefenseConfig, JointConfig, Parsed, TrainingConfig, TriggerConfig
 from .data import Dataset, Split
 from .errors import UserError
 from .metrics import Evaluator, collapsed, der
@@ -22,8 +20,9 @@ from .poison import CROSS, POISON, Labels, Poison, Stamp, check_rate, check_targ
 from .preview import save_preview, save_sheet
 from .record import Record
 from .registry import Method
-from .run import Run, describe_split, environment
+from .run import Run, describe_split, environment, say
 from .source import code_version
+from .staging import refuse_existing
 
 if TYPE_CHECKING:
     from .tracking import Told
@@ -109,15 +108,7 @@ def run_attack(job: Job) -> Record:
             "attack": "unknown" if getattr(config, "suspicious", False) else job.method.name,
             "known_poison": not getattr(config, "suspicious", False),
             "config": config.science(),
-            "dataset": {
-                "name": dataset.name,
-                "fingerprint": dataset.fingerprint,
-                "image_shape": list(dataset.image_shape),
-                "image_size": config.image_size,
-                "grey": config.grey,
-                "train_size": len(dataset.train),
-                "class_names": list(dataset.class_names),
-            },
+            "dataset": record.describe(dataset, config.image_size, config.grey),
             "architecture": {
                 "name": config.model,
                 "width": config.width,
@@ -358,7 +349,6 @@ def _tracked(job: Job, name: str, stage: Path) -> AbstractContextManager["Told"]
     """Who else hears of a run; the import waits until someone asks, as the trackers are no part of what makes a number."""
     from .tracking import tracked
 
-    say = lambda text: tqdm.write(f"  {text}", file=sys.stderr)  # noqa: E731
     return tracked(job.config.track, job.config.track_folder, name, job.config.science(), stage, say)
 
 
@@ -419,12 +409,11 @@ def _record(config: DefenseConfig) -> Record:
 def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
     """The unfinished folder of a run beside its target: locked, and continued only by the same settings."""
     config = job.config
-    files.recover(target)
-    _refuse_existing(target, done, config)
+    refuse_existing(target, done, config.overwrite)
     files.sweep(target.parent, partial(_worthless, done=done))
     path = target.with_name(f"{target.name}.partial")
     with files.locked(path):
-        _refuse_existing(target, done, config)
+        refuse_existing(target, done, config.overwrite)
         for torn in path.glob(".*.tmp"):
             files.remove(torn)
         settings = {"method": job.method.name, "config": config.science()}
@@ -436,7 +425,7 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
             _check_same(path, begun, settings)
             code = before if before.split("+")[-1] == code else f"{before}+{code}"
         else:
-            entries = [entry for entry in path.iterdir() if entry.name != files.HOLDER]
+            entries = files.entries(path)
             if entries and not marker.exists():
                 raise UserError(f"{path} is in the way and not ours (no run.json in it): move it, or choose another name")
             for entry in entries:
@@ -467,15 +456,6 @@ def _worthless(stage: Path, done: str) -> bool:
     return ours and (not _begun(stage) or (stage.with_name(stage.name.removesuffix(".partial")) / done).exists())
 
 
-def _refuse_existing(target: Path, done: str, config: MethodConfig) -> None:
-    if not target.exists():
-        return
-    if not (target / done).exists():
-        raise UserError(f"{target} exists but holds no {done}, so it is not ours to replace: choose another name")
-    if not config.overwrite:
-        raise UserError(f"{target} exists and is finished: choose another name, or pass --overwrite True to replace it")
-
-
 def _check_same(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
     if begun == now:
         return
@@ -490,10 +470,7 @@ def _check_same(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
 
 def _publish(final: Path, target: Path) -> None:
     """Put a finished folder in its place, then drop the stage around it."""
-    if target.exists():
-        files.replace_folder(final, target)
-    else:
-        files.publish(final, target)
+    files.put(final, target)
     files.remove(final.parent)
 
 

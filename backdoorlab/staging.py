@@ -11,7 +11,7 @@ from .errors import UserError
 @contextlib.contextmanager
 def staged(target: Path, done: str, overwrite: bool) -> Iterator[Path]:
     """An empty folder beside the target that takes its place when the block ends well, and is gone when it does not."""
-    _refuse(target, done, overwrite)
+    refuse_existing(target, done, overwrite)
     stage = target.with_name(f"{target.name}.partial")
     try:
         with _locked(stage, target, done, overwrite) as final:
@@ -24,14 +24,14 @@ def staged(target: Path, done: str, overwrite: bool) -> Iterator[Path]:
 def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[Path]:
     with files.locked(stage):
         try:
-            _refuse(target, done, overwrite)
-            entries = _entries(stage)
+            refuse_existing(target, done, overwrite)
+            entries = files.entries(stage)
             if any(entry.name.startswith(("checkpoint-", "once-")) for entry in entries):
                 raise UserError(f"{stage} holds an unfinished run: finish it, delete it, or choose another name")
             if entries and not (stage / "run.json").exists():
                 raise UserError(f"{stage} is in the way and not ours (no run.json in it): move it, or choose another name")
         except UserError:
-            if not _entries(stage):
+            if not files.entries(stage):
                 files.remove(stage)
             raise
         try:
@@ -41,20 +41,17 @@ def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[P
             final = stage / "final"
             final.mkdir()
             yield final
-            (files.replace_folder if target.exists() else files.publish)(final, target)
+            files.put(final, target)
         finally:
             files.remove(stage)
 
 
-def _entries(stage: Path) -> list[Path]:
-    """What is in a stage beside the name of its holder."""
-    return [entry for entry in stage.iterdir() if entry.name != files.HOLDER]
-
-
-def _refuse(target: Path, done: str, overwrite: bool) -> None:
+def refuse_existing(target: Path, done: str, overwrite: bool) -> None:
+    """One line where something is in the target's place: what is not ours, or what is finished and not to be replaced."""
+    files.recover(target)
     if not target.exists():
         return
     if not (target / done).exists():
         raise UserError(f"{target} exists but holds no {done}, so it is not ours to replace: choose another name")
     if not overwrite:
-        raise UserError(f"{target} exists: choose another name, or pass --overwrite True to replace it")
+        raise UserError(f"{target} exists and is finished: choose another name, or pass --overwrite True to replace it")

@@ -34,6 +34,14 @@ def at_side(pixels: int, side: int) -> int:
     return max(1, round(pixels * side / 32))
 
 
+def patch_side(given: int | None, pixels: int, side: int, room: int, option: str = "patch_size") -> int:
+    """The side of a square trigger: the user's, else `at_side`; refused where it does not fit into `room` pixels."""
+    size = at_side(pixels, side) if given is None else given
+    if not 0 < size <= room:
+        raise UserError(f"{option} must lie in 1..{room} for these images, got {size}")
+    return size
+
+
 def refuse_grey(images: Tensor, attack: str) -> None:
     """For triggers that lie in the colours of an image."""
     if images.shape[1] != 3:

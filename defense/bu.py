@@ -33,6 +33,7 @@ from backdoorlab.errors import UserError
 from backdoorlab.perturb import frozen
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
+from backdoorlab.triggers import patch_side
 
 ASSUMES = ("model", "trusted")
 
@@ -143,9 +144,7 @@ def trigger_shape(image_shape: tuple[int, int, int], config: Config) -> tuple[in
     channels, height, width = image_shape
     if config.trigger == "blend":
         return image_shape
-    size = config.trigger_size if config.trigger_size is not None else max(1, round(3 * height / 32))
-    if size > min(height, width):
-        raise UserError(f"trigger_size must lie in 1..{min(height, width)} for these images, got {size}")
+    size = patch_side(config.trigger_size, 3, height, min(height, width), "trigger_size")
     return channels, size, size
 
 

@@ -27,7 +27,7 @@ def test_a_finished_folder_takes_its_place(tmp_path: Path) -> None:
     target = tmp_path / "new" / "x"
     write(target, "first")
     assert content(target) == {"part": "first", DONE: "first"} and [p.name for p in target.parent.iterdir()] == ["x"]
-    with pytest.raises(UserError, match=r"x exists: choose another name, or pass --overwrite True"):
+    with pytest.raises(UserError, match=r"x exists and is finished: choose another name, or pass --overwrite True"):
         write(target, "second")
     assert content(target)["part"] == "first"
     write(target, "second", overwrite=True)
