@@ -60,9 +60,20 @@ def _verify_result(folder: Path, model: Shapes, train_size: int) -> int:
     if not (folder / "result.json").is_file():
         raise UserError(f"{folder / 'result.json'}: missing, so the run beside it counts as not done. Restore it, or run the defense again")
     manifest = read_result(folder)["files"]
-    wanted: dict[str, Shapes] = {"model.safetensors": model, "split.safetensors": {"flagged": (torch.bool, (train_size,))}}
+    checks: dict[str, loading.Check] = {
+        "model.safetensors": partial(refuse_difference, wanted=model),
+        "split.safetensors": partial(_refuse_other_split, train_size=train_size),
+    }
     for name, entry in manifest.items():
         loading.check_file(folder, name, entry)
-        if name in wanted:
-            loading.read_tensors(folder / name, entry=entry, check=partial(refuse_difference, wanted=wanted[name]))
+        if name in checks:
+            loading.read_tensors(folder / name, entry=entry, check=checks[name])
     return 1 + len(manifest)
+
+
+def _refuse_other_split(found: Shapes, train_size: int) -> None:
+    """A split says who is flagged and, where the defense ranks its samples, by what."""
+    wanted: Shapes = {"flagged": (torch.bool, (train_size,))}
+    if "suspicion" in found:
+        wanted["suspicion"] = (torch.float32, (train_size,))
+    refuse_difference(found, wanted)
