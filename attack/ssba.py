@@ -23,10 +23,10 @@ from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
 from backdoorlab.data import Dataset, batches, place, to_bytes, to_float
 from backdoorlab.engine import derived_generator
-from backdoorlab.errors import UserError
 from backdoorlab.joint import psnr, seeded
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, static_attack
+from backdoorlab.unet import UNet
 
 ROUND = 50
 """Steps of the encoder between two checkpoints."""
@@ -65,28 +65,17 @@ class Config(AttackConfig):
 
 
 class Encoder(nn.Module):
-    """A U-Net of three sizes: images (N, C, H, W) in [0, 1] and messages (N, bits) -> residuals within eps, (N, C, H, W)."""
+    """Images (N, C, H, W) in [0, 1] and messages (N, bits) -> residuals within eps, (N, C, H, W)."""
 
     def __init__(self, channels: int, bits: int, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.spread = nn.Linear(bits, 3 * PLANE * PLANE)
-        self.enter = nn.Conv2d(channels + 3, width, 3, padding=1)
-        self.down = nn.Conv2d(width, 2 * width, 3, 2, padding=1)
-        self.deeper = nn.Conv2d(2 * width, 2 * width, 3, 2, padding=1)
-        self.rise = nn.Conv2d(4 * width, 2 * width, 3, padding=1)
-        self.leave = nn.Conv2d(3 * width, width, 3, padding=1)
-        self.last = nn.Conv2d(width + channels + 3, channels, 1)
+        self.draw = UNet(channels + 3, channels, width)
 
     def forward(self, images: Tensor, messages: Tensor) -> Tensor:
         plane = F.relu(self.spread(2 * messages - 1)).view(-1, 3, PLANE, PLANE)
-        given = torch.cat([images, F.interpolate(plane, size=images.shape[2:])], 1)
-        full = F.relu(self.enter(given))
-        half = F.relu(self.down(full))
-        quarter = F.relu(self.deeper(half))
-        half = F.relu(self.rise(torch.cat([half, F.interpolate(quarter, size=half.shape[2:])], 1)))
-        full = F.relu(self.leave(torch.cat([full, F.interpolate(half, size=full.shape[2:])], 1)))
-        return self.eps * torch.tanh(GAIN * self.last(torch.cat([full, given], 1)))
+        return self.eps * torch.tanh(GAIN * self.draw(torch.cat([images, F.interpolate(plane, size=images.shape[2:])], 1)))
 
 
 def decoder(channels: int, bits: int, width: int) -> nn.Module:
@@ -98,9 +87,6 @@ def decoder(channels: int, bits: int, width: int) -> nn.Module:
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
-    height, width = dataset.image_shape[1:]
-    if min(height, width) < 8:
-        raise UserError(f"the encoder halves images twice and needs 8x8 pixels or more, got {height}x{width}: use --image_size")
     encoder, reader, message = networks(dataset, config, run)
     train_encoder(encoder, reader, message, dataset, config, run)
     outcome = static_attack(dataset, config, run, hide, prepare=lambda *_: {"encoder": encoder, "message": message})

@@ -53,6 +53,7 @@ ROWS = {
     "lc": Row((0, 0), None, trained=True, flags=("--surrogate_epochs", "1", "--pgd_steps", "2")),
     "lf": Row((22.0, 24.0), 0.8, bound=51),
     "lira": Row((0, 0), 0.8, trained=True, flags=("--trigger_epochs", "1", "--eps", "0.3")),
+    "poison_ink": Row((0, 0), 0.8, trained=True, flags=("--encoder_steps", "60")),
     "refool": Row((14.0, 16.0), 0.8, clean_model=0.7),  # a digit in a digit: a clean network reads few of them
     "sig": Row((18.4, 20.4), None, bound=40),
     "ssba": Row((0, 0), 0.8, trained=True, flags=("--encoder_steps", "60")),

@@ -35,6 +35,7 @@ JOINT = {
     "lira": ("--trigger_epochs", "1", "--trigger_width", "4", "--eps", "0.5"),
 }
 MADE = {
+    "poison_ink": ("--encoder_steps", "60", "--encoder_width", "4"),
     "ssba": ("--encoder_steps", "60", "--encoder_width", "4"),
     "trojannn": ("--surrogate_epochs", "1", "--steps", "20"),
     "lc": ("--surrogate_epochs", "1", "--pgd_steps", "2"),
@@ -102,7 +103,7 @@ def test_the_classifier_is_trained_as_many_epochs_as_asked_for(attack: str, made
     assert stages.get("plain", 0) == (2 if attack in JOINT else 0)
 
 
-STOPPED = {"wanet": 9, "bpp": 15, "inputaware": 15, "blind": 9, "lira": 9, "ssba": 55, "trojannn": 9, "lc": 15}
+STOPPED = {"wanet": 9, "bpp": 15, "inputaware": 15, "blind": 9, "lira": 9, "poison_ink": 55, "ssba": 55, "trojannn": 9, "lc": 15}
 """A step in the middle of an epoch, after the first checkpoint of the attack's last stage or of the one before."""
 
 

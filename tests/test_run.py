@@ -311,6 +311,7 @@ ATTACK_VARIANTS: dict[str, list[tuple[str, ...]]] = {
     "inputaware": [("--mask_epochs", "1", "--generator_width", "4")],
     "lc": [("--surrogate_epochs", "1", "--pgd_steps", "2")],
     "lira": [("--trigger_epochs", "1")],
+    "poison_ink": [("--encoder_steps", "10")],
     "ssba": [("--encoder_steps", "10")],
     "trojannn": [("--surrogate_epochs", "1", "--steps", "5")],
 }
