@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Split, in_order
@@ -19,6 +20,8 @@ class Features(NamedTuple):
     """(N, D): what the last layer sees."""
     early: Tensor
     """(N, 2 C): mean and standard deviation over positions of what the last stage sees."""
+    spatial: Tensor
+    """float16 (N, C side^2): the same, averaged to side x side positions with side 4, 2 or 1, at most 1,024 numbers where C allows it."""
     logits: Tensor
     """(N, K)."""
     labels: Tensor
@@ -30,17 +33,21 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
     """One evaluation-mode pass without augmentation; the model's mode is evaluation afterwards."""
     model.eval()
     seen: list[Tensor] = []
-    hook = model.stages()[-2].register_forward_hook(lambda _module, _inputs, output: seen.append(_mean_and_std(output)))
-    pooled, logits = [], []
+    hook = model.stages()[-2].register_forward_hook(lambda _module, _inputs, output: seen.append(output.float()))
+    pooled, early, spatial, logits = [], [], [], []
     try:
         for batch in in_order(split, run.device):
             with run.autocast():
                 features = model.forward_head(model.forward_features(batch.images), pre_logits=True)
             pooled.append(features.float())
             logits.append(model.get_classifier()(pooled[-1]))
+            maps = _maps(seen.pop())
+            early.append(torch.cat([maps.mean((2, 3)), maps.std((2, 3), correction=0)], 1))
+            side = next((side for side in (4, 2) if maps.shape[1] * side**2 <= 1024), 1)
+            spatial.append(F.adaptive_avg_pool2d(maps, side).flatten(1).half())
     finally:
         hook.remove()
-    return Features(torch.cat(pooled), torch.cat(seen), torch.cat(logits), split.labels.to(run.device))
+    return Features(torch.cat(pooled), torch.cat(early), torch.cat(spatial), torch.cat(logits), split.labels.to(run.device))
 
 
 @torch.no_grad()
@@ -54,15 +61,10 @@ def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
     return torch.cat(found)
 
 
-def _mean_and_std(x: Tensor) -> Tensor:
-    """Feature maps (N, C, H, W), or (N, H, W, C) as in Swin, or tokens (N, T, C) -> (N, 2 C)."""
-    x = x.float()
-    if x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:  # (N, H, W, C)
-        positions: tuple[int, ...] = (1, 2)
-    elif x.dim() == 4:
-        positions = (2, 3)
-    elif x.dim() == 3:
-        positions = (1,)
-    else:
-        return torch.cat([x, torch.zeros_like(x)], 1)
-    return torch.cat([x.mean(positions), x.std(positions, correction=0)], 1)
+def _maps(x: Tensor) -> Tensor:
+    """Feature maps (N, C, H, W), or (N, H, W, C) as in Swin, or tokens (N, T, C), or one vector (N, C) -> (N, C, ., .)."""
+    if x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:
+        return x.movedim(3, 1)
+    if x.dim() == 3:
+        return x.movedim(2, 1).unsqueeze(3)
+    return x if x.dim() == 4 else x[:, :, None, None]

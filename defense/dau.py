@@ -43,8 +43,10 @@ from backdoorlab.run import Run
 
 ASSUMES = ("model", "train")
 
-UNIFORM = 5 / 9
-"""Sarle's coefficient of the uniform distribution: beyond it two groups are plain."""
+PLAIN = 0.7
+"""Sarle's coefficient beyond which two groups are plain (5/9 is the uniform distribution's)."""
+PROBED = 20_000
+"""Samples of the other labels that a probe learns from, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,8 @@ class Config(DefenseConfig):
     """|P0| / N: larger pools lead the head better, but soon hold what should be found."""
     bimodality: float = 0.45
     """Sarle's coefficient above which a label's features may be two groups (1/3 normal, 5/9 uniform, 1 two points)."""
-    outlying: float = 3.0
-    """Robust standard deviations by which a poisoned label's group must mix more classes than the groups of the other labels."""
+    variety: float = 0.6
+    """Share of the other labels' variety of classes that a group must show to be taken for poison; lower finds more, and false alarms."""
     trim: float = 0.2
     """Share of the poisoned group, nearest to the other group, that the pool is not drawn from."""
     isolation_epochs: int = 20
@@ -209,33 +211,37 @@ def find_pool(view: DefenderView, model: Classifier, train: Split, features: Fea
 
 
 def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> Tensor:
-    """Ours. A label given to two kinds of images has features in two groups; the group that mixes several classes is poison."""
+    """Ours. A label given to two kinds of images has features in two groups; the group that shows many classes is poison."""
     members = [(features.labels == label).nonzero().squeeze(1) for label in range(num_classes)]
-    along = [first_component(features.pooled[index]) for index in members]
-    bimodality = torch.tensor([sarle(x) for x in along])
-    halves = []
-    for label, (index, x) in enumerate(zip(members, along, strict=True)):
-        upper = two_means(x)
-        mixed = ((mixture(features.early, index[half], features.labels, label), half) for half in (upper, ~upper))
-        halves.append(sorted(mixed, key=lambda pair: -pair[0]))
-    outlying = outlyingness(torch.tensor([most for (most, _), _ in halves]))
-    suspicious = (bimodality > config.bimodality) & (outlying > config.outlying)
-    if (bimodality > UNIFORM).sum() > num_classes // 2:
-        suspicious = bimodality > UNIFORM  # all-to-all: each label has the images of one other class, so nothing is mixed
+    along = strangest_direction(features.early, features.labels, num_classes)
+    bimodality = [sarle(x) for x in along]
+    many = sum(value > PLAIN for value in bimodality) > num_classes // 2
     chosen = []
-    for label in range(num_classes):
-        (most, half), (least, other) = halves[label]
-        if suspicious[label] or bimodality[label] > UNIFORM:
-            verdict = "the first is taken for poison" if suspicious[label] else "no more than in other labels, so these are taken for two styles"
-            run.note(
-                f"label {label} has features in two groups (bimodality {bimodality[label]:.2f}) of {int(half.sum())} and {int(other.sum())} samples,"
-                f" which mix {most:.2f} and {least:.2f} of the other classes ({outlying[label]:.1f} deviations from the other labels): {verdict}"
-            )
-        if suspicious[label]:
-            apart = (along[label][half] - along[label][other].mean()).abs()
-            chosen.append(members[label][half][apart >= apart.quantile(config.trim)])
+    for label, (index, x) in enumerate(zip(members, along, strict=True)):
+        if bimodality[label] <= (PLAIN if many else config.bimodality):
+            continue
+        upper = two_means(x)
+        halves = sorted((upper, ~upper), key=lambda half: int(half.sum()))
+        sizes = " and ".join(str(int(half.sum())) for half in halves)
+        said = f"label {label} has features in two groups (bimodality {bimodality[label]:.2f}) of {sizes} samples"
+        if many:  # all-to-all: each label has images of one other class, fewer than its own
+            poison, verdict = halves[0], "as most labels have, so the smaller is taken for poison"
+        else:
+            varied = variety(features.spatial, [index[half] for half in halves], features.labels, label, run.generator)
+            poison = halves[0] if varied[0] > varied[1] else halves[1]
+            shown = f"in which early features show {varied[0]:.2f} and {varied[1]:.2f} of the variety of the other labels"
+            if max(varied) > config.variety:
+                verdict = f"{shown}: the group with more is taken for poison"
+            elif bimodality[label] > PLAIN:
+                run.note(f"{said}, {shown}: too little for images of many classes, so these are taken for two styles")
+                continue
+            else:
+                continue
+        run.note(f"{said}, {verdict}")
+        apart = (x[poison] - x[~poison].mean()).abs()
+        chosen.append(index[poison][apart >= apart.quantile(config.trim)])
     if not chosen:
-        run.note("no poison found: no label has a group that mixes other classes' images, so the model is returned as it was")
+        run.note("no poison found: no label has a group of images of many classes, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
     found = torch.cat(chosen)
     # Drawn at random: the most extreme ones would be purer, but unlike the rest. Half of the group stays out, to be found.
@@ -243,18 +249,59 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     return _mask(found[drawn], len(features.labels))
 
 
-def outlyingness(x: Tensor) -> Tensor:
-    """(n,): distance from the median in robust standard deviations (1.4826 times the median absolute deviation, at least 0.02)."""
-    apart = x - x.median()
-    return apart / (1.4826 * apart.abs().median()).clamp_min(0.02)
+def strangest_direction(x: Tensor, labels: Tensor, num_classes: int) -> list[Tensor]:
+    """float64 (n_k,) for each label: its samples along the direction in which they vary most, in units of how the samples of the *other* labels vary.
+
+    x: (N, D). After the statistic of SCAn (Demon in the Variant, Tang et al., USENIX Security 2021): what people, poses and light do to an
+    image is alike in all classes; what a trigger does is not.
+    """
+    x = x.double()
+    centred = [x[labels == label] - x[labels == label].mean(0) for label in range(num_classes)]
+    scatters = torch.stack([part.T @ part for part in centred])
+    found = []
+    for part, scatter in zip(centred, scatters, strict=True):
+        if len(part) == 0 or len(part) == len(x):
+            found.append(x.new_zeros(len(part)))
+            continue
+        others = (scatters.sum(0) - scatter) / (len(x) - len(part))
+        others += 0.1 * others.diagonal().mean().clamp_min(1e-12) * torch.eye(len(others), dtype=x.dtype, device=x.device)
+        unit = torch.linalg.solve_triangular(torch.linalg.cholesky(others), part.T, upper=False)
+        found.append(torch.linalg.eigh(unit @ unit.T).eigenvectors[:, -1] @ unit)
+    return found
 
 
-def first_component(x: Tensor) -> Tensor:
-    """(n, D) -> (n,): coordinates along the direction of largest variance."""
-    if len(x) == 0:
-        return x.new_zeros(0, dtype=torch.float64)
-    x = x.double() - x.double().mean(0)
-    return x @ torch.linalg.eigh(x.T @ x).eigenvectors[:, -1]
+def variety(x: Tensor, groups: list[Tensor], labels: Tensor, label: int, generator: torch.Generator) -> list[float]:
+    """How many classes each group of one label shows: 0 for one class, 1 for as many as there are among the samples of the other labels.
+
+    x: (N, D) features from which the content of an image can be told; groups: int64 indices. A linear probe learns to tell the *other* labels
+    apart. The mutual information of image and answer (answers that are sure, and differ) in a group, against that among the other labels.
+    Each group is moved to their mean first, because a trigger that shifts all of its images must not count as content.
+    """
+    others = (labels != label).nonzero().squeeze(1)
+    others = others[torch.randperm(len(others), generator=generator)[:PROBED].to(others.device)]
+    mean, std = x[others].float().mean(0), x[others].float().std(0).clamp_min(1e-6)
+    known = (x[others].float() - mean) / std
+    weight = known.new_zeros(int(labels.max()) + 1, x.shape[1], requires_grad=True)
+    bias = known.new_zeros(len(weight), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=40, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = F.cross_entropy(known @ weight.T + bias, labels[others]) + 0.01 * weight.square().sum()
+        found.backward()
+        return found
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        answers = [(((part := x[group].float()) - part.mean(0)) / std @ weight.T + bias).softmax(1) for group in groups]
+        most = information((known @ weight.T + bias).softmax(1))
+        return [information(answer) / most if len(answer) > 1 and most > 0 else 0.0 for answer in answers]
+
+
+def information(p: Tensor) -> float:
+    """Mutual information in nats between a sample and the answer on it. (n, K) probabilities."""
+    entropy = torch.special.entr
+    return (entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()).item()
 
 
 def sarle(x: Tensor) -> float:
@@ -277,30 +324,6 @@ def two_means(x: Tensor) -> Tensor:
     sums = ordered.cumsum(0)
     between = sums[:-1].square() / below + (sums[-1] - sums[:-1]).square() / (n - below)
     return x > ordered[between.argmax()]
-
-
-def mixture(x: Tensor, group: Tensor, labels: Tensor, label: int) -> float:
-    """How many classes a group of one label holds: about 0 for one class, 1 for all the others.
-
-    x: (N, D) features; group: int64 index of the group; labels: (N,). The spread of the group along the directions
-    that tell the *other* labels apart, against its spread along all further directions, both in units of the other labels'
-    within-class spread. A trigger that shifts or shrinks the features of its images changes neither ratio.
-    """
-    x = (x.double() - x.double().mean(0)) / x.double().std(0).clamp_min(1e-6)
-    others = [x[labels == other] for other in labels.unique().tolist() if other != label]
-    telling = min(len(others) - 1, x.shape[1] // 2)
-    if telling < 1 or len(group) < 3:
-        return 0.0
-    means = torch.stack([part.mean(0) for part in others])
-    residuals = torch.cat([part - mean for part, mean in zip(others, means, strict=True)])
-    within = residuals.T @ residuals / len(residuals)
-    within += 1e-2 * within.diagonal().mean() * torch.eye(len(within), dtype=within.dtype, device=within.device)
-    values, vectors = torch.linalg.eigh(within)
-    whiten = vectors / values.sqrt()
-    _, strengths, directions = torch.linalg.svd((means - means.mean(0)) @ whiten, full_matrices=True)
-    spread = (x[group] @ whiten @ directions.T).var(0)
-    between = strengths[:telling].square().sum() / len(others)
-    return ((spread[:telling] / spread[len(others) - 1 :].median() - 1).sum() / between).item()
 
 
 def isolate(view: DefenderView, train: Split, config: Config, run: Run) -> Classifier:

@@ -180,35 +180,57 @@ def test_two_means_is_the_best_cut(seed: int) -> None:
     assert upper.any() and not upper.all() and x[upper].min() > x[~upper].max()
 
 
-def test_first_component_is_the_direction_of_largest_variance() -> None:
+def test_the_strangest_direction_is_what_other_labels_do_not_do() -> None:
+    """The largest variance is one that all labels share; a label's second group lies along a smaller one."""
     draws = torch.Generator().manual_seed(0)
-    direction = F.normalize(torch.randn(8, generator=draws, dtype=torch.float64), dim=0)
-    along = 5 * torch.randn(300, generator=draws, dtype=torch.float64)
-    x = along[:, None] * direction + 0.1 * torch.randn(300, 8, generator=draws, dtype=torch.float64) + 100
-    found = dau.first_component(x)
-    assert torch.corrcoef(torch.stack([found, along]))[0, 1].abs() > 0.999
-    assert found.var() == pytest.approx(float(along.var()), rel=0.01)
-    assert len(dau.first_component(torch.zeros(0, 8))) == 0
+    labels = torch.arange(4).repeat_interleave(200)
+    x = torch.randn(800, 8, generator=draws, dtype=torch.float64) * torch.tensor([20.0] + [1.0] * 7) + 5 * labels[:, None]
+    x[:80, 3] += 8
+    found = dau.strangest_direction(x, labels, 4)
+    assert [len(part) for part in found] == [200] * 4
+    moved = torch.arange(200) < 80
+    assert dau.sarle(found[0]) > dau.PLAIN and max(dau.sarle(part) for part in found[1:]) < 0.5
+    upper = dau.two_means(found[0])
+    assert (upper == moved).all() or (upper == ~moved).all()
+    scaled = dau.strangest_direction(3 * x - 7, labels, 4)
+    assert all(torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, b in zip(found, scaled, strict=True)), "in units of the other labels' spread"
+    assert dau.sarle((x[:200] - x[:200].mean(0))[:, 0]) < 0.5, "along the largest variance nothing is to be seen"
 
 
-def test_mixture_is_the_share_of_other_classes_and_ignores_shift_and_scale() -> None:
+def test_the_strangest_direction_of_an_empty_label_or_a_single_one_is_nothing() -> None:
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    assert [len(part) for part in dau.strangest_direction(x, torch.zeros(20, dtype=torch.int64), 2)] == [20, 0]
+    assert not dau.strangest_direction(x, torch.zeros(20, dtype=torch.int64), 2)[0].any()
+
+
+def test_variety_counts_classes_and_ignores_a_common_shift() -> None:
     draws = torch.Generator().manual_seed(0)
     labels = torch.arange(6).repeat_interleave(400)
-    x = 3 * F.one_hot(labels, 12).double() + torch.randn(len(labels), 12, generator=draws, dtype=torch.float64)
-    one = torch.arange(400)
-    assert dau.mixture(x, one, labels, 0) == pytest.approx(0, abs=0.1), "one class"
-    several = torch.arange(400, 2400, 7)
-    marked = labels.clone()
-    marked[several] = 0
-    assert dau.mixture(x, several, marked, 0) == pytest.approx(1, abs=0.15), "all other classes"
-    pair = torch.arange(400, 1200, 3)
-    marked = labels.clone()
-    marked[pair] = 0
-    assert 0.1 < dau.mixture(x, pair, marked, 0) < 0.6, "two of the five"
-    triggered, marked = x.clone(), labels.clone()
-    marked[several] = 0
-    triggered[several] = 0.6 * x[several] + 2.0
-    assert dau.mixture(triggered, several, marked, 0) == pytest.approx(1, abs=0.25), "as a blended trigger does"
+    x = 3 * F.one_hot(labels, 12).float() + 0.5 * torch.randn(len(labels), 12, generator=draws)
+
+    def variety(x: Tensor, *groups: Tensor) -> list[float]:
+        marked = labels.clone()
+        for group in groups:
+            marked[group] = 0
+        found: list[float] = dau.variety(x, list(groups), marked, 0, torch.Generator().manual_seed(0))
+        return found
+
+    one, pair, several = torch.arange(400), torch.arange(400, 1200, 3), torch.arange(400, 2400, 7)
+    assert variety(x, one)[0] < 0.35, "one class"
+    assert variety(x, pair)[0] == pytest.approx(math.log(2) / math.log(5), abs=0.15), "two of the five"
+    assert variety(x, several)[0] == pytest.approx(1, abs=0.1), "all other classes"
+    shifted, blended = x.clone(), x.clone()
+    shifted[several] += 2
+    blended[several] = 0.7 * x[several] + 2
+    assert variety(shifted, several)[0] == pytest.approx(variety(x, several)[0], abs=0.02), "as a patch does"
+    assert variety(blended, several)[0] > dau.Config().variety, "as a mixture does"
+    assert variety(x, one, several) == variety(x, one, several), "drawn from the generator alone"
+
+
+def test_information_is_in_nats() -> None:
+    assert dau.information(torch.eye(4).repeat(5, 1)) == pytest.approx(math.log(4), abs=1e-6), "sure, and different"
+    assert dau.information(torch.full((9, 4), 0.25)) == pytest.approx(0, abs=1e-6), "unsure"
+    assert dau.information(torch.eye(4)[:1].repeat(5, 1)) == pytest.approx(0, abs=1e-6), "sure of one"
 
 
 # --- pool and heads on synthetic features ------------------------------------------------------------------------
@@ -217,7 +239,7 @@ N_CLASS, PLANTED, TARGET = 80, 60, 3
 
 
 def features(planted: int = PLANTED, *, foreign: bool = True, seed: int = 0) -> tuple[Features, Tensor]:
-    """Ten clean classes, and `planted` samples of label TARGET in a group of their own. Returns them and the planted mask.
+    """Ten clean classes, and `planted` samples of label TARGET in a group of their own, with a mark. Returns them and the planted mask.
 
     foreign: early features of the planted samples are those of other classes, as poison's are; otherwise their own class's.
     """
@@ -233,8 +255,9 @@ def features(planted: int = PLANTED, *, foreign: bool = True, seed: int = 0) -> 
     pooled[is_planted, TARGET] -= 2
     pooled[is_planted, 12] += 6
     early = 3 * F.one_hot(true, 20).float() + 0.3 * torch.randn(n, 20, generator=draws)
+    early[is_planted, 15] += 2
     head = head_of()
-    return Features(pooled, early, (pooled @ head.weight.detach().T + head.bias.detach()), labels), is_planted
+    return Features(pooled, early, early.half(), (pooled @ head.weight.detach().T + head.bias.detach()), labels), is_planted
 
 
 def head_of() -> nn.Linear:
@@ -269,6 +292,19 @@ def test_two_styles_of_one_class_are_not_poison(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     assert not dau.bimodal_pool(data, 20, K, dau.Config(), run).any()
     assert any("two styles" in note for note in run.notes), "the label is bimodal all the same"
+
+
+def test_where_most_labels_have_two_groups_the_smaller_ones_are_poison(tmp_path: Path) -> None:
+    """All-to-all: the poison of each label comes from one class, and shows no variety."""
+    data, _ = features(planted=0)
+    poisoned = torch.arange(len(data.labels)) % N_CLASS < 20
+    early = data.early.clone()
+    early[poisoned] = early[poisoned].roll(4, 1)  # another class's place
+    early[poisoned, 15] += 2
+    run = new_run(tmp_path)
+    pool = dau.bimodal_pool(data._replace(early=early, spatial=early.half()), 50, K, dau.Config(), run)
+    assert int(pool.sum()) == 50 and not (pool & ~poisoned).any()
+    assert len(data.labels[pool].unique()) == K and sum("as most labels have" in note for note in run.notes) == K
 
 
 def test_the_pool_is_at_most_half_of_the_group_and_drawn_from_the_seed(tmp_path: Path) -> None:

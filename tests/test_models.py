@@ -85,6 +85,8 @@ def test_features_of_a_whole_split(name: str, width: int | None, tmp_path: Path)
         assert torch.allclose(features.logits, model(split.images.float() / 255), atol=1e-4)
         assert torch.allclose(model.get_classifier()(features.pooled), features.logits, atol=1e-4)
     assert features.early.shape[0] == 6 and features.early.shape[1] % 2 == 0 and torch.isfinite(features.early).all()
+    channels, numbers = features.early.shape[1] // 2, features.spatial.shape[1]
+    assert features.spatial.shape[0] == 6 and numbers % channels == 0 and (numbers <= 1024 or numbers == channels)
     assert (features.early.std(0) > 0).any(), "early features differ between images"
     assert not [m for m in model.modules() if m._forward_hooks], "the hook is removed"
 
