@@ -218,7 +218,7 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     many = sum(value > PLAIN for value in bimodality) > num_classes // 2
     chosen = []
     for label, (index, x) in enumerate(zip(members, along, strict=True)):
-        if bimodality[label] <= (PLAIN if many else config.bimodality):
+        if bimodality[label] <= config.bimodality:
             continue
         upper = two_means(x)
         halves = sorted((upper, ~upper), key=lambda half: int(half.sum()))
