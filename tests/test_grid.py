@@ -125,7 +125,7 @@ def test_mistakes(tmp_path: Path, content: dict[str, Any], flags: dict[str, str]
 
 
 def test_an_unknown_grid_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"no grid of that name. Did you mean 'bench_digits'\? Grids: bench_digits"):
+    with pytest.raises(UserError, match=r"no grid of that name. Did you mean 'bench_digits'\? Grids: bench_cifar10_w16, bench_digits"):
         grid.read("bench_digit")
     with pytest.raises(UserError, match="an empty grid; name a file with --config"):
         grid.read(None)
