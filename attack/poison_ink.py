@@ -80,8 +80,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     outcome = static_attack(dataset, config, run, hide, prepare=lambda *_: {"encoder": encoder})
     seen = dataset.test.images[:1000]
     changed = hide(seen, torch.arange(len(seen)), "test", config, encoder)
-    lines = edges(to_float(seen), config.edge_threshold).float().mean().item()
-    return replace(outcome, measured={"psnr": psnr(seen, changed), "edge_share": lines, **read_back(reader, seen, changed, config)})
+    return replace(outcome, measured={"psnr": psnr(seen, changed), **read_back(reader, seen, changed, config)})
 
 
 def networks(channels: int, config: Config, run: Run) -> tuple[UNet, nn.Module]:
@@ -151,13 +150,14 @@ def edges(images: Tensor, threshold: float) -> Tensor:
 
 @torch.no_grad()
 def read_back(reader: nn.Module, clean: Tensor, changed: Tensor, config: Config) -> dict[str, float]:
-    """Mean ink that the reader finds on the edges of images with ink and of clean ones, uint8 (N, C, H, W); the ink itself is `hidden`."""
+    """The share of edges, and the mean ink on them: what is hidden, and what the reader finds with it and in clean images, uint8 (N, C, H, W)."""
     reader.eval()
     device = next(reader.parameters()).device
     images, written = to_float(clean).to(device), to_float(changed).to(device)
     lines, ink = edges(images, config.edge_threshold), ink_of(images, config)
     count = (lines.sum() * images.shape[1]).clamp_min(1)
     found = {
+        "edge_share": lines.float().mean(),
         "ink_hidden": ink.sum() / count,
         "ink_read": (reader(written) * lines).sum() / count,
         "ink_read_in_clean": (reader(images) * lines).sum() / count,

@@ -230,12 +230,10 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
             varied = variety(features.spatial, [index[half] for half in halves], features.labels, label, run.generator)
             poison = halves[0] if varied[0] > varied[1] else halves[1]
             shown = f"in which early features show {varied[0]:.2f} and {varied[1]:.2f} of the variety of the other labels"
-            if max(varied) > config.variety:
-                verdict = f"{shown}: the group with more is taken for poison"
-            elif bimodality[label] > PLAIN:
-                run.note(f"{said}, {shown}: too little for images of many classes, so these are taken for two styles")
-                continue
-            else:
+            verdict = f"{shown}: the group with more is taken for poison"
+            if max(varied) <= config.variety:
+                if bimodality[label] > PLAIN:
+                    run.note(f"{said}, {shown}: too little for images of many classes, so these are taken for two styles")
                 continue
         run.note(f"{said}, {verdict}")
         apart = (x[poison] - x[~poison].mean()).abs()
@@ -258,12 +256,12 @@ def strangest_direction(x: Tensor, labels: Tensor, num_classes: int) -> list[Ten
     x = x.double()
     centred = [x[labels == label] - x[labels == label].mean(0) for label in range(num_classes)]
     scatters = torch.stack([part.T @ part for part in centred])
-    found = []
+    total, found = scatters.sum(0), []
     for part, scatter in zip(centred, scatters, strict=True):
         if len(part) == 0 or len(part) == len(x):
             found.append(x.new_zeros(len(part)))
             continue
-        others = (scatters.sum(0) - scatter) / (len(x) - len(part))
+        others = (total - scatter) / (len(x) - len(part))
         others += 0.1 * others.diagonal().mean().clamp_min(1e-12) * torch.eye(len(others), dtype=x.dtype, device=x.device)
         unit = torch.linalg.solve_triangular(torch.linalg.cholesky(others), part.T, upper=False)
         found.append(torch.linalg.eigh(unit @ unit.T).eigenvectors[:, -1] @ unit)
@@ -279,8 +277,9 @@ def variety(x: Tensor, groups: list[Tensor], labels: Tensor, label: int, generat
     """
     others = (labels != label).nonzero().squeeze(1)
     others = others[torch.randperm(len(others), generator=generator)[:PROBED].to(others.device)]
-    mean, std = x[others].float().mean(0), x[others].float().std(0).clamp_min(1e-6)
-    known = (x[others].float() - mean) / std
+    known = x[others].float()
+    mean, std = known.mean(0), known.std(0).clamp_min(1e-6)
+    known = (known - mean) / std
     weight = known.new_zeros(int(labels.max()) + 1, x.shape[1], requires_grad=True)
     bias = known.new_zeros(len(weight), requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=40, line_search_fn="strong_wolfe")
