@@ -150,6 +150,17 @@ def test_importance_is_the_mean_slope_of_the_clean_loss() -> None:
     assert torch.allclose(found[0], wanted, atol=1e-6)
 
 
+@pytest.mark.parametrize(("stop_asr", "passes"), [(None, 3), (0.5, 1)])
+def test_unlearning_runs_to_its_end_unless_told_where_to_stop(stop_asr: float | None, passes: int, tmp_path: Path) -> None:
+    split = Split(torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8), torch.arange(12) % K)
+    run = Run(tmp_path, seed=0, device=torch.device("cpu"), precision="fp32")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, K))
+    triggers, corners = torch.zeros(8, 1, 2, 2), torch.zeros(8, 2, dtype=torch.long)
+    nn.init.zeros_(model[1].weight)  # every image is class 0, so triggers of class 1 turn none
+    bu.unlearn(model, split, split, triggers, corners, 1, bu.Config(epochs=3, lr=0.0, stop_asr=stop_asr), run)
+    assert [row["left"] for row in run.history] == [0.0] * passes
+
+
 def test_what_bu_cannot_use_is_one_line(tiny: Record, tmp_path: Path) -> None:
     record = helpers.copy(tiny, tmp_path)
     with pytest.raises(UserError, match=r"trigger_size must lie in 1\.\.16 for these images, got 17"):
