@@ -89,6 +89,7 @@ def run_attack(job: Job) -> Record:
     if isinstance(config, TriggerConfig):
         check_target(config.target_label, dataset.num_classes)
     with _stage(target, "record.json", job) as stage, _tracked(job, config.save_folder_name, stage) as tracker:
+        engine.keep_freed_memory(device)
         engine.seed_everything(config.seed, device)
         run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
         run.told = tracker.line
@@ -260,6 +261,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     device = engine.choose_device(config.device)
     dataset = found.dataset(config.dataset_path)
     with _stage(target, "result.json", job) as stage, _tracked(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker:
+        engine.keep_freed_memory(device)
         engine.seed_everything(config.seed, device)
         run = Run(
             stage,

@@ -7,6 +7,7 @@ Each row has its goal beside it; nothing is asserted, since timings belong to th
   2. data handling as a share of a training step at width 16
   3. a training step in bfloat16 against float32 at width 64
   4. training steps on images that stay in a file, against the same images in memory
+  5. a training step when freed memory goes back to the system, against one that keeps it, each in a process of its own
 The two sides of every ratio take turns, so that a load on the machine meets both; given are the median and the range of
 the ratios of neighbours. A DataLoader's first batches, and with them the start of its workers, are left out of its rate.
 Measure on an idle machine and with as many threads as workers: where cores are short, the workers lose more than we do.
@@ -14,10 +15,12 @@ Measure on an idle machine and with as many threads as workers: where cores are 
 
 import argparse
 import itertools
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from torch.utils.data import DataLoader
 
 from backdoorlab import datasets
 from backdoorlab.data import Augment, Batch, Split, batches, channel_statistics, mapped, place
-from backdoorlab.engine import Precision, Recipe, autocast, choose_device, fast_bf16, make_optimizer, seed_everything
+from backdoorlab.engine import Precision, Recipe, autocast, choose_device, fast_bf16, keep_freed_memory, make_optimizer, seed_everything
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier, build
 
@@ -64,6 +67,7 @@ def _rows(split: Split, device: torch.device, repetitions: int, force_bf16: bool
     yield _data_share(split, device, mean, std, repetitions)
     yield _bf16(split, device, mean, std, force_bf16)
     yield _from_file(split, device, mean, std, repetitions)
+    yield _kept_memory(device, repetitions)
 
 
 def _data_path(split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], repetitions: int) -> Iterator[Row]:
@@ -210,6 +214,28 @@ def _bf16(split: Split, device: torch.device, mean: tuple[float, ...], std: tupl
     pairs = [(seconds(single), seconds(half)) for _ in range(repetitions)]
     slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
     return Row(name, goal, tuple(a / b for a, b in pairs), detail=f"{1000 * slow:.1f} and {1000 * fast:.1f} ms a step")
+
+
+def _kept_memory(device: torch.device, repetitions: int) -> Row:
+    name = "5. memory returned / kept, step at width 16"
+    if device.type != "cpu":
+        return Row(name, "-", detail="torch keeps a GPU's memory by itself")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as returning, ProcessPoolExecutor(1, context) as keeping:
+        pairs = [(returning.submit(_seconds_a_step, False).result(), keeping.submit(_seconds_a_step, True).result()) for _ in range(repetitions)]
+    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return Row(name, "-", tuple(a / b for a, b in pairs), detail=f"{1000 * slow:.0f} and {1000 * fast:.0f} ms a step")
+
+
+def _seconds_a_step(keep: bool, steps: int = 8) -> float:
+    """In a process of its own, since malloc cannot be set back."""
+    device = torch.device("cpu")
+    if keep:
+        keep_freed_memory(device)
+    split = Split(torch.randint(0, 256, (BATCH, *CIFAR_SHAPE[1:]), dtype=torch.uint8), torch.arange(BATCH) % 10)
+    step, batch = _training_step(16, split, (0.5,) * 3, (0.25,) * 3, device, "fp32"), next(_our_batches(split, device))
+    step(batch)
+    return timed(lambda: [step(batch) for _ in range(steps)], device)[0] / steps
 
 
 def _training_step(

@@ -154,9 +154,11 @@ def test_importance_is_the_mean_slope_of_the_clean_loss() -> None:
 def test_unlearning_runs_to_its_end_unless_told_where_to_stop(stop_asr: float | None, passes: int, tmp_path: Path) -> None:
     split = Split(torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8), torch.arange(12) % K)
     run = Run(tmp_path, seed=0, device=torch.device("cpu"), precision="fp32")
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, K))
+    layer = nn.Linear(64, K)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)  # every image is class 0, so triggers of class 1 turn none
+    model = nn.Sequential(nn.Flatten(), layer)
     triggers, corners = torch.zeros(8, 1, 2, 2), torch.zeros(8, 2, dtype=torch.long)
-    nn.init.zeros_(model[1].weight)  # every image is class 0, so triggers of class 1 turn none
     bu.unlearn(model, split, split, triggers, corners, 1, bu.Config(epochs=3, lr=0.0, stop_asr=stop_asr), run)
     assert [row["left"] for row in run.history] == [0.0] * passes
 
