@@ -159,7 +159,11 @@ def history(record: Record, run: str, *flags: str) -> Any:
 def test_delta_stays_in_its_ball_and_the_solve_is_logged(tiny: Record, tmp_path: Path) -> None:
     record = helpers.copy(tiny, tmp_path)
     far = ("--delta_lr", "1000", "--delta_steps", "3", "--batch_size", "32")
-    mended, free = history(record, "mended", *far, "--radius", "2"), history(record, "free", *far, "--projected", "False", "--clip_box", "False")
+    solved = (*far, "--K", "5")
+    mended, free = (
+        history(record, "mended", *solved, "--radius", "2"),
+        history(record, "free", *solved, "--projected", "False", "--clip_box", "False"),
+    )
     assert (mended["delta"] <= 2 + 1e-5).all() and (free["delta"] > 10).all()
     assert (mended["residual"] < 1).all() and (mended["implicit"] > 0).all()
     first_order = history(record, "first", *far, "--K", "0")

@@ -323,7 +323,7 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "dau": [("--loss", "both", "--epochs", "1", "--head_epochs", "5"), ("--pool", "isolation", "--isolation_epochs", "1", "--epochs", "1")],
     "ft": [("--epochs", "1")],
-    "ibau": [("--n_rounds", "1"), ("--n_rounds", "1", "--solver", "fixed_point", "--augment", "True")],
+    "ibau": [("--n_rounds", "1", "--K", "2"), ("--n_rounds", "1", "--K", "2", "--solver", "fixed_point", "--augment", "True")],
     "sau": [("--n_rounds", "1")],
 }
 
