@@ -9,6 +9,7 @@ counts once, a backward pass twice (to image and weights). The operations of a f
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,8 +44,11 @@ def sau(c: Mapping[str, Any], s: Setting) -> Passes:
 
 
 def ibau(c: Mapping[str, Any], s: Setting) -> Passes:
-    """Without further delta_steps; the implicit term is a backward pass for each of K steps and four around them."""
-    return c["n_rounds"] * s.trusted * (3 if c["K"] else 2), c["n_rounds"] * s.trusted * (c["K"] + 4 if c["K"] else 2)
+    """The steps that find delta, then a pass over the trusted images; the implicit term is a backward pass for each of K steps and two around them."""
+    batches = math.ceil(s.trusted / c["batch_size"])
+    searched = s.trusted * (c["delta_steps"] or batches) / batches
+    forward, backward = (2, c["K"] + 3) if c["K"] else (1, 1)
+    return c["n_rounds"] * (searched + forward * s.trusted), c["n_rounds"] * (searched + backward * s.trusted)
 
 
 def dau(c: Mapping[str, Any], s: Setting) -> Passes:
@@ -60,10 +64,12 @@ def asd(c: Mapping[str, Any], s: Setting) -> Passes:
 
 
 def bu(c: Mapping[str, Any], s: Setting) -> Passes:
-    """Every class is tried at every level; then unlearning on clean and patched images, at most so long."""
-    images = s.trusted - round(c["held_out"] * s.trusted)
-    passes = len(c["levels"]) * s.classes * c["search_epochs"] * images + 2 * c["epochs"] * images
-    return passes, passes
+    """Every class is tried at every level; then each pass of unlearning sees all images clean, those of other classes patched, and with the weighted
+    penalty all once more. Held-out images of other classes are looked at after each."""
+    held_out, others = round(c["held_out"] * s.trusted), 1 - 1 / s.classes
+    images, generators = s.trusted - held_out, len(c["levels"]) * s.classes
+    passes = images * (generators * c["search_epochs"] + c["epochs"] * (1 + others + (c["penalty"] == "weighted")))
+    return round(passes + others * held_out * (generators + c["epochs"])), round(passes)
 
 
 COSTS: dict[str, Callable[[Mapping[str, Any], Setting], Passes]] = {"ft": ft, "sau": sau, "ibau": ibau, "dau": dau, "asd": asd, "bu": bu}
@@ -77,7 +83,8 @@ SCALES = {
 
 def counted(names: list[str], root: str | None) -> None:
     """Each result's own count beside the formula's."""
-    print(f"{'record':<24}{'defense':<20}{'forward':>12}{'formula':>12}{'backward':>12}{'formula':>12}")
+    column = max(map(len, names), default=0) + 2
+    print(f"{'record':<{column}}{'defense':<20}{'forward':>12}{'formula':>12}{'backward':>12}{'formula':>12}")
     for name in names:
         record = Record.load(name, record_root(root))
         for folder in result_folders(record.folder):
@@ -89,7 +96,7 @@ def counted(names: list[str], root: str | None) -> None:
             forward, backward = COSTS[method](result["config"], Setting(record.info["dataset"]["train_size"], trusted, record.info["num_classes"]))
             seen = result["image_passes"]
             shown = f"{method} {folder.name}"
-            print(f"{name:<24}{shown:<20}{seen['forward']:>12,}{forward:>12,.0f}{seen['backward']:>12,}{backward:>12,.0f}")
+            print(f"{name:<{column}}{shown:<20}{seen['forward']:>12,}{forward:>12,.0f}{seen['backward']:>12,}{backward:>12,.0f}")
 
 
 def operations(network: str, side: int, classes: int) -> int:
