@@ -44,7 +44,7 @@ def sau(c: Mapping[str, Any], s: Setting) -> Passes:
 
 
 def ibau(c: Mapping[str, Any], s: Setting) -> Passes:
-    """The steps that find delta, then a pass over the trusted images; the implicit term is a backward pass for each of K steps and two around them."""
+    """The steps that find delta, then a pass over the trusted images; the implicit term is a backward pass for each of K steps and two more."""
     batches = math.ceil(s.trusted / c["batch_size"])
     searched = s.trusted * (c["delta_steps"] or batches) / batches
     forward, backward = (2, c["K"] + 3) if c["K"] else (1, 1)
