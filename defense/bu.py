@@ -42,6 +42,8 @@ SLICE = 16
 """Numbers of the latent code that enter each of the generator's four layers."""
 BANK = 64
 """Triggers kept of each generator."""
+CLOSE = 0.1
+"""Margin over the second class below which the result doubts its target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +132,14 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     others = best.clone()
     others[target] = -1
     ranking = ", ".join(f"{view.class_names[label]} {best[label]:.2f}" for label in best.argsort(descending=True).tolist())
-    run.note(f"recovered triggers turn held-out images into: {ranking} (margin {best[target] - others.max():.2f})")
+    margin = best[target] - others.max()
+    run.note(f"recovered triggers turn held-out images into: {ranking} (margin {margin:.2f})")
     run.picture("triggers", [to_bytes(bank[label, int(scores[label].argmax()), :16]) for label in range(view.num_classes)])
     if best[target] < config.accept:
         run.note(f"no trigger found: none turns {config.accept:g} of the held-out images, so the model is returned as it was")
         return model
+    if margin < CLOSE:
+        run.note("another class is as easy a target: these triggers may be any network's weakness rather than the attacker's")
     accepted = scores[target] >= config.accept
     triggers, corners = (tensor[target][accepted].flatten(0, 1) for tensor in (bank, found["corners"].to(run.device)))
     return unlearn(model, search, held_out, triggers, corners, target, config, run)

@@ -178,3 +178,12 @@ def test_a_model_without_a_small_trigger_is_returned_as_it_was(tiny: Record, tmp
     assert result is not None and any("no trigger found" in note for note in result["notes"])
     assert result["after"]["clean_accuracy"] == result["before"]["clean_accuracy"]
     assert (record.folder / "defense" / "bu" / "seed0" / "triggers.png").stat().st_size > 100
+
+
+def test_a_target_without_a_margin_is_doubted(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = helpers.copy(tiny, tmp_path)
+    flags = ("--search_epochs", "1", "--levels", "0.9", "--hidden", "16", "--accept", "0", "--epochs", "0", "--score_every", "0")
+    for close, doubted in ((1.1, True), (-1.0, False)):
+        monkeypatch.setattr(bu, "CLOSE", close)
+        result = helpers.defend("bu", record, *flags, "--overwrite", "True")
+        assert result is not None and any("as easy a target" in note for note in result["notes"]) == doubted
