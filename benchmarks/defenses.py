@@ -9,12 +9,9 @@ each side, in a process of its own.
 
 import argparse
 import copy
-import multiprocessing
-import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from typing import Any
 import measure
 import published
 import torch
-from measure import Row, busy, describe_machine, report
+from measure import Row, busy, describe_machine, fresh_process, medians, report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -79,7 +76,7 @@ def _sau(width: int, options: argparse.Namespace, device: torch.device) -> Itera
         lean()
         passes = (PASSES.forward - before) / options.batch_size
         pairs = measure.in_turn(published, lean, device, options.repetitions)
-        slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+        slow, fast = medians(pairs)
         yield Row(
             f"SAU published / lean, width {width}, {precision}",
             ">= 2.5",
@@ -134,10 +131,9 @@ def _lean_sau(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, devic
 
 def _memory(width: int, options: argparse.Namespace) -> Row:
     """Peak of a step above what the process held before it, each side in a process of its own."""
-    context = multiprocessing.get_context("spawn")
     peaks = []
     for side in (0, 1):
-        with ProcessPoolExecutor(1, context) as process:
+        with fresh_process() as process:
             peaks.append(process.submit(_peak, side, width, options.batch_size, options.device).result())
     slow, fast = peaks
     detail = f"{slow / 1e6:,.0f} and {fast / 1e6:,.0f} MB above the models and images, batches of {options.batch_size}"
@@ -167,7 +163,7 @@ def _dau(width: int, options: argparse.Namespace, device: torch.device) -> Row:
 
     work = partial(published.anti_learning, plain, plain.get_classifier(), split, pool, config.head_epochs, options.batch_size, options.workers)
     pairs = measure.in_turn(work, ours, device, max(2, options.repetitions // 2))
-    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+    slow, fast = medians(pairs)
     return Row(
         f"DAU anti-learning, port / ours, width {width}",
         "-",
@@ -207,7 +203,7 @@ def _ibau(width: int, options: argparse.Namespace, device: torch.device) -> Iter
             )
             for _ in range(options.repetitions)
         ]
-        slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+        slow, fast = medians(pairs)
         yield Row(
             f"I-BAU published / ours, K = {K}, width {width}",
             "-" if K else ">= 2.5",
@@ -240,7 +236,7 @@ def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Itera
 
         theirs = partial(published.asd_epoch, conventional, array, labels, clean.numpy(), steps, 64, options.workers, CLASSES)
         pairs = measure.in_turn(theirs, ours, device, max(2, options.repetitions // 2))
-        slow, fast = (3 * 64 * steps / statistics.median(column) for column in zip(*pairs, strict=True))
+        slow, fast = (3 * 64 * steps / seconds for seconds in medians(pairs))
         yield Row(
             f"ASD published / ours, width {width}, {pool}",
             ">= 3",
@@ -281,7 +277,7 @@ def _bu(options: argparse.Namespace, device: torch.device) -> Row:
         together(classes)
         one_by_one()
         pairs = measure.in_turn(one_by_one, partial(together, classes), device, options.repetitions)
-    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+    slow, fast = medians(pairs)
     return Row(
         "BU recovery, one by one / side by side",
         "-",

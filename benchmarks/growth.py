@@ -11,10 +11,8 @@ cost = c n^p. Costs of more epochs are multiples.
 import argparse
 import json
 import math
-import multiprocessing
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 import measure
 import numpy as np
 import torch
-from measure import describe_machine
+from measure import describe_machine, fresh_process
 
 from backdoorlab import registry
 from backdoorlab.data import Augment, Split
@@ -145,11 +143,10 @@ def main() -> None:
         print(f"{key:<9} {value}", flush=True)
     print(f"\n{'what':<26} {'images':>8} {'seconds':>9} {'forward':>10} {'backward':>10} {'peak MB':>9}")
     cells: list[Cell] = []
-    context = multiprocessing.get_context("spawn")
     for methods, sizes in ((ON_TRAINING, options.sizes), (ON_TRUSTED, options.trusted)):
         for name in methods:
             for size in sizes:
-                with ProcessPoolExecutor(1, context) as process:
+                with fresh_process() as process:
                     found = process.submit(cell, name, size, options.width, options.device).result()
                 print(f"{name:<26} {size:>8,} {found.seconds:>9.1f} {found.forward:>10,} {found.backward:>10,} {found.megabytes:>9,.0f}", flush=True)
                 cells.append(found)

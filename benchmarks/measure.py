@@ -3,11 +3,13 @@
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,16 @@ def report(header: dict[str, str], rows: Iterable[Row], file: Path | None) -> No
 def in_turn(slow: Callable[[], Any], fast: Callable[[], Any], device: torch.device, repetitions: int) -> list[tuple[float, float]]:
     """Seconds of both, one after the other, so that a load on the machine meets both."""
     return [(timed(slow, device)[0], timed(fast, device)[0]) for _ in range(repetitions)]
+
+
+def medians(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """Of each column."""
+    return tuple(statistics.median(column) for column in zip(*rows, strict=True))
+
+
+def fresh_process() -> ProcessPoolExecutor:
+    """A process that inherits nothing, for what cannot be taken back in one: a peak of memory, a setting of malloc."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:

@@ -15,12 +15,9 @@ Measure on an idle machine and with as many threads as workers: where cores are 
 
 import argparse
 import itertools
-import multiprocessing
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ import measure
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measure import Row, busy, describe_machine, report, timed
+from measure import Row, busy, describe_machine, fresh_process, medians, report, timed
 from published import Images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -102,7 +99,7 @@ def _data_path(split: Split, device: torch.device, mean: tuple[float, ...], std:
         for workers, found in rates.items():
             found.append((our_rate(), *loader_rate(workers)))
     for workers, found in rates.items():
-        a, b, first = (statistics.median(column) for column in zip(*found, strict=True))
+        a, b, first = medians(found)
         yield Row(
             f"1. batches() / DataLoader, {workers} workers",
             ">= 8" if workers else "-",
@@ -156,7 +153,7 @@ def _data_share(split: Split, device: torch.device, mean: tuple[float, ...], std
 
     train()
     pairs = [(timed(fetch, device)[0] / (10 * steps), timed(train, device)[0] / steps) for _ in range(repetitions)]
-    data, whole = (statistics.median(column) for column in zip(*pairs, strict=True))
+    data, whole = medians(pairs)
     return Row(
         "2. data / training step, width 16",
         "<= 10 %",
@@ -183,7 +180,7 @@ def _from_file(split: Split, device: torch.device, mean: tuple[float, ...], std:
 
         pairs = [(rate(sources[0]), rate(sources[1])) for _ in range(repetitions)]
         sources.clear()
-    resident, from_file = (statistics.median(column) for column in zip(*pairs, strict=True))
+    resident, from_file = medians(pairs)
     return Row(
         "4. training from a file / from memory, width 16",
         ">= 85 %",
@@ -212,7 +209,7 @@ def _bf16(split: Split, device: torch.device, mean: tuple[float, ...], std: tupl
 
     single(batch), half(batch)  # the first step chooses kernels
     pairs = [(seconds(single), seconds(half)) for _ in range(repetitions)]
-    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+    slow, fast = medians(pairs)
     return Row(name, goal, tuple(a / b for a, b in pairs), detail=f"{1000 * slow:.1f} and {1000 * fast:.1f} ms a step")
 
 
@@ -220,10 +217,9 @@ def _kept_memory(device: torch.device, repetitions: int) -> Row:
     name = "5. memory returned / kept, step at width 16"
     if device.type != "cpu":
         return Row(name, "-", detail="torch keeps a GPU's memory by itself")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as returning, ProcessPoolExecutor(1, context) as keeping:
+    with fresh_process() as returning, fresh_process() as keeping:
         pairs = [(returning.submit(_seconds_a_step, False).result(), keeping.submit(_seconds_a_step, True).result()) for _ in range(repetitions)]
-    slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
+    slow, fast = medians(pairs)
     return Row(name, "-", tuple(a / b for a, b in pairs), detail=f"{1000 * slow:.0f} and {1000 * fast:.0f} ms a step")
 
 
