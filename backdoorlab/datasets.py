@@ -47,21 +47,21 @@ def load(name: str, path: str | None = None, *, image_size: int | None = None, g
     image_size: side in pixels that every image is resized to (bilinear); None keeps the size found.
     grey: one channel (True) or three (False); None keeps what the first image has.
     """
-    if name == "digits" and path is None:
-        return _dataset(name, _digits(image_size or 32, channels=3 if grey is False else 1))
     if path is not None and not Path(path).is_dir():
         raise UserError(f"--dataset_path {path}: no such folder. Give a folder with parquet shards or with train/<class>/*.png")
-    if path is None and name not in TORCHVISION:
+    if path is None and name not in names():
         raise UserError(f"unknown data set {name!r}.{suggest(name, names())} Known: {', '.join(names())}; any other data needs --dataset_path FOLDER")
     options = dict(image_size=image_size, grey=grey, reader=READER_VERSION)
-    source = f"torchvision:{name}" if path is None else _source_key(Path(path))
+    source = f"{'sklearn' if name == DEFAULT else 'torchvision'}:{name}" if path is None else _source_key(Path(path))
     key = hashlib.sha256(json.dumps([source, options], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_root() / f"{_safe(name)}-{key}"
     if not (folder / "meta.json").exists():
-        if path is None:
-            arrays = _torchvision(name, image_size, grey)
-        else:
+        if path is not None:
             arrays = _folder_reader(Path(path))(Path(path), image_size, grey)
+        elif name == DEFAULT:
+            arrays = _digits(image_size or 32, channels=3 if grey is False else 1)
+        else:
+            arrays = _torchvision(name, image_size, grey)
         _write_cache(folder, name, arrays)
     return _read_cache(folder, name)
 
