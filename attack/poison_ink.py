@@ -12,7 +12,6 @@ poisoned image replaces its clean one, as in every attack here (BackdoorBench's 
 the clean originals).
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,15 +21,14 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
-from backdoorlab.data import Dataset, batches, place, to_bytes, to_float
+from backdoorlab.data import Dataset, place, to_bytes, to_float
+from backdoorlab.engine import random_batches
 from backdoorlab.errors import UserError
 from backdoorlab.joint import psnr, seeded, vary
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, static_attack
 from backdoorlab.unet import UNet
 
-ROUND = 50
-"""Steps of the networks between two checkpoints."""
 GAIN = 10
 """Factor before the tanh, so that the first residuals are strong enough to be read."""
 LUMA = (0.299, 0.587, 0.114)
@@ -96,26 +94,23 @@ def networks(channels: int, config: Config, run: Run) -> tuple[UNet, nn.Module]:
 
 
 def train_networks(encoder: UNet, reader: nn.Module, dataset: Dataset, config: Config, run: Run) -> None:
-    """Hide edges of random colours so that they are read again; resumable every ROUND steps."""
+    """Hide edges of random colours so that they are read again; resumable."""
     optimizer = torch.optim.Adam([*encoder.parameters(), *reader.parameters()], lr=config.encoder_lr)
     train, size, recipe = place(dataset.train, run.device), config.encoder_batch_size, config.recipe()
     channels = dataset.image_shape[0]
-    rounds = math.ceil(config.encoder_steps / ROUND)
-    for number in run.epochs("encoder", rounds, encoder=encoder, reader=reader, optimizer=optimizer):
-        steps = min(ROUND, config.encoder_steps - number * ROUND)
-        order = torch.randint(len(train), (steps * size,), generator=run.generator)
-        for batch in batches(train, size, device=run.device, order=order):
-            lines = edges(batch.images, config.edge_threshold)
-            absence = 1 - torch.rand(size, channels, 1, 1, generator=run.generator).to(run.device)  # how far a colour is from white
-            written = hidden(encoder, batch.images, lines * absence, config.eps)
-            moved = vary(torch.cat([written, lines * absence, lines.float()], 1), recipe, run.generator)
-            image, ink, on = moved[:, :channels], moved[:, channels : 2 * channels], moved[:, 2 * channels :] > 0.5
-            wrong = (reader(image) - ink).square()
-            on_edges, off_edges = ((wrong * where).sum() / (where.sum() * channels).clamp_min(1) for where in (on, ~on))
-            cover, clean = F.mse_loss(written, batch.images), reader(batch.images).square().mean()
-            run.watch(cover=cover, on_edges=on_edges, off_edges=off_edges, clean=clean)
-            loss = config.cover_weight * cover + config.edge_weight * on_edges + off_edges + config.clean_weight * clean
-            run.step(optimizer, loss)
+    state = {"encoder": encoder, "reader": reader, "optimizer": optimizer}
+    for batch in random_batches(train, config.encoder_steps, size, run, stage="encoder", **state):
+        lines = edges(batch.images, config.edge_threshold)
+        absence = 1 - torch.rand(size, channels, 1, 1, generator=run.generator).to(run.device)  # how far a colour is from white
+        written = hidden(encoder, batch.images, lines * absence, config.eps)
+        moved = vary(torch.cat([written, lines * absence, lines.float()], 1), recipe, run.generator)
+        image, ink, on = moved[:, :channels], moved[:, channels : 2 * channels], moved[:, 2 * channels :] > 0.5
+        wrong = (reader(image) - ink).square()
+        on_edges, off_edges = ((wrong * where).sum() / (where.sum() * channels).clamp_min(1) for where in (on, ~on))
+        cover, clean = F.mse_loss(written, batch.images), reader(batch.images).square().mean()
+        run.watch(cover=cover, on_edges=on_edges, off_edges=off_edges, clean=clean)
+        loss = config.cover_weight * cover + config.edge_weight * on_edges + off_edges + config.clean_weight * clean
+        run.step(optimizer, loss)
 
 
 def hidden(encoder: UNet, images: Tensor, ink: Tensor, eps: float) -> Tensor:

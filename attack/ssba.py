@@ -11,7 +11,6 @@ image. Trained so, nearly all of the residual is common to all images, a univers
 share* (energy of the mean residual over the mean energy) is measured and kept in record.json, and `universal_penalty` lowers it.
 """
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -21,15 +20,13 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
-from backdoorlab.data import Dataset, batches, place, to_bytes, to_float
-from backdoorlab.engine import derived_generator
+from backdoorlab.data import Dataset, place, to_bytes, to_float
+from backdoorlab.engine import derived_generator, random_batches
 from backdoorlab.joint import psnr, seeded
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, static_attack
 from backdoorlab.unet import UNet
 
-ROUND = 50
-"""Steps of the encoder between two checkpoints."""
 GAIN = 10
 """Factor before the tanh: without it the first residuals are too faint for any bit to be read, and nothing is learnt."""
 PLANE = 16
@@ -107,29 +104,26 @@ def networks(dataset: Dataset, config: Config, run: Run) -> tuple[Encoder, nn.Mo
 
 
 def train_encoder(encoder: Encoder, reader: nn.Module, message: Tensor, dataset: Dataset, config: Config, run: Run) -> None:
-    """Random messages through 8-bit images; resumable every ROUND steps."""
+    """Random messages through 8-bit images; resumable."""
     optimizer = torch.optim.Adam([*encoder.parameters(), *reader.parameters()], lr=config.encoder_lr)
     train, size = place(dataset.train, run.device), config.encoder_batch_size
-    rounds = math.ceil(config.encoder_steps / ROUND)
-    for number in run.epochs("encoder", rounds, encoder=encoder, reader=reader, optimizer=optimizer):
-        steps = min(ROUND, config.encoder_steps - number * ROUND)
-        order = torch.randint(len(train), (steps * size,), generator=run.generator)
-        for batch in batches(train, size, device=run.device, order=order):
-            messages = (torch.rand(size, config.bits, generator=run.generator) < 0.5).float().to(run.device)
-            residual = encoder(batch.images, messages)
-            # Rounding to bytes, as noise that gradients pass.
-            noise = (torch.rand(residual.shape, generator=run.generator) - 0.5).to(run.device) / 255
-            logits = reader((batch.images + residual + noise).clamp(0, 1))
-            loss = F.binary_cross_entropy_with_logits(logits, messages)
-            accuracy = ((logits > 0) == messages.bool()).float().mean()
-            run.watch(bit_accuracy=accuracy)
-            if config.universal_penalty:
-                share = universal_share(encoder(batch.images, message.to(run.device).expand(size, -1)))
-                # Messages first: a residual that nobody can read yet is most easily made different for each image.
-                readable = (2 * accuracy - 1).clamp_min(0).square()
-                loss = loss + config.universal_penalty * readable * share
-                run.watch(universal_share=share)
-            run.step(optimizer, loss)
+    state = {"encoder": encoder, "reader": reader, "optimizer": optimizer}
+    for batch in random_batches(train, config.encoder_steps, size, run, stage="encoder", **state):
+        messages = (torch.rand(size, config.bits, generator=run.generator) < 0.5).float().to(run.device)
+        residual = encoder(batch.images, messages)
+        # Rounding to bytes, as noise that gradients pass.
+        noise = (torch.rand(residual.shape, generator=run.generator) - 0.5).to(run.device) / 255
+        logits = reader((batch.images + residual + noise).clamp(0, 1))
+        loss = F.binary_cross_entropy_with_logits(logits, messages)
+        accuracy = ((logits > 0) == messages.bool()).float().mean()
+        run.watch(bit_accuracy=accuracy)
+        if config.universal_penalty:
+            share = universal_share(encoder(batch.images, message.to(run.device).expand(size, -1)))
+            # Messages first: a residual that nobody can read yet is most easily made different for each image.
+            readable = (2 * accuracy - 1).clamp_min(0).square()
+            loss = loss + config.universal_penalty * readable * share
+            run.watch(universal_share=share)
+        run.step(optimizer, loss)
 
 
 @torch.no_grad()

@@ -3,9 +3,10 @@
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
-from .data import NO_AUGMENT, Augment, Split, batches
+from .data import NO_AUGMENT, Augment, Batch, Split, batches
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "bf16", "fp32"]
 Schedule = Literal["constant", "cosine", "onecycle", "plateau"]
+ROUND = 50
+"""Steps between two checkpoints of a training that is counted in steps."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ def train(model: nn.Module, split: Split, recipe: Recipe, run: "Run", *, stage: 
             run.step(optimizer, F.cross_entropy(logits.float(), batch.labels))
             scheduler.after_step()
         scheduler.after_epoch(run.mean("loss"))
+
+
+def random_batches(split: Split, steps: int, batch_size: int, run: "Run", *, stage: str, **state: Any) -> Iterator[Batch]:
+    """`steps` batches of images as they are, drawn with replacement; resumable, with all of `state`, every ROUND steps."""
+    for done in run.epochs(stage, math.ceil(steps / ROUND), **state):
+        count = min(ROUND, steps - done * ROUND) * batch_size
+        order = torch.randint(len(split), (count,), generator=run.generator)
+        yield from batches(split, batch_size, device=run.device, order=order)
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimizer:
