@@ -45,6 +45,10 @@ ASSUMES = ("model", "train")
 
 PLAIN = 0.7
 """Sarle's coefficient beyond which two groups are plain (5/9 is the uniform distribution's)."""
+UNIFORM = 5 / 9
+"""Sarle's coefficient of a uniform distribution."""
+FEW = 5
+"""Other labels below which it is not known where labels usually lie."""
 PROBED = 20_000
 """Samples of the other labels that a probe learns from, at most."""
 
@@ -61,6 +65,8 @@ class Config(DefenseConfig):
     """Sarle's coefficient above which a label's features may be two groups (1/3 normal, 5/9 uniform, 1 two points)."""
     variety: float = 0.6
     """Share of the other labels' variety of classes that a group must show to be taken for poison; lower finds more, and false alarms."""
+    stray: float = 15.0
+    """Standard deviations by which a group of one class must lie away from all labels to be taken for poison; lower finds more, and false alarms."""
     trim: float = 0.2
     """Share of the poisoned group, nearest to the other group, that the pool is not drawn from."""
     isolation_epochs: int = 20
@@ -116,6 +122,7 @@ class Config(DefenseConfig):
 
     RANGES: ClassVar[dict[str, str]] = {
         "pool_rate": "(0, 1]",
+        "stray": "> 0",
         "trim": "[0, 1)",
         "isolation_epochs": ">= 0",
         "isolation_lr": ">= 0",
@@ -211,13 +218,13 @@ def find_pool(view: DefenderView, model: Classifier, train: Split, features: Fea
 
 
 def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> Tensor:
-    """Ours. A label given to two kinds of images has features in two groups; the group that shows many classes is poison."""
+    """Ours. A label given to two kinds of images has features in two groups; the one of many classes, or where no label lies, is poison."""
     members = [(features.labels == label).nonzero().squeeze(1) for label in range(num_classes)]
     along = strangest_direction(features.early, features.labels, num_classes)
-    bimodality = [sarle(x) for x in along]
+    bimodality = [sarle(x) for x, _ in along]
     many = sum(value > PLAIN for value in bimodality) > num_classes // 2
     chosen = []
-    for label, (index, x) in enumerate(zip(members, along, strict=True)):
+    for label, (index, (x, others)) in enumerate(zip(members, along, strict=True)):
         if bimodality[label] <= config.bimodality:
             continue
         upper = two_means(x)
@@ -228,10 +235,14 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
             poison, verdict = halves[0], "as most labels have, so the smaller is taken for poison"
         else:
             varied = variety(features.spatial, [index[half] for half in halves], features.labels, label, run.generator)
-            poison = halves[0] if varied[0] > varied[1] else halves[1]
+            far = [stray(x[half], others) for half in halves]
             shown = f"in which early features show {varied[0]:.2f} and {varied[1]:.2f} of the variety of the other labels"
-            verdict = f"{shown}: the group with more is taken for poison"
-            if max(varied) <= config.variety:
+            if max(varied) > config.variety:
+                poison, verdict = halves[varied.index(max(varied))], f"{shown}: the group with more is taken for poison"
+            elif bimodality[label] > UNIFORM and max(far) > config.stray:
+                away = f"and which lie {far[0]:.0f} and {far[1]:.0f} standard deviations from where labels lie"
+                poison, verdict = halves[far.index(max(far))], f"{shown}, {away}: no class lies where the farther one does, so it is taken for poison"
+            else:
                 if bimodality[label] > PLAIN:
                     run.note(f"{said}, {shown}: too little for images of many classes, so these are taken for two styles")
                 continue
@@ -239,7 +250,7 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
         apart = (x[poison] - x[~poison].mean()).abs()
         chosen.append(index[poison][apart >= apart.quantile(config.trim)])
     if not chosen:
-        run.note("no poison found: no label has a group of images of many classes, so the model is returned as it was")
+        run.note("no poison found: no label has a group of images of many classes or away from all labels, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
     found = torch.cat(chosen)
     # Drawn at random: the most extreme ones would be purer, but unlike the rest. Half of the group stays out, to be found.
@@ -247,25 +258,35 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     return _mask(found[drawn], len(features.labels))
 
 
-def strangest_direction(x: Tensor, labels: Tensor, num_classes: int) -> list[Tensor]:
-    """float64 (n_k,) for each label: its samples along the direction in which they vary most, in units of how the samples of the *other* labels vary.
+def strangest_direction(x: Tensor, labels: Tensor, num_classes: int) -> list[tuple[Tensor, Tensor]]:
+    """For each label, along the direction in which its samples vary most, in units of how the samples of the *other* labels vary:
+    its samples, float64 (n_k,), and the means of the other labels, at most (K - 1,), both from its own mean.
 
     x: (N, D). After the statistic of SCAn (Demon in the Variant, Tang et al., USENIX Security 2021): what people, poses and light do to an
     image is alike in all classes; what a trigger does is not.
     """
     x = x.double()
-    centred = [x[labels == label] - x[labels == label].mean(0) for label in range(num_classes)]
+    means = [x[labels == label].mean(0) for label in range(num_classes)]
+    centred = [x[labels == label] - mean for label, mean in enumerate(means)]
     scatters = torch.stack([part.T @ part for part in centred])
     total, found = scatters.sum(0), []
-    for part, scatter in zip(centred, scatters, strict=True):
+    for label, (part, scatter) in enumerate(zip(centred, scatters, strict=True)):
         if len(part) == 0 or len(part) == len(x):
-            found.append(x.new_zeros(len(part)))
+            found.append((x.new_zeros(len(part)), x.new_zeros(0)))
             continue
         others = (total - scatter) / (len(x) - len(part))
         others += 0.1 * others.diagonal().mean().clamp_min(1e-12) * torch.eye(len(others), dtype=x.dtype, device=x.device)
-        unit = torch.linalg.solve_triangular(torch.linalg.cholesky(others), part.T, upper=False)
-        found.append(torch.linalg.eigh(unit @ unit.T).eigenvectors[:, -1] @ unit)
+        root = torch.linalg.cholesky(others)
+        unit = torch.linalg.solve_triangular(root, part.T, upper=False)
+        strangest = torch.linalg.eigh(unit @ unit.T).eigenvectors[:, -1]
+        elsewhere = torch.stack([means[k] - means[label] for k in range(num_classes) if k != label and len(centred[k])])
+        found.append((strangest @ unit, strangest @ torch.linalg.solve_triangular(root, elsewhere.T, upper=False)))
     return found
+
+
+def stray(x: Tensor, others: Tensor) -> float:
+    """How far the mean of a group lies from where the other labels' means `others` lie, in their standard deviations; 0 with too few of them."""
+    return ((x.mean() - others.mean()).abs() / others.std().clamp_min(1e-12)).item() if len(others) >= FEW else 0.0
 
 
 def variety(x: Tensor, groups: list[Tensor], labels: Tensor, label: int, generator: torch.Generator) -> list[float]:

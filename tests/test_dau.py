@@ -186,21 +186,30 @@ def test_the_strangest_direction_is_what_other_labels_do_not_do() -> None:
     labels = torch.arange(4).repeat_interleave(200)
     x = torch.randn(800, 8, generator=draws, dtype=torch.float64) * torch.tensor([20.0] + [1.0] * 7) + 5 * labels[:, None]
     x[:80, 3] += 8
-    found = dau.strangest_direction(x, labels, 4)
-    assert [len(part) for part in found] == [200] * 4
+    found, others = zip(*dau.strangest_direction(x, labels, 4), strict=True)
+    assert [len(part) for part in found] == [200] * 4 and [len(part) for part in others] == [3] * 4
     moved = torch.arange(200) < 80
     assert dau.sarle(found[0]) > dau.PLAIN and max(dau.sarle(part) for part in found[1:]) < 0.5
     upper = dau.two_means(found[0])
     assert (upper == moved).all() or (upper == ~moved).all()
     scaled = dau.strangest_direction(3 * x - 7, labels, 4)
-    assert all(torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, b in zip(found, scaled, strict=True)), "in units of the other labels' spread"
+    assert all(torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, (b, _) in zip(found, scaled, strict=True)), "in units of the other labels' spread"
+    assert all(torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, (_, b) in zip(others, scaled, strict=True))
     assert dau.sarle((x[:200] - x[:200].mean(0))[:, 0]) < 0.5, "along the largest variance nothing is to be seen"
 
 
 def test_the_strangest_direction_of_an_empty_label_or_a_single_one_is_nothing() -> None:
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    assert [len(part) for part in dau.strangest_direction(x, torch.zeros(20, dtype=torch.int64), 2)] == [20, 0]
-    assert not dau.strangest_direction(x, torch.zeros(20, dtype=torch.int64), 2)[0].any()
+    found = dau.strangest_direction(x, torch.zeros(20, dtype=torch.int64), 2)
+    assert [len(part) for part, _ in found] == [20, 0] and not found[0][0].any()
+    assert not any(len(others) for _, others in found)
+
+
+def test_a_group_strays_by_the_spread_of_the_other_labels() -> None:
+    others = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64)
+    assert dau.stray(torch.tensor([9.0, 11.0]), others) == pytest.approx(10 / math.sqrt(2.5))
+    assert dau.stray(torch.tensor([90.0, 110.0]), 10 * others) == pytest.approx(10 / math.sqrt(2.5)), "in their units"
+    assert dau.stray(torch.tensor([9.0, 11.0]), others[:4]) == 0, "too few labels to know where they lie"
 
 
 def test_variety_counts_classes_and_ignores_a_common_shift() -> None:
@@ -287,11 +296,20 @@ def test_the_bimodal_pool_finds_nothing_in_clean_features(tmp_path: Path, seed: 
     assert any("no poison found" in note for note in run.notes)
 
 
-def test_two_styles_of_one_class_are_not_poison(tmp_path: Path) -> None:
-    data, _ = features(foreign=False)
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_group_of_one_class_is_poison_where_no_label_lies(tmp_path: Path, elsewhere: bool) -> None:
+    """Clean-label poison shows its own class and a mark. Where the other classes differ in that too, it is a style."""
+    data, planted = features(foreign=False)
+    early = data.early.clone()
+    early[planted, 15] += 4
+    early[:, 15] += 0.0 if elsewhere else 2.0 * (data.labels - TARGET)
     run = new_run(tmp_path)
-    assert not dau.bimodal_pool(data, 20, K, dau.Config(), run).any()
-    assert any("two styles" in note for note in run.notes), "the label is bimodal all the same"
+    pool = dau.bimodal_pool(data._replace(early=early), 20, K, dau.Config(), run)
+    if elsewhere:
+        assert int(pool.sum()) == 20 and not (pool & ~planted).any()
+        assert any("no class lies where the farther one does" in note for note in run.notes)
+    else:
+        assert not pool.any() and any("two styles" in note for note in run.notes), "the label is bimodal all the same"
 
 
 def test_where_most_labels_have_two_groups_the_smaller_ones_are_poison(tmp_path: Path) -> None:
