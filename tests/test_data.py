@@ -279,6 +279,16 @@ def test_the_fingerprint_sees_every_byte_label_name_and_the_order() -> None:
 # --- digits ------------------------------------------------------------------------------------------------------
 
 
+def test_digits_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path))
+    first = datasets.load("digits")
+    monkeypatch.setattr(datasets, "_digits", lambda *_args, **_options: pytest.fail("decoded again"))
+    again = datasets.find("digits", first.fingerprint)
+    assert torch.equal(again.train.images, first.train.images) and again.fingerprint == first.fingerprint
+    with pytest.raises(pytest.fail.Exception):  # the control: another size is another entry
+        datasets.load("digits", image_size=16)
+
+
 def test_digits_are_split_by_class_and_without_overlap() -> None:
     from sklearn.datasets import load_digits
 
