@@ -44,7 +44,7 @@ from backdoorlab.run import Run
 ASSUMES = ("model", "train")
 
 PLAIN = 0.7
-"""Sarle's coefficient beyond which two groups are plain (5/9 is the uniform distribution's)."""
+"""Sarle's coefficient beyond which two groups are plain."""
 UNIFORM = 5 / 9
 """Sarle's coefficient of a uniform distribution."""
 FEW = 5

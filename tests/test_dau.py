@@ -296,6 +296,13 @@ def test_the_bimodal_pool_finds_nothing_in_clean_features(tmp_path: Path, seed: 
     assert any("no poison found" in note for note in run.notes)
 
 
+def test_two_styles_of_one_class_are_not_poison(tmp_path: Path) -> None:
+    data, _ = features(foreign=False)
+    run = new_run(tmp_path)
+    assert not dau.bimodal_pool(data, 20, K, dau.Config(), run).any()
+    assert any("two styles" in note for note in run.notes), "the label is bimodal all the same"
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_group_of_one_class_is_poison_where_no_label_lies(tmp_path: Path, elsewhere: bool) -> None:
     """Clean-label poison shows its own class and a mark. Where the other classes differ in that too, it is a style."""
