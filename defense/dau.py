@@ -229,26 +229,19 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
             continue
         upper = two_means(x)
         halves = sorted((upper, ~upper), key=lambda half: int(half.sum()))
-        sizes = " and ".join(str(int(half.sum())) for half in halves)
-        said = f"label {label} has features in two groups (bimodality {bimodality[label]:.2f}) of {sizes} samples"
+        poison: Tensor | None
         if many:  # all-to-all: each label has images of one other class, fewer than its own
-            poison, verdict = halves[0], "as most labels have, so the smaller is taken for poison"
+            poison, verdict = halves[0], ", as most labels have, so the smaller is taken for poison"
         else:
             varied = variety(features.spatial, [index[half] for half in halves], features.labels, label, run.generator)
-            far = [stray(x[half], others) for half in halves]
-            shown = f"in which early features show {varied[0]:.2f} and {varied[1]:.2f} of the variety of the other labels"
-            if max(varied) > config.variety:
-                poison, verdict = halves[varied.index(max(varied))], f"{shown}: the group with more is taken for poison"
-            elif bimodality[label] > UNIFORM and max(far) > config.stray:
-                away = f"and which lie {far[0]:.0f} and {far[1]:.0f} standard deviations from where labels lie"
-                poison, verdict = halves[far.index(max(far))], f"{shown}, {away}: no class lies where the farther one does, so it is taken for poison"
-            else:
-                if bimodality[label] > PLAIN:
-                    run.note(f"{said}, {shown}: too little for images of many classes, so these are taken for two styles")
-                continue
-        run.note(f"{said}, {verdict}")
-        apart = (x[poison] - x[~poison].mean()).abs()
-        chosen.append(index[poison][apart >= apart.quantile(config.trim)])
+            far = [stray(x[half], others) for half in halves] if bimodality[label] > UNIFORM else [0.0, 0.0]
+            poison, verdict = poisoned_half(halves, varied, far, config)
+        if poison is not None or bimodality[label] > PLAIN:
+            sizes = " and ".join(str(int(half.sum())) for half in halves)
+            run.note(f"label {label} has features in two groups (bimodality {bimodality[label]:.2f}) of {sizes} samples{verdict}")
+        if poison is not None:
+            apart = (x[poison] - x[~poison].mean()).abs()
+            chosen.append(index[poison][apart >= apart.quantile(config.trim)])
     if not chosen:
         run.note("no poison found: no label has a group of images of many classes or away from all labels, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
@@ -256,6 +249,20 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     # Drawn at random: the most extreme ones would be purer, but unlike the rest. Half of the group stays out, to be found.
     drawn = torch.randperm(len(found), generator=run.generator)[: min(size, max(1, len(found) // 2))].to(found.device)
     return _mask(found[drawn], len(features.labels))
+
+
+def poisoned_half(halves: list[Tensor], varied: list[float], far: list[float], config: Config) -> tuple[Tensor | None, str]:
+    """The half of a label's samples that shows many classes, or else lies where no label does, or None: with what is seen, in words.
+
+    halves: two bool (n_k,); varied: their `variety`; far: their `stray`.
+    """
+    shown = f", in which early features show {varied[0]:.2f} and {varied[1]:.2f} of the variety of the other labels"
+    if max(varied) > config.variety:
+        return halves[varied.index(max(varied))], f"{shown}: the group with more is taken for poison"
+    if max(far) > config.stray:
+        away = f"and which lie {far[0]:.0f} and {far[1]:.0f} standard deviations from where labels lie"
+        return halves[far.index(max(far))], f"{shown}, {away}: no class lies where the farther one does, so it is taken for poison"
+    return None, f"{shown}: too little for images of many classes, so these are taken for two styles"
 
 
 def strangest_direction(x: Tensor, labels: Tensor, num_classes: int) -> list[tuple[Tensor, Tensor]]:
