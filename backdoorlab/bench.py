@@ -26,6 +26,8 @@ FOLDER = ".bench"
 """Below the records: a folder for each cell, with its lock and its log."""
 ATTENTIVE, PATIENT = 0.05, 0.5
 """Seconds between two looks at what runs, and at what another driver holds."""
+QUIET = 300.0
+"""Seconds without a line after which a driver says what runs."""
 STARTUP = 5.0
 """Seconds that a command takes before it measures itself: only for the estimate of what is left."""
 
@@ -182,6 +184,8 @@ class Drive:
         self.ready = {cell.record for cell, state in states.items() if cell.kind == "attack" and state.done}
         self.running: dict[int, tuple[Cell, Running]] = {}
         self.failed: dict[Cell, str] = {}
+        self.since: dict[Cell, float] = {}
+        self.said = time.monotonic()
         self.not_before: dict[Cell, float] = {}
         self.known: dict[tuple[str, str], list[float]] = defaultdict(list)
         for cell, state in states.items():
@@ -197,6 +201,7 @@ class Drive:
                 self._fill()
                 self._collect()
                 if self.waiting or self.running:
+                    self._pulse()
                     time.sleep(ATTENTIVE)
         except BaseException:
             for _, running in self.running.values():
@@ -210,7 +215,7 @@ class Drive:
         able = [cell for cell in self.waiting if cell.kind == "attack" or cell.record in self.ready]
         due = [cell for cell in able if self.not_before.get(cell, 0.0) <= time.monotonic()]
         for slot, cell in zip(free, due, strict=False):
-            self.running[slot] = cell, self.launcher.start(self._task(cell), slot)
+            self.running[slot], self.since[cell] = (cell, self.launcher.start(self._task(cell), slot)), time.monotonic()
             self.waiting.remove(cell)
 
     def _collect(self) -> None:
@@ -224,6 +229,17 @@ class Drive:
             if code is not None:
                 del self.running[slot]
                 self._answer(cell, code)
+
+    def _pulse(self) -> None:
+        """What runs and for how long, with the last line of its log, where nothing was said for a while."""
+        now = time.monotonic()
+        if now - self.said < QUIET:
+            return
+        self.said = now
+        for cell, _ in self.running.values():
+            _say(f"  {cell.name} has run for {_duration(now - self.since[cell])}: {launchers.last_words(self._folder(cell))[:100] or 'no word yet'}")
+        if not self.running:
+            _say(f"  {len(self.waiting)} cells wait for another driver")
 
     def _answer(self, cell: Cell, code: int) -> None:
         if code == BUSY:
@@ -262,6 +278,7 @@ class Drive:
         estimate = remaining([(cell.kind, cell.label) for cell in self._unfinished()], self.known, self.launcher.slots)
         about = "" if not left else f"; {left} left" + ("" if estimate is None else f", about {_duration(estimate)}")
         _say(f"[{self.total - left}/{self.total}] {line}{about}")
+        self.said = time.monotonic()
 
     def _unfinished(self) -> list[Cell]:
         return [*self.waiting, *(cell for cell, _ in self.running.values())]

@@ -85,6 +85,19 @@ def test_a_grid_is_run_once_and_then_kept(made: Record, tmp_path: Path, capsys: 
     assert all([line for line in log if line == "finished"] == ["finished"] for log in logs(root)) and len(logs(root)) == 8
 
 
+def test_a_driver_says_what_runs_where_nothing_ends(
+    made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = quick_cells(made, 1, 0)
+    work(cells, tmp_path / "control")
+    assert "has run for" not in capsys.readouterr().err
+    monkeypatch.setattr(bench, "QUIET", 0.0)
+    work(cells, tmp_path / "root")
+    *running, last = capsys.readouterr().err.splitlines()
+    assert running[0] == "  r0 has run for 0 s: no word yet" and last.startswith("[1/1] r0 done")
+    assert {line.rpartition(": ")[2] for line in running} <= {"no word yet", "started", "finished"}
+
+
 def test_a_failing_cell_does_not_stop_the_others(
     made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
