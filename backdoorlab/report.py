@@ -243,16 +243,16 @@ def means_table(rows: Sequence[Row], table: forms.Table) -> str:
 
         return Column(title, lambda line: _marked(escape(line[1][title])), value, title in table.numbers)
 
-    # What tells attacks of one name apart comes first; on a narrow screen the rest is out of sight.
-    first = [title for title in ("data", "poison %") if len({line[title] for line in table.rows}) > 1]
+    # What tells attacks of one name apart stands beside it; on a narrow screen the rest is out of sight.
+    beside = [title for title in ("data", "poison %") if len({line[title] for line in table.rows}) > 1]
     last = [
         "TPR %",
         "FPR %",
         "seconds",
-        *(title for title in ("data", "poison %") if title not in first),
+        *(title for title in ("data", "poison %") if title not in beside),
         *(["reported"] if "reported" in table.columns else []),
     ]
-    order = [*first, "attack", "defense", "clean acc %", "ASR %", "RA %", "DER %", "n", "assumes", *last]
+    order = ["attack", *beside, "defense", "clean acc %", "ASR %", "RA %", "DER %", "n", "assumes", *last]
     columns = [column(title) for title in order]
     columns.append(_words("records", lambda line: ", ".join(dict.fromkeys(row.record for row in line[0].rows))))
     return _table(columns, [(line, _filters(line[0].first)) for line in lines])
