@@ -215,7 +215,8 @@ class Drive:
         able = [cell for cell in self.waiting if cell.kind == "attack" or cell.record in self.ready]
         due = [cell for cell in able if self.not_before.get(cell, 0.0) <= time.monotonic()]
         for slot, cell in zip(free, due, strict=False):
-            self.running[slot], self.since[cell] = (cell, self.launcher.start(self._task(cell), slot)), time.monotonic()
+            self.running[slot] = cell, self.launcher.start(self._task(cell), slot)
+            self.since[cell] = time.monotonic()
             self.waiting.remove(cell)
 
     def _collect(self) -> None:
