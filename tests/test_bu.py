@@ -137,6 +137,17 @@ def test_recovery_finds_the_planted_trigger_and_its_place() -> None:
     assert (found["corners"][1, 0] == 0).all(1).float().mean() > 0.5, "and it is where it works"
 
 
+@pytest.mark.parametrize("count", [2, 400])
+def test_few_held_out_images_are_shown_many_triggers(count: int) -> None:
+    """One trigger each would score a quarter of two images as 0, 1/2 or 1; and images of the class itself never count."""
+    split = Split(torch.zeros(count + 1, 1, 8, 8, dtype=torch.uint8), torch.tensor([0] * count + [1]))
+    triggers = torch.zeros(64, 1, 2, 2)
+    triggers[:16] = 1
+    score = bu.hit_rate(Corner(), split, triggers, torch.zeros(64, 2, dtype=torch.long), 1, bu.Config(), new_run())
+    assert 0.15 < score < 0.35
+    assert bu.hit_rate(Corner(), split.subset(torch.tensor([count])), triggers, torch.zeros(64, 2, dtype=torch.long), 1, bu.Config(), new_run()) == 0
+
+
 def test_importance_is_the_mean_slope_of_the_clean_loss() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(64, K)
