@@ -65,11 +65,13 @@ def asd(c: Mapping[str, Any], s: Setting) -> Passes:
 
 def bu(c: Mapping[str, Any], s: Setting) -> Passes:
     """Every class is tried at every level; then each pass of unlearning sees all images clean, those of other classes patched, and with the weighted
-    penalty all once more. Held-out images of other classes are looked at after each."""
+    penalty all once more. Held-out images of other classes are looked at after each, few of them with several patches."""
     held_out, others = round(c["held_out"] * s.trusted), 1 - 1 / s.classes
     images, generators = s.trusted - held_out, len(c["levels"]) * s.classes
     passes = images * (generators * c["search_epochs"] + c["epochs"] * (1 + others + (c["penalty"] == "weighted")))
-    return round(passes + others * held_out * (generators + c["epochs"])), round(passes)
+    judged = others * held_out
+    judged *= math.ceil(256 / max(1, judged))  # few images are judged with several triggers each
+    return round(passes + judged * (generators + c["epochs"])), round(passes)
 
 
 COSTS: dict[str, Callable[[Mapping[str, Any], Setting], Passes]] = {"ft": ft, "sau": sau, "ibau": ibau, "dau": dau, "asd": asd, "bu": bu}
