@@ -70,7 +70,7 @@ def bu(c: Mapping[str, Any], s: Setting) -> Passes:
     images, generators = s.trusted - held_out, len(c["levels"]) * s.classes
     passes = images * (generators * c["search_epochs"] + c["epochs"] * (1 + others + (c["penalty"] == "weighted")))
     judged = others * held_out
-    judged *= math.ceil(256 / max(1, judged))  # few images are judged with several triggers each
+    judged *= math.ceil(registry.load("defense", "bu").module.TRIALS / max(1, judged))  # few images are judged with several triggers each
     return round(passes + judged * (generators + c["epochs"])), round(passes)
 
 
