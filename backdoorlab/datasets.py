@@ -425,10 +425,13 @@ def _write_cache(folder: Path, name: str, arrays: Arrays) -> None:
                 np.save(final / f"{array_name}.npy", array)
             meta = dict(name=name, fingerprint=dataset.fingerprint, class_names=dataset.class_names, train=len(dataset.train), test=len(dataset.test))
             (final / "meta.json").write_text(json.dumps(meta))
-            if (folder / "meta.json").exists():  # another process was faster
-                return
-            remove(folder)
-            publish(final, folder)
+            try:
+                publish(final, folder)
+            except OSError:
+                if (folder / "meta.json").exists():  # another process was faster
+                    return
+                remove(folder)
+                publish(final, folder)
     except OSError as error:
         raise UserError(f"the data set cache {folder} cannot be written ({error}): set BACKDOORLAB_CACHE to a folder with space") from error
     finally:

@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -563,6 +565,27 @@ def test_the_cache_is_found_by_content(cached: tuple[Dataset, Path], tmp_path: P
     assert datasets.load("pets", str(tmp_path / "elsewhere")).fingerprint != dataset.fingerprint
     with pytest.raises(UserError, match="not in the cache"):
         datasets.find("pets", "0" * 64)
+
+
+def test_two_that_fill_an_empty_cache_at_once_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one's folder comes just before ours; with control: a folder there that is no data set is replaced."""
+    cache, publish = tmp_path / "cache", datasets.publish
+    monkeypatch.setenv("BACKDOORLAB_CACHE", str(cache))
+
+    def beaten(stage: Path, folder: Path, ignored: tuple[str, ...] = ()) -> None:
+        monkeypatch.setattr(datasets, "publish", publish)
+        shutil.copytree(stage, folder, ignore=shutil.ignore_patterns(*ignored))
+        (folder / "whose").write_text("the other's")
+        publish(stage, folder)
+
+    monkeypatch.setattr(datasets, "publish", beaten)
+    dataset = datasets.load("pets", str(image_folder(tmp_path / "data")))
+    (folder,) = cache.iterdir()
+    assert (folder / "whose").exists() and datasets.find("pets", dataset.fingerprint).fingerprint == dataset.fingerprint
+    shutil.rmtree(cache)
+    monkeypatch.setattr(datasets, "publish", partial(beaten, ignored=("meta.json",)))
+    assert datasets.load("pets", str(tmp_path / "data")).fingerprint == dataset.fingerprint
+    assert [entry.name for entry in cache.iterdir()] == [folder.name] and not (folder / "whose").exists()
 
 
 @pytest.mark.parametrize("file", ["train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy"])
