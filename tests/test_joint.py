@@ -227,7 +227,7 @@ def test_batch_normalisation_tells_apart_what_comes_in_separate_passes(tmp_path:
                 run.step(optimizer, loss_of(model, Paler(), batch.images, batch.labels, labels, config, run))
         found = predict(model, dataset.test, CPU, partial(autocast, CPU, "fp32"))
         accuracy[name] = (found == dataset.test.labels).float().mean().item()
-    assert accuracy["together"] > 0.8 and accuracy["apart"] < accuracy["together"] - 0.25, accuracy
+    assert accuracy["together"] > 0.8 and accuracy["apart"] < accuracy["together"] - 0.2, accuracy
 
 
 def test_the_generators_gradients_are_those_of_one_step(tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
