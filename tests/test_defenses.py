@@ -30,7 +30,7 @@ ROWS = {
     "bu": Row(asr=0.1, drop=0.05),
     "dau": Row(asr=0.05, precision=0.9, tpr=0.8),
     "ibau": Row(asr=0.1),
-    "sau": Row(("--eps", "0.4"), asr=0.1, drop=0.05),  # a patch of white on black is further away than the published 0.2
+    "sau": Row(("--eps", "0.4"), asr=0.1),  # a patch of white on black is further away than the published 0.2
     "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
 }
 
@@ -50,7 +50,7 @@ def test_a_defense_keeps_its_promise(method: str, demo: Record, tmp_path: Path) 
     assert result["before"] == {key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")}
     assert after["clean_accuracy"] >= before["clean_accuracy"] - row.drop and not result["collapsed"]
     if row.asr is not None:
-        assert after["asr"] <= row.asr, after
+        assert after["asr"] <= row.asr
         assert result["der"] > 0.9 and after["robust_accuracy"] > before["robust_accuracy"] + 0.3
     if row.precision is not None:
         assert result["split"]["precision"] >= row.precision

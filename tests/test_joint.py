@@ -221,13 +221,13 @@ def test_batch_normalisation_tells_apart_what_comes_in_separate_passes(tmp_path:
         with joint.seeded(0, "leak"):
             model = build("preactresnet10", num_classes=10, in_chans=1, mean=[0.3], std=[0.4], width=8, image_size=8)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        for epoch in range(4):
+        for epoch in range(5):
             model.train()
             for batch in batches(dataset.train, 64, device=CPU, generator=derived_generator(epoch, "leak"), drop_last=True):
                 run.step(optimizer, loss_of(model, Paler(), batch.images, batch.labels, labels, config, run))
         found = predict(model, dataset.test, CPU, partial(autocast, CPU, "fp32"))
         accuracy[name] = (found == dataset.test.labels).float().mean().item()
-    assert accuracy["together"] > 0.8 and accuracy["apart"] < accuracy["together"] - 0.2, accuracy
+    assert accuracy["together"] > 0.8 and accuracy["apart"] < accuracy["together"] - 0.25, accuracy
 
 
 def test_the_generators_gradients_are_those_of_one_step(tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
