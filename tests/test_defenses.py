@@ -30,7 +30,7 @@ ROWS = {
     "bu": Row(asr=0.1, drop=0.05),
     "dau": Row(asr=0.05, precision=0.9, tpr=0.8),
     "ibau": Row(asr=0.1),
-    "sau": Row(("--eps", "0.4"), asr=0.1),  # a patch of white on black is further away than the published 0.2
+    "sau": Row(asr=0.1),
     "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
 }
 
