@@ -2,8 +2,8 @@
 
     python -m benchmarks [--device auto] [--repetitions 5] [--json FILE]
 
-pipeline.py: images, and a training step. defenses.py: the inner step of each defense. whole.py: an attack and a defense from start to
-end. Each prints its table; --json keeps them all in one file, for later comparison.
+pipeline.py: images, and a training step. convolutions.py: what bounds that step. defenses.py: the inner step of each defense. whole.py:
+an attack and a defense from start to end. Each prints its table; --json keeps them all in one file, for later comparison.
 """
 
 import json
@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE))  # the scripts find each other when they are run b
 
 import measure  # noqa: E402
 
-SUITES = ("pipeline", "defenses", "whole")
+SUITES = ("pipeline", "convolutions", "defenses", "whole")
 
 
 def main() -> int:

@@ -44,6 +44,17 @@ def test_the_published_round_of_ibau_and_ours_find_the_same_delta_and_weights(tm
     assert largest > 1e-5 and all(torch.allclose(a, b, atol=1e-3 * largest) for a, b in moved)
 
 
+def test_every_convolution_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PreAct-ResNet18 on CIFAR-10 takes .56 billion multiply-adds an image (He et al. and its CIFAR ports), nearly all in convolutions."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    import convolutions  # type: ignore[import-not-found, unused-ignore]
+
+    shapes = convolutions._convolutions(convolutions._network(64, torch.device("cpu")))
+    assert sum(shapes.values()) == 20 and [shape.first for shape in shapes] == [True] + [False] * (len(shapes) - 1)
+    layers = sum(shape.operations // (2 if shape.first else 3) * count for shape, count in shapes.items())
+    assert layers / (2 * convolutions.BATCH) == pytest.approx(0.56e9, rel=0.01)
+
+
 @pytest.mark.slow
 def test_a_whole_attack_and_defense_are_compared(tmp_path: Path) -> None:
     file = tmp_path / "table.json"
