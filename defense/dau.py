@@ -194,7 +194,8 @@ def lost_label(log_p: Tensor, features: Features, config: Config) -> Tensor:
 def doubt(log_p: Tensor, features: Features, config: Config) -> Tensor:
     """float (N,): how much less, as a log, the anti-learned head believes in a sample's label than the poisoned model did."""
     before = cross_entropy(features.logits, features.labels) if config.relative else 0
-    return cross_entropy(log_p, features.labels) - before
+    # Not renormalised over the classes: heads that send a sample to different ones leave every median low.
+    return -log_p.gather(1, features.labels.unsqueeze(1)).squeeze(1) - before
 
 
 def accuracy(logits: Tensor, labels: Tensor, among: Tensor) -> float:

@@ -341,6 +341,21 @@ def test_the_pool_is_at_most_half_of_the_group_and_drawn_from_the_seed(tmp_path:
     assert not torch.equal(draw(15, 0), draw(15, 1))
 
 
+def test_heads_that_disagree_about_where_a_sample_goes_agree_that_its_label_is_gone() -> None:
+    """Each sends it to another class, so every class has a low median; renormalised, the label would seem to be believed."""
+    data, _ = features()
+    labels, logits = data.labels[:1], 20.0 * torch.nn.functional.one_hot(data.labels[:1], K)
+    heads = torch.full((K, 1, K), -30.0)
+    for place, head in enumerate(heads):
+        head[0, place] = 0.0
+    heads[:, 0, labels[0]] = -9.0
+    median = heads.log_softmax(-1).median(0).values
+    one = Features(data.pooled[:1], data.early[:1], data.spatial[:1], logits, labels)
+    assert median.logsumexp(1) < -5, "the control: medians are no distribution"
+    assert dau.doubt(median, one, dau.Config()).item() == pytest.approx(9.0, abs=0.01)
+    assert dau.lost_label(median, one, dau.Config()).all()
+
+
 def test_heads_carry_the_pool_over_to_the_rest_of_the_group(tmp_path: Path) -> None:
     data, planted = features()
     pool = planted & (torch.arange(len(planted)) % 3 == 0)
