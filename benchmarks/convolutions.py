@@ -19,10 +19,10 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
-from measure import Row, busy, describe_machine, in_turn, medians, report, timed
+from measure import Row, busy, describe_machine, in_turn, medians, report, timed, training_step
 from torch import Tensor, nn
 
-from backdoorlab.engine import Precision, Recipe, autocast, choose_device, fast_bf16, make_optimizer, seed_everything
+from backdoorlab.engine import Precision, choose_device, fast_bf16, seed_everything
 from backdoorlab.models import Classifier, build
 
 BATCH = 128
@@ -51,7 +51,6 @@ class Shape:
 class Way:
     """How a step is computed."""
 
-    name: str
     precision: Precision
     memory: torch.memory_format
 
@@ -69,8 +68,8 @@ def main() -> None:
 
 
 def _rows(width: int, device: torch.device, repetitions: int) -> Iterator[Row]:
-    conventional = Way("fp32, NCHW", "fp32", torch.contiguous_format)
-    ours = Way("bf16, NHWC", "bf16", torch.channels_last) if fast_bf16(device) else Way("fp32, NHWC", "fp32", torch.channels_last)
+    conventional = Way("fp32", torch.contiguous_format)
+    ours = Way("bf16" if fast_bf16(device) else "fp32", torch.channels_last)
     shapes = _convolutions(_network(width, device))
     total = sum(shape.operations * count for shape, count in shapes.items())
     pairs = []
@@ -135,11 +134,9 @@ def _convolution(shape: Shape, way: Way, device: torch.device) -> Callable[[], A
     x = made(BATCH, shape.inputs, shape.size, shape.size).to(way.dtype, memory_format=way.memory)
     weight = made(shape.outputs, shape.inputs, shape.kernel, shape.kernel).to(way.dtype, memory_format=way.memory)
     forward = partial(F.conv2d, x, weight, None, shape.stride, shape.padding)
-    slope, two = torch.randn_like(forward()), (lambda value: [value, value])
+    slope, strides, paddings = torch.randn_like(forward()), [shape.stride] * 2, [shape.padding] * 2
     wanted = [not shape.first, True, False]
-    backward = partial(
-        torch.ops.aten.convolution_backward, slope, x, weight, None, two(shape.stride), two(shape.padding), [1, 1], False, [0, 0], 1, wanted
-    )
+    backward = partial(torch.ops.aten.convolution_backward, slope, x, weight, None, strides, paddings, [1, 1], False, [0, 0], 1, wanted)
 
     def work() -> None:
         forward()
@@ -150,18 +147,9 @@ def _convolution(shape: Shape, way: Way, device: torch.device) -> Callable[[], A
 
 def _step(width: int, way: Way, device: torch.device) -> Callable[[], Any]:
     model = _network(width, device).to(memory_format=way.memory).train()
-    optimizer = make_optimizer(model.parameters(), Recipe(epochs=1, batch_size=BATCH, lr=0.01))
     images = torch.rand(BATCH, 3, 32, 32, device=device).to(memory_format=way.memory)
     labels = torch.randint(10, (BATCH,), device=device)
-
-    def work() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(device, way.precision):
-            logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-
-    return work
+    return partial(training_step(model, BATCH, device, way.precision), images, labels)
 
 
 def _product(way: Way, device: torch.device) -> Callable[[], Any]:

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision
+from torch import Tensor, nn
 
+from backdoorlab.engine import Precision, Recipe, autocast, make_optimizer
 from backdoorlab.run import environment
 
 
@@ -73,6 +76,20 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     value = work()
     wait(device)
     return time.perf_counter() - begin, value
+
+
+def training_step(model: nn.Module, batch_size: int, device: torch.device, precision: Precision) -> Callable[[Tensor, Tensor], None]:
+    """A step of the engine's SGD on images and labels."""
+    optimizer = make_optimizer(model.parameters(), Recipe(epochs=1, batch_size=batch_size, lr=0.01))
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(device, precision):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    return step
 
 
 def wait(device: torch.device) -> None:

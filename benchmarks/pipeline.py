@@ -24,15 +24,14 @@ from typing import Any
 import measure
 import numpy as np
 import torch
-import torch.nn.functional as F
-from measure import Row, busy, describe_machine, fresh_process, medians, report, timed
+from measure import Row, busy, describe_machine, fresh_process, medians, report, timed, training_step
 from published import Images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from backdoorlab import datasets
 from backdoorlab.data import Augment, Batch, Split, batches, channel_statistics, mapped, place
-from backdoorlab.engine import Precision, Recipe, autocast, choose_device, fast_bf16, keep_freed_memory, make_optimizer, seed_everything
+from backdoorlab.engine import Precision, choose_device, fast_bf16, keep_freed_memory, seed_everything
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier, build
 
@@ -240,16 +239,8 @@ def _training_step(
     _, channels, height, _ = split.images.shape
     classes = int(split.labels.max()) + 1
     model = build("preactresnet18", num_classes=classes, in_chans=channels, mean=mean, std=std, width=width, image_size=height).to(device).train()
-    optimizer = make_optimizer(model.parameters(), Recipe(epochs=1, batch_size=BATCH, lr=0.01))
-
-    def step(batch: Batch) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(device, precision):
-            logits = model(batch.images)
-        F.cross_entropy(logits.float(), batch.labels).backward()
-        optimizer.step()
-
-    return step
+    step = training_step(model, BATCH, device, precision)
+    return lambda batch: step(batch.images, batch.labels)
 
 
 def _data(name: str, path: str | None) -> tuple[Split, str]:
