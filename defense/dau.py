@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, batches, place
+from backdoorlab.engine import derived_generator
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, extract
 from backdoorlab.models import Classifier
@@ -51,6 +52,8 @@ FEW = 5
 """Other labels below which it is not known where labels usually lie."""
 PROBED = 20_000
 """Samples of the other labels that a probe learns from, at most."""
+APART = 2.0
+"""Standard deviations beyond which two normal distributions of one spread are two peaks and not one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,8 @@ class Config(DefenseConfig):
     """Standard deviations by which a group of one class must lie away from all labels to be taken for poison; lower finds more, and false alarms."""
     trim: float = 0.2
     """Share of the poisoned group, nearest to the other group, that the pool is not drawn from."""
+    small_trim: float = 0.5
+    """The same for a group that is small beside the rest of its label, which sends more clean samples into it."""
     isolation_epochs: int = 20
     """Length of the isolation training."""
     isolation_gamma: float = 0.5
@@ -124,6 +129,7 @@ class Config(DefenseConfig):
         "pool_rate": "(0, 1]",
         "stray": "> 0",
         "trim": "[0, 1)",
+        "small_trim": "[0, 1)",
         "isolation_epochs": ">= 0",
         "isolation_lr": ">= 0",
         "heads": ">= 1",
@@ -159,14 +165,17 @@ def find_poison(view: DefenderView, config: Config, run: Run) -> Tensor:
     model, train = view.model, place(view.train, run.device)
     features = extract(model, train, run)
     pool = find_pool(view, model, train, features, config, run)
-    nothing = torch.zeros(len(train), dtype=torch.bool)
     if not pool.any():
-        run.report_split(nothing)
-        return nothing
+        run.report_split(pool)
+        return pool
     run.report_split(pool, "pool")
+    return find_the_rest(view, features, pool, config, run)
 
+
+def find_the_rest(view: DefenderView, features: Features, pool: Tensor, config: Config, run: Run) -> Tensor:
+    """Steps 2 and 3: the split that follows from a pool. Bool (N,) both."""
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
-        log_p = anti_learn(features, pool, model.get_classifier(), beta, config, run)
+        log_p = anti_learn(features, pool, view.model.get_classifier(), beta, config, run)
         flagged = lost_label(log_p, features, config)
         lost = accuracy(features.logits, features.labels, ~flagged) - accuracy(log_p, features.labels, ~flagged)
         if flagged.all() or lost <= config.breakdown:
@@ -221,28 +230,36 @@ def find_pool(view: DefenderView, model: Classifier, train: Split, features: Fea
 def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> Tensor:
     """Ours. A label given to two kinds of images has features in two groups; the one of many classes, or where no label lies, is poison."""
     members = [(features.labels == label).nonzero().squeeze(1) for label in range(num_classes)]
-    along = strangest_direction(features.early, features.labels, num_classes)
-    bimodality = [sarle(x) for x, _ in along]
+    whitened = whiten(features.early, features.labels, num_classes)
+    along = [strangest_direction(samples) @ samples for samples, _ in whitened]
+    bimodality = [sarle(x) for x in along]
     many = sum(value > PLAIN for value in bimodality) > num_classes // 2
+    draws = derived_generator(run.seed, "small groups")
     chosen = []
-    for label, (index, (x, others)) in enumerate(zip(members, along, strict=True)):
-        if bimodality[label] <= config.bimodality:
-            continue
-        upper = two_means(x)
-        halves = sorted((upper, ~upper), key=lambda half: int(half.sum()))
-        poison: Tensor | None
-        if many:  # all-to-all: each label has images of one other class, fewer than its own
-            poison, verdict = halves[0], ", as most labels have, so the smaller is taken for poison"
-        else:
-            varied = variety(features.spatial, [index[half] for half in halves], features.labels, label, run.generator)
-            far = [stray(x[half], others) for half in halves] if bimodality[label] > UNIFORM else [0.0, 0.0]
-            poison, verdict = poisoned_half(halves, varied, far, config)
-        if poison is not None or bimodality[label] > PLAIN:
-            sizes = " and ".join(str(int(half.sum())) for half in halves)
-            run.note(f"label {label} has features in two groups (bimodality {bimodality[label]:.2f}) of {sizes} samples{verdict}")
+    for label, (index, (samples, means), x) in enumerate(zip(members, whitened, along, strict=True)):
+        poison, trim = None, config.trim
+        if bimodality[label] > config.bimodality:
+            upper = two_means(x)
+            halves = sorted((upper, ~upper), key=lambda half: int(half.sum()))
+            if many:  # all-to-all: each label has images of one other class, fewer than its own
+                poison, verdict = halves[0], ", as most labels have, so the smaller is taken for poison"
+            else:
+                varied = variety(features.spatial, [index[half] for half in halves], features.labels, label, run.generator)
+                others = strangest_direction(samples) @ means
+                far = [stray(x[half], others) for half in halves] if bimodality[label] > UNIFORM else [0.0, 0.0]
+                poison, verdict = poisoned_half(halves, varied, far, config)
+            if poison is not None or bimodality[label] > PLAIN:
+                sizes = " and ".join(str(int(half.sum())) for half in halves)
+                run.note(f"label {label} has features in two groups (bimodality {bimodality[label]:.2f}) of {sizes} samples{verdict}")
+        if poison is None and not many and (groups := small_groups(samples, x)):
+            varied = variety(features.spatial, [index[group] for group, _ in groups], features.labels, label, draws)
+            if max(varied) > config.variety:
+                (poison, x), trim = groups[varied.index(max(varied))], config.small_trim
+                shown = f"in which early features show {max(varied):.2f} of the variety of the other labels"
+                run.note(f"label {label} has a small group of {int(poison.sum())} samples, {shown}: it is taken for poison")
         if poison is not None:
             apart = (x[poison] - x[~poison].mean()).abs()
-            chosen.append(index[poison][apart >= apart.quantile(config.trim)])
+            chosen.append(index[poison][apart >= apart.quantile(trim)])
     if not chosen:
         run.note("no poison found: no label has a group of images of many classes or away from all labels, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
@@ -266,9 +283,9 @@ def poisoned_half(halves: list[Tensor], varied: list[float], far: list[float], c
     return None, f"{shown}: too little for images of many classes, so these are taken for two styles"
 
 
-def strangest_direction(x: Tensor, labels: Tensor, num_classes: int) -> list[tuple[Tensor, Tensor]]:
-    """For each label, along the direction in which its samples vary most, in units of how the samples of the *other* labels vary:
-    its samples, float64 (n_k,), and the means of the other labels, at most (K - 1,), both from its own mean.
+def whiten(x: Tensor, labels: Tensor, num_classes: int) -> list[tuple[Tensor, Tensor]]:
+    """For each label, from its own mean and in units of how the samples of the *other* labels vary: its samples (D, n_k) and the means of the
+    other labels (D, at most K - 1), float64.
 
     x: (N, D). After the statistic of SCAn (Demon in the Variant, Tang et al., USENIX Security 2021): what people, poses and light do to an
     image is alike in all classes; what a trigger does is not.
@@ -280,15 +297,43 @@ def strangest_direction(x: Tensor, labels: Tensor, num_classes: int) -> list[tup
     total, found = scatters.sum(0), []
     for label, (part, scatter) in enumerate(zip(centred, scatters, strict=True)):
         if len(part) == 0 or len(part) == len(x):
-            found.append((x.new_zeros(len(part)), x.new_zeros(0)))
+            found.append((torch.zeros_like(part.T), x.new_zeros(x.shape[1], 0)))
             continue
         others = (total - scatter) / (len(x) - len(part))
         others += 0.1 * others.diagonal().mean().clamp_min(1e-12) * torch.eye(len(others), dtype=x.dtype, device=x.device)
         root = torch.linalg.cholesky(others)
-        unit = torch.linalg.solve_triangular(root, part.T, upper=False)
-        strangest = torch.linalg.eigh(unit @ unit.T).eigenvectors[:, -1]
-        elsewhere = torch.stack([means[k] - means[label] for k in range(num_classes) if k != label and len(centred[k])])
-        found.append((strangest @ unit, strangest @ torch.linalg.solve_triangular(root, elsewhere.T, upper=False)))
+        elsewhere = torch.stack([means[k] - means[label] for k in range(num_classes) if k != label and len(centred[k])], 1)
+        found.append(tuple(torch.linalg.solve_triangular(root, part, upper=False) for part in (part.T, elsewhere)))
+    return found
+
+
+def strangest_direction(samples: Tensor) -> Tensor:
+    """(D,): the direction of length 1 in which whitened samples (D, n) vary most."""
+    return torch.linalg.eigh(samples @ samples.T).eigenvectors[:, -1]
+
+
+def small_groups(samples: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Groups of any size, small ones too, that whitened samples (D, n) fall in, sought from both ends of x (n,): bool (n,), True in the group,
+    and the samples along the direction in which it lies from the others, (n,).
+
+    Two means cut a label with a tenth of poison in the middle of the clean part. A mixture of two normal distributions of one spread, along
+    the line between their means, which turns with them, does not; it starts from the outermost twentieth.
+    """
+    found = []
+    for end in (x, -x):
+        p = (end >= end.quantile(0.95)).to(x.dtype) if len(x) else x
+        for _ in range(100):
+            p = p.clamp(1e-9, 1 - 1e-9)
+            share, weights = p.mean(), torch.stack([p / p.sum(), (1 - p) / (1 - p).sum()])
+            towards = samples @ (weights[0] - weights[1])
+            along = towards @ samples / towards.norm()
+            means = weights @ along
+            square = (along - means[:, None]).square()
+            variance = (p * square[0] + (1 - p) * square[1]).mean()
+            p = (share.logit() + (square[1] - square[0]) / (2 * variance)).sigmoid()
+        group = p > 0.5
+        if group.any() and not group.all() and means[0] - means[1] > APART * variance.sqrt():
+            found.append((group, along))
     return found
 
 

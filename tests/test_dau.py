@@ -186,23 +186,30 @@ def test_the_strangest_direction_is_what_other_labels_do_not_do() -> None:
     labels = torch.arange(4).repeat_interleave(200)
     x = torch.randn(800, 8, generator=draws, dtype=torch.float64) * torch.tensor([20.0] + [1.0] * 7) + 5 * labels[:, None]
     x[:80, 3] += 8
-    found, others = zip(*dau.strangest_direction(x, labels, 4), strict=True)
+
+    def along(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Each label's samples along its strangest direction, and the other labels' means."""
+        whitened = [(dau.strangest_direction(samples), samples, means) for samples, means in dau.whiten(x, labels, 4)]
+        return [w @ samples for w, samples, _ in whitened], [w @ means for w, _, means in whitened]
+
+    found, others = along(x)
     assert [len(part) for part in found] == [200] * 4 and [len(part) for part in others] == [3] * 4
     moved = torch.arange(200) < 80
     assert dau.sarle(found[0]) > dau.PLAIN and max(dau.sarle(part) for part in found[1:]) < 0.5
     upper = dau.two_means(found[0])
     assert (upper == moved).all() or (upper == ~moved).all()
-    scaled = dau.strangest_direction(3 * x - 7, labels, 4)
-    assert all(torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, (b, _) in zip(found, scaled, strict=True)), "in units of the other labels' spread"
-    assert all(torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, (_, b) in zip(others, scaled, strict=True))
+    scaled = along(3 * x - 7)
+    assert all(torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, b in zip(found, scaled[0], strict=True)), "in units of the other labels' spread"
+    assert all(torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, b in zip(others, scaled[1], strict=True))
     assert dau.sarle((x[:200] - x[:200].mean(0))[:, 0]) < 0.5, "along the largest variance nothing is to be seen"
 
 
 def test_the_strangest_direction_of_an_empty_label_or_a_single_one_is_nothing() -> None:
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    found = dau.strangest_direction(x, torch.zeros(20, dtype=torch.int64), 2)
-    assert [len(part) for part, _ in found] == [20, 0] and not found[0][0].any()
-    assert not any(len(others) for _, others in found)
+    found = dau.whiten(x, torch.zeros(20, dtype=torch.int64), 2)
+    assert [samples.shape[1] for samples, _ in found] == [20, 0] and not found[0][0].any()
+    assert not any(means.shape[1] for _, means in found)
+    assert not any(dau.small_groups(samples, dau.strangest_direction(samples) @ samples) for samples, _ in found)
 
 
 def test_a_group_strays_by_the_spread_of_the_other_labels() -> None:
@@ -301,6 +308,33 @@ def test_two_styles_of_one_class_are_not_poison(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     assert not dau.bimodal_pool(data, 20, K, dau.Config(), run).any()
     assert any("two styles" in note for note in run.notes), "the label is bimodal all the same"
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_small_group_is_found_by_its_variety_where_two_means_cut_the_label_elsewhere(tmp_path: Path, seed: int, foreign: bool) -> None:
+    """One in twenty of a label, three standard deviations away: images of other classes are poison, images of its own are not."""
+    draws = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(K).repeat_interleave(400), torch.full((20,), TARGET)])
+    planted = torch.arange(len(labels)) >= K * 400
+    others = torch.tensor([k for k in range(K) if k != TARGET])
+    true = labels.masked_scatter(planted, others[torch.arange(20) % len(others)]) if foreign else labels
+    early = 3 * F.one_hot(true, 20).float() + torch.randn(len(labels), 20, generator=draws)
+    early[planted, 15] += 3
+
+    samples, _ = dau.whiten(early, labels, K)[TARGET]
+    along = dau.strangest_direction(samples) @ samples
+    assert dau.sarle(along) < dau.Config().bimodality, "the label is left alone by the search for two groups"
+    upper = dau.two_means(along)
+    assert max(planted[labels == TARGET][half].double().mean().item() for half in (upper, ~upper)) < 0.3, "and its halves would both be clean"
+
+    run = new_run(tmp_path)
+    pool = dau.bimodal_pool(Features(early, early, early.half(), early, labels), 20, K, dau.Config(), run)
+    if foreign:
+        assert pool.any() and not (pool & ~planted).any()
+        assert any(f"label {TARGET} has a small group of 1" in note for note in run.notes)
+    else:
+        assert not pool.any() and any("no poison found" in note for note in run.notes)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
