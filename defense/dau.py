@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, batches, place
-from backdoorlab.engine import derived_generator
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, extract
 from backdoorlab.models import Classifier
@@ -72,8 +71,8 @@ class Config(DefenseConfig):
     """Standard deviations by which a group of one class must lie away from all labels to be taken for poison; lower finds more, and false alarms."""
     trim: float = 0.2
     """Share of the poisoned group, nearest to the other group, that the pool is not drawn from."""
-    small_trim: float = 0.5
-    """The same for a group that is small beside the rest of its label, which sends more clean samples into it."""
+    sure: float = 0.99
+    """Probability under a mixture above which a sample of the poisoned group may be drawn; the surer half of the group always may."""
     isolation_epochs: int = 20
     """Length of the isolation training."""
     isolation_gamma: float = 0.5
@@ -129,7 +128,7 @@ class Config(DefenseConfig):
         "pool_rate": "(0, 1]",
         "stray": "> 0",
         "trim": "[0, 1)",
-        "small_trim": "[0, 1)",
+        "sure": "(0, 1)",
         "isolation_epochs": ">= 0",
         "isolation_lr": ">= 0",
         "heads": ">= 1",
@@ -231,13 +230,12 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     """Ours. A label given to two kinds of images has features in two groups; the one of many classes, or where no label lies, is poison."""
     members = [(features.labels == label).nonzero().squeeze(1) for label in range(num_classes)]
     whitened = whiten(features.early, features.labels, num_classes)
-    along = [strangest_direction(samples) @ samples for samples, _ in whitened]
-    bimodality = [sarle(x) for x in along]
+    directions = [strangest_direction(samples) for samples, _ in whitened]
+    bimodality = [sarle(direction @ samples) for direction, (samples, _) in zip(directions, whitened, strict=True)]
     many = sum(value > PLAIN for value in bimodality) > num_classes // 2
-    draws = derived_generator(run.seed, "small groups")
     chosen = []
-    for label, (index, (samples, means), x) in enumerate(zip(members, whitened, along, strict=True)):
-        poison, trim = None, config.trim
+    for label, (index, (samples, means), direction) in enumerate(zip(members, whitened, directions, strict=True)):
+        x, poison, sure, varied = direction @ samples, None, None, []
         if bimodality[label] > config.bimodality:
             upper = two_means(x)
             halves = sorted((upper, ~upper), key=lambda half: int(half.sum()))
@@ -245,21 +243,24 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
                 poison, verdict = halves[0], ", as most labels have, so the smaller is taken for poison"
             else:
                 varied = variety(features.spatial, [index[half] for half in halves], features.labels, label, run.generator)
-                others = strangest_direction(samples) @ means
-                far = [stray(x[half], others) for half in halves] if bimodality[label] > UNIFORM else [0.0, 0.0]
+                far = [stray(x[half], direction @ means) for half in halves] if bimodality[label] > UNIFORM else [0.0, 0.0]
                 poison, verdict = poisoned_half(halves, varied, far, config)
             if poison is not None or bimodality[label] > PLAIN:
                 sizes = " and ".join(str(int(half.sum())) for half in halves)
                 run.note(f"label {label} has features in two groups (bimodality {bimodality[label]:.2f}) of {sizes} samples{verdict}")
-        if poison is None and not many and (groups := small_groups(samples, x)):
-            varied = variety(features.spatial, [index[group] for group, _ in groups], features.labels, label, draws)
-            if max(varied) > config.variety:
-                (poison, x), trim = groups[varied.index(max(varied))], config.small_trim
-                shown = f"in which early features show {max(varied):.2f} of the variety of the other labels"
-                run.note(f"label {label} has a small group of {int(poison.sum())} samples, {shown}: it is taken for poison")
-        if poison is not None:
-            apart = (x[poison] - x[~poison].mean()).abs()
-            chosen.append(index[poison][apart >= apart.quantile(trim)])
+            if poison is not None:
+                apart = (x - x[~poison].mean()).abs()
+                sure = poison & (apart >= apart[poison].quantile(config.trim))
+        if not many and (mixtures := mixture_groups(samples, x)):
+            shown = variety(features.spatial, [index[p > 0.5] for p in mixtures], features.labels, label, run.generator)
+            best = max(shown)
+            if best > max([config.variety, *varied]):
+                p = mixtures[shown.index(best)]
+                sure = p >= p[p > 0.5].median().clamp_max(config.sure)
+                what = f"{int((p > 0.5).sum())} samples that lie together and show {best:.2f} of the variety of the other labels"
+                run.note(f"label {label} has {what}: a mixture tells them apart, and they are taken for poison")
+        if sure is not None:
+            chosen.append(index[sure])
     if not chosen:
         run.note("no poison found: no label has a group of images of many classes or away from all labels, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
@@ -312,12 +313,11 @@ def strangest_direction(samples: Tensor) -> Tensor:
     return torch.linalg.eigh(samples @ samples.T).eigenvectors[:, -1]
 
 
-def small_groups(samples: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Groups of any size, small ones too, that whitened samples (D, n) fall in, sought from both ends of x (n,): bool (n,), True in the group,
-    and the samples along the direction in which it lies from the others, (n,).
+def mixture_groups(samples: Tensor, x: Tensor) -> list[Tensor]:
+    """Groups of any size, small ones too, sought from both ends of x (n,): for each the probability (n,) that a sample belongs to it.
 
-    Two means cut a label with a tenth of poison in the middle of the clean part. A mixture of two normal distributions of one spread, along
-    the line between their means, which turns with them, does not; it starts from the outermost twentieth.
+    Two means cut a label with a tenth of poison in the middle of its clean part. A mixture of two normal distributions of one spread, along the
+    line between their means, which turns with them, does not. samples: whitened, (D, n). It starts from the outermost twentieth.
     """
     found = []
     for end in (x, -x):
@@ -333,7 +333,7 @@ def small_groups(samples: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
             p = (share.logit() + (square[1] - square[0]) / (2 * variance)).sigmoid()
         group = p > 0.5
         if group.any() and not group.all() and means[0] - means[1] > APART * variance.sqrt():
-            found.append((group, along))
+            found.append(p)
     return found
 
 

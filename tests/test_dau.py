@@ -209,7 +209,7 @@ def test_the_strangest_direction_of_an_empty_label_or_a_single_one_is_nothing() 
     found = dau.whiten(x, torch.zeros(20, dtype=torch.int64), 2)
     assert [samples.shape[1] for samples, _ in found] == [20, 0] and not found[0][0].any()
     assert not any(means.shape[1] for _, means in found)
-    assert not any(dau.small_groups(samples, dau.strangest_direction(samples) @ samples) for samples, _ in found)
+    assert not any(dau.mixture_groups(samples, dau.strangest_direction(samples) @ samples) for samples, _ in found)
 
 
 def test_a_group_strays_by_the_spread_of_the_other_labels() -> None:
@@ -332,7 +332,7 @@ def test_a_small_group_is_found_by_its_variety_where_two_means_cut_the_label_els
     pool = dau.bimodal_pool(Features(early, early, early.half(), early, labels), 20, K, dau.Config(), run)
     if foreign:
         assert pool.any() and not (pool & ~planted).any()
-        assert any(f"label {TARGET} has a small group of 1" in note for note in run.notes)
+        assert any(f"label {TARGET} has 1" in note and "a mixture tells them apart" in note for note in run.notes)
     else:
         assert not pool.any() and any("no poison found" in note for note in run.notes)
 
