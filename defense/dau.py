@@ -26,7 +26,7 @@ Departs from the port, with reasons and effects in docs/methods/dau.md:
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -226,41 +226,37 @@ def find_pool(view: DefenderView, model: Classifier, train: Split, features: Fea
     return _mask(losses.argsort()[:size], len(train))
 
 
+class Label(NamedTuple):
+    """The samples that one label was given to."""
+
+    number: int
+    members: Tensor
+    """int64 (n,): which they are."""
+    samples: Tensor
+    """float64 (D, n): their early features, whitened."""
+    x: Tensor
+    """float64 (n,): these along the direction in which they vary most."""
+    others: Tensor
+    """float64 (at most K - 1,): where the means of the other labels lie along it."""
+    bimodality: float
+
+
 def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> Tensor:
     """Ours. A label given to two kinds of images has features in two groups; the one of many classes, or where no label lies, is poison."""
-    members = [(features.labels == label).nonzero().squeeze(1) for label in range(num_classes)]
-    whitened = whiten(features.early, features.labels, num_classes)
-    directions = [strangest_direction(samples) for samples, _ in whitened]
-    bimodality = [sarle(direction @ samples) for direction, (samples, _) in zip(directions, whitened, strict=True)]
-    many = sum(value > PLAIN for value in bimodality) > num_classes // 2
+    labels = []
+    for number, (samples, means) in enumerate(whiten(features.early, features.labels, num_classes)):
+        direction = strangest_direction(samples)
+        x = direction @ samples
+        labels.append(Label(number, (features.labels == number).nonzero().squeeze(1), samples, x, direction @ means, sarle(x)))
+    many = sum(label.bimodality > PLAIN for label in labels) > num_classes // 2
     chosen = []
-    for label, (index, (samples, means), direction) in enumerate(zip(members, whitened, directions, strict=True)):
-        x, poison, sure, varied = direction @ samples, None, None, []
-        if bimodality[label] > config.bimodality:
-            upper = two_means(x)
-            halves = sorted((upper, ~upper), key=lambda half: int(half.sum()))
-            if many:  # all-to-all: each label has images of one other class, fewer than its own
-                poison, verdict = halves[0], ", as most labels have, so the smaller is taken for poison"
-            else:
-                varied = variety(features.spatial, [index[half] for half in halves], features.labels, label, run.generator)
-                far = [stray(x[half], direction @ means) for half in halves] if bimodality[label] > UNIFORM else [0.0, 0.0]
-                poison, verdict = poisoned_half(halves, varied, far, config)
-            if poison is not None or bimodality[label] > PLAIN:
-                sizes = " and ".join(str(int(half.sum())) for half in halves)
-                run.note(f"label {label} has features in two groups (bimodality {bimodality[label]:.2f}) of {sizes} samples{verdict}")
-            if poison is not None:
-                apart = (x - x[~poison].mean()).abs()
-                sure = poison & (apart >= apart[poison].quantile(config.trim))
-        if not many and (mixtures := mixture_groups(samples, x)):
-            shown = variety(features.spatial, [index[p > 0.5] for p in mixtures], features.labels, label, run.generator)
-            best = max(shown)
-            if best > max([config.variety, *varied]):
-                p = mixtures[shown.index(best)]
-                sure = p >= p[p > 0.5].median().clamp_max(config.sure)
-                what = f"{int((p > 0.5).sum())} samples that lie together and show {best:.2f} of the variety of the other labels"
-                run.note(f"label {label} has {what}: a mixture tells them apart, and they are taken for poison")
-        if sure is not None:
-            chosen.append(index[sure])
+    for label in labels:
+        poison, varied = in_halves(label, features, many, config, run) if label.bimodality > config.bimodality else (None, [])
+        if not many:
+            mixed = in_mixture(label, features, max([config.variety, *varied]), config, run)
+            poison = poison if mixed is None else mixed
+        if poison is not None:
+            chosen.append(label.members[poison])
     if not chosen:
         run.note("no poison found: no label has a group of images of many classes or away from all labels, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
@@ -268,6 +264,39 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     # Drawn at random: the most extreme ones would be purer, but unlike the rest. Half of the group stays out, to be found.
     drawn = torch.randperm(len(found), generator=run.generator)[: min(size, max(1, len(found) // 2))].to(found.device)
     return _mask(found[drawn], len(features.labels))
+
+
+def in_halves(label: Label, features: Features, many: bool, config: Config, run: Run) -> tuple[Tensor | None, list[float]]:
+    """Where one of a label's two groups is poison, bool (n,): its samples that lie apart from the other; and the variety of both, if it was asked."""
+    upper = two_means(label.x)
+    halves = sorted((upper, ~upper), key=lambda half: int(half.sum()))
+    varied: list[float] = []
+    poison: Tensor | None
+    if many:  # all-to-all: each label has images of one other class, fewer than its own
+        poison, verdict = halves[0], ", as most labels have, so the smaller is taken for poison"
+    else:
+        varied = variety(features.spatial, [label.members[half] for half in halves], features.labels, label.number, run.generator)
+        far = [stray(label.x[half], label.others) for half in halves] if label.bimodality > UNIFORM else [0.0, 0.0]
+        poison, verdict = poisoned_half(halves, varied, far, config)
+    if poison is not None or label.bimodality > PLAIN:
+        sizes = " and ".join(str(int(half.sum())) for half in halves)
+        run.note(f"label {label.number} has features in two groups (bimodality {label.bimodality:.2f}) of {sizes} samples{verdict}")
+    if poison is None:
+        return None, varied
+    apart = (label.x - label.x[~poison].mean()).abs()
+    return poison & (apart >= apart[poison].quantile(config.trim)), varied
+
+
+def in_mixture(label: Label, features: Features, least: float, config: Config, run: Run) -> Tensor | None:
+    """Where a group that a mixture tells apart shows more variety than `least`, bool (n,): its samples that surely belong to it."""
+    groups = mixture_groups(label.samples, label.x)
+    varied = variety(features.spatial, [label.members[p > 0.5] for p in groups], features.labels, label.number, run.generator) if groups else []
+    if max(varied, default=0.0) <= least:
+        return None
+    p = groups[varied.index(max(varied))]
+    what = f"{int((p > 0.5).sum())} samples that lie together and show {max(varied):.2f} of the variety of the other labels"
+    run.note(f"label {label.number} has {what}: a mixture tells them apart, and they are taken for poison")
+    return p >= p[p > 0.5].median().clamp_max(config.sure)
 
 
 def poisoned_half(halves: list[Tensor], varied: list[float], far: list[float], config: Config) -> tuple[Tensor | None, str]:
