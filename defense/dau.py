@@ -45,8 +45,8 @@ ASSUMES = ("model", "train")
 
 PLAIN = 0.7
 """Sarle's coefficient beyond which two groups are plain."""
-UNIFORM = 5 / 9
-"""Sarle's coefficient of a uniform distribution."""
+PLACED = 0.6
+"""Sarle's coefficient beyond which it is asked where a label's groups lie; a uniform distribution has 5/9, clean labels of CIFAR-10 up to .57."""
 FEW = 5
 """Other labels below which it is not known where labels usually lie."""
 PROBED = 20_000
@@ -257,6 +257,9 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
             poison = poison if mixed is None else mixed
         if poison is not None:
             chosen.append(label.members[poison])
+    if not chosen:  # clean-label poison shows one class; asked last, because a style may lie far away, too
+        placed = [(label, out_of_place(label, config, run)) for label in labels if label.bimodality > PLACED]
+        chosen = [label.members[poison] for label, poison in placed if poison is not None]
     if not chosen:
         run.note("no poison found: no label has a group of images of many classes or away from all labels, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
@@ -267,24 +270,41 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
 
 
 def in_halves(label: Label, features: Features, many: bool, config: Config, run: Run) -> tuple[Tensor | None, list[float]]:
-    """Where one of a label's two groups is poison, bool (n,): its samples that lie apart from the other; and the variety of both, if it was asked."""
+    """Where one of a label's two groups shows many classes, bool (n,): its samples that lie apart from the other; and the variety of both."""
     upper = two_means(label.x)
     halves = sorted((upper, ~upper), key=lambda half: int(half.sum()))
-    varied: list[float] = []
-    poison: Tensor | None
+    sizes = " and ".join(str(int(half.sum())) for half in halves)
+    what = f"label {label.number} has features in two groups (bimodality {label.bimodality:.2f}) of {sizes} samples"
     if many:  # all-to-all: each label has images of one other class, fewer than its own
-        poison, verdict = halves[0], ", as most labels have, so the smaller is taken for poison"
-    else:
-        varied = variety(features.spatial, [label.members[half] for half in halves], features.labels, label.number, run.generator)
-        far = [stray(label.x[half], label.others) for half in halves] if label.bimodality > UNIFORM else [0.0, 0.0]
-        poison, verdict = poisoned_half(halves, varied, far, config)
-    if poison is not None or label.bimodality > PLAIN:
-        sizes = " and ".join(str(int(half.sum())) for half in halves)
-        run.note(f"label {label.number} has features in two groups (bimodality {label.bimodality:.2f}) of {sizes} samples{verdict}")
-    if poison is None:
-        return None, varied
-    apart = (label.x - label.x[~poison].mean()).abs()
-    return poison & (apart >= apart[poison].quantile(config.trim)), varied
+        run.note(f"{what}, as most labels have, so the smaller is taken for poison")
+        return outer(label.x, halves[0], config), []
+    varied = variety(features.spatial, [label.members[half] for half in halves], features.labels, label.number, run.generator)
+    what += f", in which early features show {varied[0]:.2f} and {varied[1]:.2f} of the variety of the other labels"
+    if max(varied) > config.variety:
+        run.note(f"{what}: the group with more is taken for poison")
+        return outer(label.x, halves[varied.index(max(varied))], config), varied
+    if label.bimodality > PLAIN:
+        run.note(f"{what}: too little for images of many classes, so these are taken for two styles")
+    return None, varied
+
+
+def out_of_place(label: Label, config: Config, run: Run) -> Tensor | None:
+    """Where one of a label's two groups lies where no label does, bool (n,): its samples that lie apart from the other."""
+    upper = two_means(label.x)
+    halves = [upper, ~upper]
+    far = [stray(label.x[half], label.others) for half in halves]
+    if max(far) <= config.stray:
+        return None
+    away = f"{far[0]:.0f} and {far[1]:.0f} standard deviations from where labels lie"
+    what = f"label {label.number} has two groups (bimodality {label.bimodality:.2f}), {away}"
+    run.note(f"{what}: no class lies where the farther one does, so it is taken for poison")
+    return outer(label.x, halves[far.index(max(far))], config)
+
+
+def outer(x: Tensor, group: Tensor, config: Config) -> Tensor:
+    """bool (n,): a group's samples without the share `trim` that lies nearest to the others along x."""
+    apart = (x - x[~group].mean()).abs()
+    return group & (apart >= apart[group].quantile(config.trim))
 
 
 def in_mixture(label: Label, features: Features, least: float, config: Config, run: Run) -> Tensor | None:
@@ -297,20 +317,6 @@ def in_mixture(label: Label, features: Features, least: float, config: Config, r
     what = f"{int((p > 0.5).sum())} samples that lie together and show {max(varied):.2f} of the variety of the other labels"
     run.note(f"label {label.number} has {what}: a mixture tells them apart, and they are taken for poison")
     return p >= p[p > 0.5].median().clamp_max(config.sure)
-
-
-def poisoned_half(halves: list[Tensor], varied: list[float], far: list[float], config: Config) -> tuple[Tensor | None, str]:
-    """The half of a label's samples that shows many classes, or else lies where no label does, or None: with what is seen, in words.
-
-    halves: two bool (n_k,); varied: their `variety`; far: their `stray`.
-    """
-    shown = f", in which early features show {varied[0]:.2f} and {varied[1]:.2f} of the variety of the other labels"
-    if max(varied) > config.variety:
-        return halves[varied.index(max(varied))], f"{shown}: the group with more is taken for poison"
-    if max(far) > config.stray:
-        away = f"and which lie {far[0]:.0f} and {far[1]:.0f} standard deviations from where labels lie"
-        return halves[far.index(max(far))], f"{shown}, {away}: no class lies where the farther one does, so it is taken for poison"
-    return None, f"{shown}: too little for images of many classes, so these are taken for two styles"
 
 
 def whiten(x: Tensor, labels: Tensor, num_classes: int) -> list[tuple[Tensor, Tensor]]:

@@ -353,6 +353,20 @@ def test_a_group_of_one_class_is_poison_where_no_label_lies(tmp_path: Path, else
         assert not pool.any() and any("two styles" in note for note in run.notes), "the label is bimodal all the same"
 
 
+def test_place_is_asked_only_where_no_label_shows_variety(tmp_path: Path) -> None:
+    """A style that no class comes near is not poison beside a group of images of other classes; alone it would be taken for it."""
+    data, planted = features()
+    early = data.early.clone()
+    style = (data.labels == TARGET + 1) & (torch.arange(len(data.labels)) % 2 == 0)
+    early[style, 16] += 6
+    both = data._replace(early=early, spatial=early.half())
+    pool = dau.bimodal_pool(both, 20, K, dau.Config(), new_run(tmp_path))
+    assert pool.any() and not (pool & ~planted).any()
+    alone = Features(*(part[~planted] for part in both))
+    assert (dau.bimodal_pool(alone, 20, K, dau.Config(), new_run(tmp_path)) <= style[~planted]).all()
+    assert dau.bimodal_pool(alone, 20, K, dau.Config(), new_run(tmp_path)).any(), "the control"
+
+
 def test_where_most_labels_have_two_groups_the_smaller_ones_are_poison(tmp_path: Path) -> None:
     """All-to-all: the poison of each label comes from one class, and shows no variety."""
     data, _ = features(planted=0)
