@@ -321,7 +321,12 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
         ("--search_epochs", "1", "--accept", "0", "--epochs", "1"),
         ("--trigger", "blend", "--search_epochs", "1", "--hidden", "8", "--epochs", "1"),
     ],
-    "dau": [("--loss", "both", "--epochs", "1", "--head_epochs", "5"), ("--pool", "isolation", "--isolation_epochs", "1", "--epochs", "1")],
+    "dau": [
+        ("--loss", "both", "--epochs", "1", "--head_epochs", "5"),
+        ("--pool", "isolation", "--isolation_epochs", "1", "--epochs", "1"),
+        ("--variety", "2", "--subtask", "anti_learning"),  # so that place is asked
+        ("--variety", "0", "--bimodality", "1", "--subtask", "anti_learning"),  # so that only mixtures are left
+    ],
     "ft": [("--epochs", "1")],
     "ibau": [("--n_rounds", "1", "--K", "2"), ("--n_rounds", "1", "--K", "2", "--solver", "fixed_point", "--augment", "True")],
     "sau": [("--n_rounds", "1")],
