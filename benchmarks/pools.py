@@ -13,9 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from backdoorlab import engine, features, registry, runner
+from backdoorlab import engine, registry, runner
 from backdoorlab.record import Record, defender_view, record_root
 from backdoorlab.run import Run
 
@@ -44,7 +42,7 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
                     engine.seed_everything(seed, device)
                     run = Run(Path(folder), seed=seed, device=device, precision=config.precision, train_poison=record.train_poison)
                     view = defender_view(record, dataset, DAU.assumes, None, device)
-                    split(view, pool, record, dataclasses.replace(config, seed=seed), run)
+                    split(view, pool, record, config, run)
                 found, flagged = run.splits.get("pool"), run.splits["split"]
                 size = "none" if found is None else f"{found['flagged']}, {_share(found['precision'])}"
                 scores = f"{_share(before['clean_accuracy'])}, {_share(before['asr'])}"
@@ -53,17 +51,12 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
 
 def split(view: Any, pool: str, record: Record, config: Any, run: Run) -> None:
     """DAU's steps 1 to 3, which report their pool and their split to the run."""
-    dau = DAU.module
     if pool != "true":
-        dau.find_poison(view, dataclasses.replace(config, pool=pool), run)
+        DAU.module.find_poison(view, dataclasses.replace(config, pool=pool), run)
         return
     poison = record.train_poison.mask(len(view.train)).nonzero().squeeze(1)
-    size = min(max(1, round(config.pool_rate * len(view.train))), max(1, len(poison) // 2))
-    drawn = torch.zeros(len(view.train), dtype=torch.bool)
-    drawn[poison[torch.randperm(len(poison), generator=run.generator)[:size]]] = True
-    run.report_split(drawn, "pool")
-    seen = features.extract(view.model, dau.place(view.train, run.device), run)
-    dau.find_the_rest(view, seen, drawn, config, run)
+    size = max(1, round(config.pool_rate * len(view.train)))
+    DAU.module.find_poison(view, config, run, DAU.module.draw_pool(poison, size, len(view.train), run))
 
 
 def _share(value: float | None, digits: int = 3) -> str:

@@ -159,20 +159,17 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
     return unlearn(view, flagged, config, run)
 
 
-def find_poison(view: DefenderView, config: Config, run: Run) -> Tensor:
-    """Steps 1 to 3: bool (N,), True for what is taken to be poison; all False where a guard says so."""
-    model, train = view.model, place(view.train, run.device)
-    features = extract(model, train, run)
-    pool = find_pool(view, model, train, features, config, run)
+def find_poison(view: DefenderView, config: Config, run: Run, pool: Tensor | None = None) -> Tensor:
+    """Steps 1 to 3: bool (N,), True for what is taken to be poison; all False where a guard says so. `pool`, bool (N,), is found unless given."""
+    train = place(view.train, run.device)
+    features = extract(view.model, train, run)
+    if pool is None:
+        pool = find_pool(view, view.model, train, features, config, run)
     if not pool.any():
         run.report_split(pool)
         return pool
     run.report_split(pool, "pool")
-    return find_the_rest(view, features, pool, config, run)
 
-
-def find_the_rest(view: DefenderView, features: Features, pool: Tensor, config: Config, run: Run) -> Tensor:
-    """Steps 2 and 3: the split that follows from a pool. Bool (N,) both."""
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
         log_p = anti_learn(features, pool, view.model.get_classifier(), beta, config, run)
         flagged = lost_label(log_p, features, config)
@@ -263,10 +260,14 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     if not chosen:
         run.note("no poison found: no label has a group of images of many classes or away from all labels, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
-    found = torch.cat(chosen)
-    # Drawn at random: the most extreme ones would be purer, but unlike the rest. Half of the group stays out, to be found.
+    return draw_pool(torch.cat(chosen), size, len(features.labels), run)
+
+
+def draw_pool(found: Tensor, size: int, n: int, run: Run) -> Tensor:
+    """bool (n,): at most `size` of what was found, int64 (M,), and at most half of it: the rest stays out, to be found."""
+    # Drawn at random: the most extreme ones would be purer, but unlike the rest.
     drawn = torch.randperm(len(found), generator=run.generator)[: min(size, max(1, len(found) // 2))].to(found.device)
-    return _mask(found[drawn], len(features.labels))
+    return _mask(found[drawn], n)
 
 
 def in_halves(label: Label, features: Features, many: bool, config: Config, run: Run) -> tuple[Tensor | None, list[float]]:
