@@ -5,13 +5,17 @@ on, nobody starts it a second time, and when it ends, however it ends, the lock 
 """
 
 import contextlib
+import getpass
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +24,8 @@ from .errors import UserError
 
 BUSY, ALREADY = 75, 76
 """Answers in place of an exit code: another process runs this command; its result was there before it could start."""
+LOOK = 30.0
+"""Seconds between two questions to Slurm's queue."""
 LOG = "log.txt"
 PASSED_ON = ("BACKDOORLAB_", "OMP_", "MKL_", "HF_", "PYTHONPATH")
 """Beginnings of the environment variables that a command on another machine is given too."""
@@ -97,8 +103,8 @@ class Answered:
         pass
 
 
-def begin(task: Task) -> Process | Answered:
-    """Lock the task's folder and start its command with the lock in its hands."""
+def begin(task: Task, deaf_to: Sequence[int] = ()) -> Process | Answered:
+    """Lock the task's folder and start its command with the lock in its hands, and ignoring some signals."""
     files.make_folder(task.folder)
     lock = files.try_lock(task.folder)
     if lock is None:
@@ -117,6 +123,7 @@ def begin(task: Task) -> Process | Answered:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **task.environment},
                 pass_fds=[lock] if lock >= 0 else [],
+                preexec_fn=partial(_ignore, deaf_to) if deaf_to else None,
             )
     except BaseException:
         files.unlock(lock)
@@ -124,9 +131,14 @@ def begin(task: Task) -> Process | Answered:
     return Process(child, lock)
 
 
-def run_there(task: Task) -> int:
+def _ignore(signals: Sequence[int]) -> None:
+    for number in signals:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def run_there(task: Task, deaf_to: Sequence[int] = ()) -> int:
     """The whole life of a command on the machine that was given it."""
-    running = begin(task)
+    running = begin(task, deaf_to)
     if isinstance(running, Answered):
         return running.code
     try:
@@ -256,14 +268,16 @@ class OnSlurm:
         submitit = _installed("submitit", "slurm")
         self.slots = slots
         given = dict(parameters)
+        cluster = given.pop("cluster", "slurm")
+        self.queue = Queue() if cluster == "slurm" else None
         try:
-            self.executor = submitit.AutoExecutor(folder=folder, cluster=given.pop("cluster", "slurm"))
+            self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
             self.executor.update_parameters(name="backdoorlab", **given)
         except Exception as error:  # submitit raises RuntimeError, TypeError, NameError, ...
             raise UserError(f"Slurm cannot be used here ({_first_line(error)}): see docs/scaling.md for --slurm key=value") from error
 
     def start(self, task: Task, slot: int) -> Running:
-        return SlurmJob(self.executor.submit(_Requeued(task)))
+        return SlurmJob(self.executor.submit(_Requeued(task)), self.queue)
 
     def close(self) -> None:
         pass
@@ -271,12 +285,16 @@ class OnSlurm:
 
 @dataclass(frozen=True)
 class _Requeued:
-    """What submitit calls, and asks for a successor when Slurm takes the node away."""
+    """What submitit calls, and asks for a successor when the time is up.
+
+    Slurm signals the command, too. It goes on until it is killed, because one that ends before would be an answer, and a job that was
+    preempted, and that Slurm starts anew, would be taken for one that failed.
+    """
 
     task: Task
 
     def __call__(self) -> int:
-        return run_there(self.task)
+        return run_there(self.task, (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
 
     def checkpoint(self) -> Any:
         import submitit
@@ -284,19 +302,56 @@ class _Requeued:
         return submitit.helpers.DelayedSubmission(_Requeued(self.task))
 
 
+class Queue:
+    """Which of the user's jobs Slurm has ended, by `squeue`. submitit goes by `sacct`, which tells nothing where there is no accounting."""
+
+    ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
+
+    def __init__(self) -> None:
+        self.asked = -math.inf
+        self.states: dict[str, str] | None = None
+
+    def ended(self, job_id: str) -> str | None:
+        """In what state, "gone" where Slurm has forgotten the job; None while it waits or runs, or where Slurm does not answer."""
+        if time.monotonic() - self.asked >= LOOK:
+            self.asked = time.monotonic()
+            ask = ["squeue", "--noheader", "--states=all", "--format=%A %T", f"--user={getpass.getuser()}"]
+            answer = subprocess.run(ask, capture_output=True, text=True, check=False)
+            self.states = None if answer.returncode else dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
+        if self.states is None:
+            return None
+        state = self.states.get(job_id, "gone")
+        return state if state in (*self.ENDED, "gone") else None
+
+
 @dataclass
 class SlurmJob:
     """A command that Slurm has."""
 
     job: Any
+    queue: Queue | None
+    missed: float | None = None
+    """When it was first seen to have ended without an answer, which a shared file system may show late."""
 
     def poll(self) -> int | None:
-        if not self.job.done():
+        if not self._answered():
             return None
         problem = self.job.exception()
         if problem is not None:
             raise UserError(f"Slurm job {self.job.job_id} failed: {_first_line(problem)}")
         return self.job.result()
+
+    def _answered(self) -> bool:
+        if self.queue is None or self.job.paths.result_pickle.exists():
+            return self.job.done()
+        state = self.queue.ended(self.job.job_id)
+        if state is None:
+            self.missed = None
+            return False
+        self.missed = self.missed or time.monotonic()
+        if time.monotonic() - self.missed > 2 * LOOK:
+            raise UserError(f"Slurm job {self.job.job_id} ended without an answer ({state}): see {self.job.paths.stderr}")
+        return False
 
     def stop(self) -> None:
         self.job.cancel()

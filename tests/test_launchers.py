@@ -2,9 +2,13 @@
 
 import dataclasses
 import os
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,6 +139,86 @@ def test_a_preempted_job_asks_for_the_same_again() -> None:
     task = Task(("true",), Path("a"), Path("b"))
     successor = launchers._Requeued(task).checkpoint()
     assert isinstance(successor, submitit.helpers.DelayedSubmission) and successor.function == launchers._Requeued(task)
+
+
+def test_a_slurm_command_ignores_the_warning_that_slurm_sends_it(tmp_path: Path) -> None:
+    """An end by that signal would be an answer, though Slurm starts a preempted job anew."""
+    endings = []
+    for number, deaf_to in enumerate([(signal.SIGTERM,), ()]):
+        code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(2)"
+        begun = tmp_path / f"begun{number}"
+        running = launchers.begin(Task((sys.executable, "-c", code, str(begun)), tmp_path / str(number), tmp_path / "done"), deaf_to)
+        assert isinstance(running, launchers.Process)
+        while not begun.exists():
+            time.sleep(0.05)
+        running.child.send_signal(signal.SIGTERM)
+        running.child.wait()
+        endings.append(running.poll())
+    assert endings == [0, -signal.SIGTERM]
+
+
+class Submitted:
+    """A submitit job without a cluster, whose answer is there as soon as its file is."""
+
+    job_id = "7"
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = SimpleNamespace(result_pickle=folder / "answer", stderr=folder / "7_0_log.err")
+
+    done, exception = (lambda self: True), (lambda self: None)
+
+    def result(self) -> int:
+        return int(self.paths.result_pickle.read_text())
+
+
+def test_a_job_that_slurm_ended_without_an_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Slurm keeps no accounts, submitit waits for such a job for ever. `squeue` is a script here; slow test: Slurm itself."""
+    said, script = tmp_path / "said", tmp_path / "squeue"
+    script.write_text(f"#!/bin/sh\ncat {said}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(launchers, "LOOK", 0.05)
+
+    def ending(states: str, seconds: float = 0.5) -> str | int | None:
+        said.write_text(states)
+        job, until = launchers.SlurmJob(Submitted(tmp_path), launchers.Queue()), time.monotonic() + seconds
+        while time.monotonic() < until:
+            try:
+                if (code := job.poll()) is not None:
+                    return code
+            except UserError as error:
+                return str(error)
+            time.sleep(0.02)
+        return None
+
+    log = tmp_path / "7_0_log.err"
+    assert ending("6 RUNNING\n7 CANCELLED\n") == f"Slurm job 7 ended without an answer (CANCELLED): see {log}"
+    assert ending("6 RUNNING\n") == f"Slurm job 7 ended without an answer (gone): see {log}"
+    assert ending("7 RUNNING\n") is None and ending("7 PENDING\n") is None, "the control: it runs, or was queued again"
+    script.write_text("#!/bin/sh\nexit 1\n")
+    assert ending("") is None, "a controller that does not answer says nothing about the job"
+    (tmp_path / "answer").write_text("3")
+    assert ending("") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_slurm_itself_gives_the_local_results(tmp_path: Path, small_flags: tuple[str, ...]) -> None:
+    """Needs a Slurm; docs/scaling.md says how to start one of one node."""
+    pytest.importorskip("submitit")
+    if shutil.which("sbatch") is None or subprocess.run(["sinfo"], capture_output=True, check=False).returncode:
+        pytest.skip("no Slurm answers on this machine")
+    cells = test_bench.real_cells(tmp_path, small_flags, seeds=1)
+    assert work(cells, tmp_path / "slurm", launchers.OnSlurm(4, tmp_path / "jobs", {"cpus_per_task": 1, "timeout_min": 20}), "slurm") == {}
+    assert work(cells, tmp_path / "local", launchers.Local(1), "local") == {}
+    assert [weights(cell, tmp_path / "slurm") for cell in cells] == [weights(cell, tmp_path / "local") for cell in cells]
+    launcher = launchers.OnSlurm(1, tmp_path / "jobs", {"cpus_per_task": 1, "timeout_min": 20})
+    (task,) = sleepers(tmp_path / "sleeper", 1, 600)
+    job = launcher.start(task, 0)
+    job.stop()
+    with pytest.raises(UserError, match=r"ended without an answer \(CANCELLED\)"):
+        while job.poll() is None:
+            time.sleep(1)
 
 
 @pytest.mark.slow
