@@ -93,8 +93,8 @@ class Config(DefenseConfig):
     """Largest gradient norm of a head; None is the port's. At beta1 the first steps overshoot and take the label's clean samples along."""
     head_batch_size: int = 512
     """Samples a step."""
-    head_epochs: int = 10
-    """Passes; many more let the head tell the pool from the other poison."""
+    head_epochs: int = 30
+    """Passes; the port's 10 leave more of the label's clean samples behind, many more let the head tell the pool from the other poison."""
     threshold: float = 0.1
     """A sample is poison where the head gives its label less than this ..."""
     relative: bool = True
