@@ -34,6 +34,8 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
         argv = ["--result_file", name, "--record_root", str(root), "--device", options.device]
         config = runner.defense_job(DAU, argv, "pools.py").config
         record, device = Record.load(name, root), engine.choose_device(options.device)
+        if not record.known_poison:
+            raise SystemExit(f"{name} does not say which of its training images are poison: pools are measured on records of attacks")
         dataset = record.dataset(options.dataset_path)
         before = record.info["scores"]
         for seed in options.seeds:
