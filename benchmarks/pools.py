@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from backdoorlab import engine, registry, runner
+from backdoorlab.errors import UserError
 from backdoorlab.record import Record, defender_view, record_root
 from backdoorlab.run import Run
 
@@ -24,8 +25,11 @@ DAU = registry.load("defense", "dau")
 def main() -> None:
     options = _options()
     print("| record | clean accuracy, ASR | seed | pool | size, precision | flagged | TPR | FPR |\n|---|---|---|---|---|---|---|---|")
-    for row in rows(options):
-        print(f"| {' | '.join(row)} |", flush=True)
+    try:
+        for row in rows(options):
+            print(f"| {' | '.join(row)} |", flush=True)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def rows(options: argparse.Namespace) -> Iterator[list[str]]:
@@ -35,7 +39,7 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
         config = runner.defense_job(DAU, argv, "pools.py").config
         record, device = Record.load(name, root), engine.choose_device(options.device)
         if not record.known_poison:
-            raise SystemExit(f"{name} does not say which of its training images are poison: pools are measured on records of attacks")
+            raise UserError(f"{name} does not say which of its training images are poison: pools are measured on records of attacks")
         dataset = record.dataset(options.dataset_path)
         before = record.info["scores"]
         for seed in options.seeds:
