@@ -31,7 +31,7 @@ from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, new_model
 from backdoorlab.triggers import quantised
 
-LIMITS = "digits: ASR 56 %; with larger masks the generator paints zeros, which networks that never met it take for the target, too"
+LIMITS = "digits: ASR 55 to 66 %; with larger masks the generator paints zeros, which networks that never met it take for the target, too"
 
 
 @dataclass(frozen=True, kw_only=True)
