@@ -277,7 +277,10 @@ class OnSlurm:
             raise UserError(f"Slurm cannot be used here ({_first_line(error)}): see docs/scaling.md for --slurm key=value") from error
 
     def start(self, task: Task, slot: int) -> Running:
-        return SlurmJob(self.executor.submit(_Requeued(task)), self.queue)
+        try:
+            return SlurmJob(self.executor.submit(_Requeued(task)), self.queue)
+        except Exception as error:  # what sbatch says
+            raise UserError(f"Slurm does not take the job ({_first_line(error)}): change --slurm, or lower --jobs") from error
 
     def close(self) -> None:
         pass

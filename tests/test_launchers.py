@@ -212,8 +212,10 @@ def test_slurm_itself_gives_the_local_results(tmp_path: Path, small_flags: tuple
     assert work(cells, tmp_path / "slurm", launchers.OnSlurm(4, tmp_path / "jobs", {"cpus_per_task": 1, "timeout_min": 20}), "slurm") == {}
     assert work(cells, tmp_path / "local", launchers.Local(1), "local") == {}
     assert [weights(cell, tmp_path / "slurm") for cell in cells] == [weights(cell, tmp_path / "local") for cell in cells]
-    launcher = launchers.OnSlurm(1, tmp_path / "jobs", {"cpus_per_task": 1, "timeout_min": 20})
     (task,) = sleepers(tmp_path / "sleeper", 1, 600)
+    with pytest.raises(UserError, match="Slurm does not take the job"):
+        launchers.OnSlurm(1, tmp_path / "jobs", {"slurm_partition": "no such"}).start(task, 0)
+    launcher = launchers.OnSlurm(1, tmp_path / "jobs", {"cpus_per_task": 1, "timeout_min": 20})
     job = launcher.start(task, 0)
     job.stop()
     with pytest.raises(UserError, match=r"ended without an answer \(CANCELLED\)"):
