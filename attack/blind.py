@@ -92,10 +92,9 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
     optimizer = make_optimizer(model.parameters(), recipe)
     course, history = Course(optimizer, recipe, len(train)), History(config.history).to(run.device)
-    whole = dict(augment=recipe.augment, drop_last=len(train) >= recipe.batch_size)
     for _ in run.epochs("train", recipe.epochs, model=model, optimizer=optimizer, course=course, history=history):
         model.train()
-        for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, **whole):  # type: ignore[arg-type]
+        for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, augment=recipe.augment, drop_last=True):
             on = history.settled(config.loss_threshold)
             with run.autocast():
                 logits = model(torch.cat([batch.images, paint(batch.images, 1)]) if on else batch.images).float()

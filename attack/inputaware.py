@@ -190,7 +190,7 @@ def paint_some(x: Tensor, other: Tensor, poisoned: int, trigger: Trigger, config
 def pairs(train: Any, config: Config, run: Run) -> Iterator[tuple[Batch, Batch]]:
     """Batches of two independent shuffles, augmented before any trigger."""
     recipe = config.recipe()
-    whole = dict(device=run.device, generator=run.generator, augment=recipe.augment, drop_last=len(train) >= recipe.batch_size)
+    whole = dict(device=run.device, generator=run.generator, augment=recipe.augment, drop_last=True)
     return zip(batches(train, recipe.batch_size, **whole), batches(train, recipe.batch_size, **whole), strict=True)  # type: ignore[arg-type]
 
 

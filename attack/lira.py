@@ -95,7 +95,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
         fixed = epoch >= config.trigger_epochs
         if fixed and made is None:
             made = snapshot(dataset, config, run, stamp)
-        for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=len(train) >= recipe.batch_size):
+        for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=True):
             x = vary(batch.images, recipe, run.generator, crop_share=1, rotation_share=1)
             if not fixed:
                 teach(ahead, model, x, labels.of(batch.labels), painter, config, run)

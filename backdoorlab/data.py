@@ -1,6 +1,7 @@
 """Images as bytes in one tensor, and the one way from there to a model: `batches()`."""
 
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -113,7 +114,8 @@ def batches(
 
     With a `generator` the order is shuffled and each image augmented on its own, all draws of the pass coming from it at
     once; without one, images come in order and as they are. `order` (int64, any length, repeats allowed) replaces the
-    shuffle, for methods with a sampler of their own. `drop_last` leaves out a last, smaller batch.
+    shuffle, for methods with a sampler of their own. `drop_last` leaves out a last, smaller batch, unless it is the only
+    one. A last batch of a single image joins the one before where images are shuffled: batch normalisation needs two.
     """
     if augment != NO_AUGMENT and generator is None:
         raise ValueError("augmentation needs a generator")
@@ -127,8 +129,12 @@ def batches(
     if augment.flip and generator is not None:
         flips = (torch.rand(count, generator=generator) < 0.5).to(device)
     order = order.to(split.images.device)
-    ends = range(batch_size, count + 1, batch_size) if drop_last else range(batch_size, count + batch_size, batch_size)
-    pieces = [slice(end - batch_size, end) for end in ends]
+    ends = list(range(batch_size, count + 1, batch_size))
+    if not ends or (count > ends[-1] and not drop_last):
+        ends.append(count)
+    if generator is not None and len(ends) > 1 and ends[-1] - ends[-2] == 1 < batch_size:
+        del ends[-2]
+    pieces = [slice(begin, end) for begin, end in itertools.pairwise([0, *ends])]
     far = device.type == "cuda" and split.images.device.type == "cpu"
     for here, (index, images, labels) in zip(pieces, _fetched(split, [order[here] for here in pieces], far), strict=True):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

@@ -47,12 +47,11 @@ class Recipe:
 
 def train(model: nn.Module, split: Split, recipe: Recipe, run: "Run", *, stage: str = "train") -> None:
     """Cross-entropy on the given labels. Trains `model` in place; resumable under the name `stage`."""
-    drop_last = len(split) >= recipe.batch_size
     optimizer = make_optimizer(model.parameters(), recipe)
     scheduler = Course(optimizer, recipe, len(split))
     for _ in run.epochs(stage, recipe.epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()
-        for batch in batches(split, recipe.batch_size, device=run.device, generator=run.generator, augment=recipe.augment, drop_last=drop_last):
+        for batch in batches(split, recipe.batch_size, device=run.device, generator=run.generator, augment=recipe.augment, drop_last=True):
             with run.autocast():
                 logits = model(batch.images)
             run.step(optimizer, F.cross_entropy(logits.float(), batch.labels))
@@ -119,6 +118,8 @@ def _constant(_epoch: int) -> float:
 
 def choose_device(wanted: str) -> torch.device:
     """ "auto" is the first GPU where there is one; a device that is asked for and absent is an error."""
+    if wanted.startswith(("auto", "cuda")) and torch.cuda.is_available():
+        torch.cuda.init()  # not every call that takes a numbered device does it
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -152,7 +153,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
-    """Seed torch, numpy and random; same numbers in every process of one version, device type and thread count."""
+    """Seed torch, numpy and random: on a CPU the same numbers in every process of one version and thread count, on a GPU nearly the same ones."""
     if not 0 <= seed < 2**31:
         raise UserError(f"seed must lie in 0..{2**31 - 1}, got {seed}")
     random.seed(seed)
@@ -161,6 +162,7 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32; who wants speed has bf16
 
 
 def keep_freed_memory(device: torch.device) -> None:

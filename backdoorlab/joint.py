@@ -99,7 +99,7 @@ def train_changed(
     course = Course(optimizer, recipe, len(train))
     for _ in run.epochs("train", recipe.epochs, model=model, optimizer=optimizer, course=course):
         model.train()
-        for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=len(train) >= recipe.batch_size):
+        for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=True):
             images, poisoned = change(batch)
             given = torch.cat([labels.of(batch.labels[:poisoned]), batch.labels[poisoned:]])
             with run.autocast():
