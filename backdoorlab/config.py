@@ -8,10 +8,10 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -209,6 +209,14 @@ def _within(number: float, rule: str) -> bool:
     return above and (number <= high if rule[-1] == "]" else number < high)
 
 
+class Trained(NamedTuple):
+    """The model that a command trains or gets."""
+
+    dataset: str
+    epochs: int | None
+    """None where nobody knows."""
+
+
 @dataclass(frozen=True)
 class Parsed:
     """A config, and where each value that is not a default came from."""
@@ -221,30 +229,28 @@ class Parsed:
         return "  ".join(f"{name} {_text(values[name])} ({origin})" for name, origin in self.origins.items())
 
 
-def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], dataset_of: Any, prog: str) -> Parsed:
-    """Flags and YAML files -> a frozen config. `dataset_of(config)` names the data set whose YAML applies."""
+def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], trained: Callable[[Any], Trained], prog: str) -> Parsed:
+    """Flags and YAML files -> a frozen config. `trained(config)` tells the model that it is about, whose data set's YAML applies."""
     layers: list[tuple[str, list[str]]] = [("flag", list(argv))]
     config = _parse_flags(config_class, layers, prog)
     if config.yaml_path:
         layers.insert(0, _yaml_layer(config_class, config.yaml_path))
         config = _parse_flags(config_class, layers, prog)
-    sections = _dataset_yaml(dataset_of(config))
+    dataset = trained(config).dataset
+    file, sections = f"{dataset}.yaml", _dataset_yaml(dataset)
     if sections:
-        file = sections.pop("file")
-        place = 0
-        for section in (kind, method):
-            if section in sections:
-                layers.insert(place, (file, as_flags(config_class, sections[section], f"{file}: {section}")))
-                place += 1
-        config = _parse_flags(config_class, layers, prog)
-        short = sections.get("short_run", {})
-        if short and not isinstance(short.get("epochs_below"), int):
-            raise UserError(f"{file}: short_run needs a line `epochs_below: N`")
-        if kind == "attack" and short and config.epochs < short["epochs_below"]:
-            values = {key: value for key, value in short.items() if key != "epochs_below"}
-            layers.insert(place, (f"{file}: short_run", as_flags(config_class, values, f"{file}: short_run")))
-            config = _parse_flags(config_class, layers, prog)
+        found = _section_layers(config_class, sections, (kind, method), file)
+        config = _parse_flags(config_class, found + layers, prog)
+        epochs, short = trained(config).epochs, sections.get("short_run")
+        if short and epochs is not None and epochs < short["epochs_below"]:
+            found += _section_layers(config_class, short, (kind, method), f"{file}: short_run")
+            config = _parse_flags(config_class, found + layers, prog)
+        layers = found + layers
     return Parsed(config, _origins(config_class, layers))
+
+
+def _section_layers(config_class: type[Any], sections: Mapping[str, Any], names: Sequence[str], where: str) -> list[tuple[str, list[str]]]:
+    return [(where, as_flags(config_class, sections[name], f"{where}: {name}")) for name in names if name in sections]
 
 
 def published(dataset: str) -> dict[str, Any]:
@@ -300,18 +306,27 @@ def _yaml_layer(config_class: type[Any], path: str) -> tuple[str, list[str]]:
 
 
 def _dataset_yaml(dataset: str) -> dict[str, Any]:
-    """Sections `attack`, `defense`, `short_run` and one for each method; {} for a data set without a file."""
+    """Sections `attack`, `defense` and one for each method, and `short_run`, which has such sections of its own; {} for a data set without a file."""
     file = registry.resource("config") / f"{dataset}.yaml"
     if Path(dataset).name != dataset or not file.exists():  # a name, never a path
         return {}
     found = read_yaml(file)
-    known = {"attack", "defense", "short_run", *registry.available("attack"), *registry.available("defense")}
-    for section in found:
+    short = found.get("short_run")
+    if isinstance(short, dict):
+        if not isinstance(short.get("epochs_below"), int):
+            raise UserError(f"{file}: short_run needs a line `epochs_below: N`")
+        _check_sections({key: value for key, value in short.items() if key != "epochs_below"}, f"{file}: short_run")
+    _check_sections(found, str(file), "short_run")
+    return found
+
+
+def _check_sections(found: Mapping[str, Any], where: str, *others: str) -> None:
+    known = {"attack", "defense", *others, *registry.available("attack"), *registry.available("defense")}
+    for section, lines in found.items():
         if section not in known:
-            raise UserError(f"{file}: unknown section {section!r}.{suggest(section, known)} Known: {', '.join(sorted(known))}")
-        if not isinstance(found[section], dict):
-            raise UserError(f"{file}: section {section!r} must hold lines of `key: value`, found {type(found[section]).__name__}")
-    return {"file": file.name, **found}
+            raise UserError(f"{where}: unknown section {section!r}.{suggest(section, known)} Known: {', '.join(sorted(known))}")
+        if not isinstance(lines, dict):
+            raise UserError(f"{where}: section {section!r} must hold lines of `key: value`, found {type(lines).__name__}")
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -17,11 +17,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from . import config as configs
 from . import registry
+from .config import Trained
 from .errors import UserError, suggest
 from .poison import check_rate
 from .record import check_name
@@ -203,7 +205,7 @@ def _by_field(kind: registry.Kind, method: str, options: Mapping[str, Any], wher
 def cells(grid: Grid) -> list[Cell]:
     """Each attack, followed by the defenses of its record. Every option is read as its command would read it."""
     found: list[Cell] = []
-    defenses = {dataset.label: [_defense_settings(grid, dataset, entry) for entry in grid.defenses] for dataset in grid.datasets}
+    defenses = cache(lambda trained: [_defense_settings(grid, entry, trained) for entry in grid.defenses])
     for dataset in grid.datasets:
         for entry in grid.attacks:
             for rate in _rates(grid, entry):
@@ -212,7 +214,7 @@ def cells(grid: Grid) -> list[Cell]:
                     record = f"{attack.place}-s{seed}"
                     check_name(record)
                     found.append(attack.cell(record, "", seed, ("--save_folder_name", record)))
-                    for defense in defenses[dataset.label]:
+                    for defense in defenses(Trained(dataset.name, attack.config.epochs)):
                         run = f"{defense.place}-s{seed}" if defense.place else f"seed{seed}"
                         name = ("--run_name", run) if defense.place else ()
                         found.append(defense.cell(record, run, seed, ("--result_file", record, *name)))
@@ -262,7 +264,7 @@ def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | Non
         check_rate(rate)
         options["poison_rate"] = rate
     flags = ["--dataset", dataset.name, *configs.as_flags(method.config_class, options, entry.label)]
-    parsed = configs.parse(method.config_class, method.name, "attack", flags, lambda config: config.dataset, entry.label)
+    parsed = configs.parse(method.config_class, method.name, "attack", flags, lambda config: Trained(config.dataset, config.epochs), entry.label)
     parsed.config.check()
     given = {name for name, origin in parsed.origins.items() if origin == "flag"}
     tags = [parsed.config.model] if "model" in given else []
@@ -272,11 +274,11 @@ def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | Non
     return _Settings(method, entry.label, "-".join(parts), tuple(flags), parsed.config, code_version(method.path))
 
 
-def _defense_settings(grid: Grid, dataset: Entry, entry: Entry) -> _Settings:
+def _defense_settings(grid: Grid, entry: Entry, trained: Trained) -> _Settings:
     method = registry.load("defense", entry.name)
     shared = _by_field("defense", method.name, grid.defense_options, "defense")
     flags = configs.as_flags(method.config_class, {**shared, **entry.options}, entry.label)
-    parsed = configs.parse(method.config_class, method.name, "defense", flags, lambda config: dataset.name, entry.label)
+    parsed = configs.parse(method.config_class, method.name, "defense", flags, lambda _: trained, entry.label)
     parsed.config.check()
     variant = "" if entry.label == method.name else re.sub(rf"^{re.escape(method.name)}[-_]", "", entry.label)
     return _Settings(method, entry.label, variant, tuple(flags), parsed.config, code_version(method.path))

@@ -11,7 +11,7 @@ import torch
 
 from . import config as configs
 from . import data, datasets, engine, files, models, record
-from .config import CleanLabelConfig, CoverConfig, DefenseConfig, JointConfig, Parsed, TrainingConfig, TriggerConfig
+from .config import CleanLabelConfig, CoverConfig, DefenseConfig, JointConfig, Parsed, Trained, TrainingConfig, TriggerConfig
 from .data import Dataset, Split
 from .errors import UserError
 from .metrics import Evaluator, collapsed, der
@@ -56,17 +56,18 @@ class Job:
 
 
 def attack_job(method: Method, argv: Sequence[str], prog: str) -> Job:
-    parsed = configs.parse(method.config_class, method.name, "attack", argv, lambda c: c.dataset, prog)
+    parsed = configs.parse(method.config_class, method.name, "attack", argv, lambda c: Trained(c.dataset, c.epochs), prog)
     return Job(method, parsed.config, parsed)
 
 
 def defense_job(method: Method, argv: Sequence[str], prog: str) -> Job:
     """The data set, and with it the YAML file that applies, comes from the record."""
 
-    def dataset_of(config: DefenseConfig) -> str:
-        return _record(config).info["dataset"]["name"]
+    def trained(config: DefenseConfig) -> Trained:
+        info = _record(config).info
+        return Trained(info["dataset"]["name"], info["config"].get("epochs"))
 
-    parsed = configs.parse(method.config_class, method.name, "defense", argv, dataset_of, prog)
+    parsed = configs.parse(method.config_class, method.name, "defense", argv, trained, prog)
     return Job(method, parsed.config, parsed)
 
 
@@ -282,6 +283,8 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             _describe_trusted(trusted, config, dataset, run)
             if config.trusted_path is None and not found.known_poison and found.info.get("has_train", True):
                 run.note("the trusted images are drawn from the record's training images, which nobody vouches for: pass --trusted_path if you can")
+        if seeds is not None and not found.known_poison:
+            run.note("the seeds known to be clean are drawn from the record's training images, which nobody vouches for")
         before = _before(found, method)
         model = method.module.defend(view, config, run)
         if model is None:

@@ -9,7 +9,7 @@ import yaml
 
 from backdoorlab import config as configs
 from backdoorlab import registry
-from backdoorlab.config import Parsed
+from backdoorlab.config import Parsed, Trained
 from backdoorlab.data import Augment
 from backdoorlab.errors import UserError
 
@@ -31,11 +31,13 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Presets:
 
 
 def attack(*argv: str, method: str = "badnet") -> Parsed:
-    return configs.parse(registry.load("attack", method).config_class, method, "attack", argv, lambda c: c.dataset, "test")
+    return configs.parse(registry.load("attack", method).config_class, method, "attack", argv, lambda c: Trained(c.dataset, c.epochs), "test")
 
 
-def defense(*argv: str, method: str = "dau", dataset: str = "toy") -> Parsed:
-    return configs.parse(registry.load("defense", method).config_class, method, "defense", argv, lambda _c: dataset, "test")
+def defense(*argv: str, method: str = "dau", dataset: str = "toy", epochs: int | None = 100) -> Parsed:
+    """`epochs`: what the record's model was trained."""
+    trained = Trained(dataset, epochs)
+    return configs.parse(registry.load("defense", method).config_class, method, "defense", argv, lambda _: trained, "test")
 
 
 def test_each_layer_wins_over_the_one_before(presets: Presets, tmp_path: Path) -> None:
@@ -71,7 +73,8 @@ def test_sections_belong_to_their_kind_and_method(presets: Presets) -> None:
 
 
 def test_a_short_run_has_settings_of_its_own(presets: Presets) -> None:
-    presets(toy={"attack": {"lr": 0.01, "epochs": 100}, "short_run": {"epochs_below": 50, "lr": 0.1, "schedule": "onecycle"}})
+    short_run = {"epochs_below": 50, "attack": {"lr": 0.1, "schedule": "onecycle"}, "dau": {"epochs": 3}}
+    presets(toy={"attack": {"lr": 0.01, "epochs": 100}, "dau": {"lr": 0.5}, "short_run": short_run})
     run = lambda *argv: attack("--dataset", "toy", *argv)  # noqa: E731
     assert (run().config.lr, run().config.schedule) == (0.01, "cosine")
     assert (run("--epochs", "50").config.lr, run("--epochs", "50").config.schedule) == (0.01, "cosine")
@@ -79,6 +82,8 @@ def test_a_short_run_has_settings_of_its_own(presets: Presets) -> None:
     assert (short.config.lr, short.config.schedule) == (0.1, "onecycle")
     assert short.origins["lr"] == "toy.yaml: short_run"
     assert run("--epochs", "5", "--lr", "0.3").config.lr == 0.3, "a flag wins over it"
+    assert [defense(epochs=epochs).config.epochs for epochs in (100, 50, 49, None)] == [20, 20, 3, 20], "of a model that was trained shortly"
+    assert defense(epochs=5).config.lr == 0.5 and defense("--epochs", "7", epochs=5).config.epochs == 7
 
 
 def test_values_of_every_type_from_yaml(presets: Presets) -> None:
@@ -106,8 +111,10 @@ def test_tuples_and_booleans_from_flags() -> None:
         ({"attack": {"learning_rat": 0.1}}, r"toy.yaml: attack: unknown key 'learning_rat'"),
         ({"attack": {"epoch": 3}}, r"unknown key 'epoch'. Did you mean 'epochs'"),
         ({"atack": {"lr": 0.1}}, r"unknown section 'atack'. Did you mean 'attack'"),
-        ({"short_run": {"epochs_below": 200, "leraning_rate": 1}}, "short_run: unknown key 'leraning_rate'"),
-        ({"short_run": {"lr": 1}}, "toy.yaml: short_run.*epochs_below"),
+        ({"short_run": {"epochs_below": 200, "attack": {"leraning_rate": 1}}}, "short_run: attack: unknown key 'leraning_rate'"),
+        ({"short_run": {"epochs_below": 200, "atack": {"lr": 1}}}, "short_run: unknown section 'atack'. Did you mean 'attack'"),
+        ({"short_run": {"epochs_below": 200, "lr": 1}}, "short_run: unknown section 'lr'"),
+        ({"short_run": {"attack": {"lr": 1}}}, "toy.yaml: short_run.*epochs_below"),
         ({"attack": {"lr": "fast"}}, "lr"),
         ({"attack": {"schedule": "linear"}}, "schedule"),
         ({"attack": [1, 2]}, "toy.yaml"),
