@@ -11,6 +11,7 @@ Assumes: the poisoned training set and the model trained on it. No clean image, 
      the pool shares its features and is unlearned with it.
   3. Split: a sample is poison if anti-learning took its label from it.
   4. Unlearning: from the poisoned model, learn the clean part and unlearn the poisoned part with CCE.
+  5. Recovery (ours, only where recovery_epochs says so): learn the poisoned part with what it shows without its trigger.
 
 Departs from the port, with reasons and effects in docs/methods/dau.md:
   - The port draws its pool from the true poison; `isolation` is the pre-filter that its configuration describes,
@@ -24,6 +25,8 @@ Departs from the port, with reasons and effects in docs/methods/dau.md:
     return the model unharmed where no poison shows or the anti-learned head breaks down.
 """
 
+import copy
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -31,12 +34,13 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, batches, place
 from backdoorlab.errors import UserError
-from backdoorlab.features import Features, extract
+from backdoorlab.features import Features, extract, predictions
 from backdoorlab.models import Classifier
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
@@ -53,6 +57,8 @@ PROBED = 20_000
 """Samples of the other labels that a probe learns from, at most."""
 APART = 2.0
 """Standard deviations beyond which two normal distributions of one spread are two peaks and not one."""
+READ = 250
+"""Flagged samples of which batch statistics are taken at once, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +129,9 @@ class Config(DefenseConfig):
     """L2 penalty in unlearning."""
     batch_size: int = 128
     """Images a step in unlearning."""
+    recovery_epochs: int = 0
+    """Passes in which what was flagged is learned with the labels that the unlearned model reads in it (ours): triggered images get their true
+    label again. 0 stops after unlearning, as published."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "pool_rate": "(0, 1]",
@@ -142,6 +151,7 @@ class Config(DefenseConfig):
         "momentum": ">= 0",
         "weight_decay": ">= 0",
         "batch_size": ">= 1",
+        "recovery_epochs": ">= 0",
     }
 
 
@@ -156,7 +166,8 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
         return None
     if not flagged.any():
         return view.model
-    return unlearn(view, flagged, config, run)
+    model = unlearn(view, flagged, config, run)
+    return recover(model, view, flagged, config, run) if config.recovery_epochs else model
 
 
 def find_poison(view: DefenderView, config: Config, run: Run, pool: Tensor | None = None) -> Tensor:
@@ -173,16 +184,16 @@ def find_poison(view: DefenderView, config: Config, run: Run, pool: Tensor | Non
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
         log_p = anti_learn(features, pool, view.model.get_classifier(), beta, config, run)
         flagged = lost_label(log_p, features, config)
-        lost = accuracy(features.logits, features.labels, ~flagged) - accuracy(log_p, features.labels, ~flagged)
-        if flagged.all() or lost <= config.breakdown:
+        lost = 1.0 if flagged.all() else accuracy(features.logits, features.labels, ~flagged) - accuracy(log_p, features.labels, ~flagged)
+        if lost <= config.breakdown:
             break
         run.note(f"beta {beta:g}: the anti-learned head loses {lost:.2f} of the accuracy on what it calls clean, so its split is refused")
     else:
         flagged = torch.zeros_like(flagged)
         run.note("no poison found: every anti-learned head broke down, so the model is returned as it was")
-    remaining = set(features.labels[~flagged].tolist())
-    if flagged.any() and len(remaining) < view.num_classes:
-        run.note(f"the split would leave {view.num_classes - len(remaining)} label(s) without a clean sample: the model is returned as it was")
+    emptied = set(features.labels.tolist()) - set(features.labels[~flagged].tolist())
+    if emptied:
+        run.note(f"the split would leave {len(emptied)} label(s) without a clean sample: the model is returned as it was")
         flagged = torch.zeros_like(flagged)
     if flagged.any():
         counts = torch.bincount(features.labels[flagged], minlength=view.num_classes).tolist()
@@ -479,8 +490,8 @@ def anti_learn(features: Features, pool: Tensor, head: nn.Module, beta: float, c
                 bias -= scale[:, None] * steps[1]
             done += 1
     with torch.no_grad():
-        found = [(features.pooled @ w.T + b).log_softmax(1) for w, b in zip(weight, bias, strict=True)]
-        return torch.stack(found).median(0).values
+        parts = features.pooled.split(PROBED)  # all heads' answers on all samples may be too much for the memory
+        return torch.cat([torch.stack([(x @ w.T + b).log_softmax(1) for w, b in zip(weight, bias, strict=True)]).median(0).values for x in parts])
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -494,22 +505,66 @@ def cce(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.logsumexp(-1) - others.logsumexp(-1)
 
 
-# --- 4. unlearning -----------------------------------------------------------------------------------------------
+# --- 4. unlearning, 5. recovery ----------------------------------------------------------------------------------
 
 
 def unlearn(view: DefenderView, flagged: Tensor, config: Config, run: Run) -> nn.Module:
-    model, train, flagged = view.model, place(view.train, run.device), flagged.to(run.device)
+    """Step 4, from the poisoned model."""
+    return descend("unlearn", config.epochs, view.model, view.train, None, flagged, view, config, run)
+
+
+def recover(model: nn.Module, view: DefenderView, flagged: Tensor, config: Config, run: Run) -> nn.Module:
+    """Step 5, from the unlearned model: nothing is unlearned any more, and flagged samples have the labels that were read in them."""
+    labels = run.once("labels", lambda: {"labels": labels_without_trigger(model, view.train, flagged, run)})["labels"]
+    # What still shows its own label is clean, or poison of the target class. Nobody can tell which, so it teaches nothing.
+    index = (~flagged | (labels != view.train.labels.cpu())).nonzero().squeeze(1)
+    train = dataclasses.replace(view.train, labels=labels)
+    return descend("recover", config.recovery_epochs, model, train, index, torch.zeros_like(flagged), view, config, run)
+
+
+def descend(
+    stage: str,
+    epochs: int,
+    model: nn.Module,
+    train: Split,
+    index: Tensor | None,
+    poisoned: Tensor,
+    view: DefenderView,
+    config: Config,
+    run: Run,
+) -> nn.Module:
+    """Passes over the samples of `index`, int64 (M,), or over all of them, that unlearn the poisoned ones, bool (N,), and learn the others."""
+    train, poisoned = place(train, run.device), poisoned.to(run.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
-    steps = config.epochs * math.ceil(len(train) / config.batch_size)
+    steps = epochs * math.ceil(len(train if index is None else index) / config.batch_size)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps))
-    for _ in run.epochs("unlearn", config.epochs, model=model, optimizer=optimizer, scheduler=scheduler):
+    for _ in run.epochs(stage, epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()
-        for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment):
+        order = None if index is None else index[torch.randperm(len(index), generator=run.generator)]
+        for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment, order=order):
             with run.autocast():
                 logits = model(batch.images)
-            run.step(optimizer, unlearning_loss(logits.float(), batch.labels, flagged[batch.index], config))
+            run.step(optimizer, unlearning_loss(logits.float(), batch.labels, poisoned[batch.index], config))
             scheduler.step()
     return model
+
+
+def labels_without_trigger(model: nn.Module, train: Split, flagged: Tensor, run: Run) -> Tensor:
+    """int64 (N,) on the CPU: the given labels, for flagged samples the unlearned model's answers under batch statistics of their own.
+
+    A trigger shifts the features of all images that carry it alike. Batch normalisation with the flagged samples' own means and variances takes
+    that shift away (as AdaBN does between data sets: Li et al., 2016, https://arxiv.org/abs/1603.04779), and what the images show comes out.
+    """
+    index = flagged.nonzero().squeeze(1).cpu()
+    reader = copy.deepcopy(model)
+    if len(index) > 1:  # of a single image there are no statistics
+        drawn = index[torch.randperm(len(index), generator=run.generator)]
+        size = math.ceil(len(drawn) / math.ceil(len(drawn) / READ))  # batches alike, because their statistics count alike
+        with run.autocast():
+            update_bn((batch.images for batch in batches(train, size, device=run.device, order=drawn)), reader)
+    labels = train.labels.cpu().clone()
+    labels[index] = predictions(reader, train.subset(index), run).cpu()
+    return labels
 
 
 def unlearning_loss(logits: Tensor, labels: Tensor, poisoned: Tensor, config: Config) -> Tensor:

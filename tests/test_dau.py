@@ -4,14 +4,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorlab import registry
+from backdoorlab.data import Split, to_float
 from backdoorlab.errors import UserError
-from backdoorlab.features import Features
+from backdoorlab.features import Features, predictions
+from backdoorlab.record import Record
 from backdoorlab.run import Run
 
 dau: Any = registry.load("defense", "dau").module
@@ -433,3 +436,59 @@ def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:
     data, planted = features()
     with pytest.raises(UserError, match="ends in a linear layer, got Sequential"):
         dau.anti_learn(data, planted, nn.Sequential(nn.Linear(16, K)), 99.0, dau.Config(), new_run(tmp_path))
+
+
+# --- recovery ----------------------------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """Batch normalisation of the pixels' means over rows, then the class whose row is brightest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.mean((1, 3)))
+
+
+def test_flagged_samples_are_read_without_what_they_have_in_common(tmp_path: Path) -> None:
+    """Ten classes of images with one bright row; half have a trigger, a brighter row 0 on all of them, and the label 0."""
+    draws = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, K, (2000,), generator=draws)
+    images = torch.randint(0, 30, (2000, 1, K, K), generator=draws).to(torch.uint8)
+    images[torch.arange(2000), 0, truth] += 60
+    flagged = torch.arange(2000) % 2 == 0
+    images[flagged, 0, 0] += 150
+    train = Split(images, torch.where(flagged, 0, truth))
+    model, run = Reader().eval(), new_run(tmp_path)
+    with torch.no_grad():
+        model.norm.running_mean, model.norm.running_var = (f(to_float(images[~flagged]).mean((1, 3)), 0) for f in (torch.mean, torch.var))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+
+    control = predictions(model, train, run)
+    assert (control[~flagged] == truth[~flagged]).all() and (control[flagged] == 0).all(), "as the model is, it sees the trigger alone"
+    labels = dau.labels_without_trigger(model, train, flagged, run)
+    assert (labels == truth).all()
+    assert torch.equal(train.labels, torch.where(flagged, 0, truth)), "the data that came in are left alone"
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()) and not model.training
+
+
+@pytest.fixture(scope="module")
+def blended(session_folder: Path) -> Record:
+    """A Blended record of the digits, on which unlearning alone leaves triggered images misread."""
+    with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
+        return helpers.attack("blended", "blended", session_folder / "blended", *helpers.WORKING)
+
+
+def test_recovery_gives_triggered_images_their_label_back(blended: Record, tmp_path: Path) -> None:
+    before = blended.info["scores"]
+    assert before["asr"] >= 0.9 and before["clean_accuracy"] >= 0.9, "the backdoor is there"
+    record = helpers.copy(blended, tmp_path)
+    flags = ("--score_every", "0", "--precision", "fp32")
+    control, recovered = (helpers.defend("dau", record, *flags, "--run_name", f"r{epochs}", "--recovery_epochs", epochs) for epochs in ("0", "4"))
+    assert control is not None and recovered is not None and control["split"] == recovered["split"]
+    assert control["after"]["robust_accuracy"] < 0.9, "there is something to recover"
+    assert recovered["after"]["robust_accuracy"] >= control["after"]["robust_accuracy"] + 0.05
+    assert recovered["after"]["asr"] <= max(control["after"]["asr"], 0.05)
+    assert recovered["after"]["clean_accuracy"] >= control["after"]["clean_accuracy"] - 0.01
