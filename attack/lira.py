@@ -37,8 +37,8 @@ from backdoorlab.runner import Outcome, new_model
 class Config(JointConfig):
     eps: float = 4 / 255
     """Bound of the trigger in [0, 1] units; higher is easier to learn and to see."""
-    trigger_epochs: int = 50
-    """Of all epochs, those of the first stage, in which the trigger is trained, too."""
+    trigger_epochs: int | None = None
+    """Of all epochs, those of the first stage, in which the trigger is trained, too; None is half of them."""
     alpha: float = 0.5
     """Weight of the loss on clean images; that on triggered ones has 1 - alpha."""
     first_lr: float = 0.01
@@ -74,17 +74,23 @@ def triggered(trigger: nn.Module, images: Tensor, eps: float) -> Tensor:
     return (images + eps * trigger(images)).clamp(0, 1)
 
 
+def first_stage(config: Config) -> int:
+    """Epochs of it."""
+    return config.epochs // 2 if config.trigger_epochs is None else config.trigger_epochs
+
+
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     channels, height, width = dataset.image_shape
     if height % 16 or width % 16:
         raise UserError(f"the trigger network halves images four times and needs sides divisible by 16, got {height}x{width}: use --image_size")
-    if config.trigger_epochs > config.epochs:
-        raise UserError(f"trigger_epochs {config.trigger_epochs} are some of the {config.epochs} epochs: lower --trigger_epochs or raise --epochs")
+    trigger_epochs = first_stage(config)
+    if trigger_epochs > config.epochs:
+        raise UserError(f"trigger_epochs {trigger_epochs} are some of the {config.epochs} epochs: lower --trigger_epochs or raise --epochs")
     model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
     with seeded(config.seed, "trigger"):
         trigger, ahead = network(channels, config.trigger_width).to(run.device), network(channels, config.trigger_width).to(run.device)
     ahead.load_state_dict(trigger.eval().state_dict())
-    labels, recipe, last = labels_of(dataset, config), config.recipe(), config.epochs - config.trigger_epochs
+    labels, recipe, last = labels_of(dataset, config), config.recipe(), config.epochs - trigger_epochs
     stamp, made = partial(render, trigger=trigger, eps=config.eps), None
     painter = torch.optim.Adam(ahead.parameters(), lr=config.trigger_lr)
     first = make_optimizer(model.parameters(), replace(recipe, lr=config.first_lr, weight_decay=0.0))
@@ -92,7 +98,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     course = Course(second, replace(recipe, epochs=last), len(train))
     state = dict(trigger=trigger, ahead=ahead, painter=painter, first=first, second=second, course=course)
     for epoch in run.epochs("train", config.epochs, model=model, **state):
-        fixed = epoch >= config.trigger_epochs
+        fixed = epoch >= trigger_epochs
         if fixed and made is None:
             made = snapshot(dataset, config, run, stamp)
         for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=True):

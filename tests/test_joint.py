@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from test_run import Stop, interrupt_at, same
 from torch import Tensor
 
+from backdoorlab import config as configs
 from backdoorlab import datasets, joint, registry, tables
 from backdoorlab.data import Augment, Dataset, batches
 from backdoorlab.engine import Recipe, autocast, derived_generator
@@ -23,6 +24,7 @@ from backdoorlab.models import build
 from backdoorlab.poison import CROSS, POISON, Labels
 from backdoorlab.record import Record
 from backdoorlab.run import Run
+from backdoorlab.runner import attack_job
 
 CPU = torch.device("cpu")
 SIZE = 96
@@ -339,6 +341,18 @@ def test_blinds_loss_waits_for_a_settled_model() -> None:
     fresh = module("blind").History(3)
     fresh.load_state_dict(history.state_dict())
     assert fresh.settled(1.0)
+
+
+WITH_EPOCHS = [file.stem for file in sorted(registry.resource("config").glob("*.yaml")) if "epochs" in configs.read_yaml(file).get("attack", ())]
+
+
+@pytest.mark.parametrize("dataset", WITH_EPOCHS)
+def test_both_stages_of_lira_have_epochs_on_every_data_set(dataset: str) -> None:
+    method = registry.load("attack", "lira")
+    config = attack_job(method, ["--dataset", dataset], "test").config
+    assert 0 < method.module.first_stage(config) < config.epochs
+    published = {"cifar10": 50, "cifar100": 50, "gtsrb": 25, "tiny": 100, "digits": 4}
+    assert method.module.first_stage(config) == published.get(dataset, config.epochs // 2)
 
 
 @pytest.mark.parametrize(
