@@ -5,7 +5,7 @@ grouped(rows)   -> list[Group]        the same experiment over seeds; rows that 
 group.score(m)  -> Summary | None     mean, sd and n of one metric over the seeds of a group
 labels(groups)  -> list[Label]        what to call each group, with the settings that tell it from its like
 remarks(rows)   -> list[str]          one sentence for each thing that was kept apart or left out
-compare(groups) -> list[Comparison]   each defense against fine-tuning over attacks: exact sign-flip test, Holm's correction
+compare(groups) -> list[Compared]     each defense against fine-tuning over attacks: sign-flip test, Holm's correction
 """
 
 import json
@@ -313,8 +313,8 @@ def _paired(group: Group, other: Group) -> list[tuple[float, float]]:
 
 def labels(groups: Sequence[Group]) -> list[Label]:
     """One for each group. Two groups of one data set and rate never have the same label."""
-    attacks = _told_apart({group.first.attack_key: (_attack_family(group.first), _attack_traits(group.first)) for group in groups})
-    defenses = _told_apart(
+    attacks = told_apart({group.first.attack_key: (_attack_family(group.first), _attack_traits(group.first)) for group in groups})
+    defenses = told_apart(
         {
             group.first.key: ((*group.first.attack_key, group.first.defense, group.first.variant), _traits(group.first.defense_settings))
             for group in groups
@@ -375,8 +375,8 @@ def _traits(settings: str) -> dict[str, Any]:
     return json.loads(settings) if settings else {}
 
 
-def _told_apart(members: Mapping[Any, tuple[Any, dict[str, Any]]]) -> dict[Any, str]:
-    """key -> " (position=random)" with what differs within the key's family, "" where it is alone."""
+def told_apart(members: Mapping[Any, tuple[Any, dict[str, Any]]]) -> dict[Any, str]:
+    """key -> (family, traits), to key -> " (position=random)" with what differs within the key's family, "" where it is alone."""
     families: dict[Any, list[Any]] = defaultdict(list)
     for key, (family, _) in members.items():
         families[family].append(key)

@@ -154,9 +154,8 @@ def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence
     if any(weak):
         said.append(f"†: no better than fine-tuning ({BASELINE}) in DER on the same records.")
     said += [remark + "." for remark in results.remarks(found)]
-    comparisons = significance.compare(groups)
-    for dataset in dict.fromkeys(comparison.dataset for comparison in comparisons):
-        said.append(_tested([comparison for comparison in comparisons if comparison.dataset == dataset]))
+    for compared in significance.compare(groups):
+        said += [_tested(compared.comparisons)] * bool(compared.comparisons) + [note + "." for note in compared.notes]
     sources = {number.key: number for group in groups for number in reported.beside(group.first)}
     return said + [f"[{key}] clean acc / ASR %: {number.source}; {number.protocol}." for key, number in sources.items()]
 
@@ -167,7 +166,7 @@ def _tested(comparisons: Sequence[significance.Comparison]) -> str:
         f"{c.defense} {100 * c.difference:+.2f}" + (f" (p {c.p:.2g}, Holm {c.holm:.2g})" if c.attacks >= significance.fewest_attacks(1) else "")
         for c in comparisons
     )
-    return f"{comparisons[0].dataset}, DER minus {BASELINE}'s, mean over attacks: {leads}. {significance.verdict(comparisons)}"
+    return f"{comparisons[0].dataset}, DER minus {comparisons[0].baseline}'s, mean over attacks: {leads}. {significance.verdict(comparisons)}"
 
 
 # --- cells -------------------------------------------------------------------------------------------------------

@@ -139,8 +139,18 @@ def test_sign_flip_agrees_with_scipy() -> None:
 def test_sign_flip_of_many_is_exact_too() -> None:
     assert significance.sign_flip([1.0] * 40) == 2 / 2**40
     assert significance.sign_flip([1.0, -1.0] * 10) == 1.0
-    with pytest.raises(ValueError, match="between 1 and 40"):
+    with pytest.raises(ValueError, match="at least one"):
         significance.sign_flip([])
+
+
+def test_sign_flip_of_more_draws_the_same_patterns_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = np.random.default_rng(0).normal(0.5, 1, 12).tolist()
+    exact = significance.sign_flip(numbers)
+    monkeypatch.setattr(significance, "MOST_LISTED", 11)
+    drawn = significance.sign_flip(numbers)
+    assert drawn == significance.sign_flip(numbers) != exact
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact / significance.DRAWN)), "four standard errors"
+    assert significance.sign_flip([1.0] * 200) == 1 / (1 + significance.DRAWN), "never 0"
 
 
 def test_holm() -> None:
@@ -173,11 +183,102 @@ def attacked(attacks: int, **defenses: float) -> list[results.Group]:
     ("attacks", "says"), [(5, "Fewer than six attacks cannot show"), (6, "2 comparisons need 7"), (7, "Different from ft at 5 % after Holm: good.")]
 )
 def test_the_verdict_says_what_so_many_attacks_can_show(attacks: int, says: str) -> None:
-    comparisons = significance.compare(attacked(attacks, good=0.1, even=-0.003))
+    (compared,) = significance.compare(attacked(attacks, good=0.1, even=-0.003))
+    comparisons = compared.comparisons
+    assert compared.notes == ()
     assert [comparison.defense for comparison in comparisons] == ["good", "even"]
     assert {comparison.attacks for comparison in comparisons} == {attacks}, "rates of one attack are not two attacks"
     assert comparisons[0].difference == pytest.approx(0.1 + (attacks - 1) / 2000)
     assert says in significance.verdict(comparisons)
+
+
+def test_a_difference_is_one_of_two_defenses_on_one_record() -> None:
+    """What fine-tuning was not run on counts for nobody, be it a rate or a seed."""
+    rates = [row("ft", der=0.9), row("sau", der=0.9), row("sau", der=0.5, poison_rate=0.01)]
+    seeds = [row("ft", 0, der=0.9), *(row("sau", seed, der=der) for seed, der in enumerate((0.95, 0.5, 0.5)))]
+    for rows, difference in ((rates, 0.0), (seeds, 0.05)):
+        (comparison,) = significance.compare(results.grouped(rows))[0].comparisons
+        assert comparison.difference == pytest.approx(difference)
+    both = [*rates, row("ft", der=0.6, poison_rate=0.01)]
+    (comparison,) = significance.compare(results.grouped(both))[0].comparisons
+    assert comparison.difference == pytest.approx(-0.05), "the control: with fine-tuning at both rates it is their mean"
+
+
+def settings(**values: Any) -> str:
+    return json.dumps({"code": "c0de", "label_mode": "all2one", "position": "corner", **values}, sort_keys=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"attack_settings": settings(code="0ther")}, "(code=c0de), not (code=0ther)"),
+        ({"architecture": "preactresnet10 w8"}, "(architecture=preactresnet10 w16), not (architecture=preactresnet10 w8)"),
+        ({"attack_settings": settings(epochs=50)}, "(epochs=None), not (epochs=50)"),
+        ({"fingerprint": "b" * 64}, "(data=aaaaaaaa), not (data=bbbbbbbb)"),
+    ],
+)
+def test_an_attack_that_was_run_in_two_ways_is_one_observation(change: dict[str, Any], named: str) -> None:
+    """Three attacks, twice each: as six observations all in one direction they would be significant."""
+    pairs = [(f"attack{number}", name, der) for number in range(3) for name, der in (("ft", 0.6), ("sau", 0.8))]
+    once = [row(name, seed, attack, der) for attack, name, der in pairs for seed in range(2)]
+    twice = [dataclasses.replace(one, der=0.1 + (one.der or 0.0), **change) for one in once[2:] if one.seed == 0]
+    (alone,), (compared,) = (significance.compare(results.grouped(rows)) for rows in (once, once + twice))
+    assert compared.comparisons == alone.comparisons and compared.comparisons[0].attacks == 3 and compared.comparisons[0].p == 0.25
+    assert len(compared.notes) == 2 and alone.notes == (), "the first was not run with fine-tuning in the second way"
+    assert compared.notes[0] == f"digits, attack1 was run in 2 ways, and the test takes {named}"
+
+
+def test_all_attacks_are_on_one_network_where_they_can_be() -> None:
+    small = {"architecture": "preactresnet10 w8"}
+    rows = [row(name, attack=f"attack{number}", der=der) for number in range(3) for name, der in (("ft", 0.6), ("sau", 0.8))]
+    rows += [row(name, seed, attack="attack0", der=0.5, **small) for name in ("ft", "sau") for seed in range(2)]
+    (compared,) = significance.compare(results.grouped(rows))
+    assert "attack0 was run in 2 ways, and the test takes (architecture=preactresnet10 w16)" in compared.notes[0]
+    assert compared.comparisons[0].difference == pytest.approx(0.2)
+
+
+def test_own_settings_make_another_attack_and_rates_do_not() -> None:
+    random = settings(position="random")
+    rows = [row(name, der=der) for name, der in (("ft", 0.6), ("sau", 0.8))]
+    rows += [dataclasses.replace(one, attack_settings=random) for one in rows]
+    assert significance.compare(results.grouped(rows))[0].comparisons[0].attacks == 2
+    rows += [dataclasses.replace(one, poison_rate=0.05) for one in rows[:2]]
+    assert significance.compare(results.grouped(rows))[0].comparisons[0].attacks == 2
+    clean_label = [dataclasses.replace(one, attack_settings=settings(clean_label_ratio=share)) for one in rows[:2] for share in (0.5, 0.2)]
+    assert significance.compare(results.grouped(clean_label))[0].comparisons[0].attacks == 1
+
+
+def test_a_defense_with_other_settings_is_another_and_with_other_code_left_out() -> None:
+    rows = [row(name, attack=f"attack{number}", der=der) for number in range(3) for name, der in (("ft", 0.6), ("sau", 0.8))]
+    last = rows[-1]
+    other = [*rows[:-1], dataclasses.replace(last, defense_settings=json.dumps({"code": "c0de", "lr": 0.1}))]
+    (compared,) = significance.compare(results.grouped(other))
+    assert {(c.defense, c.attacks) for c in compared.comparisons} == {("sau (lr=0.01)", 2), ("sau (lr=0.1)", 1)}
+    other[-1] = dataclasses.replace(last, defense_settings=json.dumps({"code": "0ther", "lr": 0.01}))
+    (compared,) = significance.compare(results.grouped(other))
+    assert [(c.defense, c.attacks) for c in compared.comparisons] == [("sau", 2)]
+    assert compared.notes == ("digits, sau was run in 2 ways, and the test takes (code=c0de), not (code=0ther)",)
+
+
+def test_one_of_two_baselines_is_taken_and_named() -> None:
+    rows = [row(name, attack=f"attack{number}", der=der) for number in range(2) for name, der in (("ft", 0.6), ("sau", 0.8))]
+    rows += [row("ft", der=0.5, attack="attack0", defense_settings=json.dumps({"code": "c0de", "lr": 0.1}))]
+    (compared,) = significance.compare(results.grouped(rows))
+    assert {(c.defense, c.baseline, c.attacks) for c in compared.comparisons} == {("sau", "ft (lr=0.01)", 2), ("ft (lr=0.1)", "ft (lr=0.01)", 1)}
+    assert compared.notes == ("digits, ft (lr=0.01), ft (lr=0.1) are there: the others are compared with ft (lr=0.01)",)
+    assert any(note.startswith("digits, DER minus ft (lr=0.01)'s") for note in tables.means(rows).notes)
+
+
+def test_a_defense_without_a_record_in_common_with_fine_tuning_is_named() -> None:
+    rows = [row("ft", der=0.6), row("sau", der=0.8), row("dau", 1, der=0.9), row("sau", 1, der=0.9)]
+    (compared,) = significance.compare(results.grouped(rows))
+    assert [c.defense for c in compared.comparisons] == ["sau"]
+    assert compared.notes == ("digits, not compared, as no such record has both it and ft: dau",)
+
+
+def test_a_table_of_more_attacks_than_can_be_listed_says_so() -> None:
+    (note,) = [note for note in tables.means([member for group in attacked(41, good=0.1) for member in group.rows]).notes if "DER minus" in note]
+    assert note.endswith("Different from ft at 5 % after Holm: good. p from 100,000 random sign flips, as all of 41 attacks are too many to list.")
 
 
 def test_an_attack_that_did_not_take_proves_nothing() -> None:
