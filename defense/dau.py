@@ -397,6 +397,8 @@ def variety(x: Tensor, groups: list[Tensor], labels: Tensor, label: int, generat
     Each group is moved to their mean first, because a trigger that shifts all of its images must not count as content.
     """
     others = (labels != label).nonzero().squeeze(1)
+    if len(labels[others].unique()) < 2:  # nothing to tell apart
+        return [0.0] * len(groups)
     others = others[torch.randperm(len(others), generator=generator)[:PROBED].to(others.device)]
     known = x[others].float()
     mean, std = known.mean(0), known.std(0).clamp_min(1e-6)

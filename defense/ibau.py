@@ -21,8 +21,10 @@ nothing; reasons and effects in docs/methods/ibau.md:
 The presets ibau_official, ibau_notebook and ibau_backdoorbench undo this as far as each published variant does without it.
 """
 
+import contextlib
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,10 +33,12 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import NO_AUGMENT, Batch, batches, place
+from backdoorlab.errors import UserError
 from backdoorlab.perturb import frozen, l2, project, same_reach
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
@@ -143,19 +147,32 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
 
         for batch in one_pass():
             seen = first if config.quirks and first is not None else batch
-            found = hypergradient(
-                partial(outer, batch.images, batch.labels, carriers(len(batch.labels), config, run)),
-                partial(inner, seen.images, seen.labels),
-                delta,
-                weights,
-                radius,
-                config,
-            )
+            with differentiable_twice():
+                found = hypergradient(
+                    partial(outer, batch.images, batch.labels, carriers(len(batch.labels), config, run)),
+                    partial(inner, seen.images, seen.labels),
+                    delta,
+                    weights,
+                    radius,
+                    config,
+                )
             run.step(optimizer, found.loss, found.gradients)
             schedule.step()
             if config.K:
                 run.watch(implicit=found.implicit, residual=found.residual)
     return model
+
+
+@contextlib.contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Attention in its plain form, since the gradient of its fast ones has no gradient; a network with another such part is refused."""
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        if not re.match(r"derivative for \S+ is not implemented", str(error)):
+            raise
+        raise UserError(f"I-BAU's hypergradient differentiates the network twice, and this one cannot be ({error}): use --K 0") from error
 
 
 def make_optimizer(weights: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:

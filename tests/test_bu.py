@@ -118,7 +118,9 @@ def test_the_reward_leaves_out_images_of_the_class_and_rewards_up_to_beta() -> N
     slope = (16 * p * (1 - p) / 2).item()
     assert slopes[0, :, 0].tolist() == pytest.approx([slope, 0, 0, slope]), "two images count, each for a half"
     assert not slopes[0, :, 1:].any() and not slopes[1].any() and slopes[2].abs().max() < 1e-3
-    assert 0 <= hits <= 1
+    triggers[0, :, 0] = 1.0  # the first generator's squares light the corner: both images of another class are hit, of the third's none
+    hits, _ = bu.reward(Corner(), x, y, triggers, places, classes, beta, (1, 8, 8), config, run)
+    assert hits.item() == pytest.approx((1 + 0 + 0) / 3)
 
 
 def test_recovery_finds_the_planted_trigger_and_its_place() -> None:

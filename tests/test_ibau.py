@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorlab import files, registry
+from backdoorlab.errors import UserError
 from backdoorlab.record import Record
 from backdoorlab.run import Run
 
@@ -178,6 +179,37 @@ def test_the_published_variants_run(preset: str, tiny: Record, tmp_path: Path) -
     assert result["config"]["projected"] == (preset == "ibau_notebook")
     saved = files.read_tensors(record.folder / "defense" / "ibau" / "seed0" / "model.safetensors")[0]
     assert all(value.isfinite().all() for value in saved.values())
+
+
+class Wave(nn.Module):
+    """Images -> 10 logits through attention, or through an activation without a second derivative."""
+
+    def __init__(self, hard: bool) -> None:
+        super().__init__()
+        self.hard, self.last = hard, nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)[:, :16].repeat(1, 1, 8)
+        mixed = torch.nn.functional.scaled_dot_product_attention(tokens[:, None], tokens[:, None], tokens[:, None])[:, 0]
+        return self.last(torch.nn.functional.hardsigmoid(mixed.mean(1)) if self.hard else mixed.mean(1))
+
+
+def through(network: nn.Module) -> Any:
+    images, labels = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    loss = lambda delta: torch.nn.functional.cross_entropy(network(images + delta), labels)  # noqa: E731
+    return ibau.hypergradient(
+        loss, lambda d: 0.001 * d.square().sum() - loss(d), torch.full((1, 1, 4, 4), 0.1), list(network.parameters()), 9.0, ibau.Config()
+    )
+
+
+def test_networks_with_attention_are_differentiated_twice_and_others_that_cannot_be_are_one_line() -> None:
+    with pytest.raises(RuntimeError, match="derivative for"):
+        through(Wave(hard=False))  # the control: as attention comes
+    with ibau.differentiable_twice():
+        found = through(Wave(hard=False))
+    assert all(gradient.isfinite().all() for gradient in found.gradients) and found.implicit > 0
+    with pytest.raises(UserError, match=r"derivative for .* is not implemented\): use --K 0"), ibau.differentiable_twice():
+        through(Wave(hard=True))
 
 
 def test_the_authors_flags_work(tiny: Record, tmp_path: Path) -> None:
