@@ -24,6 +24,7 @@ from backdoorlab.data import Dataset, batches, place
 from backdoorlab.engine import Course, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import labels_of, snapshot
+from backdoorlab.poison import Labels
 from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, new_model
 
@@ -96,12 +97,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
         model.train()
         for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, augment=recipe.augment, drop_last=True):
             on = history.settled(config.loss_threshold)
-            with run.autocast():
-                logits = model(torch.cat([batch.images, paint(batch.images, 1)]) if on else batch.images).float()
-            clean = F.cross_entropy(logits[: len(batch.images)], batch.labels)
-            loss = config.clean_weight * clean
-            if on:
-                loss = loss + config.backdoor_weight * F.cross_entropy(logits[len(batch.images) :], labels.of(batch.labels))
+            loss, clean = joint_loss(model, batch.images, batch.labels, on, labels, config, run)
             history.add(clean)
             run.watch(attacked=torch.tensor(float(on)))
             run.step(optimizer, loss)
@@ -110,6 +106,17 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     if not history.settled(config.loss_threshold):
         run.note(f"the attack was off at the end: the clean loss of {config.history} batches was not below {config.loss_threshold}")
     return Outcome(model, train_poison, test_poison)
+
+
+def joint_loss(model: nn.Module, x: Tensor, given: Tensor, on: bool, labels: Labels, config: Config, run: Run) -> tuple[Tensor, Tensor]:
+    """clean_weight CE(C(x), y) + backdoor_weight CE(C(x'), eta(y)), both in one pass of the classifier, and CE(C(x), y); x' only while `on`."""
+    with run.autocast():
+        logits = model(torch.cat([x, paint(x, 1)]) if on else x).float()
+    clean = F.cross_entropy(logits[: len(x)], given)
+    loss = config.clean_weight * clean
+    if on:
+        loss = loss + config.backdoor_weight * F.cross_entropy(logits[len(x) :], labels.of(given))
+    return loss, clean
 
 
 if __name__ == "__main__":
