@@ -21,6 +21,7 @@ from . import registry
 from .data import Augment
 from .engine import Precision, Recipe, Schedule
 from .errors import UserError, suggest
+from .models import OWN
 
 C = TypeVar("C", bound="MethodConfig")
 
@@ -239,6 +240,8 @@ def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], tr
     dataset = trained(config).dataset
     file, sections = f"{dataset}.yaml", _dataset_yaml(dataset)
     if sections:
+        if getattr(config, "model", None) not in (None, *OWN):  # a data set's width is for networks that have one
+            sections = _without("width", sections)
         found = _section_layers(config_class, sections, (kind, method), file)
         config = _parse_flags(config_class, found + layers, prog)
         epochs, short = trained(config).epochs, sections.get("short_run")
@@ -251,6 +254,11 @@ def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], tr
 
 def _section_layers(config_class: type[Any], sections: Mapping[str, Any], names: Sequence[str], where: str) -> list[tuple[str, list[str]]]:
     return [(where, as_flags(config_class, sections[name], f"{where}: {name}")) for name in names if name in sections]
+
+
+def _without(key: str, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections without the lines of that key, those of short_run included."""
+    return {name: _without(key, lines) if isinstance(lines, dict) else lines for name, lines in sections.items() if name != key}
 
 
 def published(dataset: str) -> dict[str, Any]:

@@ -86,6 +86,18 @@ def test_a_short_run_has_settings_of_its_own(presets: Presets) -> None:
     assert defense(epochs=5).config.lr == 0.5 and defense("--epochs", "7", epochs=5).config.epochs == 7
 
 
+def test_a_data_sets_width_is_for_networks_that_have_one(presets: Presets) -> None:
+    short_run = {"epochs_below": 50, "attack": {"width": 8}}
+    presets(toy={"attack": {"width": 16, "lr": 0.2}, "badnet": {"width": 4}, "short_run": short_run}, mine="width: 2\n")
+    run = lambda *argv: attack("--dataset", "toy", *argv)  # noqa: E731
+    assert [run("--epochs", epochs).config.width for epochs in ("50", "3")] == [4, 8]
+    for epochs in ("50", "3"):
+        found = run("--model", "resnet18", "--epochs", epochs)
+        assert found.config.width is None and "width" not in found.origins and found.config.lr == 0.2
+    assert run("--model", "resnet18", "--width", "2").config.width == 2, "what the user asks for is left to be refused"
+    assert run("--model", "resnet18", "--yaml_path", "mine").config.width == 2
+
+
 def test_values_of_every_type_from_yaml(presets: Presets) -> None:
     presets(
         toy={"attack": {"mean": [0.1, 0.2, 0.3], "flip": True, "grey": False, "schedule_epochs": None, "width": 16, "optimizer": "adam", "lr": 1}}

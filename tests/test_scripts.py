@@ -124,6 +124,13 @@ def test_backdoorbench_flags_run(tmp_path: Path) -> None:
     assert result["config"]["trusted_ratio"] == 0.1 and result["seed"] == 3
 
 
+def test_a_timm_model_by_name_on_the_digits(tmp_path: Path) -> None:
+    """Whose YAML file sets a width, which is not for it."""
+    argv = ["--save_folder_name", "r", "--model", "resnet10t", "--image_size", "8", "--epochs", "1", "--score_every", "0", "--precision", "fp32"]
+    assert cli.main(str(BADNET), argv) == 0
+    assert Record.load("r", tmp_path / "record").info["architecture"]["width"] is None
+
+
 def test_dau_in_three_subtasks(backdoored: Record, tmp_path: Path, capsys: Capture) -> None:
     record = helpers.copy(backdoored, tmp_path / "record")
     folder = record.folder / "defense" / "dau"
