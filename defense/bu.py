@@ -406,6 +406,7 @@ class Mine(nn.Module):
 def unlearn(model: nn.Module, search: Split, held_out: Split, triggers: Tensor, corners: Tensor, target: int, config: Config, run: Run) -> nn.Module:
     """Ascend on the triggered images of other classes, descend on clean ones, within the penalty."""
     weights = list(model.parameters())
+    torch.backends.cudnn.benchmark = False  # no two batches have as many triggered images, and each new size would be tuned anew
     before = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.SGD(weights, lr=config.lr, momentum=config.momentum, fused=True)
     weight_of_penalty = config.penalty_weight if config.penalty_weight is not None else {"weighted": 1.0, "constant": 1e-6}[config.penalty]

@@ -12,9 +12,10 @@ batch of trusted images:
   2. Train the current model on the clean images, and away from the wrong class that the poisoned model gives to the
      perturbed ones.
 
-Departs from the published code in cost alone: the poisoned model's predictions on clean images are computed once, gradients
-are taken to the perturbation only, and an image whose perturbation is shared already, and so can no longer move, leaves the
-search. Its two log terms of step 2 are the same number and are one here. docs/methods/sau.md has the effects.
+Departs from the published code in cost: the poisoned model's predictions on clean images are computed once, gradients are
+taken to the perturbation only, and an image whose perturbation is shared already, and so can no longer move, leaves the
+search. Its two log terms of step 2 are the same number and are one here. Options that its defaults do not take (a random
+start, an l2 ball) are mended; docs/methods/sau.md has the list and the effects.
 """
 
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class Config(DefenseConfig):
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, poisoned, trusted = view.model, view.model, place(view.trusted, run.device)
     poisoned.eval().requires_grad_(False)
+    torch.backends.cudnn.benchmark = False  # the search's batches shrink, and each new size would be tuned anew
     believed = predictions(poisoned, trusted, run)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, amsgrad=True, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, config.n_rounds))
