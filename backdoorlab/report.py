@@ -28,6 +28,7 @@ from .results import Group, Row
 
 MAKER = "a page of backdoorlab"
 """In each page, so that only pages are ever replaced."""
+NOTHING = '<p class="missing nothing" hidden>Nothing fits these filters.</p>'
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def page(cells: Sequence[Cell], overall: Sequence[Chart], by_record: Mapping[str
         "means": means_table(rows, means),
         "remarks": _notes_below(means),
         "runs": runs_table(cells),
+        "nothing": NOTHING,
         "overview": "\n".join(_figure(chart, chart.name, 2) for chart in overall),
         "options": "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in by_record),
         "records": "\n".join(_article(own, by_record[name]) for name, own in _by_record(cells).items()),
@@ -425,7 +427,7 @@ def _figure(chart: Chart, key: str, level: int) -> str:
     form = "wide" if any(panel.grid for panel in chart.panels) else "few" if len(chart.panels) <= 3 else ""
     return (
         f'<figure id="{escape(key)}" data-chart="{escape(key)}">{heading}{_legend(chart)}'
-        f'<div class="panels {form}"></div><figcaption>{escape(chart.caption)}</figcaption></figure>'
+        f'<div class="panels {form}"></div>{NOTHING}<figcaption>{escape(chart.caption)}</figcaption></figure>'
     )
 
 

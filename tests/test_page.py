@@ -196,6 +196,24 @@ def test_sorting_and_filtering(browser: Any, page: Path, width: int) -> None:
     assert browser.execute_script("return document.getElementById('count').textContent") == f"{CELLS} of {CELLS} models"
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_charts_are_no_wider_than_their_boxes_after_a_filter_that_nothing_fits(browser: Any, page: Path, width: int) -> None:
+    script = """
+        const plots = [...document.querySelectorAll(`main > figure .plot, article .plot`)].filter((p) => p.getClientRects().length);
+        return plots.map((p) => [p, ...p.querySelectorAll('svg.main-svg')].map((e) => e.getBoundingClientRect().width));
+    """
+    said = "return [...document.querySelectorAll('.nothing')].filter((p) => !p.hidden).map((p) => p.parentElement.id).sort()"
+    visit(browser, page, width)
+    before = browser.execute_script(script)
+    for word in ("no such word", "asd"):
+        choose(browser, "#search", word)
+        assert browser.execute_script(said) == (["accuracy_asr", "costs", "means", "runs"] if word != "asd" else [])
+        choose(browser, "#search", "")
+        assert browser.execute_script(said) == []
+        after = browser.execute_script(script)
+        assert len(after) == len(before) > 4 and all(len(sizes) > 1 and max(sizes[1:]) < sizes[0] + 1 for sizes in after), after
+
+
 def test_the_buttons_of_a_chart_keep_it_on_this_machine(browser: Any, page: Path) -> None:
     visit(browser, page, 1280)
     offered = browser.execute_script("return [...document.querySelectorAll('#accuracy_asr .modebar-btn')].map((b) => b.dataset.title)")

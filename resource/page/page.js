@@ -100,13 +100,16 @@ function draw(figure, shown) {
     box.append(heading, plot);
     place.append(box);
   }
+  const traces = panels.map((panel) => (panel.grid ? [gridTrace(panel.grid)] : panel.series.map((series) => trace(series, panel, shown))));
+  panels.forEach((panel, i) => { // every box is shown or hidden before the first chart is drawn, for what is shown sets the width of all
+    place.children[i].hidden = shown && panel.series.some((s) => s.cells.length) && traces[i].every((t) => !t.x.length);
+  });
   panels.forEach((panel, i) => {
     const box = place.children[i];
-    const traces = panel.grid ? [gridTrace(panel.grid)] : panel.series.map((series) => trace(series, panel, shown));
-    box.hidden = shown && panel.series.some((s) => s.cells.length) && traces.every((t) => !t.x.length);
     if (box.hidden) Plotly.purge(box.lastChild);
-    else Plotly.react(box.lastChild, traces, layout(panel), { ...config, displayModeBar: narrow() ? false : "hover" });
+    else Plotly.react(box.lastChild, traces[i], layout(panel), { ...config, displayModeBar: narrow() ? false : "hover" });
   });
+  figure.querySelector(".nothing").hidden = [...place.children].some((box) => !box.hidden);
 }
 
 // --- tables and filters ------------------------------------------------------------------------------------------
@@ -143,6 +146,7 @@ function filter() {
       if (!row.hidden) shown.add(Number(row.dataset.cell));
     }
   }
+  for (const name of ["means", "runs"]) byId(name).querySelector(".nothing").hidden = [...byId(name).querySelectorAll("tbody tr")].some((row) => !row.hidden);
   byId("count").textContent = `${shown.size} of ${total} models`;
   for (const figure of document.querySelectorAll("main > figure[data-chart]")) draw(figure, shown);
 }
