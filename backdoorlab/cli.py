@@ -62,19 +62,22 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
+        from .registry import raised_in
+
+        where = f", in {came}" if (came := raised_in(error)) else ""
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, a folder of another user: nothing of ours
             if debug:
                 traceback.print_exc()
             place = f"{error.filename}: " if error.filename is not None else ""
             print(
-                one_line(f"{place}{error.strerror}. Nothing finished was changed; make room or choose another place, then run it again"),
+                one_line(f"{place}{error.strerror}{where}. Nothing finished was changed; make room or choose another place, then run it again"),
                 file=sys.stderr,
             )
             return 2
         if debug:
             raise
         first = (str(error).splitlines() or [""])[0]
-        print(one_line(f"unexpected {type(error).__name__}: {first} (pass --debug True to see where)"), file=sys.stderr)
+        print(one_line(f"unexpected {type(error).__name__}: {first}{where} (pass --debug True to see where)"), file=sys.stderr)
         return 1
 
 

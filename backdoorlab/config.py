@@ -329,7 +329,7 @@ def _dataset_yaml(dataset: str) -> dict[str, Any]:
 
 
 def _check_sections(found: Mapping[str, Any], where: str, *others: str) -> None:
-    known = {"attack", "defense", *others, *registry.available("attack"), *registry.available("defense")}
+    known = {"attack", "defense", *others, *registry.named("attack"), *registry.named("defense")}
     for section, lines in found.items():
         if section not in known:
             raise UserError(f"{where}: unknown section {section!r}.{suggest(section, known)} Known: {', '.join(sorted(known))}")

@@ -1,22 +1,27 @@
 """Methods are files: a name is the name of a file in attack/ or defense/, and nothing keeps a list.
 
 Looked at, in this order: the folders of a checkout, the ones inside an installed package, and `attack/` and `defense/`
-below every folder named by BACKDOORLAB_PLUGINS.
+below every folder named by BACKDOORLAB_PLUGINS. A file of these that cannot be used is a line on the error stream, and an
+error only for who asks for it.
 """
 
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from .errors import UserError, suggest
+from .schema import ASSUMABLE
 
 Kind = Literal["attack", "defense"]
 PACKAGE = Path(__file__).parent
+_MODULE = "backdoorlab_"
 
 
 @dataclass(frozen=True)
@@ -51,28 +56,46 @@ class Method:
         return getattr(self.module, name, None)
 
 
-def available(kind: Kind) -> dict[str, Path]:
-    """name -> file, in alphabetical order."""
+def named(kind: Kind) -> dict[str, Path]:
+    """name -> file of every method, in alphabetical order; of two with one name the first counts."""
     found: dict[str, Path] = {}
     for folder in folders(kind):
         for path in sorted(folder.glob("*.py")):
-            if not path.name.startswith("_"):
-                found.setdefault(path.stem, path)
+            if path.name.startswith("_"):
+                continue
+            kept = found.setdefault(path.stem, path)
+            if kept.resolve() != path.resolve():
+                _inform(f"{path} is not used: {kind} {path.stem} is {kept}. Give the file another name")
     return dict(sorted(found.items()))
+
+
+def available(kind: Kind) -> dict[str, Path]:
+    """As `named`, of those that can be loaded: plugins are loaded to find out."""
+    found = {}
+    for name, path in named(kind).items():
+        try:
+            if path.parent != _home(kind):
+                from_file(kind, path)
+        except UserError as error:
+            _inform(f"{kind} {name} is left out: {error}")
+        else:
+            found[name] = path
+    return found
 
 
 def load(kind: Kind, name: str) -> Method:
     """The method of that name; an unknown one is answered with the known ones."""
-    known = available(kind)
-    if name not in known:
+    files = named(kind)
+    if name not in files:
+        known = available(kind)
         raise UserError(f"unknown {kind} {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
-    return from_file(kind, known[name])
+    return from_file(kind, files[name])
 
 
 def from_file(kind: Kind, path: Path) -> Method:
     """Load a method file. It is entered in sys.modules before it runs: dataclasses look themselves up there."""
     path = path.resolve()
-    module_name = f"backdoorlab_{kind}_{path.stem}"
+    module_name = f"{_MODULE}{kind}_{path.stem}"
     loaded = sys.modules.get(module_name)
     if loaded is None or Path(loaded.__file__ or "") != path:
         spec = importlib.util.spec_from_file_location(module_name, path)
@@ -82,22 +105,45 @@ def from_file(kind: Kind, path: Path) -> Method:
         sys.modules[module_name] = loaded
         try:
             spec.loader.exec_module(loaded)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[module_name]
-            raise
+            if isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):
+                raise
+            where = raised_in(error) or (f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else path)
+            raise UserError(f"{where}: cannot be imported ({type(error).__name__}: {error})") from error
     _check(kind, path, loaded)
     return Method(kind, path.stem, path, loaded)
 
 
+def raised_in(error: BaseException) -> str:
+    """FILE:LINE of the method file that an exception came through last; '' if it came through none."""
+    places = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    return next((f"{file}:{line}" for module, file, line in reversed(places) if module.startswith((f"{_MODULE}attack_", f"{_MODULE}defense_"))), "")
+
+
 def folders(kind: Kind) -> list[Path]:
     """Every folder that is searched for methods of that kind."""
-    plugins = [Path(entry) / kind for entry in os.environ.get("BACKDOORLAB_PLUGINS", "").split(os.pathsep) if entry]
-    return [folder for folder in (_home(kind), *plugins) if folder.is_dir()]
+    return [folder for folder in (_home(kind), *(plugins / kind for plugins in _plugins())) if folder.is_dir()]
 
 
 def resource(name: str) -> Path:
     """A file or folder of resource/."""
     return _home("resource") / name
+
+
+def _plugins() -> list[Path]:
+    """The folders named by BACKDOORLAB_PLUGINS."""
+    found = [Path(entry) for entry in os.environ.get("BACKDOORLAB_PLUGINS", "").split(os.pathsep) if entry]
+    for folder in found:
+        if not (folder / "attack").is_dir() and not (folder / "defense").is_dir():
+            _inform(f"BACKDOORLAB_PLUGINS: {folder} {'has no folder attack/ or defense/' if folder.is_dir() else 'does not exist'}")
+    return found
+
+
+@lru_cache(maxsize=256)
+def _inform(line: str) -> None:
+    """Say something once that ends nothing: such lines begin with two spaces."""
+    print("  " + " ".join(line.split()), file=sys.stderr)
 
 
 def _home(name: str) -> Path:
@@ -112,3 +158,7 @@ def _check(kind: Kind, path: Path, module: ModuleType) -> None:
         missing.append("stamp or attack")
     if missing:
         raise UserError(f"{path}: a method file of {kind}/ defines {', '.join(wanted)}; this one lacks {', '.join(missing)}")
+    if kind == "defense":
+        assumes = module.ASSUMES
+        if not isinstance(assumes, (tuple, list)) or not all(isinstance(word, str) and word in ASSUMABLE for word in assumes):
+            raise UserError(f"{path}: ASSUMES is a tuple of some of {', '.join(ASSUMABLE)}, found {assumes!r}")

@@ -287,9 +287,11 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             run.note("the seeds known to be clean are drawn from the record's training images, which nobody vouches for")
         before = _before(found, method)
         model = method.module.defend(view, config, run)
-        if model is None:
+        if model is None and subtask != "all":
             run.say(f"subtask {subtask} is done; its files are in {stage}")
             return None
+        if not isinstance(model, torch.nn.Module):
+            raise UserError(f"{method.path}: defend returned {type(model).__name__}: expected the model that is left, a torch.nn.Module")
         after = run.score(model)
         spent = run.spent()
         final = _fresh(stage / "final")

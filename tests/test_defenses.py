@@ -175,3 +175,73 @@ def test_a_method_gets_only_what_its_file_assumes(tiny: Record, tmp_path: Path, 
         helpers.defend("greedy", record)
     (folder / "modest.py").write_text((folder / "greedy.py").read_text().replace('("model",)', '("model", "train")'))
     assert helpers.defend("modest", record) is not None
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for defenses of one's own."""
+    folder = tmp_path / "mine" / "defense"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on the error stream."""
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("import no_such_package\n", "{file}:1: cannot be imported (ModuleNotFoundError: No module named 'no_such_package')"),
+        ("x = 1\ndef defend(:\n", "{file}:2: cannot be imported (SyntaxError: "),
+        ("\nraise SystemExit(3)\n", "{file}:2: cannot be imported (SystemExit: 3)"),
+        (
+            PLUGIN.replace('("model",)', '("model", "magic")'),
+            "{file}: ASSUMES is a tuple of some of model, train, trusted, seeds, found ('model', 'magic')",
+        ),
+        (PLUGIN.replace('("model",)', '"model"'), "{file}: ASSUMES is a tuple of some of model, train, trusted, seeds, found 'model'"),
+        (PLUGIN.replace("def defend", "def defends"), "{file}: a method file of defense/ defines"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_a_line_and_fails_who_asks_for_it(
+    content: str, why: str, plugins: Path, tiny: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    helpers.copy(tiny, tmp_path / "record")
+    (plugins / "broken.py").write_text(content)
+    why = why.replace("{file}", str(plugins / "broken.py"))
+    assert main(["list"]) == 0
+    assert said(capsys).startswith(f"  defense broken is left out: {why}")
+    assert main(["table"]) == 0 and "broken" not in capsys.readouterr().out
+    assert main(["defense", "broken", "--result_file", "tiny"]) == 2
+    assert said(capsys).startswith(f"error: {why}")
+    assert main(["defense", "brokn", "--result_file", "tiny"]) == 2
+    assert "Known: asd, bu, dau" in said(capsys)
+
+
+def test_what_a_users_file_does_wrong_names_the_file(plugins: Path, tiny: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = helpers.copy(tiny, tmp_path / "record")
+    (plugins / "forgetful.py").write_text(PLUGIN.replace("    return model", ""))
+    (plugins / "broken.py").write_text(PLUGIN.replace("parameter *= config.factor", "parameter.size(9)"))
+    line = PLUGIN.split("parameter *=")[0].count("\n") + 1
+    for name, code, message in (
+        ("forgetful", 2, f"error: {plugins / 'forgetful.py'}: defend returned NoneType: expected the model that is left, a torch.nn.Module"),
+        ("broken", 1, f", in {plugins / 'broken.py'}:{line} (pass --debug True to see where)"),
+    ):
+        assert main(["defense", name, "--result_file", "tiny"]) == code
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert message in last and not (record.folder / "defense" / name / "seed0").exists()
+
+
+def test_plugins_that_are_not_looked_at_are_said(
+    plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (plugins / "ft.py").write_text(PLUGIN)
+    assert registry.load("defense", "ft").path == helpers.CHECKOUT / "defense" / "ft.py"
+    assert said(capsys) == f"  {plugins / 'ft.py'} is not used: defense ft is {helpers.CHECKOUT / 'defense' / 'ft.py'}. Give the file another name"
+    for folder, why in ((tmp_path / "nothing", "does not exist"), (plugins, "has no folder attack/ or defense/")):
+        monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(folder))
+        assert main(["list"]) == 0
+        assert said(capsys) == f"  BACKDOORLAB_PLUGINS: {folder} {why}"
