@@ -33,6 +33,8 @@ BASELINE = "ft"
 """The defense that every other one has to beat."""
 IMPLANTED = 0.5
 """Mean ASR from which on an attack counts as implanted; below it there is little to defend."""
+UNKNOWN = "unknown"
+"""Precision of a run that chose it itself, before what it chose was kept."""
 NOT_SETTINGS = frozenset(["seed", "score_every", "dataset", "poison_rate", "suspicious"])
 """Fields of a config that never change a result, or that a row holds under a name of its own."""
 
@@ -71,7 +73,8 @@ class Row:
     train_size: int
     device: str | None
     attack_settings: str
-    """Canonical JSON of the attack's config without NOT_SETTINGS, plus what its code was; the same text is the same experiment."""
+    """Canonical JSON of the attack's config without NOT_SETTINGS, plus its code, its precision and the SHA-256 of what was imported; the same text is
+    the same experiment."""
     defense_settings: str
     """The same of the defense; "" for a record."""
 
@@ -254,13 +257,20 @@ def _costs(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(info: Mapping[str, Any]) -> str:
     config = {key: value for key, value in info.get("config", {}).items() if key not in NOT_SETTINGS}
-    return json.dumps({**config, "code": code(info)}, sort_keys=True)
+    source = {"source": info["source"]["sha256"][:12]} if info.get("source") else {}
+    return json.dumps({**config, **source, "code": code(info), "precision": precision(info)}, sort_keys=True)
 
 
 def code(info: Mapping[str, Any]) -> str | None:
     """Which code made a record or a result; those made before it was kept have their commit instead."""
     commit = info.get("commit")
     return info.get("code") or (f"commit {commit}" if commit else None)
+
+
+def precision(info: Mapping[str, Any]) -> str:
+    """bf16 or fp32, whether it was asked for or found to be fast; UNKNOWN where only `auto` was kept."""
+    asked = info.get("config", {}).get("precision", "auto")
+    return info.get("precision") or (UNKNOWN if asked == "auto" else asked)
 
 
 # --- groups ------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from .data import Dataset, Split
 from .errors import UserError
 from .metrics import Evaluator, collapsed, der
 from .models import Classifier
-from .poison import CROSS, POISON, Labels, Poison, Stamp, check_rate, check_target, left_by_crops, poison_test, poison_train
+from .poison import CROSS, POISON, Labels, Poison, Stamp, changed_share, check_rate, check_target, left_by_crops, poison_test, poison_train
 from .preview import save_preview, save_sheet
 from .record import Record
 from .registry import Method
+from .results import UNKNOWN
 from .run import Run, describe_split, environment, say
 from .source import code_version
 from .staging import refuse_existing
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 WEAK_SNAPSHOT = 0.5
 """An ASR of ordinary training on the stored set below which a joint attack's record says so."""
+FAINT = 0.001
+"""Share of changed values in triggered images below which a record says so."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def run_attack(job: Job) -> Record:
         scores = run.score(outcome.model)
         costs = _costs(run.spent())
         joint = {"plain_scores": plain_scores(outcome, dataset, config, run)} if isinstance(config, JointConfig) else {}
+        _note_faint(outcome, dataset, run)
         final = _fresh(stage / "final")
         crops = left_by_crops(dataset.train, outcome.train_poison, config.crop_padding)
         if crops and crops["none"] >= 0.01:
@@ -128,7 +132,7 @@ def run_attack(job: Job) -> Record:
             "notes": run.notes,
             **costs,
             **environment(device),
-            "code": _code(stage),
+            **_made_with(stage),
         }
         save_preview(final / "preview.png", dataset.test, outcome.test_poison)
         run.save_history(final)
@@ -168,6 +172,8 @@ def static_attack(
     train_poison = _poisoned_training_set(dataset.train, fixed, labels, config, run, victims, covers)
     meant = victims(dataset.test.labels, "test", config) if victims else None
     test_poison = poison_test(dataset.test, fixed, labels, victims=meant)
+    if 0 in (changed_share(dataset.train, train_poison), changed_share(dataset.test, test_poison)):
+        raise UserError("the trigger leaves every value of these images as it is, so there is nothing to learn: make it stronger, see --help")
     return poison_and_train(dataset, config, run, train_poison, test_poison)
 
 
@@ -179,7 +185,7 @@ def _poisoned_training_set(
     pool = victims(train.labels, "train", config) if victims else torch.ones(size, dtype=torch.bool)
     if isinstance(config, CleanLabelConfig):
         pool = pool & (train.labels == config.target_label)
-        rate = config.poison_rate if config.poison_rate is not None else config.clean_label_ratio * int(pool.sum()) / size
+        rate = config.poison_rate if config.poison_rate is not None else _share_of_class(config, int(pool.sum())) / size
     else:
         rate = config.poison_rate
     cover_rate = config.cover_rate if isinstance(config, CoverConfig) else 0.0
@@ -196,6 +202,26 @@ def _poisoned_training_set(
         said = f"{found:,} images poisoned: {shares}"
         run.note(said if found < of_class else f"{said}; no clean one is left, so its clean accuracy measures a missing class")
     return poison
+
+
+def _share_of_class(config: CleanLabelConfig, of_class: int) -> float:
+    """clean_label_ratio as a number of images."""
+    if not of_class:
+        raise UserError(f"class {config.target_label} has no training image, and this attack poisons no other class: choose another --target_label")
+    if not round(config.clean_label_ratio * of_class):
+        raise UserError(
+            f"clean_label_ratio {config.clean_label_ratio} of the {of_class:,} training images of class {config.target_label} is no image at all:"
+            " raise --clean_label_ratio"
+        )
+    return config.clean_label_ratio * of_class
+
+
+def _note_faint(outcome: Outcome, dataset: Dataset, run: Run) -> None:
+    """Say where a trigger changes next to nothing."""
+    for name, clean, poison in (("training", dataset.train, outcome.train_poison), ("test", dataset.test, outcome.test_poison)):
+        share = changed_share(clean, poison)
+        if share is not None and share < FAINT:
+            run.note(f"the trigger changes {100 * share:.3f} % of the values of the poisoned {name} images: next to nothing to learn")
 
 
 def _check_poisoning(config: Any, name: str) -> None:
@@ -222,7 +248,7 @@ def plain_scores(outcome: Outcome, dataset: Dataset, config: JointConfig, run: R
     before = run.spent().seconds
     model = poison_and_train(dataset, config, run, outcome.train_poison, outcome.test_poison, stage="plain").model
     found = run.score(model).to_json() | {"seconds": round(run.spent().seconds - before, 3)}
-    if found["asr"] < WEAK_SNAPSHOT:
+    if found["asr"] is not None and found["asr"] < WEAK_SNAPSHOT:
         run.note(f"ordinary training on the stored images gives an ASR of {100 * found['asr']:.2f} %: little for training-time defenses to prevent")
     return found
 
@@ -327,7 +353,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             "notes": run.notes,
             **_costs(spent),
             **environment(device),
-            "code": _code(stage),
+            **_made_with(stage),
         }
         files.write_sealed(final / "result.json", {**result, "files": files.manifest(final)})
         _publish(final, target)
@@ -424,20 +450,20 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
         for torn in path.glob(".*.tmp"):
             files.remove(torn)
         settings = {"method": job.method.name, "config": config.science()}
-        code = code_version(job.method.path)
+        made = {"code": code_version(job.method.path), "precision": _precision(config)}
         marker = path / "run.json"
         if marker.exists() and _begun(path) and not config.overwrite:
             begun = files.read_json(marker)
-            before = begun.pop("code", "?")
+            before = {"code": begun.pop("code", "?"), "precision": begun.pop("precision", UNKNOWN)}
             _check_same(path, begun, settings)
-            code = before if before.split("+")[-1] == code else f"{before}+{code}"
+            made = {key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}" for key, old in before.items()}
         else:
             entries = files.entries(path)
             if entries and not marker.exists():
                 raise UserError(f"{path} is in the way and not ours (no run.json in it): move it, or choose another name")
             for entry in entries:
                 files.remove(entry)
-        files.write_json(marker, {**settings, "code": code})
+        files.write_json(marker, {**settings, **made})
         try:
             yield path
         except BaseException:
@@ -446,9 +472,16 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
             raise
 
 
-def _code(stage: Path) -> str:
-    """Which code a run is made by: one version, or all of them, where one went on with what another had begun."""
-    return files.read_json(stage / "run.json")["code"]
+def _made_with(stage: Path) -> dict[str, str]:
+    """Which code a run is made by, and in which precision: one, or all of them, where one went on with what another had begun."""
+    begun = files.read_json(stage / "run.json")
+    return {key: begun[key] for key in ("code", "precision")}
+
+
+def _precision(config: Any) -> str:
+    """What the config's precision is on this machine: bf16 or fp32."""
+    fast = config.precision == "auto" and engine.fast_bf16(engine.choose_device(config.device))
+    return "bf16" if fast or config.precision == "bf16" else "fp32"
 
 
 def _begun(path: Path) -> bool:

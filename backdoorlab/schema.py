@@ -51,6 +51,7 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         "architecture stem": architecture.get("stem", "small") in ("small", "stock"),
         "known_poison": isinstance(info.get("known_poison", True), bool),
         "has_train": isinstance(info.get("has_train", True), bool),
+        "source": info.get("source") is None or (isinstance(info["source"], dict) and isinstance(info["source"].get("sha256"), str)),
         "architecture mean": _are_numbers(architecture["mean"]),
         "architecture std": _are_numbers(architecture["std"]),
         "config crop_padding": is_count(config.get("crop_padding")) and config["crop_padding"] <= LARGEST_SIDE,
@@ -165,6 +166,8 @@ def _told(info: Mapping[str, Any]) -> dict[str, bool]:
         "peak_memory_bytes": info.get("peak_memory_bytes") is None or is_count(info["peak_memory_bytes"]),
         "device": info.get("device") is None or isinstance(info["device"], str),
         "notes": _are_texts(info.get("notes")),
+        "code": info.get("code") is None or isinstance(info["code"], str),
+        "precision": info.get("precision") is None or _is_word(info["precision"]),
     }
 
 

@@ -4,13 +4,16 @@ import dataclasses
 import itertools
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+import helpers
 import numpy as np
 import pytest
 from scipy import stats
 
-from backdoorlab import forms, reported, results, significance, tables
+from backdoorlab import engine, forms, registry, reported, results, runner, significance, tables
+from backdoorlab.record import Record
 from backdoorlab.results import Row
 
 
@@ -115,6 +118,72 @@ def test_a_defense_no_better_than_fine_tuning_on_the_same_records() -> None:
     assert marks == {"none": None, "ft": None, "good": False, "poor": True}, "poor's seed 2 has no fine-tuning beside it and does not count"
     elsewhere = results.grouped([row("ft", 0, der=0.7), row("good", 0, attack="blended", der=0.5)])
     assert results.no_better_than_baseline(elsewhere) == [None, None]
+
+
+# --- from files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("info", "precision"),
+    [
+        ({"config": {"precision": "auto"}, "precision": "bf16"}, "bf16"),
+        ({"config": {"precision": "fp32"}, "precision": "fp32"}, "fp32"),
+        ({"config": {"precision": "fp32"}}, "fp32"),
+        ({"config": {"precision": "auto"}}, "unknown"),
+        ({"config": {"crop_padding": 4, "flip": False}}, "unknown"),
+    ],
+)
+def test_the_precision_is_what_was_computed_in(info: dict[str, Any], precision: str) -> None:
+    assert results.precision(info) == precision
+
+
+def test_what_auto_became_is_kept_and_never_averaged_with_another(
+    tmp_path: Path, small_flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = (*small_flags[: small_flags.index("--precision")], "--epochs", "1")
+    made = []
+    for seed, fast in enumerate((True, True, False)):
+        monkeypatch.setattr(engine, "fast_bf16", lambda _device, fast=fast: fast)
+        made.append(helpers.attack("badnet", f"r{seed}", tmp_path, *flags, "--seed", str(seed)))
+        helpers.defend("ft", made[-1], *helpers.short_flags("ft")[:-4], "--precision", "auto", "--epochs", "1")
+    assert [record.info["precision"] for record in made] == ["bf16", "bf16", "fp32"]
+    assert {record.info["config"]["precision"] for record in made} == {"auto"}
+    found = results.rows(made)
+    assert [(group.first.defense, group.n) for group in results.grouped(found)] == [("none", 2), ("ft", 2), ("none", 1), ("ft", 1)]
+    assert results.remarks(found)[0] == "badnet on small: 2 experiments that differ in precision are kept apart, not averaged"
+    for record in made:  # as files were before it was kept
+        helpers.edit_json(record.folder / "record.json", precision=None)
+        helpers.edit_json(record.folder / "defense" / "ft" / "seed0" / "result.json", precision=None)
+    old = results.rows(Record.load(record.name, tmp_path) for record in made)
+    assert [group.n for group in results.grouped(old)] == [3, 3], "nobody knows, so they are one experiment as before"
+    assert results.grouped([*found, *old])[0].n == 2, "and no other"
+
+
+def test_a_run_that_went_on_in_another_precision_says_both(tmp_path: Path, small: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = helpers.copy(small, tmp_path)
+    job = runner.defense_job(registry.load("defense", "ft"), ["--result_file", record.name, "--record_root", str(tmp_path)], "test")
+    target = record.folder / "defense" / "ft" / "seed0"
+    said = []
+    for fast in (True, True, False, False):
+        monkeypatch.setattr(engine, "fast_bf16", lambda _device, fast=fast: fast)
+        with runner._stage(target, "result.json", job) as stage:
+            (stage / "once-something.safetensors").touch()
+            said.append(runner._made_with(stage)["precision"])
+    assert said == ["bf16", "bf16", "bf16+fp32", "bf16+fp32"]
+
+
+def test_two_imported_models_are_two_experiments(small: Record, tmp_path: Path) -> None:
+    copies = []
+    for name, digest in (("a", "a" * 64), ("b", "b" * 64), ("c", "a" * 64)):
+        folder = helpers.copy(small, tmp_path, name).folder
+        helpers.edit_json(folder / "record.json", source={"format": "pt", "sha256": digest}, config={"crop_padding": 4, "flip": False})
+        copies.append(Record.load(name, tmp_path))
+    found = results.rows(copies)
+    assert [group.n for group in results.grouped(found)] == [1, 1]
+    assert results.remarks(found)[:2] == [
+        "badnet on small: 2 experiments that differ in source are kept apart, not averaged",
+        "c repeats a seed of the same experiment, so it is not counted again",
+    ]
 
 
 # --- statistics --------------------------------------------------------------------------------------------------
