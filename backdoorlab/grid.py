@@ -9,7 +9,7 @@
     seeds: [0, 1, 2]
     attack: {score_every: 0}               # options of every attack; `defense` likewise
 
-Nothing here looks at the disk, but for the files of the methods.
+Nothing here looks at the disk, but for the files of the methods and whether a folder of data is there.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config as configs
-from . import registry
+from . import datasets, models, registry
 from .config import Trained
 from .errors import UserError, suggest
 from .poison import check_rate
@@ -106,8 +106,10 @@ def read(path: str | None, **flags: str | None) -> Grid:
     def lines(key: str, default: list[Any]) -> list[Entry]:
         """The file's entries; of these and of the known methods, those that a flag names."""
         entries = _entries(found.get(key, default), where, key)
-        named = {entry.label: entry for entry in entries}
-        return entries if key not in given else [named.get(word, Entry(word, word)) for word in given[key]]
+        named: dict[str, list[Entry]] = {}
+        for entry in entries:
+            named.setdefault(entry.label, []).append(entry)
+        return entries if key not in given else [entry for word in given[key] for entry in named.get(word, [Entry(word, word)])]
 
     grid = Grid(
         datasets=tuple(lines("datasets", ["digits"])),
@@ -121,6 +123,9 @@ def read(path: str | None, **flags: str | None) -> Grid:
     for key in ("datasets", "attacks", "poison_rates", "seeds"):  # without defenses, a grid of attacks is left
         if not getattr(grid, key):
             raise UserError(f"{where}: an empty grid; {key} names nothing")
+    for seed in grid.seeds:
+        if not 0 <= seed < 2**31:
+            raise UserError(f"{where}: seeds: each must lie in 0..{2**31 - 1}, got {seed}")
     return grid
 
 
@@ -132,7 +137,10 @@ def _file(path: str) -> tuple[str, dict[str, Any]]:
         if not file.exists():
             known = sorted(grid.stem for grid in shipped.glob("bench_*.yaml"))
             raise UserError(f"--config {path}: no such file, and no grid of that name.{suggest(path, known)} Grids: {', '.join(known)}")
-    return file.name, configs.read_yaml(file)
+    try:
+        return file.name, configs.read_yaml(file)
+    except RecursionError as error:
+        raise UserError(f"{file}: not readable as YAML (brackets within brackets, thousands deep)") from error
 
 
 def _entries(values: Any, where: str, key: str) -> list[Entry]:
@@ -152,7 +160,11 @@ def _entries(values: Any, where: str, key: str) -> list[Entry]:
         if not WORD.fullmatch(label):
             raise UserError(f"{where}: {key}: {label!r} is no name: letters, digits, dots, dashes and underscores make one")
         name = label if key == "datasets" else str(options.pop("method", label))
-        found.append(Entry(label, name, options))
+        entry = Entry(label, name, options)
+        # The same data set on two networks makes records of two names.
+        if key != "datasets" and any(other.label == label and other != entry for other in found):
+            raise UserError(f"{where}: {key}: two unlike entries are called {label}: give one another label, `- LABEL: {{method: {name}, ...}}`")
+        found.append(entry)
     return found
 
 
@@ -253,12 +265,19 @@ def _rates(grid: Grid, entry: Entry) -> tuple[float | None, ...]:
     """An attack that poisons nothing is there once; one whose options name rates has its own."""
     if "poison_rate" not in {f.name for f in dataclasses.fields(registry.load("attack", entry.name).config_class)}:
         return (None,)
-    return _numbers(float, entry.options["poison_rate"], f"{entry.label}: poison_rate") if "poison_rate" in entry.options else grid.poison_rates
+    if "poison_rate" not in entry.options:
+        return grid.poison_rates
+    rates = _numbers(float, entry.options["poison_rate"], f"{entry.label}: poison_rate")
+    if not rates:
+        raise UserError(f"an empty grid; {entry.label}: poison_rate names nothing")
+    return rates
 
 
 def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | None) -> _Settings:
     method = registry.load("attack", entry.name)
     shared = _by_field("attack", method.name, {**grid.attack_options, **dataset.options}, "attack")
+    if rate is not None and "poison_rate" in shared:
+        raise UserError(f"attack: poison_rate is not shared: say `poison_rates: [{shared['poison_rate']}]`, or give it to single attacks")
     options = {**shared, **entry.options}
     if rate is not None:
         check_rate(rate)
@@ -266,12 +285,28 @@ def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | Non
     flags = ["--dataset", dataset.name, *configs.as_flags(method.config_class, options, entry.label)]
     parsed = configs.parse(method.config_class, method.name, "attack", flags, lambda config: Trained(config.dataset, config.epochs), entry.label)
     parsed.config.check()
+    _check_data_and_model(parsed.config)
     given = {name for name, origin in parsed.origins.items() if origin == "flag"}
     tags = [parsed.config.model] if "model" in given else []
     tags += [f"w{parsed.config.width}"] if "width" in given else []
     tags += [Path(parsed.config.yaml_path).stem] if parsed.config.yaml_path else []
     parts = [dataset.label, *tags, entry.label, *([] if rate is None else [f"{rate:g}"])]
     return _Settings(method, entry.label, "-".join(parts), tuple(flags), parsed.config, code_version(method.path))
+
+
+def _check_data_and_model(config: Any) -> None:
+    """Refuse what every command of the attack would refuse when it begins."""
+    known = datasets.names()
+    if config.dataset_path is None and config.dataset not in known:
+        said = f"unknown data set {config.dataset!r}.{suggest(config.dataset, known)} Known: {', '.join(known)}"
+        raise UserError(f"{said}; any other needs a folder, `- {config.dataset}: {{dataset_path: FOLDER}}`")
+    if config.dataset_path is not None and not Path(config.dataset_path).is_dir():
+        raise UserError(f"{config.dataset}: dataset_path {config.dataset_path}: no such folder")
+    if config.model not in models.OWN:
+        import timm
+
+        if not timm.is_model(config.model):
+            raise UserError(f"unknown model {config.model!r}.{suggest(config.model, [*models.OWN, *timm.list_models()])}")
 
 
 def _defense_settings(grid: Grid, entry: Entry, trained: Trained) -> _Settings:

@@ -124,6 +124,49 @@ def test_mistakes(tmp_path: Path, content: dict[str, Any], flags: dict[str, str]
         cells(write(tmp_path, **content), **flags)
 
 
+def test_one_label_is_one_entry(tmp_path: Path) -> None:
+    complaint = r"grid.yaml: attacks: two unlike entries are called badnet: give one another label, `- LABEL: \{method: badnet, ...\}`"
+    for flags in ({}, {"attacks": "badnet"}):
+        with pytest.raises(UserError, match=complaint):
+            cells(write(tmp_path, attacks=["badnet", {"badnet": {"position": "random"}}]), **flags)
+    alike = cells(write(tmp_path, attacks=["badnet", "badnet"], defenses=[], seeds=[0]))
+    assert [cell.name for cell in alike] == ["digits-badnet-0.1-s0"]
+    other = cells(write(tmp_path, attacks=["badnet", {"badnet-random": {"method": "badnet", "position": "random"}}], defenses=[], seeds=[0]))
+    assert [cell.name for cell in other] == ["digits-badnet-0.1-s0", "digits-badnet-random-0.1-s0"]
+
+
+def test_one_data_set_on_two_networks(tmp_path: Path) -> None:
+    path = write(tmp_path, datasets=["digits", {"digits": {"width": 8}}], attacks=["badnet"], defenses=[], seeds=[0])
+    names = ["digits-badnet-0.1-s0", "digits-w8-badnet-0.1-s0"]
+    assert [cell.name for cell in cells(path)] == names == [cell.name for cell in cells(path, datasets="digits")]
+
+
+def test_a_shared_poison_rate_is_refused_only_where_it_would_be_lost(tmp_path: Path) -> None:
+    for shared in ({"poison_rate": 0.05}, {"pratio": 0.05}):
+        with pytest.raises(UserError, match=r"attack: poison_rate is not shared: say `poison_rates: \[0.05\]`"):
+            cells(write(tmp_path, attacks=["badnet"], attack=shared))
+
+
+def test_an_attack_without_a_rate_is_an_empty_grid(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="an empty grid; badnet: poison_rate names nothing"):
+        cells(write(tmp_path, attacks=["blended", {"badnet": {"poison_rate": []}}]))
+
+
+def test_what_every_command_would_refuse_is_refused_before(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"grid.yaml: seeds: each must lie in 0..2147483647, got -1"):
+        cells(write(tmp_path, attacks=["badnet"], seeds=[0, -1]))
+    with pytest.raises(UserError, match=r"unknown data set 'digit'. Did you mean 'digits'\? Known: digits, .*dataset_path: FOLDER"):
+        cells(write(tmp_path, attacks=["badnet"]), datasets="digit")
+    with pytest.raises(UserError, match="mine: dataset_path /nowhere: no such folder"):
+        cells(write(tmp_path, attacks=["badnet"], datasets=[{"mine": {"dataset_path": "/nowhere"}}]))
+    assert cells(write(tmp_path, attacks=["badnet"], datasets=[{"mine": {"dataset_path": str(tmp_path)}}])), "the control: a folder that is there"
+    with pytest.raises(UserError, match=r"unknown model 'resnet-18'. Did you mean 'resnet18'"):
+        cells(write(tmp_path, attacks=["badnet"], attack={"model": "resnet-18"}))
+    (tmp_path / "deep.yaml").write_text("attacks: " + "[" * 3000 + "]" * 3000)
+    with pytest.raises(UserError, match=r"deep.yaml: not readable as YAML \(brackets within brackets"):
+        cells(str(tmp_path / "deep.yaml"))
+
+
 def test_an_unknown_grid_is_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no grid of that name. Did you mean 'bench_digits'\? Grids: bench_cifar10_w16, bench_digits"):
         grid.read("bench_digit")
