@@ -20,6 +20,7 @@ from torch import Tensor
 from backdoorlab.cli import main
 from backdoorlab.config import CleanLabelConfig
 from backdoorlab.data import Dataset, to_bytes, to_float
+from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier
 from backdoorlab.perturb import frozen
 from backdoorlab.run import Run
@@ -53,10 +54,18 @@ class Config(CleanLabelConfig):
     }
 
 
+def corner(height: int, width: int) -> Tensor:
+    """Signs of the top left patch on images of that size, 3x3 on those of 32 pixels."""
+    patch = CORNER.repeat_interleave(max(1, round(height / 32)), 0).repeat_interleave(max(1, round(width / 32)), 1)
+    if height < len(patch) or width < patch.shape[1]:
+        raise UserError(f"the corner patches of {len(patch)}x{patch.shape[1]} pixels do not fit on {height}x{width} images: use --image_size")
+    return patch
+
+
 def corners(images: Tensor, config: Config) -> Tensor:
     """Add the patches and clip. uint8 (N, C, H, W) -> same."""
     height, width = images.shape[2:]
-    patch = CORNER.repeat_interleave(max(1, round(height / 32)), 0).repeat_interleave(max(1, round(width / 32)), 1)
+    patch = corner(height, width)
     signs, (down, right) = torch.zeros(height, width, dtype=torch.int), patch.shape
     signs[:down, :right] = signs[-down:, :right] = patch
     signs[:down, -right:] = signs[-down:, -right:] = patch.flip(1)
@@ -69,6 +78,7 @@ def stamp_class(images: Tensor, index: Tensor, split: str, config: Config, harde
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
+    corner(*dataset.image_shape[1:])  # refused before a surrogate is trained
     surrogate = train_surrogate(dataset, config, run, config.surrogate_epochs)
 
     def harden(images: Tensor, index: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
             trigger.load_state_dict(ahead.state_dict())
     train_poison, test_poison = made or snapshot(dataset, config, run, stamp)
     noise = psnr(dataset.test.images[test_poison.index], test_poison.images)
-    if noise is None:
+    if noise is None and len(test_poison):
         run.note("the trigger is lost in rounding to bytes: raise --eps, --trigger_lr or --trigger_epochs")
     return Outcome(model, train_poison, test_poison, {"psnr": noise})
 

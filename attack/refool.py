@@ -22,6 +22,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
 from backdoorlab.data import Dataset
 from backdoorlab.engine import derived_generator
+from backdoorlab.errors import UserError
 from backdoorlab.poison import draw
 from backdoorlab.run import Run
 from backdoorlab.triggers import image_draws, quantised
@@ -40,7 +41,7 @@ class Config(AttackConfig):
     ghost_rate: float = 0.49
     """Share of reflections that are doubled, as by both faces of a thick pane; the others are blurred, as by a lens that looks past them."""
     sources: int = 200
-    """Training images that are reflected."""
+    """Training images that are reflected, at most half of those of other classes than the target."""
     reflect: bool = True
     """False leaves the reflection out and keeps the darkening: a control."""
     bb_compat: bool = False
@@ -51,7 +52,14 @@ class Config(AttackConfig):
 
 def prepare(dataset: Dataset, config: Config, run: Run) -> dict[str, Any]:
     """The images that are reflected, uint8 (sources, C, H, W)."""
-    return {"reflections": dataset.train.images[_sources(dataset.train.labels, config)]}
+    if min(dataset.image_shape[1:]) < 2:
+        raise UserError("refool shifts reflections by a pixel or more and cannot on images of one: use --image_size")
+    sources = _sources(dataset.train.labels, config)
+    if not len(sources):
+        raise UserError("refool reflects training images of other classes than the target, and there is none")
+    if len(sources) < config.sources:
+        run.note(f"sources asks for {config.sources:,} images to reflect, but half of those of other classes are {len(sources):,}: capped to them")
+    return {"reflections": dataset.train.images[sources]}
 
 
 def victims(labels: Tensor, split: str, config: Config) -> Tensor:
@@ -63,7 +71,9 @@ def victims(labels: Tensor, split: str, config: Config) -> Tensor:
 
 
 def _sources(labels: Tensor, config: Config) -> Tensor:
-    return draw(labels != config.target_label, config.sources, derived_generator(config.seed, "reflections"))
+    """Positions of the images that are reflected: half of those of other classes at most, so that the others can be victims. int64 (sources,)."""
+    others = labels != config.target_label
+    return draw(others, min(config.sources, (int(others.sum()) + 1) // 2), derived_generator(config.seed, "reflections"))
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config, reflections: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .config import JointConfig
 from .data import Batch, Dataset, Split, batches
 from .engine import Course, Recipe, derived_generator, make_optimizer
 from .metrics import Evaluator, predict
-from .poison import Labels, Poison, Stamp, poison_test, poison_train, stamped
+from .poison import CROSS, Labels, Poison, Stamp, poison_test, poison_train, stamped
 from .run import Run
 
 CROP_SHARE, ROTATION, ROTATION_SHARE = 0.8, 10.0, 0.5
@@ -80,6 +80,9 @@ def snapshot(
     labels, drawn = labels_of(dataset, config), derived_generator(config.seed, "victims")
     train = poison_train(dataset.train, stamp, labels, poison_rate=config.poison_rate, generator=drawn, cover_rate=cross_rate, cover_stamp=cross)
     test = poison_test(dataset.test, stamp, labels)
+    asked, got, size = round(cross_rate * len(dataset.train)), int((train.kind == CROSS).sum()), len(dataset.train)
+    if got < asked:
+        run.note(f"the attack asks for {asked:,} cross images of {size:,} training images, but can have {got:,}: capped to them")
     run.watch_scores(Evaluator(dataset.test, test, dataset.num_classes, run.device, run.autocast))
     return train, test
 
@@ -117,6 +120,6 @@ def cross_accuracy(model: nn.Module, dataset: Dataset, cross: Stamp, run: Run) -
 
 
 def psnr(clean: Tensor, changed: Tensor) -> float | None:
-    """Peak signal-to-noise ratio in dB over uint8 images of one shape; None where nothing differs."""
-    error = (clean.double() - changed.double()).square().mean().item()
+    """Peak signal-to-noise ratio in dB over uint8 images of one shape; None where nothing differs, or nothing is there."""
+    error = (clean.double() - changed.double()).square().mean().item() if len(clean) else 0.0
     return 10 * math.log10(255**2 / error) if error else None

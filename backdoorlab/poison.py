@@ -154,6 +154,14 @@ def left_by_crops(clean: Split, poison: Poison, padding: int) -> dict[str, float
     return {"whole": (kept > whole - 1e-6).double().mean().item(), "none": (kept < 1e-6).double().mean().item()}
 
 
+def changed_share(clean: Split, poison: Poison) -> float | None:
+    """Share of the values of all poisoned images that differ from the clean ones; None without a poisoned image."""
+    poisoned = poison.of_kind(POISON)
+    if not len(poisoned):
+        return None
+    return int((poisoned.images != clean.images[poisoned.index]).count_nonzero()) / poisoned.images.numel()
+
+
 def no_poison(clean: Split) -> Poison:
     """Nothing changed: the clean control."""
     empty = torch.zeros(0, dtype=torch.int64)

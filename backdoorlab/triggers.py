@@ -55,6 +55,8 @@ def cosine_wave(height: int, width: int, frequencies: tuple[int, ...], magnitude
     frequencies: row = column of each coefficient for images of 32 pixels. At other sizes they are moved, and the magnitude is scaled, so that
     the wave has the same height and as many periods a pixel.
     """
+    if not frequencies:
+        raise UserError("--frequencies needs at least one number, got none")
     waves = [torch.outer(_cosine(height, frequency), _cosine(width, frequency)) for frequency in frequencies]
     return (magnitude / 16 * torch.stack(waves).sum(0)).float()
 

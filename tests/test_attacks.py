@@ -29,8 +29,8 @@ class Row:
     """dB on CIFAR-10's test images, over all of their pixels together."""
     asr: float | None
     """Smallest ASR on the digits after a full run; None where it cannot work on them, which its LIMITS must say."""
-    bound: int = 255
-    """Largest change of a value that is not a wrap-around, in grey levels; 255 where the trigger replaces pixels."""
+    bound: int | None = None
+    """Largest change of a value that is not a wrap-around, in grey levels; None where the trigger replaces, moves or mixes pixels."""
     clean_model: float = 0.12
     """Largest ASR of a network that never met the attack: 1/K and two points."""
     trained: bool = False
@@ -52,11 +52,11 @@ ROWS = {
     "inputaware": Row((0, 0), None, trained=True, flags=("--mask_epochs", "1", "--generator_width", "4")),
     "lc": Row((0, 0), None, trained=True, flags=("--surrogate_epochs", "1", "--pgd_steps", "2")),
     "lf": Row((22.0, 24.0), 0.8, bound=51),
-    "lira": Row((0, 0), 0.8, trained=True, flags=("--trigger_epochs", "1", "--eps", "0.3")),
-    "poison_ink": Row((0, 0), 0.8, trained=True, flags=("--encoder_steps", "60")),
+    "lira": Row((0, 0), 0.8, bound=77, trained=True, flags=("--trigger_epochs", "1", "--eps", "0.3")),
+    "poison_ink": Row((0, 0), 0.8, bound=8, trained=True, flags=("--encoder_steps", "60")),
     "refool": Row((14.0, 16.0), 0.8, clean_model=0.7),  # a digit in a digit: a clean network reads few of them
     "sig": Row((18.4, 20.4), None, bound=40),
-    "ssba": Row((0, 0), 0.8, trained=True, flags=("--encoder_steps", "60")),
+    "ssba": Row((0, 0), 0.8, bound=8, trained=True, flags=("--encoder_steps", "60")),
     "tact": Row((19.6, 21.6), 0.8),
     "trojannn": Row((0, 0), 0.8, trained=True, flags=("--surrogate_epochs", "1", "--steps", "20"), clean_model=0.6),  # a stain that looks like a zero
     "wanet": Row((29, 32), 0.8),
@@ -73,6 +73,7 @@ HERE = [
     pytest.param("cifar10", marks=[pytest.mark.cifar, pytest.mark.skipif(not helpers.CIFAR10.is_dir(), reason="no shards")]),
 ]
 STAMPS = [name for name, row in ROWS.items() if not row.trained]
+BOUNDED = [name for name in STAMPS if ROWS[name].bound is not None]
 IN_COLOUR = ("ctrl", "ftrojan")
 every = pytest.mark.parametrize("attack", ROWS)
 
@@ -160,22 +161,58 @@ def test_a_trigger_is_as_visible_as_it_is_listed(attack: str, images_for: Callab
         assert abs(published - 41.1) <= 1 and published < found, "41.1 dB is that of the script, which truncates"
 
 
+def with_extremes(images: Tensor) -> Tensor:
+    """The images, one all black and one all white. uint8 (N, C, H, W) -> (N + 2, C, H, W)."""
+    extreme = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, *images.shape[1:])
+    return torch.cat([images, extreme])
+
+
 @pytest.mark.parametrize("name", HERE)
-@pytest.mark.parametrize("attack", STAMPS)
+@pytest.mark.parametrize("attack", BOUNDED)
 def test_no_value_wraps_around(attack: str, name: str, images_for: Callable[[str, str], Dataset]) -> None:
     dataset = images_for(attack, name)
-    extreme = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, *dataset.image_shape)
-    clean, index = torch.cat([dataset.test.images[:60], extreme]), torch.arange(62)
+    clean, index, bound = with_extremes(dataset.test.images[:60]), torch.arange(62), ROWS[attack].bound
+    assert bound is not None
 
     def largest(stamped: Tensor) -> int:
         return int((stamped.int() - clean.int()).abs().max())
 
     for split in ("train", "test"):
-        assert largest(stamp_of(attack, dataset)(clean, index, split)) <= ROWS[attack].bound
+        assert largest(stamp_of(attack, dataset)(clean, index, split)) <= bound
     if attack == "ctrl":
         assert largest(stamp_of(attack, dataset, bb_compat=True)(clean, index, "test")) > 200, (
             "the published script does wrap, and this would show it"
         )
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("attack", [name for name in STAMPS if name not in (*BOUNDED, "refool")])
+def test_a_stamped_value_lies_between_those_of_a_black_and_a_white_image(attack: str, name: str, images_for: Callable[[str, str], Dataset]) -> None:
+    """What can be said of values that are replaced or moved; one that wraps around does not."""
+    dataset = images_for(attack, name)
+    clean, index, stamp = with_extremes(dataset.test.images[:60]), torch.arange(62), stamp_of(attack, dataset)
+    for split in ("train", "test"):
+        black, found, white = (stamp(images, index, split) for images in (torch.zeros_like(clean), clean, torch.full_like(clean, 255)))
+        assert (black <= found).all() and (found <= white).all()
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("trigger", ["square", "watermark", "l2"])
+def test_a_trigger_that_is_added_stops_at_white_and_black(trigger: str, name: str, images_for: Callable[[str, str], Dataset]) -> None:
+    dataset = images_for("ibau_triggers", name)
+    clean, stamp = with_extremes(dataset.test.images[:60]), stamp_of("ibau_triggers", dataset, trigger=trigger)
+    rise = stamp(torch.full_like(clean[:1], 128), torch.arange(1), "test").int() - 128
+    change = stamp(clean, torch.arange(62), "test").int() - clean.int()
+    assert (change * rise.sign() >= 0).all() and (change[:, rise[0] == 0] == 0).all(), "up where the trigger is positive"
+    assert (rise > 0).any() and (trigger != "l2" or change.abs().max() <= 68)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_refools_added_light_leaves_an_image_its_own(name: str, images_for: Callable[[str, str], Dataset]) -> None:
+    dataset = images_for("refool", name)
+    clean, index = with_extremes(dataset.test.images[:60]), torch.arange(62)
+    for split in ("train", "test"):
+        assert (stamp_of("refool", dataset)(clean, index, split) >= clean * 0.4 ** (1 / 2.2) - 0.51).all()
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 16), (1, 28), (3, 48), (3, 64)])
@@ -209,6 +246,8 @@ def test_what_is_stored_is_what_is_trained_on_scored_and_made_again(attack: str,
     before = torch.cat([split.images[half.index] for half, split, _ in halves])
     assert (stored != before).flatten(1).double().mean(1).min() >= 0.001
     if ROWS[attack].trained:
+        bound = ROWS[attack].bound
+        assert bound is None or (stored.int() - before.int()).abs().max() <= bound
         other = helpers.attack(attack, f"{attack}-again", found.folder.parent, *SHORT, *ROWS[attack].flags)
         again = torch.cat([other.train_poison.images, other.test_poison.images])
     else:
@@ -315,7 +354,6 @@ def test_every_defense_runs_on_every_attack(attack: str, defense: str, record: C
     [
         ("sig", ("--poison_rate", "0.5"), "poison_rate asks for 721 of 1,442 training images, but this attack can have 143: capped to them"),
         ("sig", ("--poison_rate", "0.5"), "143 images poisoned: 100.0 % of class 0, 9.92 % of the training set; no clean one is left"),
-        ("refool", ("--sources", "1442", "--poison_rate", "0.5"), "poison_rate asks for 721 of 1,442 training images, but this attack can have 143"),
         (
             "adaptive_patch",
             ("--poison_rate", "0.03", "--cover_rate", "0.999"),
@@ -335,7 +373,17 @@ def test_what_cannot_be_had_is_capped_with_a_line(attack: str, flags: tuple[str,
     [
         (("sig", "--poison_rate", "0"), "poison_rate must lie in (0, 1], got 0.0"),
         (("sig", "--clean_label_ratio", "0"), "clean_label_ratio must be in (0, 1], got 0.0"),
-        (("sig", "--clean_label_ratio", "0.001"), "is no image at all"),
+        (
+            ("sig", "--clean_label_ratio", "0.001"),
+            "clean_label_ratio 0.001 of the 143 training images of class 0 is no image at all: raise --clean_label_ratio",
+        ),
+        (("sig", "--poison_rate", "0.0001"), "raise --poison_rate"),
+        (("sig", "--frequency", "16"), "the trigger leaves every value of these images as it is"),
+        (("blended", "--alpha", "0.001"), "the trigger leaves every value of these images as it is"),
+        (("lc", "--image_size", "2"), "the corner patches of 3x3 pixels do not fit on 2x2 images: use --image_size"),
+        (("refool", "--image_size", "1"), "refool shifts reflections by a pixel or more"),
+        (("ctrl", "--frequencies"), "--frequencies needs at least one number, got none"),
+        (("ftrojan", "--frequencies"), "--frequencies needs at least one number, got none"),
         (("sig", "--label_mode", "all2all"), "sig changes no label, so it has one target: expected --label_mode all2one"),
         (("ctrl", "--label_mode", "all2all"), "ctrl changes no label"),
         (("ctrl", "--grey", "True"), "ctrl hides its trigger in colour: expected images of 3 channels, got 1; pass --grey False"),

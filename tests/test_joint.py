@@ -170,6 +170,46 @@ def test_a_snapshot_that_does_not_implant_is_flagged(made: dict[str, Record]) ->
         assert weak == any("little for training-time defenses to prevent" in note for note in made[attack].info["notes"]), attack
 
 
+def with_only(split: str, *labels: int, load: Any = datasets.load) -> Any:
+    """datasets.load, but with images of those classes alone in one split."""
+
+    def loaded(*args: Any, **options: Any) -> Dataset:
+        found = load(*args, **options)
+        part = getattr(found, split)
+        kept = torch.isin(part.labels, torch.tensor(labels))
+        return dataclasses.replace(found, **{split: Split(part.images[kept], part.labels[kept])})
+
+    return loaded
+
+
+@pytest.mark.parametrize("attack", ["wanet", "lira"])
+def test_a_test_set_of_the_target_class_alone_has_no_asr(attack: str, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load", with_only("test", 0))
+    info = helpers.attack(attack, "r", tmp_path, *tiny, *JOINT[attack]).info
+    assert info["scores"]["asr"] is None and info["plain_scores"]["asr"] is None and info["plain_scores"]["clean_accuracy"] >= 0
+    assert not any("lost in rounding" in note or "next to nothing" in note for note in info["notes"]), info["notes"]
+
+
+def test_a_clean_label_attack_on_a_class_without_images_names_the_class(
+    tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load", with_only("train", 0, 1))
+    with pytest.raises(UserError, match="class 2 has no training image, and this attack poisons no other class: choose another --target_label"):
+        helpers.attack("sig", "r", tmp_path, *tiny, "--target_label", "2")
+
+
+def test_what_a_snapshot_cannot_have_and_a_trigger_that_is_none_are_noted(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    short = (*tiny, "--epochs", "0", "--plain", "False")
+    record = helpers.attack("wanet", "many", tmp_path, *short, "--poison_rate", "0.5")
+    assert int((record.train_poison.kind == CROSS).sum()) == 48
+    assert "the attack asks for 96 cross images of 96 training images, but can have 48: capped to them" in record.info["notes"]
+    assert not any("next to nothing to learn" in note for note in record.info["notes"])
+    notes = helpers.attack("wanet", "still", tmp_path, *short, "--s", "0", "--cross_ratio", "0").info["notes"]
+    for split in ("training", "test"):
+        assert f"the trigger changes 0.000 % of the values of the poisoned {split} images: next to nothing to learn" in notes
+    assert not any("cross images" in note for note in notes)
+
+
 # --- batches -------------------------------------------------------------------------------------------------------
 
 

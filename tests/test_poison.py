@@ -14,7 +14,19 @@ from backdoorlab import datasets, registry, triggers
 from backdoorlab.data import Split
 from backdoorlab.engine import derived_generator
 from backdoorlab.errors import UserError
-from backdoorlab.poison import CROSS, POISON, Labels, Poison, check_rate, check_target, left_by_crops, no_poison, poison_test, poison_train
+from backdoorlab.poison import (
+    CROSS,
+    POISON,
+    Labels,
+    Poison,
+    changed_share,
+    check_rate,
+    check_target,
+    left_by_crops,
+    no_poison,
+    poison_test,
+    poison_train,
+)
 from backdoorlab.record import Record
 
 STAMPS = ("badnet", "blended")
@@ -252,6 +264,14 @@ def test_what_random_crops_leave_of_a_corner_patch(padding: int, whole: float, n
     everywhere = left_by_crops(clean, poison_train(clean, stamp_of("blended"), labels, poison_rate=0.5, generator=generator()), padding)
     assert everywhere is not None and everywhere["none"] == 0
     assert left_by_crops(clean, no_poison(clean), padding) is None
+
+
+def test_the_share_of_changed_values_is_counted() -> None:
+    clean, labels = pictures(), Labels(0, "all2one", 10)
+    poison = poison_train(clean, stamp_of("badnet"), labels, poison_rate=0.5, generator=generator(), cover_rate=0.2)
+    assert changed_share(clean, poison) == 9 / 1024
+    assert changed_share(clean, poison_test(clean, stamp_of("blended", alpha=0.001), labels)) == 0
+    assert changed_share(clean, no_poison(clean)) is None
 
 
 def test_no_poison_leaves_every_byte_as_it_is() -> None:

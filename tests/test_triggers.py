@@ -1,5 +1,6 @@
 """What each trigger is: against its formula, written a second time."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from backdoorlab import registry, triggers
 from backdoorlab.data import Dataset, Split
+from backdoorlab.errors import UserError
 
 N = 40
 
@@ -19,12 +21,22 @@ def pictures(channels: int = 3, size: int = 32) -> Tensor:
     return torch.randint(0, 256, (N, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+class Notes(list[str]):
+    """What a run would have said."""
+
+    note = list.append
+
+
+def made_up(images: Tensor) -> Dataset:
+    labels = torch.arange(len(images)) % 10
+    return Dataset("made up", Split(images, labels), Split(images, labels), ("0",) * 10, "")
+
+
 def stamped(attack: str, images: Tensor, split: str = "test", index: Tensor | None = None, **values: Any) -> Tensor:
     method = registry.load("attack", attack)
     config = method.config_class(**values)
-    dataset = Dataset("made up", Split(images, torch.arange(len(images)) % 10), Split(images, torch.arange(len(images)) % 10), ("0",) * 10, "")
     prepare = method.function("prepare")
-    stamp = partial(method.module.stamp, config=config, **(prepare(dataset, config, None) if prepare else {}))
+    stamp = partial(method.module.stamp, config=config, **(prepare(made_up(images), config, Notes()) if prepare else {}))
     return stamp(images, torch.arange(len(images)) if index is None else index, split)
 
 
@@ -146,6 +158,22 @@ def test_refool_never_poisons_what_it_reflects_and_draws_for_each_image() -> Non
     reflected = stamped("refool", same)
     assert len(reflected.unique(dim=0)) == N, "another reflection or another pane for each image"
     assert not torch.equal(reflected, stamped("refool", same, "train"))
+
+
+def test_refool_leaves_half_of_the_other_classes_to_its_victims() -> None:
+    """With few images all of them would be reflections, every victim one of the target class, and no label would change."""
+    method, dataset, notes = registry.load("attack", "refool"), made_up(pictures()), Notes()
+    config = method.config_class()
+    reflections = method.module.prepare(dataset, config, notes)["reflections"]
+    allowed = method.module.victims(dataset.train.labels, "train", config)
+    assert len(reflections) == int((~allowed).sum()) == 18 and int((allowed & (dataset.train.labels != 0)).sum()) == 18
+    assert notes == ["sources asks for 200 images to reflect, but half of those of other classes are 18: capped to them"]
+    few = Notes()
+    method.module.prepare(dataset, method.config_class(sources=18), few)
+    assert not few
+    only = dataclasses.replace(dataset, train=Split(dataset.train.images, torch.zeros(N, dtype=torch.int64)))
+    with pytest.raises(UserError, match="of other classes than the target, and there is none"):
+        method.module.prepare(only, config, notes)
 
 
 def test_refool_without_reflection_is_darkness() -> None:
