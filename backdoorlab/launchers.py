@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +27,11 @@ BUSY, ALREADY = 75, 76
 LOOK = 30.0
 """Seconds between two questions to Slurm's queue."""
 LOG = "log.txt"
-PASSED_ON = ("BACKDOORLAB_", "OMP_", "MKL_", "HF_", "PYTHONPATH")
-"""Beginnings of the environment variables that a command on another machine is given too."""
+GRACE = 10.0
+"""Seconds that a command has to end after each signal, from the mildest to the one that nothing ignores."""
+PASSED_ON = ("BACKDOORLAB_", "OMP_", "MKL_")
+PASSED_ON_TOO = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "PYTHONPATH")
+"""Beginnings and names of the environment variables that a command on another machine is given too; never a token."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,11 @@ class Process:
         return code
 
     def stop(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.child.send_signal(signal.SIGINT)
-        self.child.wait()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+            self.child.send_signal(number)  # does nothing where it has ended
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(GRACE)
+                break
         self._release()
 
     def _release(self) -> None:
@@ -91,8 +96,21 @@ class Process:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A command that this machine could not start."""
+
+    why: OSError
+
+    def poll(self) -> int | None:
+        raise UserError(f"cannot be started here: {self.why}") from self.why
+
+    def stop(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
 class Answered:
-    """A command that did not start."""
+    """A command that was not to start."""
 
     code: int
 
@@ -177,7 +195,10 @@ class Local:
             extra["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.slots))
         if len(self.gpus) > 1:
             extra["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        return begin(Task(task.command, task.folder, task.done, extra))
+        try:
+            return begin(Task(task.command, task.folder, task.done, extra))
+        except OSError as error:  # no memory, no space, no right to write: this command's failure, not the others'
+            return Refused(error)
 
     def close(self) -> None:
         pass
@@ -278,7 +299,8 @@ class OnSlurm:
 
     def start(self, task: Task, slot: int) -> Running:
         try:
-            return SlurmJob(self.executor.submit(_Requeued(task)), self.queue)
+            # What sbatch inherits its job has; submitit keeps what it is given in a file of the shared folder.
+            return SlurmJob(self.executor.submit(_Requeued(replace(task, environment={}))), self.queue)
         except Exception as error:  # what sbatch says
             raise UserError(f"Slurm does not take the job ({_first_line(error)}): change --slurm, or lower --jobs") from error
 
@@ -391,4 +413,4 @@ def command(path: Path, flags: Sequence[str]) -> tuple[str, ...]:
 
 def passed_on() -> dict[str, str]:
     """What a command on another machine has to be told of this process's environment."""
-    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON) or name in PASSED_ON_TOO}

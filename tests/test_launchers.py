@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,51 @@ def test_a_command_runs_once_at_a_time_and_not_again(tmp_path: Path) -> None:
     task.done.unlink()
     assert launchers.run_there(task) == 0
     assert (task.folder / launchers.LOG).read_text().count("$ ") == 2
+
+
+def test_a_command_that_ignores_signals_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a child of `nohup` or of a background shell ignores SIGINT."""
+    monkeypatch.setattr(launchers, "GRACE", 0.5)
+    endings = []
+    for number, deaf_to in enumerate([(), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)]):
+        begun = tmp_path / f"begun{number}"
+        code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+        task = Task((sys.executable, "-c", code, str(begun)), tmp_path / str(number), tmp_path / "done")
+        running = launchers.begin(task, deaf_to)
+        assert isinstance(running, launchers.Process)
+        while not begun.exists():
+            time.sleep(0.05)
+        running.stop()
+        endings.append(running.child.poll())
+        again = launchers.begin(task)
+        assert isinstance(again, launchers.Process), "its lock is free"
+        again.stop()
+    assert endings == [-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL]
+
+
+def test_a_command_that_cannot_start_fails_alone(tmp_path: Path) -> None:
+    task = sleepers(tmp_path, 1, 0)[0]
+    task.folder.parent.mkdir()
+    task.folder.write_text("in the way")
+    refused = launchers.Local(1).start(task, 0)
+    with pytest.raises(UserError, match=rf"cannot be started here: .*{task.folder}"):
+        refused.poll()
+    refused.stop()
+
+
+def test_no_token_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to Ray, and what submitit writes into the shared folder, is a pickle of the task."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    task = dataclasses.replace(sleepers(tmp_path, 1, 0)[0], environment=launchers.passed_on())
+    assert task.environment["HF_HOME"] == str(tmp_path / "hub") and task.environment["BACKDOORLAB_RECORDS"] == os.environ["BACKDOORLAB_RECORDS"]
+    assert b"hf_secret" not in pickle.dumps(task)
+    submitted: list[Any] = []
+    launcher = launchers.OnSlurm.__new__(launchers.OnSlurm)
+    launcher.executor, launcher.queue = SimpleNamespace(submit=submitted.append), None
+    launcher.start(task, 0)
+    assert submitted[0].task == dataclasses.replace(task, environment={}) and b"hf_secret" not in pickle.dumps(submitted)
 
 
 def test_last_words_are_the_error_of_the_last_start(tmp_path: Path) -> None:
