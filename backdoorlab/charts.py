@@ -13,23 +13,35 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import registry
 from .cells import Cell
 from .results import UNDEFENDED
 
-LIGHT = ("#E8590C", "#009E73", "#5B2A86", "#CA61ED", "#7D1D09")
-DARK = ("#EECC66", "#1FA187", "#785EF0", "#E07BE0", "#B35900")
-"""Told apart by people without one of the three cones, too, and from the text colour; on white and on black. Tests measure it."""
+LIGHT = ("#AF9100", "#06A873", "#054E91", "#954872", "#7D8CCF", "#862300", "#FF1C55")
+DARK = ("#F4D122", "#3BFB8E", "#8FB9FF", "#C21E94", "#4754DB", "#B77900", "#D7164D")
+"""Of methods: told apart by people without one of the three cones, too, and from the text colour; on white and on black. Tests measure it."""
+MEASURES_LIGHT = ("#FF13D3", "#007D61", "#B07318", "#7902FC")
+MEASURES_DARK = ("#B53E7A", "#01FF4C", "#5A7314", "#A401FF")
+"""Of what is measured of one method, so that no method's colour means a score."""
 INK = {"light": "#14213D", "dark": "#E6EDF3"}
 PAPER = {"light": "#FFFFFF", "dark": "#14171C"}
+SCALE = {"light": (PAPER["light"], "#6BAED6", "#08306B"), "dark": (PAPER["dark"], "#2F6FA8", "#D6ECFF")}
+"""Of a grid, from 0 to 100 %: nothing is the background."""
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "pentagon", "hexagon")
-"""Colours repeat after five, shapes after nine: 45 looks before the first comes again."""
+"""Colours repeat after seven, shapes after nine: 63 looks before the first comes again."""
+METHODS = ("asd", "bu", "dau", "ft", "ibau", "sau")
+"""Their looks in this order, on every page; methods that are not named here follow in alphabetical order."""
 TEXT = -1
 """The look of what is not a method: an x in the text colour."""
+MEASURES = 100
+"""Looks from here on are of what is measured."""
+MOST_MARKED = 40
+"""Points of a line up to which each has its mark."""
 BINS = 40
 WIDE = 5
 """Largest number over smallest from which on an axis of costs is logarithmic."""
 
-Kind = Literal["points", "line", "dotted", "bars"]
+Kind = Literal["points", "line", "dotted", "outline", "bars"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Series:
 
     name: str
     look: int
-    """Which colour and shape: TEXT, or counted from 0."""
+    """Which colour and shape: TEXT, a method's from 0, or a measure's from MEASURES."""
     kind: Kind
     x: Sequence[float | str]
     y: Sequence[float | str | None]
@@ -46,6 +58,11 @@ class Series:
     """What to say of each point."""
     cells: Sequence[int] = ()
     """Which cell each point is, where a point is a cell."""
+
+    @property
+    def marked(self) -> bool:
+        """Does each point have a mark, or is it a plain line?"""
+        return self.kind == "points" or (self.kind in ("line", "dotted") and len(self.x) <= MOST_MARKED)
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,10 @@ class Panel:
     """Axes without a meaning: no numbers at them."""
     lanes: tuple[str, ...] = ()
     """The words on the y axis, from the top, where it has words."""
+    cut: float | None = None
+    """Where on the x axis a decision was made."""
+    large: bool = False
+    """What to look at first: higher than others."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +106,27 @@ class Chart:
 
 
 def looks(cells: Iterable[Cell]) -> dict[str, int]:
-    """Each defense's look, the same all over a page."""
-    names = sorted({cell.row.defense for cell in cells} - {UNDEFENDED})
-    return {UNDEFENDED: TEXT} | {name: number for number, name in enumerate(names)}
+    """Each defense's look, which does not depend on what else is shown."""
+    others = {*registry.available("defense"), *(cell.row.defense for cell in cells)} - {UNDEFENDED, *METHODS}
+    return {UNDEFENDED: TEXT} | {name: number for number, name in enumerate((*METHODS, *sorted(others)))}
+
+
+def colour(look: int) -> str:
+    """The name of a look's colour: ink, look-0, look-1, ..., measure-0, ..."""
+    if look == TEXT:
+        return "ink"
+    return f"measure-{(look - MEASURES) % len(MEASURES_LIGHT)}" if look >= MEASURES else f"look-{look % len(LIGHT)}"
+
+
+def shape(look: int) -> str:
+    return "x" if look == TEXT else SHAPES[(look - MEASURES if look >= MEASURES else look) % len(SHAPES)]
+
+
+def palette(scheme: Literal["light", "dark"]) -> dict[str, str]:
+    """Name -> value of every colour of the charts."""
+    methods, measures = (LIGHT, MEASURES_LIGHT) if scheme == "light" else (DARK, MEASURES_DARK)
+    numbered = {f"{family}-{n}": value for family, values in (("look", methods), ("measure", measures)) for n, value in enumerate(values)}
+    return {"ink": INK[scheme], "paper": PAPER[scheme], **numbered, **{f"scale-{n}": value for n, value in enumerate(SCALE[scheme])}}
 
 
 def overview(cells: Sequence[Cell]) -> list[Chart]:
@@ -174,7 +213,7 @@ def described(cell: Cell) -> str:
 
 # --- one record --------------------------------------------------------------------------------------------------
 
-SCORES = {"clean_accuracy": ("clean accuracy", 1), "asr": ("ASR", 0), "robust_accuracy": ("robust accuracy", 3)}
+SCORES = {"clean_accuracy": ("clean accuracy", MEASURES + 1), "asr": ("ASR", MEASURES), "robust_accuracy": ("robust accuracy", MEASURES + 2)}
 
 
 def scores(cells: Sequence[Cell]) -> Chart:
@@ -225,7 +264,7 @@ def losses(cells: Sequence[Cell]) -> Chart:
                 seen = cell.history[cell.history["stage"] == stage].dropna(subset=["loss"])
                 x, y = [float(at) for at in range(1, len(seen) + 1)], [float(value) for value in seen["loss"]]
                 if x:
-                    series.append(Series("loss", 2, "line", x, y, [cell.name] * len(x)))
+                    series.append(Series("loss", MEASURES + 3, "line", x, y, [cell.name] * len(x)))
             if series:
                 panels.append(Panel(_titled(name) + (f", {stage}" if stage else ""), "epoch of the stage", "loss", tuple(series)))
     caption = "What each method minimises, on its own scale, so only the shape compares: a line that still falls at its end was stopped early."
@@ -233,9 +272,9 @@ def losses(cells: Sequence[Cell]) -> Chart:
 
 
 RATES = {
-    "tpr": ("TPR: share of the poison that is flagged", 0),
-    "precision": ("precision", 1),
-    "fpr": ("FPR: share of the clean images that is flagged", 3),
+    "tpr": ("TPR: share of the poison that is flagged", MEASURES),
+    "precision": ("precision", MEASURES + 1),
+    "fpr": ("FPR: share of the clean images that is flagged", MEASURES + 2),
 }
 
 
@@ -282,7 +321,7 @@ def histograms(cells: Sequence[Cell]) -> Chart:
             values, poisoned = cell.suspicion
             series = tuple(
                 Series(name, look, "line", *_histogram(values, mask))
-                for name, look, mask in (("poison", 0, poisoned), ("clean", 1, ~poisoned))
+                for name, look, mask in (("poison", MEASURES, poisoned), ("clean", MEASURES + 1, ~poisoned))
                 if mask.any()
             )
             panels.append(Panel(cell.name, "suspicion", "% of its own", series))

@@ -4,7 +4,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from .charts import INK, LIGHT, SHAPES, TEXT, Chart, Grid, Panel, Series
+from . import charts
+from .charts import Chart, Grid, Panel, Series
 
 PANEL_INCHES = (3.4, 2.6)
 """One panel; two stand side by side on a text width of 7 inches."""
@@ -14,7 +15,7 @@ LANE_INCHES, CELL_INCHES = 0.22, 0.28
 MOST_WRITTEN = 12
 """Columns of a grid up to which each number is written into its cell."""
 DPI = 300
-MARKERS = dict(zip(SHAPES, ("o", "s", "D", "^", "v", "P", "*", "p", "h"), strict=True))
+MARKERS = dict(zip(("x", *charts.SHAPES), ("x", "o", "s", "D", "^", "v", "P", "*", "p", "h"), strict=True))
 MAKER = "backdoorlab figure"
 """Written into each file, so that only files of ours are ever replaced."""
 
@@ -58,17 +59,15 @@ def _panel(ax: Any, panel: Panel) -> None:
     bars = [series for series in panel.series if series.kind == "bars"]
     for series in panel.series:
         y = [lanes[value] if isinstance(value, str) else value for value in series.y]
-        colour = _colour(series.look)
+        colour = _colour(series)
         if series.kind == "bars":
             offset = (bars.index(series) - (len(bars) - 1) / 2) * 0.8 / len(bars)
             places = [place + offset for place in y if place is not None]
             ax.barh(places, [float(x or 0) for x in series.x], height=0.8 / len(bars), color=colour)
         elif series.kind == "points":
-            edge = {} if series.look == TEXT else {"markeredgecolor": "white", "markeredgewidth": 0.4}
-            ax.plot(series.x, y, linestyle="", marker=_marker(series.look), color=colour, markersize=3 if panel.bare else 4.5, **edge)
+            ax.plot(series.x, y, linestyle="", marker=_marker(series), color=colour, markersize=3 if panel.bare else 4.5, **_open(panel.bare))
         else:
-            marker = _marker(series.look) if len(series.x) <= 40 else ""
-            ax.plot(series.x, y, linestyle=":" if series.kind == "dotted" else "-", marker=marker, color=colour, markersize=3, linewidth=1)
+            ax.plot(series.x, y, linestyle=":" if series.kind == "dotted" else "-", marker=_marker(series), color=colour, markersize=3, linewidth=1)
     if panel.log_x:
         ax.set_xscale("log")
     if panel.bare:
@@ -116,17 +115,22 @@ def _handle(series: Series) -> Any:
     from matplotlib.patches import Patch
 
     if series.kind == "bars":
-        return Patch(color=_colour(series.look), label=_plain(series.name))
-    line: Any = "" if series.kind == "points" else "-"
-    return Line2D([], [], linestyle=line, marker=_marker(series.look), color=_colour(series.look), label=_plain(series.name), markersize=4.5)
+        return Patch(color=_colour(series), label=_plain(series.name))
+    line, form = ("", _open(False)) if series.kind == "points" else ("-", {})
+    return Line2D([], [], linestyle=line, marker=_marker(series), color=_colour(series), label=_plain(series.name), markersize=4.5, **form)
 
 
-def _colour(look: int) -> str:
-    return INK["light"] if look == TEXT else LIGHT[look % len(LIGHT)]
+def _open(small: bool) -> dict[str, Any]:
+    """Marks as outlines, so that those that lie under others are seen."""
+    return {"markerfacecolor": "none", "markeredgewidth": 0.6 if small else 0.9}
 
 
-def _marker(look: int) -> str:
-    return "x" if look == TEXT else MARKERS[SHAPES[look % len(SHAPES)]]
+def _colour(series: Series) -> str:
+    return charts.palette("light")[charts.colour(series.look)]
+
+
+def _marker(series: Series) -> str:
+    return MARKERS[charts.shape(series.look)] if series.marked else ""
 
 
 def _plain(text: str) -> str:

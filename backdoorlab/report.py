@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from . import __version__, charts, engine, files, forms, registry, results, tables
 from .cells import Cell, gather
-from .charts import TEXT, Chart, Series
+from .charts import Chart, Series
 from .errors import UserError
 from .preview import GAIN
 from .record import Record, record_names, record_root
@@ -134,7 +134,6 @@ def page(cells: Sequence[Cell], overall: Sequence[Chart], by_record: Mapping[str
     style = style.replace("{{colours}}", _colours())
     panels = {chart.name: _json(chart) for chart in overall}
     panels |= {f"{name}/{chart.name}": _json(chart) for name, own in by_record.items() for chart in own}
-    payload = {"charts": panels, "shapes": charts.SHAPES, "colours": len(charts.LIGHT)}
     rows = [cell.row for cell in cells]
     means = tables.means(rows)
     datasets = dict.fromkeys(cell.row.dataset for cell in cells)
@@ -154,7 +153,7 @@ def page(cells: Sequence[Cell], overall: Sequence[Chart], by_record: Mapping[str
         "overview": "\n".join(_figure(chart, chart.name, 2) for chart in overall),
         "options": "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in by_record),
         "records": "\n".join(_article(own, by_record[name]) for name, own in _by_record(cells).items()),
-        "charts": script_safe(payload),
+        "charts": script_safe(panels),
         "plotly": plotly,
         "script": script,
         "footer": escape(f"Made by backdoorlab {__version__} from records whose files were checked against their SHA-256."),
@@ -173,8 +172,12 @@ def _hash(script: str) -> str:
 
 
 def _json(chart: Chart) -> list[dict[str, Any]]:
-    """A chart's panels; a number that is none becomes a gap."""
-    return _finite([asdict(panel) for panel in chart.panels])
+    """A chart's panels, with the colour and the shape of each series; a number that is none becomes a gap."""
+    found = []
+    for panel in chart.panels:
+        series = [{**asdict(one), "colour": charts.colour(one.look), "shape": charts.shape(one.look), "marked": one.marked} for one in panel.series]
+        found.append({**asdict(panel), "series": series})
+    return _finite(found)
 
 
 def _finite(value: Any) -> Any:
@@ -189,13 +192,13 @@ def _finite(value: Any) -> Any:
 
 def _colours() -> str:
     """The palette and the greys as CSS variables, once for each scheme."""
-    schemes = {
+    schemes: dict[Literal["light", "dark"], dict[str, str]] = {
         "light": {"soft": "#4B5563", "line": "#E2E5EA", "edge": "#8A93A0", "field": "#F3F5F8", "link": "#0B57A4", "bad": "#B00020"},
         "dark": {"soft": "#A9B4C0", "line": "#2B323B", "edge": "#6B7785", "field": "#1F252C", "link": "#7CC4FF", "bad": "#FF8A80"},
     }
     texts = {}
-    for scheme, looks in (("light", charts.LIGHT), ("dark", charts.DARK)):
-        values = {"ink": charts.INK[scheme], "paper": charts.PAPER[scheme], **schemes[scheme]} | {f"look-{n}": c for n, c in enumerate(looks)}
+    for scheme, greys in schemes.items():
+        values = charts.palette(scheme) | greys
         texts[scheme] = f":root {{ color-scheme: {scheme}; " + " ".join(f"--{name}: {value};" for name, value in values.items()) + " }"
     return f"{texts['light']}\n@media (prefers-color-scheme: dark) {{ {texts['dark']} }}\n@media print {{ {texts['light']} }}"
 
@@ -442,13 +445,15 @@ def _legend(chart: Chart) -> str:
 
 def _glyph(series: Series) -> str:
     """The shape in its colour, drawn in a box of 12 by 12."""
-    colour = "var(--ink)" if series.look == TEXT else f"var(--look-{series.look % len(charts.LIGHT)})"
+    colour, shape = f"var(--{charts.colour(series.look)})", charts.shape(series.look)
     if series.kind == "bars":
         inside = '<rect x="0" y="2" width="12" height="8"/>'
-    elif series.look == TEXT:
+    elif not series.marked:
+        inside = '<path d="M0 6h12" stroke-width="2"/>'
+    elif shape == "x":
         inside = '<path d="M2 2L10 10M10 2L2 10" stroke-width="2" fill="none"/>'
     else:
-        inside = OUTLINES[charts.SHAPES[series.look % len(charts.SHAPES)]]
+        inside = OUTLINES[shape]
     return f'<svg viewBox="0 0 12 12" aria-hidden="true" fill="{colour}" stroke="{colour}" stroke-width="0">{inside}</svg>'
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import helpers
 import numpy as np
@@ -60,7 +60,7 @@ class Tags(HTMLParser):
 
 def test_a_page_holds_every_cell_once_and_everything_that_it_shows(small: Record, plain: list[cells.Cell], tmp_path: Path) -> None:
     page = page_of(small, tmp_path)
-    drawn = [cell for panel in payload(page)["charts"]["accuracy_asr"] for series in panel["series"] for cell in series["cells"]]
+    drawn = [cell for panel in payload(page)["accuracy_asr"] for series in panel["series"] for cell in series["cells"]]
     assert sorted(drawn) == [0, 1] == [cell.number for cell in plain], "a mark for the record, and one for DAU on it"
     assert page.count("plotly.js v") == 1
     for cell in plain:
@@ -114,7 +114,7 @@ def test_words_of_a_stranger_stay_words(small: Record, tmp_path: Path) -> None:
     assert set(tags.found) & {"svg", "img"} and all(source.startswith(("data:", "#")) for source in tags.sources)
     for code in ("<script>alert", "<img src=x", "<svg onload", "<b onclick"):
         assert code not in page
-    assert payload(page)["charts"]["<script>alert(0)</destinations"][0]["grid"]["columns"], "and the charts are there"
+    assert payload(page)["<script>alert(0)</destinations"][0]["grid"]["columns"], "and the charts are there"
     assert "&lt;script&gt;alert(1)" in page, "the words themselves are shown"
 
 
@@ -270,8 +270,11 @@ def contrast(a: str, b: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize(("scheme", "looks"), [("light", charts.LIGHT), ("dark", charts.DARK)])
-def test_colours_are_told_apart_by_everyone(scheme: str, looks: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("family", ["look", "measure"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_are_told_apart_by_everyone(scheme: Literal["light", "dark"], family: str) -> None:
+    looks = [value for name, value in charts.palette(scheme).items() if name.startswith(family)]
+    assert len(looks) == (7 if family == "look" else 4)
     for cones, matrix in CONES.items():
         places = [lab(np.clip(np.array(matrix) @ linear(colour), 0, 1)) for colour in (*looks, charts.INK[scheme])]
         nearest = min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(places, 2))
@@ -283,9 +286,15 @@ def test_colours_are_told_apart_by_everyone(scheme: str, looks: tuple[str, ...])
     assert np.linalg.norm(seen[0] - seen[1]) < 45
 
 
-def test_45_methods_look_different() -> None:
-    looks = {(charts.LIGHT[n % len(charts.LIGHT)], charts.SHAPES[n % len(charts.SHAPES)]) for n in range(45)}
-    assert len(looks) == 45 and set(figures.MARKERS) == set(charts.SHAPES) == set(report.OUTLINES)
+def test_a_method_has_its_look_on_every_page(plain: list[cells.Cell]) -> None:
+    shipped = report.registry.available("defense")
+    looks = charts.looks(plain)
+    assert looks == charts.looks([]) and len({charts.colour(looks[name]) for name in shipped}) == len(shipped), "the shipped ones differ"
+    assert len({(charts.colour(n), charts.shape(n)) for n in range(63)}) == 63
+    assert {*charts.SHAPES, "x"} == set(figures.MARKERS) == {*report.OUTLINES, "x"}
+    measured = {series.look for chart in charts.of_record(plain) for panel in chart.panels for series in panel.series}
+    used = {charts.palette(scheme)[charts.colour(look)] for look in measured for scheme in ("light", "dark")}
+    assert measured and not used & {*charts.LIGHT, *charts.DARK}, "no method's colour means a score"
 
 
 # --- figures and t-SNE -------------------------------------------------------------------------------------------

@@ -1,25 +1,23 @@
 "use strict";
 // Sorting, filtering and drawing. All words of others come in as JSON and leave through textContent or plain().
 const charts = JSON.parse(document.getElementById("charts").textContent);
-const shapes = charts.shapes;
 const byId = (id) => document.getElementById(id);
 const narrow = () => window.innerWidth < 600;
 
 function colour(name) { return getComputedStyle(document.documentElement).getPropertyValue(name).trim(); }
-function colourOf(look) { return look < 0 ? colour("--ink") : colour("--look-" + (look % charts.colours)); }
 // Plotly reads some tags in its texts: none of them may come from a record.
 function plain(text) { return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/\n/g, "<br>"); }
 
 function trace(series, panel, shown) {
   const keep = series.x.map((_, i) => !series.cells.length || !shown || shown.has(series.cells[i]));
   const pick = (values) => values.filter((_, i) => keep[i]);
-  const color = colourOf(series.look);
-  const shape = series.look < 0 ? "x-thin-open" : shapes[series.look % shapes.length];
+  const color = colour("--" + series.colour);
   const words = panel.lanes.length > 0;
   const found = {
     name: plain(series.name), x: pick(series.x), y: pick(series.y).map((v) => (words ? plain(v) : v)),
     text: pick(series.hover.length ? series.hover : series.x.map(() => series.name)).map(plain),
-    marker: { color, symbol: shape, size: panel.bare ? 6 : narrow() ? 8 : 9, opacity: 0.9, line: { width: panel.bare ? 1 : series.look < 0 ? 2 : 0.6, color: series.look < 0 ? color : colour("--paper") } },
+    // Open marks: those that lie under others are seen.
+    marker: { color, symbol: series.shape + (series.kind !== "points" ? "" : series.shape === "x" ? "-thin-open" : "-open"), size: panel.bare ? 6 : narrow() ? 8 : 9, line: { width: panel.bare ? 1 : 1.6, color } },
     customdata: pick(series.cells),
   };
   const at = `${plain(panel.x_label)} %{x:.4~g}` + (words ? "" : `<br>${plain(panel.y_label)} %{y:.4~g}`);
@@ -29,8 +27,8 @@ function trace(series, panel, shown) {
   }
   found.type = "scatter";
   if (series.kind === "points") { found.mode = "markers"; return found; }
-  found.mode = series.x.length > 40 ? "lines" : "lines+markers";
-  found.marker.size = 7;
+  found.mode = series.marked ? "lines+markers" : "lines";
+  Object.assign(found.marker, { size: 7, line: { width: 0 } });
   found.line = { color, width: 1.6, dash: series.kind === "dotted" ? "dot" : "solid" };
   return found;
 }
@@ -90,7 +88,7 @@ const config = {
 };
 
 function draw(figure, shown) {
-  const panels = charts.charts[figure.dataset.chart];
+  const panels = charts[figure.dataset.chart];
   const place = figure.querySelector(".panels");
   while (place.children.length < panels.length) { // all boxes before the first chart, which takes the width that it finds
     const box = document.createElement("div"), heading = document.createElement("h4"), plot = document.createElement("div");
