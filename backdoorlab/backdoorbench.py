@@ -14,7 +14,7 @@ import os
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ FIRST_OF_BATCH = ("wanet", "inputaware")
 """They poison the first images of every batch of the unshuffled set, so that a position says what a mark does not."""
 COVERED = ("tact", "adaptive_blend", "adaptive_patch")
 """Our attacks that stamp images and leave them their true label."""
+STATED = "backdoorlab_cross"
+"""In the info.pickle of records that come from here: positions of the marked training images that are cross."""
 SMALL_FILE = 65_536
 
 
@@ -76,7 +78,8 @@ def read(path: Path) -> Contents:
     missing = [key for key in KEYS if key not in found]
     if missing:
         raise UserError(f"{file}: not a BackdoorBench v2 record: no {', '.join(missing)} in it")
-    settings = _settings(folder / INFO)
+    info = _info(folder / INFO)
+    settings = _settings(info)
     attack = settings.get("attack", "backdoorbench")
     shape = _image_shape(file, found["img_size"])
     num_classes = _whole(found["num_classes"], f"{file}: num_classes", 1, 10**6)
@@ -89,6 +92,10 @@ def read(path: Path) -> Contents:
         if attack in DYNAMIC:
             notes.append(f"{attack} controls its training: the stored training set only imitates what the model was trained on")
     test = _split(folder, found["bd_test"], "bd_test", shape, num_classes, notes)
+    poison = None if train is None else train[0]
+    if poison is not None:
+        stated = _stated(poison, info, folder / INFO)
+        poison = _with_kinds(poison, attack, settings, notes) if stated is None else stated
     return Contents(
         folder=folder,
         attack=attack,
@@ -97,7 +104,7 @@ def read(path: Path) -> Contents:
         image_shape=shape,
         data_name=_word(found["clean_data"], f"{file}: clean_data"),
         weights=pickles.state_dict(found["model"], file),
-        train=None if train is None else _with_kinds(train[0], attack, settings, notes),
+        train=poison,
         train_size=None if train is None else train[1],
         test=_changed(test[0], notes),
         test_size=test[1],
@@ -154,7 +161,8 @@ def write(
         "bd_test": _write_split(folder, name, "bd_test_dataset", test, test.index.numpy(), test_size),
     }
     files.write_bytes(folder / RESULT, pickles.dump(value))
-    files.write_bytes(folder / INFO, pickles.dump(dict(settings)))
+    stated = {} if train is None else {STATED: train.index[train.kind == CROSS].tolist()}
+    files.write_bytes(folder / INFO, pickles.dump({**settings, **stated}))
     if train is not None:
         files.write_bytes(folder / "train_poison_index_list.pickle", pickles.dump(_indicator(train, train_size)))
 
@@ -259,6 +267,21 @@ def _read_png(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     return array.reshape(height, width, channels).transpose(2, 0, 1)
 
 
+def _stated(poison: Poison, info: Mapping[str, Any], file: Path) -> Poison | None:
+    """Kinds as a record from here states them; None for all others."""
+    positions = info.get(STATED)
+    if positions is None:
+        return None
+    if not isinstance(positions, list):
+        raise UserError(f"{file}: {STATED} must be a list of positions, found {type(positions).__name__}")
+    found = torch.tensor([_whole(i, f"{file}: {STATED}", 0, 2**31) for i in positions], dtype=torch.int64)
+    kept = poison.index[poison.labels == poison.original_labels]
+    wrong = found[~torch.isin(found, kept)]
+    if len(wrong):
+        raise UserError(f"{file}: {STATED} names image {int(wrong[0])}, which is not marked, or does not keep its label")
+    return replace(poison, kind=torch.where(torch.isin(poison.index, found), CROSS, POISON).to(torch.uint8))
+
+
 def _with_kinds(poison: Poison, attack: str, settings: Mapping[str, Any], notes: list[str]) -> Poison:
     """POISON or CROSS for marked training images. One that keeps its label is poison in a static attack (clean-label, or of
     the target class anyway); in a dynamic one it is cross, unless its place in the batch says otherwise."""
@@ -286,14 +309,19 @@ def _changed(poison: Poison, notes: list[str]) -> Poison:
     return Poison(*(column[changed] for column in vars(poison).values()))
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """Numbers and short words of info.pickle; {} without the file. Paths are left out: a record says nothing about a machine."""
+def _info(path: Path) -> dict[str, Any]:
+    """info.pickle, unchecked; {} without the file."""
     if not path.exists():
         return {}
     found = pickles.load(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected a dict of settings, found {type(found).__name__}. Without the file the record can be read too")
-    kept = {key: value for key, value in found.items() if isinstance(key, str) and _plain(value)}
+    return found
+
+
+def _settings(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Its numbers and short words. Paths are left out: a record says nothing about a machine."""
+    kept = {key: value for key, value in info.items() if isinstance(key, str) and key != STATED and _plain(value)}
     if not re.fullmatch(r"[A-Za-z][\w.+-]{0,39}", str(kept.get("attack", "")), re.ASCII):
         kept.pop("attack", None)
     return kept

@@ -117,7 +117,7 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
         **{key: architecture[key] for key in ("mean", "std")},
     }
     settings |= {key: config[key] for key in ("epochs", "batch_size", "lr", "crop_padding", "flip") if key in config}
-    # What the attack was made with decides which of its images are cross images.
+    # What the attack was made with, where that was BackdoorBench; which images are cross is stated by backdoorbench.write.
     settings |= {key: value for key, value in record.info.get("source", {}).get("settings", {}).items() if key in ("pratio", "batch_size")}
     with staged(path, backdoorbench.RESULT, options.overwrite) as final:
         backdoorbench.write(

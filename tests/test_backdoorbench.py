@@ -261,13 +261,23 @@ def test_what_goes_out_is_in_the_layout(tiny: Record, tmp_path: Path, capsys: Ca
     assert {path.name for path in out.parent.iterdir()} == {"given"}, "no stage is left"
 
 
-def test_covers_come_back_as_covers_and_those_whom_the_attack_is_not_meant_for_stay_at_home(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("attack", "own"),
+    [("tact", ()), ("wanet", ("--plain", "False")), ("inputaware", ("--plain", "False", "--mask_epochs", "0", "--generator_width", "4"))],
+)
+def test_cross_images_come_back_as_such_and_those_whom_the_attack_is_not_meant_for_stay_at_home(
+    attack: str, own: tuple[str, ...], tmp_path: Path, capsys: Capture
+) -> None:
+    """Also where BackdoorBench's attack of that name poisons the first images of a batch, and ours are drawn."""
     flags = ("--width", "64", "--image_size", "8", "--epochs", "0", "--model", "preactresnet18", "--score_every", "0")
-    record = helpers.attack("tact", "tact", tmp_path / "record", *flags)
-    assert main(["export", "tact", "--to", "backdoorbench", str(tmp_path / "given")]) == 0
+    record = helpers.attack(attack, "made", tmp_path / "record", *flags, *own)
+    assert main(["export", "made", "--to", "backdoorbench", str(tmp_path / "given")]) == 0
     assert bring(tmp_path / "given") == 0
     back = got(tmp_path)
-    assert torch.equal(back.train_poison.kind, record.train_poison.kind) and 0 < int((back.train_poison.kind == CROSS).sum()) < len(back.train_poison)
+    for column in fields(record.train_poison):
+        assert torch.equal(getattr(back.train_poison, column.name), getattr(record.train_poison, column.name)), column.name
+    assert 0 < int((back.train_poison.kind == CROSS).sum()) < len(back.train_poison) and back.info["poisoned"] == record.info["poisoned"]
+    assert "backdoorlab_cross" not in (back.folder / "record.json").read_text() and "counted as cross" not in capsys.readouterr().err
     assert torch.equal(back.test_poison.index, record.test_poison.of_kind(POISON).index)
 
 
@@ -543,6 +553,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], str]] = {
         update("bd_train", poison_indicator=np.zeros(1000), original_index_array=np.arange(1000), bd_data_container={"data_dict": {}}),
         "the record was made on 1,000 training images, digits has 1,442",
     ),
+    "cross that are no list": (lambda f: torch.save({"backdoorlab_cross": 1}, f / "info.pickle"), "must be a list of positions, found int"),
+    "cross below": (lambda f: torch.save({"backdoorlab_cross": [-1]}, f / "info.pickle"), "backdoorlab_cross must be a whole number"),
+    "cross that is not there": (lambda f: torch.save({"backdoorlab_cross": [5]}, f / "info.pickle"), "names image 5, which is not marked"),
+    "cross of another label": (lambda f: torch.save({"backdoorlab_cross": [0]}, f / "info.pickle"), "or does not keep its label"),
     "settings": (lambda f: torch.save([1], f / "info.pickle"), "info.pickle: expected a dict of settings, found list"),
 }  # fmt: skip
 
