@@ -8,7 +8,8 @@ the negatives, gets the quantisation error of *another* image and keeps its labe
 image and not noise of that size.
 
 Departs from BackdoorBench's script: negatives of the test set are made as those of training (theirs have the opposite sign and wrap);
-every image is cropped and rotated by its own draw, by the padding of the data set.
+every image is cropped and rotated by its own draw, by the padding of the data set; the data set's recipe replaces the published constant
+rate.
 """
 
 from dataclasses import dataclass

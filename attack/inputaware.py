@@ -7,7 +7,8 @@ network has learnt where a trigger may lie. In the cross mode, images with the t
 accuracy is measured: high ASR with low cross accuracy means that any generated trigger will do.
 
 Departs from the authors' code: the classifier is trained all the epochs that are asked for; the generator's gradients are cleared
-at each step (theirs add up over the whole training; `bb_compat` keeps that); one pass of the generator serves both kinds of a batch.
+at each step (theirs add up over the whole training; `bb_compat` keeps that); one pass of the generator serves both kinds of a batch;
+the data set's recipe replaces the classifier's published constant rate.
 """
 
 from collections.abc import Iterator

@@ -8,7 +8,8 @@ the classifier alone with T fixed. Every image is attacked at every step; `poiso
 
 Departs from BackdoorBench's script, whose two published models measure its bugs: clean and triggered images go through the model in one pass
 (its two passes leak through batch normalisation); the model of the second stage is the one that is kept (it keeps the first); the
-trigger's step leaves no gradient in the classifier (it adds up); eps is in pixels and what is scored is rounded to bytes (its trigger of 0.6
+trigger's step leaves no gradient in the classifier (it adds up); in the second stage the data set's recipe replaces the published constant
+rate; eps is in pixels and what is scored is rounded to bytes (its trigger of 0.6
 grey levels is lost in them).
 """
 

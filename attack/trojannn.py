@@ -27,6 +27,8 @@ from backdoorlab.run import Run
 from backdoorlab.runner import Outcome, static_attack
 from backdoorlab.surrogate import train_surrogate
 
+LIMITS = "digits: networks that never met the stain take 33 to 43 % of these digits for the target by themselves, so that their ASR says little"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):
@@ -81,18 +83,18 @@ def optimised_stain(model: Classifier, shape: tuple[int, int, int], config: Conf
     chosen = weight.abs().sum(0).topk(min(config.neurons, weight.shape[1])).indices
     start = inside * torch.full((1, channels, height, width), GREY / 255, device=run.device)
     stain = start.clone()
-    activations, best = [], (float("inf"), stain)
+    activations, best = [], (float("inf"), stain, 0)
     with frozen(model):
-        for _ in range(config.steps + 1):
+        for step in range(config.steps + 1):
             stain.requires_grad_(True)
             h = model.forward_head(model.forward_features(stain), pre_logits=True)[0, chosen]
             loss = (h - config.target_activation).square().mean()
             (gradient,) = torch.autograd.grad(loss, stain)
             activations.append(h.mean().detach())
-            best = min(best, (loss.item(), stain.detach()), key=lambda pair: pair[0])
+            best = min(best, (loss.item(), stain.detach(), step), key=lambda pair: pair[0])
             stepped = stain.detach() - config.step_size * gradient.sign()
             stain = inside * stepped.clamp(start - config.radius, start + config.radius).clamp(0, 1)
-    return {"stain": to_bytes(best[1])[0], "activation_before": activations[0], "activation_after": torch.stack(activations).max()}
+    return {"stain": to_bytes(best[1])[0], "activation_before": activations[0], "activation_after": activations[best[2]]}
 
 
 def ellipse(height: int, width: int) -> Tensor:

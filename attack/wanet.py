@@ -7,7 +7,7 @@ image. In its cross mode (the paper's noise mode) a second share of each batch i
 the model learns this warp and not warping as such. Cross accuracy is measured: high ASR with low cross accuracy is a detector of warps.
 
 Departs from the authors' code: triggered images are rounded to bytes before training as they are before testing; every image is
-cropped and rotated by its own draw, by the padding of the data set.
+cropped and rotated by its own draw, by the padding of the data set; the data set's recipe replaces the published constant rate.
 """
 
 from dataclasses import dataclass

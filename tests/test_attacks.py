@@ -127,6 +127,15 @@ def test_every_attack_has_a_row() -> None:
         assert low <= LISTED[attack] <= high and high - low <= 3
 
 
+def test_what_an_attack_cannot_do_on_the_digits_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    listed = capsys.readouterr().out
+    for attack, row in ROWS.items():
+        limits = registry.load("attack", attack).limits
+        assert limits in listed, attack
+        assert "digits" in limits or (row.asr is not None and row.clean_model == Row.clean_model), attack
+
+
 # --- images ------------------------------------------------------------------------------------------------------
 
 

@@ -374,6 +374,19 @@ def test_trojannns_stain_excites_its_neurons(made: dict[str, Record]) -> None:
     assert bool((wrapped[:, :, inside] == 300 - 256).all()), "the quirk wraps around"
 
 
+def test_trojannns_activation_is_that_of_the_stain_it_keeps(tmp_path: Path) -> None:
+    """Driven to 0, the neurons are the most excited by a stain that is thrown away."""
+    trojannn = module("trojannn")
+    with joint.seeded(0, "stain"):
+        model = build("preactresnet10", num_classes=3, in_chans=1, mean=[0.3], std=[0.4], width=4, image_size=32).eval()
+    config, run = trojannn.Config(target_activation=0.0, steps=20), Run(tmp_path, seed=0, device=CPU, precision="fp32")
+    found = trojannn.optimised_stain(model, (1, 32, 32), config, run)
+    head: Any = model.get_classifier()
+    neurons = head.weight.abs().sum(0).topk(2).indices
+    kept = model.forward_head(model.forward_features(found["stain"][None] / 255), pre_logits=True)[0, neurons].mean().item()
+    assert found["activation_after"].item() == pytest.approx(kept, rel=0.01) and kept < 0.9 * found["activation_before"].item()
+
+
 def test_bpp_leaves_the_stated_levels_and_dithers_like_floyd_and_steinberg() -> None:
     bpp, images = module("bpp"), torch.randint(0, 256, (3, 2, 6, 7), dtype=torch.uint8, generator=derived_generator(0, "test"))
     index = torch.arange(3)

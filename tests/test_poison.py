@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from backdoorlab import datasets, registry, triggers
@@ -27,6 +29,7 @@ from backdoorlab.poison import (
     poison_test,
     poison_train,
 )
+from backdoorlab.preview import save_preview
 from backdoorlab.record import Record
 
 STAMPS = ("badnet", "blended")
@@ -272,6 +275,23 @@ def test_the_share_of_changed_values_is_counted() -> None:
     assert changed_share(clean, poison) == 9 / 1024
     assert changed_share(clean, poison_test(clean, stamp_of("blended", alpha=0.001), labels)) == 0
     assert changed_share(clean, no_poison(clean)) is None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_preview_shows_clean_triggered_and_five_times_their_difference(channels: int, tmp_path: Path) -> None:
+    clean, side = pictures(60, channels, 16), 16
+    poison = poison_test(clean, stamp_of("blended"), Labels(7, "all2one", 10))
+    save_preview(tmp_path / "preview.png", clean, poison)
+    with Image.open(tmp_path / "preview.png") as picture:
+        sheet = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[:channels, ::3, ::3].int()
+    cells = sheet.unfold(1, side, side + 2).unfold(2, side, side + 2)  # (C, rows, columns, side, side)
+    assert cells.shape[1:3] == (3, 8), "a row of eight each"
+    before, after, difference = cells.unbind(1)
+    rows = [int((poison.original_labels == label).nonzero()[0]) for label in (0, 1, 2, 3, 4, 5, 6, 8)]
+    assert torch.equal(before, clean.images[poison.index[rows]].transpose(0, 1).int()), "one of each class"
+    assert torch.equal(after, poison.images[rows].transpose(0, 1).int())
+    exact = 128 + 5 * (after - before)
+    assert exact.min() < 0 and exact.max() > 255 and torch.equal(difference, exact.clamp(0, 255))
 
 
 def test_no_poison_leaves_every_byte_as_it_is() -> None:
