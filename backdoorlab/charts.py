@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from . import registry
 from .cells import Cell
-from .results import UNDEFENDED
+from .results import PLAIN, UNDEFENDED
 
 LIGHT = ("#AF9100", "#06A873", "#054E91", "#954872", "#7D8CCF", "#862300", "#FF1C55")
 DARK = ("#F4D122", "#3BFB8E", "#8FB9FF", "#C21E94", "#4754DB", "#B77900", "#D7164D")
@@ -218,12 +219,12 @@ SCORES = {"clean_accuracy": ("clean accuracy", MEASURES + 1), "asr": ("ASR", MEA
 
 def scores(cells: Sequence[Cell]) -> Chart:
     """Clean accuracy, ASR and RA epoch by epoch, a panel for each defense with a line for each of its runs."""
-    drawn = [(name, _score_series(own)) for name, own in _families(cells)]
     panels = []
-    for name, series in drawn:
+    for title, runs in _trainings(cells):
+        series = _score_series(title, runs)
         if series:
             last = max(float(x) for one in series for x in one.x)
-            panels.append(Panel(_titled(name), "epoch", "%", series, x_range=(-0.03 * last, 1.03 * last), y_range=(-3, 103)))
+            panels.append(Panel(title, "epoch", "%", series, x_range=(-0.03 * last, 1.03 * last), y_range=(-3, 103)))
     caption = (
         "A defense starts at epoch 0 with what the attack left. It works where ASR falls while clean accuracy stays, and robust accuracy, the share"
         " of triggered images that get their true label, rises. Dotted: only the start and the end were measured (--score_every 0). Several lines"
@@ -233,11 +234,10 @@ def scores(cells: Sequence[Cell]) -> Chart:
     return Chart("scores", "Scores, epoch by epoch", caption, tuple(panels), missing)
 
 
-def _score_series(cells: Sequence[Cell]) -> tuple[Series, ...]:
+def _score_series(title: str, runs: Sequence[tuple[Cell, pd.DataFrame]]) -> tuple[Series, ...]:
     found = []
-    for metric, (title, look) in SCORES.items():
-        for cell in cells:
-            history = cell.history
+    for metric, (name, look) in SCORES.items():
+        for cell, history in runs:
             seen = history.dropna(subset=[metric]) if metric in history else history.iloc[:0]
             x, y = [float(at) for at in seen["at"]], [100 * float(value) for value in seen[metric]] if len(seen) else []
             end, before = getattr(cell.row, metric), cell.info.get("before", cell.record.info["scores"])[metric]
@@ -249,24 +249,24 @@ def _score_series(cells: Sequence[Cell]) -> tuple[Series, ...]:
                 x, y = [*x, last], [*y, 100 * end]
             if not cell.undefended and before is not None:
                 x, y = [0.0, *x], [100 * before, *y]
-            found.append(Series(title, look, "line" if measured else "dotted", x, y, [f"{cell.name}: {title}"] * len(x)))
+            found.append(Series(name, look, "line" if measured else "dotted", x, y, [f"{title if cell.undefended else cell.name}: {name}"] * len(x)))
     return tuple(found)
 
 
 def losses(cells: Sequence[Cell]) -> Chart:
     """Each run's training loss, a panel for each defense and stage."""
     panels = []
-    for name, own in _families(cells):
-        known = [cell for cell in own if "loss" in cell.history]
-        for stage in dict.fromkeys(stage for cell in known for stage in cell.history["stage"]):
+    for title, runs in _trainings(cells):
+        known = [(cell, history) for cell, history in runs if "loss" in history]
+        for stage in dict.fromkeys(stage for _, history in known for stage in history["stage"]):
             series = []
-            for cell in known:
-                seen = cell.history[cell.history["stage"] == stage].dropna(subset=["loss"])
+            for cell, history in known:
+                seen = history[history["stage"] == stage].dropna(subset=["loss"])
                 x, y = [float(at) for at in range(1, len(seen) + 1)], [float(value) for value in seen["loss"]]
                 if x:
-                    series.append(Series("loss", MEASURES + 3, "line", x, y, [cell.name] * len(x)))
+                    series.append(Series("loss", MEASURES + 3, "line", x, y, [title if cell.undefended else cell.name] * len(x)))
             if series:
-                panels.append(Panel(_titled(name) + (f", {stage}" if stage else ""), "epoch of the stage", "loss", tuple(series)))
+                panels.append(Panel(title + (f", {stage}" if stage not in ("", PLAIN) else ""), "epoch of the stage", "loss", tuple(series)))
     caption = "What each method minimises, on its own scale, so only the shape compares: a line that still falls at its end was stopped early."
     return Chart("loss", "Training loss", caption, tuple(panels), "" if panels else "No run kept a loss.")
 
@@ -367,16 +367,18 @@ def destinations(cells: Sequence[Cell]) -> Chart:
 # --- words -------------------------------------------------------------------------------------------------------
 
 
-def _families(cells: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
-    """(defense, its runs), the record itself first."""
-    found: dict[str, list[Cell]] = {}
+def _trainings(cells: Sequence[Cell]) -> list[tuple[str, list[tuple[Cell, pd.DataFrame]]]]:
+    """(title, its runs and their epochs): the attack's own first, then ordinary training on its images, then each defense."""
+    found: dict[str, list[tuple[Cell, pd.DataFrame]]] = {}
     for cell in cells:
-        found.setdefault(cell.row.defense, []).append(cell)
+        title, history = cell.row.defense, cell.history
+        if cell.undefended:  # the epochs of both trainings are kept with the record
+            plain, everything = cell.row.run == PLAIN, cells[0].history
+            title = "plain training on the snapshot" if plain else "the attack's training"
+            history = everything[(everything["stage"] == PLAIN) == plain] if "stage" in everything else everything.iloc[: 0 if plain else None]
+            history = history.assign(at=range(1, len(history) + 1))
+        found.setdefault(title, []).append((cell, history))
     return list(found.items())
-
-
-def _titled(defense: str) -> str:
-    return "the attack's training" if defense == UNDEFENDED else defense
 
 
 def _percent(value: float | None) -> float | None:

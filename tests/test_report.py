@@ -226,6 +226,24 @@ def test_trajectories_start_at_what_the_attack_left(small: Record, tmp_path: Pat
     assert list(asr.x) == [0, 1, 2, 3] and asr.y[0] == pytest.approx(100 * record.info["scores"]["asr"]) and asr.kind == "line"
 
 
+def test_plain_training_of_a_joint_attack_is_a_panel_of_its_own(small: Record, tmp_path: Path) -> None:
+    """Its epochs stand in the record's history, below those of the attack."""
+    record = helpers.copy(small, tmp_path)
+    scores = record.info["scores"]
+    plain = {**scores, "clean_accuracy": 0.7, "asr": 0.1, "robust_accuracy": 0.5, "seconds": 1.0}
+    lines = [("train", 0.3, 0.6, 0.2), ("train", 0.4, 0.8, 0.3), ("plain", 0.5, 0.4, 0.4), ("plain", 0.6, 0.3, 0.5), ("plain", 0.65, 0.2, 0.5)]
+    rows = "\n".join(f"{stage},{at},1,{at},{clean},{asr},{robust}" for at, (stage, clean, asr, robust) in enumerate(lines))
+    (record.folder / "history.csv").write_text(f"stage,epoch,seconds,loss,clean_accuracy,asr,robust_accuracy\n{rows}\n")
+    manifest = record.info["files"] | {"history.csv": files.manifest(record.folder)["history.csv"]}
+    helpers.edit_json(record.folder / "record.json", plain_scores=plain, files=manifest)
+    own = cells.gather([Record.load(record.name, tmp_path)])
+    found = {panel.title: {series.name: (list(series.x), series.y) for series in panel.series} for panel in charts.scores(own).panels}
+    assert found["the attack's training"]["ASR"] == ([1, 2], pytest.approx([60, 80]))
+    assert found["plain training on the snapshot"]["ASR"] == ([1, 2, 3], pytest.approx([40, 30, 20]))
+    titles = {panel.title: len(panel.series[0].x) for panel in charts.losses(own).panels}
+    assert titles == {"the attack's training, train": 2, "plain training on the snapshot": 3}
+
+
 def test_destinations_are_shares_of_the_triggered_images(plain: list[cells.Cell]) -> None:
     grid = charts.destinations(plain).panels[0].grid
     assert grid is not None and len(grid.rows) == 2 and "target" in grid.columns[0]
