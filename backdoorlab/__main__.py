@@ -107,11 +107,13 @@ class Pull:
 def table(options: Table) -> int:
     root = record_root(options.record_root)
     records = [Record.load(name, root) for name in _names(options.names, root)]
+    damaged: list[results.Damaged] = []
     if options.mean or options.worst:
-        tables.show(tables.means(results.rows(records), options.format, worst=options.worst), options.format)
+        rows = results.rows(records, on_damage=damaged.append)
+        tables.show(tables.means(rows, options.format, worst=options.worst), options.format)
     else:
-        print(tables.render(tables.rows(records), options.format), end="")
-    return 0
+        print(tables.render(tables.rows(records, damaged.append), options.format), end="")
+    return tables.complain(damaged)
 
 
 def verifying(options: Verify) -> int:

@@ -111,22 +111,18 @@ def bench(options: Bench) -> int:
             failed |= drive.run()
         finally:
             launcher.close()
-    finished = {cell for cell in cells if cell not in failed}
-    _show(finished, sorted({cell.method for cell in cells if cell.kind == "defense"}), root, options)
+    finished = [cell for cell in cells if cell not in failed]
+    only = {(cell.record, cell.method, cell.run) for cell in finished if cell.kind == "defense"}
     records = tuple(sorted({cell.record for cell in finished if cell.kind == "attack"}))
+    rows = results.rows((Record.load(name, root) for name in records), only)
+    defenses = sorted({cell.method for cell in cells if cell.kind == "defense"})
+    tables.show(tables.means(rows, options.format, defenses=defenses, worst=options.worst), options.format)
+    damaged = 0
     if options.html is not None and records:
-        report.report(report.Report(names=records, html=options.html, record_root=str(root)))
+        damaged = report.report(report.Report(names=records, html=options.html, record_root=str(root)), only, _say)
     if failed:
         _say(f"{len(failed)} of {len(cells)} cells are not done; the same command tries them again")
-    return 1 if failed else 0
-
-
-def _show(finished: Iterable[Cell], defenses: Sequence[str], root: Path, options: Bench) -> None:
-    """The table of what is finished."""
-    only = {(cell.record, cell.method if cell.kind == "defense" else results.UNDEFENDED, cell.run) for cell in finished}
-    names = sorted({cell.record for cell in finished if cell.kind == "attack"})
-    rows = results.rows((Record.load(name, root) for name in names), only)
-    tables.show(tables.means(rows, options.format, defenses=defenses, worst=options.worst), options.format)
+    return 1 if failed or damaged else 0
 
 
 # --- what is there -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Everything that a page or a figure shows of one measured model, read once and checked against its manifest."""
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,8 @@ import torch
 
 from . import loading, results
 from .errors import UserError
-from .record import Record, read_result
-from .results import UNDEFENDED, Row
+from .record import Record
+from .results import UNDEFENDED, Damaged, Only, Row, refuse
 
 LARGEST_PART = 16 << 20
 """Bytes of a picture or a history that a page takes in; ours have a few kilobytes."""
@@ -98,6 +98,11 @@ class Cell:
             raise UserError(f"{self.folder / 'split.safetensors'}: damaged file (suspicion is not one number for each of {size} training images)")
         return values, self.record.train_poison.mask(size)
 
+    def read(self) -> None:
+        """Read all that a page shows, so that what is damaged is met here."""
+        for _ in (self.history, self.pictures, self.suspicion, self.triggered_predictions):
+            pass
+
     def _part(self, name: str) -> bytes | None:
         """A file's content, as its manifest promises it; None where the manifest does not list it."""
         entry = self.info["files"].get(name)
@@ -109,13 +114,22 @@ class Cell:
         return (self.folder / name).read_bytes()
 
 
-def gather(records: Iterable[Record]) -> list[Cell]:
-    """The cells of these records, each record's own first, in the order of `results.rows`."""
+def gather(records: Iterable[Record], only: Only | None = None, on_damage: Callable[[Damaged], None] = refuse) -> list[Cell]:
+    """The cells of these records, each record's own first, in the order of `results.rows`, whose arguments these are.
+
+    A result counts as damaged, too, if one of the files that a page shows of it is.
+    """
     found: list[Cell] = []
     for record in records:
-        plain = record.info.get("plain_scores")  # nothing else of that training was kept
-        own = [record.info] if plain is None else [record.info, {"scores": plain, "files": {}}]
-        infos = [*own, *(read_result(folder) for folder in results.result_folders(record.folder))]
-        for row, info in zip(results.rows([record]), infos, strict=True):
+        infos = [record.info, {"scores": record.info.get("plain_scores"), "files": {}}]  # nothing else of plain training was kept
+        for row, info in zip(results.undefended(record), infos, strict=False):
             found.append(Cell(len(found), row, record, info))
+        for folder, info in results.finished(record, only, on_damage):
+            cell = Cell(len(found), results.defended(record, folder, info), record, info)
+            try:
+                cell.read()
+            except UserError as error:
+                on_damage(Damaged(record.name, folder.parent.name, folder.name, str(error)))
+            else:
+                found.append(cell)
     return found

@@ -147,7 +147,7 @@ def _entries(values: Any, where: str, key: str) -> list[Entry]:
     """Strings, or single `label: {options}`."""
     if not isinstance(values, list):
         values = [values]
-    found = []
+    found: list[Entry] = []
     for value in values:
         if isinstance(value, dict) and len(value) == 1:
             ((label, options),) = value.items()

@@ -24,7 +24,7 @@ from .charts import Chart, Series
 from .errors import UserError
 from .preview import GAIN
 from .record import Record, record_names, record_root
-from .results import Group, Row
+from .results import Damaged, Group, Only, Row
 
 MAKER = "a page of backdoorlab"
 """In each page, so that only pages are ever replaced."""
@@ -53,7 +53,8 @@ class Report:
     """Show a traceback with an error."""
 
 
-def report(options: Report) -> int:
+def report(options: Report, only: Only | None = None, say: Callable[[str], None] = print) -> int:
+    """The command: 0, or 2 where a damaged result is left out. With `only`, those results alone."""
     if options.html is None and options.figures is None:
         raise UserError("nothing to write: pass --html FILE for a page, --figures DIR for figures, or both")
     root = record_root(options.record_root)
@@ -61,7 +62,8 @@ def report(options: Report) -> int:
     if not names:
         raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
     plotly = check(options.html) if options.html is not None else ""  # what is missing is said before the work
-    cells = gather([Record.load(name, root) for name in names])
+    damaged: list[Damaged] = []
+    cells = gather([Record.load(name, root) for name in names], only, damaged.append)
     overall = charts.overview(cells)
     by_record = {name: charts.of_record(own) for name, own in _by_record(cells).items()}
     if options.tsne:
@@ -72,13 +74,13 @@ def report(options: Report) -> int:
             by_record[name].append(embedding.chart(own, options.dataset_path, device))
     if options.figures is not None:
         folder = Path(options.figures)
-        print(f"{save_figures(folder, overall, by_record)} figures, each as .png and .svg: {folder}")
+        say(f"{save_figures(folder, overall, by_record)} figures, each as .png and .svg: {folder}")
     if options.html is not None:
         target = Path(options.html)
-        content = page(cells, overall, by_record, plotly).encode()
+        content = page(cells, overall, by_record, plotly, damaged).encode()
         files.write_bytes(target, content)
-        print(f"page of {len(cells)} models, {len(content) / 2**20:.1f} MiB, works offline: {target}")
-    return 0
+        say(f"page of {len(cells)} models, {len(content) / 2**20:.1f} MiB, works offline: {target}")
+    return tables.complain(damaged)
 
 
 def check(html: str) -> str:
@@ -128,7 +130,9 @@ def _refuse_foreign(target: Path, maker: str) -> None:
 # --- the page ----------------------------------------------------------------------------------------------------
 
 
-def page(cells: Sequence[Cell], overall: Sequence[Chart], by_record: Mapping[str, Sequence[Chart]], plotly: str) -> str:
+def page(
+    cells: Sequence[Cell], overall: Sequence[Chart], by_record: Mapping[str, Sequence[Chart]], plotly: str, damaged: Sequence[Damaged] = ()
+) -> str:
     """The whole page as text."""
     template, style, script = (registry.resource("page").joinpath(name).read_text() for name in ("page.html", "page.css", "page.js"))
     style = style.replace("{{colours}}", _colours())
@@ -148,7 +152,7 @@ def page(cells: Sequence[Cell], overall: Sequence[Chart], by_record: Mapping[str
         "selects": _selects(cells),
         "means": means_table(rows, means),
         "remarks": _notes_below(means),
-        "runs": runs_table(cells),
+        "runs": runs_table(cells, damaged),
         "nothing": NOTHING,
         "overview": "\n".join(_figure(chart, chart.name, 2) for chart in overall),
         "options": "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in by_record),
@@ -268,8 +272,8 @@ def _marked(text: str) -> str:
     return re.sub(r" (COLLAPSED( \d+ of \d+)?)$", r'<span class="mark bad">\1</span>', text)
 
 
-def runs_table(cells: Sequence[Cell]) -> str:
-    """One line for each cell; below a record's own, one for each known defense that was not run on it."""
+def runs_table(cells: Sequence[Cell], damaged: Sequence[Damaged] = ()) -> str:
+    """One line for each cell; below a record's own, one for each damaged result and for each known defense that was not run on it."""
     columns = [
         _words("record", lambda line: line.row.record),
         _words("attack", lambda line: line.row.attack),
@@ -291,23 +295,26 @@ def runs_table(cells: Sequence[Cell]) -> str:
     lines: list[tuple[Any, dict[str, str]]] = []
     for own in _by_record(cells).values():
         lines += [(cell, {**_filters(cell.row), "cell": str(cell.number)}) for cell in own]
-        run = {cell.row.defense for cell in own}
-        lines += [(Hole(own[0], name), {**_filters(own[0].row), "defense": name}) for name in registry.available("defense") if name not in run]
+        lost = [(one.defense, "damaged") for one in damaged if one.record == own[0].row.record]
+        run = {cell.row.defense for cell in own} | {name for name, _ in lost}
+        missing = [(name, "not run") for name in registry.available("defense") if name not in run]
+        lines += [(Hole(own[0], name, why), {**_filters(own[0].row), "defense": name}) for name, why in lost + missing]
     return _table(columns, lines)
 
 
 class Hole:
-    """A line for a defense that was not run on a record: it has a name, and no number."""
+    """A line for a defense that was not run on a record, or whose result is damaged: it has a name, and no number."""
 
-    def __init__(self, undefended: Cell, defense: str) -> None:
+    def __init__(self, undefended: Cell, defense: str, why: str) -> None:
         nothing = dict.fromkeys(("clean_accuracy", "asr", "robust_accuracy", "seconds", "forward", "backward", "peak_memory_bytes"))
-        self.row = replace(undefended.row, defense=defense, assumes=registry.load("defense", defense).assumes, **nothing)  # type: ignore[arg-type]
-        self.name = defense
+        assumes = registry.load("defense", defense).assumes if defense in registry.available("defense") else ()
+        self.row = replace(undefended.row, defense=defense, assumes=assumes, **nothing)  # type: ignore[arg-type]
+        self.name, self.why = defense, why
 
 
 def _defense(line: Cell | Hole) -> str:
     if isinstance(line, Hole):
-        return escape(line.name) + '<span class="mark">not run</span>'
+        return escape(line.name) + f'<span class="mark">{line.why}</span>'
     return escape(line.name) + ('<span class="mark bad">COLLAPSED</span>' if line.row.collapsed else "")
 
 

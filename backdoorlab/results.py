@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from . import verify
+from .errors import UserError
 from .record import Record, read_result
 
 Metric = Literal["clean_accuracy", "asr", "robust_accuracy", "der", "tpr", "fpr", "seconds", "peak_memory_bytes", "forward", "backward"]
@@ -152,30 +154,63 @@ class Label:
     defense: str
 
 
+@dataclass(frozen=True)
+class Damaged:
+    """A result that is there and cannot be read."""
+
+    record: str
+    defense: str
+    run: str
+    why: str
+    """One line that names the file."""
+
+
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-def rows(records: Iterable[Record], only: Container[tuple[str, str, str]] | None = None) -> list[Row]:
+Only = Container[tuple[str, str, str]]
+"""(record, defense, run) of the results that are wanted."""
+
+
+def refuse(damaged: Damaged) -> None:
+    """What happens to a damaged result where nobody says otherwise."""
+    raise UserError(damaged.why)
+
+
+def rows(records: Iterable[Record], only: Only | None = None, on_damage: Callable[[Damaged], None] = refuse) -> list[Row]:
     """For each record a row as it was attacked (and one of PLAIN training), then one for each finished result: by method, seed0 before named ones.
 
-    With `only`, those results alone whose (record, defense, run) is in it.
+    With `only`, those results alone. A damaged one is left out, if `on_damage` returns.
     """
     found = []
     for record in records:
-        found.append(_undefended(record))
-        if record.info.get("plain_scores") is not None:
-            found.append(_plain(record))
-        for folder in result_folders(record.folder):
-            defense, run = folder.parent.name, folder.name
-            if only is None or (record.name, defense, run) in only:
-                found.append(_defended(record, defense, run, read_result(folder)))
+        found += undefended(record)
+        found += [defended(record, folder, result) for folder, result in finished(record, only, on_damage)]
+    return found
+
+
+def finished(record: Record, only: Only | None, on_damage: Callable[[Damaged], None]) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and content of each finished result."""
+    found = []
+    for folder in result_folders(record.folder):
+        place = (record.name, folder.parent.name, folder.name)
+        if only is None or place in only:
+            try:
+                found.append((folder, read_result(folder)))
+            except UserError as error:
+                on_damage(Damaged(*place, str(error)))
     return found
 
 
 def result_folders(folder: Path) -> list[Path]:
     """Where the finished results below a record's folder lie."""
-    found = [path.parent for path in (folder / "defense").glob("*/*/result.json") if not path.parent.name.endswith(".partial")]
+    found = [run for run in verify.result_folders(folder) if (run / "result.json").is_file()]
     return sorted(found, key=lambda run: (run.parent.name, not run.name.startswith("seed"), *_natural(run.name)))
+
+
+def undefended(record: Record) -> list[Row]:
+    """The record as it was attacked and, where a joint attack made it, ordinary training on its images."""
+    return [_undefended(record), *([_plain(record)] if record.info.get("plain_scores") is not None else [])]
 
 
 def _undefended(record: Record) -> Row:
@@ -203,13 +238,14 @@ def _plain(record: Record) -> Row:
     return replace(_undefended(record), run=PLAIN, assumes=("train",), asr_before=plain["asr"], **scores, **costs)
 
 
-def _defended(record: Record, defense: str, run: str, result: Mapping[str, Any]) -> Row:
+def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
+    """One finished result."""
     split = result["split"] or {}
     return Row(
         **_shared(record),
         **_costs(result),
-        run=run,
-        defense=defense,
+        run=folder.name,
+        defense=folder.parent.name,
         assumes=tuple(result["assumes"]),
         defense_seed=result.get("seed"),
         **{key: result["after"][key] for key in ("clean_accuracy", "asr", "robust_accuracy")},

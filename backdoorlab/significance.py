@@ -176,8 +176,9 @@ def sign_flip(differences: Sequence[float]) -> float:
         raise ValueError("a test needs at least one difference")
     seen = abs(math.fsum(differences)) - 1e-12 * math.fsum(map(abs, differences))  # sums in another order are equal sums
     if n > MOST_LISTED:
-        signs = np.random.default_rng(0).integers(0, 2, (DRAWN, n), dtype=np.int8) * 2 - 1
-        return (1 + int((abs(signs @ np.asarray(differences)) >= seen).sum())) / (1 + DRAWN)
+        generator = np.random.default_rng(0)
+        sums = [(2.0 * generator.integers(0, 2, (1000, n), dtype=np.int8) - 1) @ np.asarray(differences) for _ in range(DRAWN // 1000)]
+        return (1 + int((abs(np.concatenate(sums)) >= seen).sum())) / (1 + DRAWN)
     left, right = _signed_sums(differences[: n // 2]), np.sort(_signed_sums(differences[n // 2 :]))
     above = len(right) - np.searchsorted(right, seen - left, side="left")
     below = np.searchsorted(right, -seen - left, side="right")

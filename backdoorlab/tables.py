@@ -1,13 +1,14 @@
 """Side by side: what each defense left of each record, a row for a run, or a row for the mean over seeds."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import forms, registry, reported, results, significance
+from .cli import one_line
 from .forms import HOLE, Format, Row, Table
 from .record import ASSUMABLE, Record
-from .results import BASELINE, UNDEFENDED, Group, Label, Metric
+from .results import BASELINE, UNDEFENDED, Damaged, Group, Label, Metric
 
 COLUMNS = ["record", "attack", "defense", "assumes", "clean acc %", "ASR %", "RA %", "DER %", "TPR %", "FPR %", "seconds"]
 SCORES: dict[str, Metric] = {
@@ -27,16 +28,27 @@ MARK = " †"
 # --- a row for each run ------------------------------------------------------------------------------------------
 
 
-def rows(records: Iterable[Record]) -> list[Row]:
-    """One row for each record as it was attacked, then one for each known defense; a defense that was not run is a row of holes."""
+def rows(records: Iterable[Record], on_damage: Callable[[Damaged], None] = results.refuse) -> list[Row]:
+    """One row for each record as it was attacked, then one for each known defense; what was not run, or is damaged, is a row of holes."""
     found = []
     for record in records:
-        every = results.rows([record])
-        names = sorted({*registry.available("defense"), *(row.defense for row in every)} - {UNDEFENDED})
+        damaged: list[Damaged] = []
+        every = results.rows([record], on_damage=damaged.append)
+        for one in damaged:
+            on_damage(one)
+        names = sorted({*registry.available("defense"), *(row.defense for row in every), *(one.defense for one in damaged)} - {UNDEFENDED})
         for name in (UNDEFENDED, *names):
-            runs = [row for row in every if row.defense == name]
-            found += [_cells(row) for row in runs] or [_hole(every[0], name)]
+            shown = [_cells(row) for row in every if row.defense == name]
+            shown += [_hole(every[0], name, _called(name, one.run)) for one in damaged if one.defense == name]
+            found += shown or [_hole(every[0], name, name)]
     return found
+
+
+def complain(damaged: Sequence[Damaged]) -> int:
+    """A line on the other stream for each result that is not shown; the exit code of the command."""
+    for one in damaged:
+        print(one_line(one.why), file=sys.stderr)
+    return 2 if damaged else 0
 
 
 def render(found: Sequence[Row], form: Format) -> str:
@@ -55,19 +67,27 @@ def assumes(words: Sequence[str]) -> str:
 
 
 def _cells(row: results.Row) -> Row:
-    defense = row.defense if row.run in ("", "seed0") else f"{row.defense} ({row.run})"
     return {
         "record": row.record,
         "attack": row.attack,
-        "defense": defense + (" COLLAPSED" if row.collapsed else ""),
+        "defense": _called(row.defense, row.run) + (" COLLAPSED" if row.collapsed else ""),
         "assumes": _assumes(row),
         **{column: _number(metric, getattr(row, metric)) for column, metric in SCORES.items()},
     }
 
 
-def _hole(undefended: results.Row, defense: str) -> Row:
-    needs = assumes(registry.load("defense", defense).assumes)
-    return dict.fromkeys(COLUMNS, HOLE) | {"record": undefended.record, "attack": undefended.attack, "defense": defense, "assumes": needs}
+def _hole(undefended: results.Row, defense: str, called: str) -> Row:
+    shared = {"record": undefended.record, "attack": undefended.attack, "defense": called, "assumes": _needs(defense)}
+    return dict.fromkeys(COLUMNS, HOLE) | shared
+
+
+def _called(defense: str, run: str) -> str:
+    return defense if run in ("", "seed0") else f"{defense} ({run})"
+
+
+def _needs(defense: str) -> str:
+    """What a defense assumes that was not run; a hole for one that is not known here."""
+    return assumes(registry.load("defense", defense).assumes) if defense in registry.available("defense") else HOLE
 
 
 # --- a row for each mean -----------------------------------------------------------------------------------------
@@ -135,8 +155,7 @@ def _mean(group: Group, label: Label, weak: bool, form: Format, worst: bool) -> 
 
 
 def _missing(like: dict[str, str], defense: str) -> dict[str, str]:
-    needs = assumes(registry.load("defense", defense).assumes) if defense in registry.available("defense") else HOLE
-    return {key: like[key] for key in ("data", "attack", "poison %")} | {"defense": defense, "assumes": needs, "n": "0"}
+    return {key: like[key] for key in ("data", "attack", "poison %")} | {"defense": defense, "assumes": _needs(defense), "n": "0"}
 
 
 def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence[bool | None], worst: bool) -> list[str]:
@@ -155,7 +174,9 @@ def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence
         said.append(f"†: no better than fine-tuning ({BASELINE}) in DER on the same records.")
     said += [remark + "." for remark in results.remarks(found)]
     for compared in significance.compare(groups):
-        said += [_tested(compared.comparisons)] * bool(compared.comparisons) + [note + "." for note in compared.notes]
+        if compared.comparisons:
+            said.append(_tested(compared.comparisons))
+        said += [note + "." for note in compared.notes]
     sources = {number.key: number for group in groups for number in reported.beside(group.first)}
     return said + [f"[{key}] clean acc / ASR %: {number.source}; {number.protocol}." for key, number in sources.items()]
 

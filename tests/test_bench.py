@@ -335,6 +335,26 @@ def test_the_command_from_nothing_to_a_table(tmp_path: Path, small_flags: tuple[
     assert "refused: " in damaged.err and "record.json: damaged file" in damaged.err and "1 of 2 cells are not done" in damaged.err
 
 
+def test_the_page_shows_the_grid_and_nothing_else(made: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A damaged result that the grid does not ask for, and a whole one, beside a grid that is done; the CSV holds the table alone."""
+    root = tmp_path / "root"
+    path = tmp_path / "one.yaml"
+    path.write_text(yaml.safe_dump({"attacks": ["badnet"], "defenses": ["dau"], "seeds": [0]}))
+    cells = grid.cells(grid.read(str(path)))
+    lay_out(cells, root, made)
+    shutil.copytree(cells[1].folder(root), cells[1].folder(root).with_name("mine-s0"))
+    shutil.copytree(cells[1].folder(root), cells[1].folder(root).with_name("other-s0"))
+    (cells[1].folder(root).with_name("other-s0") / "result.json").write_text("{")
+    argv = ["bench", "--config", str(path), "--record_root", str(root), "-f", "csv"]
+    assert main(argv) == 0
+    plain = capsys.readouterr().out
+    assert main([*argv, "--html", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr()
+    assert said.out == plain and "page of 2 models" in said.err
+    page = (tmp_path / "page.html").read_text()
+    assert "seed0" not in page and "mine-s0" not in page and "other-s0" not in page
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [

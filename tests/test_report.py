@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -159,6 +160,30 @@ def test_a_result_with_something_else_in_a_field_is_one_line(
     helpers.defend("ft", record, *helpers.short_flags("ft"))
     helpers.edit_json(record.folder / "defense" / "ft" / "seed0" / "result.json", **field)
     assert refused(capsys, record.name, "--record_root", str(tmp_path), "--html", str(tmp_path / "p.html")) == 1
+
+
+@pytest.mark.parametrize("name", ["result.json", "history.csv", "split.safetensors"])
+def test_a_damaged_result_is_named_and_the_rest_is_shown(name: str, small: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = helpers.copy(small, tmp_path)
+    shutil.copytree(small.folder / "defense", record.folder / "defense")
+    assert 'data-defense="dau"' in page_of(record, tmp_path) and "damaged" not in page_of(record, tmp_path), "the control"
+    (record.folder / "defense" / "dau" / "seed0" / name).write_bytes(b"{}")
+    root = ("--record_root", str(tmp_path))
+    assert refused(capsys, record.name, *root, "--html", str(tmp_path / "page.html")) == 1
+    page = (tmp_path / "page.html").read_text()
+    assert re.search(r'<tr class="hole"[^>]*data-defense="dau"[^>]*>.*>damaged<', page)
+    for flags in ((), ("--mean", "True")) if name == "result.json" else ():
+        assert main(["table", *root, *flags]) == 2
+        said = capsys.readouterr()
+        assert "badnet" in said.out and said.err.count("\n") == 1 and f"{name}: damaged file" in said.err
+
+
+def test_only_what_is_asked_for_is_shown(small: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, target = str(small.folder.parent), str(tmp_path / "page.html")
+    said: list[str] = []
+    assert report.report(report.Report(names=("small",), html=target, record_root=root), set(), said.append) == 0
+    assert len(said) == 1 and said[0].startswith("page of 1 models") and capsys.readouterr().out == ""
+    assert len(cells.gather([small], {("small", "dau", "seed0")})) == 2
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What may enter one mean, and what may be concluded from it."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -137,26 +138,25 @@ def test_the_precision_is_what_was_computed_in(info: dict[str, Any], precision: 
     assert results.precision(info) == precision
 
 
-def test_what_auto_became_is_kept_and_never_averaged_with_another(
-    tmp_path: Path, small_flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = (*small_flags[: small_flags.index("--precision")], "--epochs", "1")
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_what_auto_became_is_kept(fast: bool, precision: str, tmp_path: Path, small: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "fast_bf16", lambda _device: fast)
+    monkeypatch.setattr(engine, "autocast", lambda _device, _precision: contextlib.nullcontext())  # bf16 takes minutes where it is not fast
+    result = helpers.defend("ft", helpers.copy(small, tmp_path), *helpers.short_flags("ft"), "--precision", "auto", "--epochs", "1")
+    assert result is not None and result["precision"] == precision and result["config"]["precision"] == "auto"
+    assert small.info["precision"] == "fp32", "as its flags say"
+
+
+def test_precisions_are_never_in_one_mean(tmp_path: Path, small: Record) -> None:
     made = []
-    for seed, fast in enumerate((True, True, False)):
-        monkeypatch.setattr(engine, "fast_bf16", lambda _device, fast=fast: fast)
-        made.append(helpers.attack("badnet", f"r{seed}", tmp_path, *flags, "--seed", str(seed)))
-        helpers.defend("ft", made[-1], *helpers.short_flags("ft")[:-4], "--precision", "auto", "--epochs", "1")
-    assert [record.info["precision"] for record in made] == ["bf16", "bf16", "fp32"]
-    assert {record.info["config"]["precision"] for record in made} == {"auto"}
+    for seed, precision in enumerate(("bf16", "bf16", "fp32", None, None)):
+        folder = helpers.copy(small, tmp_path, f"r{seed}").folder
+        config = small.info["config"] | {"precision": "auto"}
+        helpers.edit_json(folder / "record.json", seed=seed, precision=precision, config=config)
+        made.append(Record.load(folder.name, tmp_path))
     found = results.rows(made)
-    assert [(group.first.defense, group.n) for group in results.grouped(found)] == [("none", 2), ("ft", 2), ("none", 1), ("ft", 1)]
-    assert results.remarks(found)[0] == "badnet on small: 2 experiments that differ in precision are kept apart, not averaged"
-    for record in made:  # as files were before it was kept
-        helpers.edit_json(record.folder / "record.json", precision=None)
-        helpers.edit_json(record.folder / "defense" / "ft" / "seed0" / "result.json", precision=None)
-    old = results.rows(Record.load(record.name, tmp_path) for record in made)
-    assert [group.n for group in results.grouped(old)] == [3, 3], "nobody knows, so they are one experiment as before"
-    assert results.grouped([*found, *old])[0].n == 2, "and no other"
+    assert sorted(tuple(row.record for row in group.rows) for group in results.grouped(found)) == [("r0", "r1"), ("r2",), ("r3", "r4")]
+    assert results.remarks(found)[0] == "badnet on small: 3 experiments that differ in precision are kept apart, not averaged"
 
 
 def test_a_run_that_went_on_in_another_precision_says_both(tmp_path: Path, small: Record, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,6 +343,12 @@ def test_a_defense_without_a_record_in_common_with_fine_tuning_is_named() -> Non
     (compared,) = significance.compare(results.grouped(rows))
     assert [c.defense for c in compared.comparisons] == ["sau"]
     assert compared.notes == ("digits, not compared, as no such record has both it and ft: dau",)
+
+
+def test_fine_tuning_alone_is_compared_with_nothing() -> None:
+    rows = [row(), row("ft", der=0.6)]
+    assert significance.compare(results.grouped(rows)) == [significance.Compared((), ())]
+    assert not any("DER minus" in note for note in tables.means(rows).notes)
 
 
 def test_a_table_of_more_attacks_than_can_be_listed_says_so() -> None:

@@ -2,12 +2,13 @@
 
 import csv
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backdoorlab import files, registry, tables
+from backdoorlab import files, registry, results, tables
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
 from backdoorlab.poison import no_poison
@@ -121,6 +122,16 @@ def test_unfinished_results_are_not_shown(two_records: list[Record]) -> None:
     assert not [row for row in tables.rows(two_records) if "other" in row["defense"]]
 
 
+def test_what_is_put_aside_is_no_result(two_records: list[Record]) -> None:
+    """.seed0.old is the last result while the new one takes its place, .seed0.trash a half-deleted one."""
+    shown = tables.rows(two_records)
+    runs = two_records[0].folder / "defense" / "ft"
+    shutil.copytree(runs / "seed0", runs / ".seed0.old")
+    (runs / ".seed0.trash").mkdir()
+    (runs / ".seed0.trash" / "result.json").write_text("{")
+    assert tables.rows(two_records) == shown
+
+
 def test_a_result_of_an_unknown_defense_is_shown_too(two_records: list[Record]) -> None:
     (two_records[0].folder / "defense" / "dau").rename(two_records[0].folder / "defense" / "mystery")
     shown = [row["defense"] for row in tables.rows(two_records[:1])]
@@ -139,6 +150,19 @@ def test_a_damaged_result_is_one_line_that_names_it(two_records: list[Record], c
     path.write_text(content)
     with pytest.raises(UserError, match=r"result.json: damaged"):
         tables.rows(two_records)
+
+
+def test_a_damaged_result_is_a_hole_where_the_rest_is_wanted(two_records: list[Record]) -> None:
+    whole = tables.rows(two_records)
+    path = two_records[0].folder / "defense" / "ft" / "long" / "result.json"
+    path.write_text("{")
+    damaged: list[results.Damaged] = []
+    left = tables.rows(two_records, damaged.append)
+    changed = [number for number, (now, before) in enumerate(zip(left, whole, strict=True)) if now != before]
+    assert [left[number]["defense"] for number in changed] == ["ft (long)"] and left[changed[0]]["clean acc %"] == "-"
+    ((where, why),) = [((one.record, one.defense, one.run), one.why) for one in damaged]
+    assert where == ("b_ad", "ft", "long") and str(path) in why
+    assert len(results.rows(two_records, on_damage=damaged.append)) == 5, "two records and three whole results"
 
 
 def test_what_a_defense_assumes_in_words() -> None:
