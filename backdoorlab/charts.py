@@ -4,6 +4,7 @@ A chart has panels, a panel has series or a grid, and under each chart stands a 
 percent here. A chart that cannot be drawn has no panel, and says in `missing` why.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -317,20 +318,26 @@ def histograms(cells: Sequence[Cell]) -> Chart:
     """What a split was decided by, poison and clean images apart, each as a share of its own."""
     panels = []
     for cell in cells:
-        if cell.suspicion is not None:
+        if cell.suspicion is not None and cell.suspicion[0].isfinite().any():
             values, poisoned = cell.suspicion
             series = tuple(
-                Series(name, look, "line", *_histogram(values, mask))
+                Series(name, look, "outline", *_histogram(values, mask))
                 for name, look, mask in (("poison", MEASURES, poisoned), ("clean", MEASURES + 1, ~poisoned))
                 if mask.any()
             )
-            panels.append(Panel(cell.name, "suspicion", "% of its own", series))
+            panels.append(Panel(cell.name, "suspicion", "% of its own", series, cut=_cut(cell)))
     caption = (
         "The number by which a defense tells poison from clean images, as it saw it last: for DAU the log of what share of its confidence the"
-        " anti-learned head lost (its cut is at 2.3), for ASD the loss by which its last pool was chosen. The further apart the two"
-        " outlines, the easier the split."
+        " anti-learned head lost, cut at the dashed line (minus the log of its threshold); for ASD the loss by which its last pool was chosen."
+        " The further apart the two outlines, the easier the split. The first and the last bin hold what lies beyond them, too."
     )
     return Chart("suspicion", "What the split is decided by", caption, tuple(panels), "" if panels else "No run on this record kept it.")
+
+
+def _cut(cell: Cell) -> float | None:
+    """Where a run with a threshold on the share of confidence cut."""
+    threshold = cell.info["config"].get("threshold")
+    return -math.log(threshold) if isinstance(threshold, float) and 0 < threshold < 1 else None
 
 
 def _histogram(values: Tensor, mask: Tensor) -> tuple[list[float], list[float]]:

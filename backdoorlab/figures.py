@@ -68,6 +68,11 @@ def _panel(ax: Any, panel: Panel) -> None:
             ax.plot(series.x, y, linestyle="", marker=_marker(series), color=colour, markersize=3 if panel.bare else 4.5, **_open(panel.bare))
         else:
             ax.plot(series.x, y, linestyle=":" if series.kind == "dotted" else "-", marker=_marker(series), color=colour, markersize=3, linewidth=1)
+    if panel.cut is not None:
+        ax.axvline(panel.cut, color=charts.INK["light"], linestyle="--", linewidth=0.8)
+        ax.annotate(
+            f"cut {panel.cut:.2f}", (panel.cut, 1), xycoords=("data", "axes fraction"), xytext=(2, -7), textcoords="offset points", fontsize=6
+        )
     if panel.log_x:
         ax.set_xscale("log")
     if panel.bare:

@@ -237,10 +237,26 @@ def test_rates_of_each_epoch_are_those_of_the_split(small: Record, tmp_path: Pat
 
 def test_dau_is_decided_by_its_suspicion(backdoored: Record, tmp_path: Path) -> None:
     record = helpers.copy(backdoored, tmp_path)
-    result = helpers.defend("dau", record, "--epochs", "1", "--score_every", "0", "--precision", "fp32")
+    result = helpers.defend("dau", record, "--epochs", "1", "--score_every", "0", "--precision", "fp32", "--threshold", "0.2")
     kept = loading.read_tensors(record.folder / "defense" / "dau" / "seed0" / "split.safetensors")[0]
     assert result is not None and 0 < kept["flagged"].sum() < len(kept["flagged"])
     assert torch.equal(kept["flagged"], kept["suspicion"] > -np.log(result["config"]["threshold"]))
+    (panel,) = charts.histograms(cells.gather([record])).panels
+    assert panel.cut == -np.log(result["config"]["threshold"]) and not any(series.marked for series in panel.series)
+    assert b"cut 1.61" in figures.drawn(charts.Chart("x", "x", "x", (panel,)))["svg"]
+
+
+def test_a_suspicion_without_a_finite_value_is_no_panel(small: Record, tmp_path: Path) -> None:
+    record = helpers.copy(small, tmp_path)
+    shutil.copytree(small.folder / "defense", record.folder / "defense")
+    assert len(charts.histograms(cells.gather([record])).panels) == 1, "the control"
+    run = record.folder / "defense" / "dau" / "seed0"
+    kept = loading.read_tensors(run / "split.safetensors")[0]
+    files.write_tensors(run / "split.safetensors", {**kept, "suspicion": torch.full_like(kept["suspicion"], float("nan"))})
+    manifest = files_json(run / "result.json")["files"] | {"split.safetensors": files.manifest(run)["split.safetensors"]}
+    helpers.edit_json(run / "result.json", files=manifest)
+    chart = charts.histograms(cells.gather([record]))
+    assert not chart.panels and chart.missing
 
 
 def test_trajectories_start_at_what_the_attack_left(small: Record, tmp_path: Path) -> None:

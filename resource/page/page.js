@@ -67,6 +67,10 @@ function layout(panel) {
   if (panel.x_label.startsWith("epoch") && last <= 8) found.xaxis.dtick = 1;
   if (panel.x_range) found.xaxis.range = panel.x_range;
   if (panel.y_range) found.yaxis.range = panel.y_range;
+  if (panel.cut !== null) {
+    found.shapes = [{ type: "line", x0: panel.cut, x1: panel.cut, yref: "paper", y0: 0, y1: 1, line: { color: colour("--ink"), width: 1.4, dash: "dash" } }];
+    found.annotations = [{ x: panel.cut, yref: "paper", y: 1, text: "cut " + panel.cut.toFixed(2), showarrow: false, xanchor: "left", yanchor: "top", xshift: 3 }];
+  }
   if (panel.log_x) Object.assign(found.xaxis, { type: "log" }, decades(panel.series.flatMap((s) => s.x)));
   if (panel.lanes.length) {
     Object.assign(found.yaxis, { type: "category", categoryorder: "array", categoryarray: panel.lanes.map(plain), range: [panel.lanes.length - 0.5, -0.5] });
