@@ -108,11 +108,12 @@ def table(options: Table) -> int:
     root = record_root(options.record_root)
     records = [Record.load(name, root) for name in _names(options.names, root)]
     damaged: list[results.Damaged] = []
+    on_damage = results.refuse if options.debug else damaged.append
     if options.mean or options.worst:
-        rows = results.rows(records, on_damage=damaged.append)
+        rows = results.rows(records, on_damage=on_damage)
         tables.show(tables.means(rows, options.format, worst=options.worst), options.format)
     else:
-        print(tables.render(tables.rows(records, damaged.append), options.format), end="")
+        print(tables.render(tables.rows(records, on_damage), options.format), end="")
     return tables.complain(damaged)
 
 

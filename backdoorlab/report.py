@@ -24,7 +24,7 @@ from .charts import Chart, Series
 from .errors import UserError
 from .preview import GAIN
 from .record import Record, record_names, record_root
-from .results import Damaged, Group, Only, Row
+from .results import Damaged, Group, Only, Row, refuse
 
 MAKER = "a page of backdoorlab"
 """In each page, so that only pages are ever replaced."""
@@ -63,7 +63,7 @@ def report(options: Report, only: Only | None = None, say: Callable[[str], None]
         raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
     plotly = check(options.html) if options.html is not None else ""  # what is missing is said before the work
     damaged: list[Damaged] = []
-    cells = gather([Record.load(name, root) for name in names], only, damaged.append)
+    cells = gather([Record.load(name, root) for name in names], only, refuse if options.debug else damaged.append)
     overall = charts.overview(cells)
     by_record = {name: charts.of_record(own) for name, own in _by_record(cells).items()}
     if options.tsne:
