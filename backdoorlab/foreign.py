@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import data, datasets, files, models, pickles
 from .data import Dataset, Split
@@ -162,21 +162,40 @@ def triggered_images(
 
 def describe(meta: Mapping[str, Any]) -> str:
     """How to load an exported file without this library, in lines that a person can copy."""
-    architecture, (channels, height, _) = meta["architecture"], meta["image_shape"]
-    name, small = architecture["name"], architecture.get("stem", "small") == "small" and height <= models.SMALL
+    architecture = meta["architecture"]
+    name = architecture["name"]
     mean, std = ([round(x, 6) for x in architecture[key]] for key in ("mean", "std"))
-    lines = [f"normalise images in [0, 1] with mean {mean} and std {std}"]
-    if name in models.OWN or small:
-        lines.append("load it with backdoorlab.foreign.load_exported(PATH), which takes images in [0, 1]")
-        if small and name not in models.OWN:
-            lines.append(
-                "timm's network of that name loads it too, but its stem must keep small images large: conv1.stride = 1, maxpool = Identity()"
-            )
-    else:
-        lines.append(
-            f"load it with timm.create_model({name!r}, num_classes={meta['num_classes']}, in_chans={channels}).load_state_dict(load_file(PATH))"
-        )
-    return "\n".join(lines)
+    normalise = f"normalise images in [0, 1] with mean {mean} and std {std}"
+    whole = "load it with backdoorlab.foreign.load_exported(PATH), which takes images in [0, 1]"
+    stock = None if name in models.OWN else _stock(meta)
+    if stock is None:
+        return f"{normalise}\n{whole}"
+    call, changes = stock
+    if not changes:
+        return f"{normalise}\nload it with {call}.load_state_dict(load_file(PATH))"
+    return f"{normalise}\n{whole}\n{call} loads it too, but its stem must keep small images large: {', '.join(changes)}"
+
+
+def _stock(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
+    """The call that makes timm's network with weights of the same shapes, and what ours changed in it since; None if there is none."""
+    import timm
+
+    name, (channels, height, _) = meta["architecture"]["name"], meta["image_shape"]
+    with torch.device("meta"):
+        ours = _build(meta["architecture"], meta["image_shape"], meta["num_classes"]).network
+    wanted = dict(num_classes=meta["num_classes"], in_chans=channels)
+    for options in (wanted, wanted | {"img_size": height}):
+        try:
+            with torch.device("meta"):
+                stock = timm.create_model(name, **options)
+        except TypeError:  # convolutional networks take no img_size
+            continue
+        if not _difference(stock.state_dict(), ours.state_dict()):
+            pairs = [(part, module, stock.get_submodule(part)) for part, module in ours.named_modules()]
+            changes = [f"{part}.stride = {new.stride}" for part, new, old in pairs if isinstance(new, nn.Conv2d) and new.stride != old.stride]
+            changes += [f"{part} = Identity()" for part, new, old in pairs if isinstance(new, nn.Identity) and not isinstance(old, nn.Identity)]
+            return f"timm.create_model({name!r}, {', '.join(f'{key}={value}' for key, value in options.items())})", changes
+    return None
 
 
 def _width(weights: Mapping[str, Tensor]) -> int | None:

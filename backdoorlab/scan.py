@@ -47,11 +47,13 @@ def scan(options: Scan) -> int:
         raise UserError("NAME is missing: which record to scan")
     record = Record.load(options.name, record_root(options.record_root))
     dataset = record.dataset(options.dataset_path)
-    flagged = _flagged(record, options)
+    flagged, notes = _found(record, options)
     train = record.train_poison.apply(dataset.train)
     names = None if options.dataset_path is None else datasets.train_files(options.dataset_path)
     if not flagged.any():
         print(f"nothing found: DAU flags none of the {len(train):,} training images of {record.name}")
+        for note in notes:
+            print(f"  {note}")
         return 0
     print(f"DAU flags {int(flagged.sum()):,} of the {len(train):,} training images of {record.name} ({flagged.double().mean():.1%})")
     for label, class_name in enumerate(dataset.class_names):
@@ -103,17 +105,19 @@ def sheet(train: Split, flagged: Tensor, class_names: tuple[str, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def _flagged(record: Record, options: Scan) -> Tensor:
-    """bool (N,): from a finished run, else from DAU's search with default settings, done now or by an earlier scan."""
+def _found(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
+    """What is flagged, bool (N,), and why: from a finished run, else from DAU's search with default settings, done now or by an earlier scan."""
     folder, run_name = record.folder / "defense" / "dau", options.run_name or "seed0"
     check_name(run_name)
     if (folder / run_name / "result.json").is_file():
-        listed = read_result(folder / run_name)["files"]
-        return files.read_tensors(folder / run_name / "split.safetensors", entry=listed["split.safetensors"])[0]["flagged"]
+        result = read_result(folder / run_name)
+        split = files.read_tensors(folder / run_name / "split.safetensors", entry=result["files"]["split.safetensors"])[0]
+        return split["flagged"], result.get("notes", [])
     if options.run_name is not None:
         raise UserError(f"record {record.name!r} has no finished run {run_name!r} of dau: leave --run_name out to search now")
     # Under a name of its own, so that a later run of the defense is not bound to these settings.
     argv = ["--result_file", record.name, "--run_name", "scan", "--record_root", str(record.folder.parent), "--device", options.device]
     argv += ["--subtask", "anti_learning", *(["--dataset_path", options.dataset_path] if options.dataset_path else [])]
     runner.run_defense(runner.defense_job(registry.load("defense", "dau"), argv, "backdoorlab scan"))
-    return files.read_tensors(folder / "scan.partial" / "once-split.safetensors")[0]["value/flagged"]
+    split, meta = files.read_tensors(folder / "scan.partial" / "once-split.safetensors")
+    return split["value/flagged"], meta["notes"]

@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_scripts import complaint
 
-from backdoorlab import datasets, files, foreign, models
+from backdoorlab import datasets, files, foreign, models, registry
 from backdoorlab.__main__ import main
 from backdoorlab.data import Split
-from backdoorlab.record import Record
+from backdoorlab.record import DefenderView, Record
+from backdoorlab.run import Run
 
 Capture = pytest.CaptureFixture[str]
 
@@ -172,8 +173,25 @@ def test_a_scan_says_when_nothing_was_found(tiny: Record, tmp_path: Path, capsys
     assert result is not None and result["split"]["flagged"] == 0
     capsys.readouterr()
     assert main(["scan", "tiny"]) == 0
-    assert capsys.readouterr().out == "nothing found: DAU flags none of the 1,442 training images of tiny\n"
+    first, *why = capsys.readouterr().out.splitlines()
+    assert first == "nothing found: DAU flags none of the 1,442 training images of tiny"
+    assert why == [f"  {note}" for note in result["notes"]] and any("no poison found: no label has a group" in line for line in why)
     assert not (record.folder / "scan").exists()
+
+
+def test_a_scan_says_why_a_search_ended_without_a_find(small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """A pool may have been found, and nothing done with it."""
+    helpers.copy(small, tmp_path / "record")
+    data = str(small.folder.parent.parent / "small-data")
+
+    def refuse(view: DefenderView, _config: Any, run: Run) -> torch.Tensor:
+        run.note("a pool of 9 was found, but the head broke down")
+        return torch.zeros(len(view.train), dtype=torch.bool)
+
+    monkeypatch.setattr(registry.load("defense", "dau").module, "find_poison", refuse)
+    for _ in range(2):
+        assert main(["scan", "small", "--dataset_path", data]) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == ["  a pool of 9 was found, but the head broke down"], "now, and from the earlier search"
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +274,37 @@ def test_a_small_image_keeps_the_stem_that_the_model_had(tmp_path: Path) -> None
         theirs = stock.eval()(images)
         assert torch.allclose(record.model().eval()(images), theirs, atol=1e-4)
         assert not torch.allclose(small.eval()(images), theirs, atol=1e-2), "the control: the other stem makes another model of the same weights"
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "expected"),
+    [
+        ("resnet18", 16, "conv1.stride = (1, 1), maxpool = Identity()"),
+        ("mobilenetv3_small_050", 32, "conv_stem.stride = (1, 1)"),
+        ("vit_tiny_patch16_224", 32, "img_size=32).load_state_dict"),
+        ("resnet18", 80, "num_classes=4, in_chans=1).load_state_dict"),
+        ("convnext_atto", 32, "load_exported(PATH)"),  # has a stem of another shape there
+        ("preactresnet10", 32, "load_exported(PATH)"),
+    ],
+)
+def test_what_is_said_about_loading_an_export_is_true(name: str, side: int, expected: str) -> None:
+    """Grey images: timm's networks are made for coloured ones."""
+    model = models.build(name, num_classes=4, in_chans=1, mean=[0.5], std=[0.2], image_size=side, width=4 if name in models.OWN else None).eval()
+    architecture = {"name": name, "width": 4 if name in models.OWN else None, "mean": [0.5], "std": [0.2]}
+    said = foreign.describe({"architecture": architecture, "image_shape": [1, side, side], "num_classes": 4})
+    assert expected in said
+    call = re.search(r"timm\.create_model\(.*?\)", said)
+    assert (call is None) == (expected == "load_exported(PATH)")
+    if call is not None:
+        stock = eval(call[0])
+        stock.load_state_dict(model.network.state_dict())
+        for part, stride in re.findall(r"(\w+)\.stride = (\(1, 1\))", said):
+            stock.get_submodule(part).stride = eval(stride)
+        if "maxpool = Identity()" in said:
+            stock.maxpool = torch.nn.Identity()
+        x = torch.rand(2, 1, side, side)
+        with torch.no_grad():
+            assert torch.allclose(stock.eval()((x - 0.5) / 0.2), model(x), atol=1e-4)
 
 
 def plain(value: Any) -> Callable[[Path], None]:
