@@ -66,6 +66,8 @@ class Record:
         folder = root / name
         files.recover(folder)
         if not (folder / "record.json").is_file():
+            if (root / f"{name}.partial").is_dir():
+                raise UserError(f"no record {name!r} in {root} yet: {name}.partial is unfinished, so run its attack command again")
             known = record_names(root)
             listing = f"Known: {', '.join(known)}" if known else "There is none yet: run python attack/badnet.py --save_folder_name NAME first"
             raise UserError(f"no record {name!r} in {root}.{suggest(name, known)} {listing}")

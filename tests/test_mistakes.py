@@ -115,7 +115,16 @@ MISTAKES: dict[str, tuple[Make | None, tuple[str, ...], str]] = {
         ("verify", "small"),
         "split.safetensors: damaged file",
     ),
-    "a defense for a record that is being made": (lambda h: h.record.rename(h.root / "small.partial"), FT, "no record 'small'"),
+    "a defense for a record that is being made": (
+        lambda h: h.record.rename(h.root / "small.partial"),
+        FT,
+        "no record 'small' in {root} yet: small.partial is unfinished, so run its attack command again",
+    ),
+    "a table of a record that is being made": (
+        lambda h: h.record.rename(h.root / "small.partial"),
+        ("table", "small"),
+        "small.partial is unfinished",
+    ),
     "an unfinished record by its name": (None, ("defense", "ft", "--result_file", "small.partial"), "a record name is one folder name"),
     "data that the cache lost": (
         lambda h: helpers.edit_json(
