@@ -236,7 +236,7 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   list                                    attacks, defenses with what they assume, data sets, models
   doctor                                  versions, device, disk, data sets found
 
-COMMAND --help says more."""
+COMMAND --help says more; --version is backdoorlab's own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,6 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
+        return 0
+    if arguments[0] == "--version":
+        print(f"backdoorlab {version('backdoorlab')}")
         return 0
     command, rest = arguments[0], arguments[1:]
     if command in METHODS:

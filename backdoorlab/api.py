@@ -8,9 +8,10 @@ print(bl.table([record], mean=True))
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from . import config, forms, registry, results, runner, tables
+from .errors import UserError, suggest
 from .record import Record, record_names, record_root
 
 
@@ -39,6 +40,8 @@ def table(
     records: Sequence[Record | str] | None = None, *, format: forms.Format = "text", mean: bool = False, worst: bool = False, root: str | None = None
 ) -> str:
     """Records and what each defense left of them; `mean` over seeds, or the `worst` seed of each. None: every record in `root`."""
+    if format not in get_args(forms.Format):
+        raise UserError(f"format must be one of {', '.join(get_args(forms.Format))}, got {format!r}.{suggest(format, get_args(forms.Format))}")
     place = record_root(root)
     wanted = record_names(place) if records is None else records
     found = [record if isinstance(record, Record) else Record.load(record, place) for record in wanted]

@@ -1,5 +1,6 @@
 """What a user types: every command line ends here, and every mistake in it is one line."""
 
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,8 +26,9 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
     if kind == "attack":
         job = runner.attack_job(registry.from_file("attack", path), argv, prog)
         record = runner.run_attack(job)
-        print(tables.text(tables.rows([record])))
+        print(tables.text(tables.rows([record])[:1]))  # the attacked model; no defense was run on it yet
         print(f"record written: {record.folder}")
+        print(f"next: {_next(prog, record.name, job.config.record_root)}")
     elif kind == "defense":
         job = runner.defense_job(registry.from_file("defense", path), argv, prog)
         result = runner.run_defense(job)
@@ -35,6 +37,12 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
     else:
         raise UserError(f"{path}: a method file lies in a folder named attack or defense")
     return 0
+
+
+def _next(prog: str, name: str, root: str | None) -> str:
+    """A defense of a fresh record, as a command in the form that the attack was typed in."""
+    defense = "python defense/dau.py" if prog.endswith(".py") else "python -m backdoorlab defense dau"
+    return f"{defense} --result_file {shlex.quote(name)}" + (f" --record_root {shlex.quote(root)}" if root else "")
 
 
 def _check_torch() -> None:

@@ -8,10 +8,12 @@ import dataclasses
 import io
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
@@ -28,6 +30,17 @@ C = TypeVar("C", bound="MethodConfig")
 WHERE = ["save_folder_name", "result_file", "run_name", "dataset_path", "device", "record_root", "yaml_path", "track", "track_folder"]
 RUN_OPTIONS = frozenset([*WHERE, "overwrite", "debug", "subtask"])
 """Fields that say where and how to run, not what is computed: they are not kept in a record, nor compared on resuming."""
+SPELLINGS = {
+    "schedule": {"CosineAnnealingLR": "cosine", "ReduceLROnPlateau": "plateau"},
+    "optimizer": {"SGD": "sgd", "Adam": "adam"},
+}
+"""Field -> what BackdoorBench and torch call its values -> what we do."""
+READ_AS: dict[Any, tuple[str, Callable[[str], object]]] = {
+    bool: ("True or False", ("True", "False").index),
+    int: ("a whole number", int),
+    float: ("a number", float),
+}
+"""Types of values that a command line gets wrong: in words, and what raises ValueError for a text that is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +250,8 @@ def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], tr
     if config.yaml_path:
         layers.insert(0, _yaml_layer(config_class, config.yaml_path))
         config = _parse_flags(config_class, layers, prog)
+    if getattr(config, "dataset", None) and config.dataset_path and "dataset" not in _origins(config_class, layers):
+        raise UserError(f"--dataset_path {config.dataset_path}: which data set is that? Pass --dataset NAME besides, any name for data of your own")
     dataset = trained(config).dataset
     file, sections = f"{dataset}.yaml", _dataset_yaml(dataset)
     if sections:
@@ -289,17 +304,54 @@ def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], p
                 raise UserError(f"unknown flag {name}{where}.{_suggest_flag(key, known)} See --help")
             field_name = known.get(key, key)
             given[field_name] = [value] if equals else []
+    for field_name, spelt in SPELLINGS.items():
+        if field_name in given:
+            given[field_name] = [spelt.get(value, value) for value in given[field_name]]
     arguments = [token for name, values in given.items() for token in (f"--{name}", *values)]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                config_class, args=[*loose, *arguments], prog=prog, config=(tyro.conf.FlagConversionOff,), description="", use_underscores=True
+                config_class,
+                args=[*loose, *arguments],
+                prog=prog,
+                config=(tyro.conf.FlagConversionOff,),
+                description=_about(config_class),
+                use_underscores=True,
             )
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_one_line(complaint.getvalue())) from None
+        raise UserError(_misread(config_class, given) or _one_line(complaint.getvalue())) from None
+
+
+def _about(config_class: type[Any]) -> str:
+    """What --help begins with: a method's title and the first link of its file, or what a command does."""
+    if not issubclass(config_class, MethodConfig):
+        return config_class.__doc__ or ""
+    text = getattr(sys.modules.get(config_class.__module__), "__doc__", None) or ""
+    return "\n".join([*text.strip().split("\n")[:1], *(link.rstrip(".,;)") for link in re.findall(r"https?://\S+", text)[:1])])
+
+
+def _misread(config_class: type[Any], given: Mapping[str, Sequence[str]]) -> str:
+    """Which flag has a value that its type cannot have, in words; '' where none has."""
+    for name, hint in get_type_hints(config_class).items():
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        many = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
+        kind = many or next((kind for kind in kinds if kind in READ_AS), None)
+        if name not in given or kind not in READ_AS:
+            continue
+        (words, read), values = READ_AS[kind], given[name]
+        try:
+            if not values:
+                raise ValueError
+            for value in values if many else values[:1]:
+                if not (value == "None" and NoneType in kinds):
+                    read(value)
+        except ValueError:
+            got = f", got {' '.join(values)!r}" if values else f": --{name} True" if kind is bool else ", got nothing"
+            return f"--{name} takes {'numbers' if many else words}{got}. See --help"
+    return ""
 
 
 def _yaml_layer(config_class: type[Any], path: str) -> tuple[str, list[str]]:

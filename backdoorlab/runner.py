@@ -28,6 +28,8 @@ from .staging import refuse_existing
 if TYPE_CHECKING:
     from .tracking import Told
 
+CHANCE, CHANCE_OF_TWO = 1.5, 0.6
+"""A clean accuracy below the first over the number of classes is that of guessing; of two classes, below the second."""
 WEAK_SNAPSHOT = 0.5
 """An ASR of ordinary training on the stored set below which a joint attack's record says so."""
 FAINT = 0.001
@@ -101,6 +103,8 @@ def run_attack(job: Job) -> Record:
         run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
         outcome = _attack_function(job.method)(dataset, config, run)
         scores = run.score(outcome.model)
+        if scores.asr is not None and scores.clean_accuracy < min(CHANCE / dataset.num_classes, CHANCE_OF_TWO):
+            run.note(f"the model learned nothing (clean accuracy {100 * scores.clean_accuracy:.2f} %): more epochs, or another --lr")
         costs = _costs(run.spent())
         joint = {"plain_scores": plain_scores(outcome, dataset, config, run)} if isinstance(config, JointConfig) else {}
         _note_faint(outcome, dataset, run)

@@ -201,10 +201,17 @@ def test_every_preset_that_ships_is_read_by_some_method(preset: str) -> None:
     [
         (("--epoch", "3"), r"unknown flag --epoch. Did you mean --epochs"),
         (("--poison_rat=0.1",), r"unknown flag --poison_rat. Did you mean --poison_rate"),
-        (("--epochs", "three"), "epochs"),
-        (("--flip",), "flip"),
+        (("--epochs", "three"), "^--epochs takes a whole number, got 'three'. See --help$"),
+        (("--attack_target", "zero"), "^--target_label takes a whole number, got 'zero'. See --help$"),
+        (("--lr", "fast"), "^--lr takes a number, got 'fast'. See --help$"),
+        (("--width", "wide"), "^--width takes a whole number, got 'wide'. See --help$"),
+        (("--mean", "0.5", "x"), "^--mean takes numbers, got '0.5 x'. See --help$"),
+        (("--flip",), "^--flip takes True or False: --flip True. See --help$"),
+        (("--grey", "--lr", "0.1"), "^--grey takes True or False: --grey True. See --help$"),
+        (("--flip", "yes"), "^--flip takes True or False, got 'yes'. See --help$"),
         (("--schedule", "linear"), "schedule"),
-        (("--epochs",), "epochs"),
+        (("--epochs",), "^--epochs takes a whole number, got nothing. See --help$"),
+        (("--dataset_path", "/photos"), "^--dataset_path /photos: which data set is that. Pass --dataset NAME besides"),
         (("stray",), "stray"),
     ],
 )
@@ -221,8 +228,20 @@ def test_names_of_backdoorbench_are_understood() -> None:
     ).config
     assert (config.poison_rate, config.target_label, config.seed, config.label_mode, config.optimizer) == (0.2, 3, 7, "all2all", "adam")
     assert (config.schedule, config.momentum, config.weight_decay, config.model) == ("plateau", 0.5, 0.001, "preactresnet10")
+    for name, ours in (("CosineAnnealingLR", "cosine"), ("ReduceLROnPlateau", "plateau")):
+        assert attack("--lr_scheduler", name).config.schedule == ours
+    assert attack("--client_optimizer=Adam").config.optimizer == "adam" and attack("--client_optimizer", "sgd").config.optimizer == "sgd"
+    with pytest.raises(UserError, match="invalid choice 'StepLR'"):
+        attack("--lr_scheduler", "StepLR")
     config = defense("--ratio", "0.1", "--random_seed", "2", method="ft").config
     assert (config.trusted_ratio, config.seed) == (0.1, 2)
+
+
+def test_a_folder_of_data_needs_a_name(tmp_path: Path) -> None:
+    """Else it would be the digits, with their settings."""
+    (tmp_path / "mine.yaml").write_text("dataset: photos\n")
+    for named in (("--dataset", "cifar10"), ("--dataset", "digits"), ("--yaml_path", str(tmp_path / "mine.yaml"))):
+        assert attack("--dataset_path", "/photos", *named).config.dataset_path == "/photos"
 
 
 def test_what_counts_as_science() -> None:

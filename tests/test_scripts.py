@@ -2,12 +2,13 @@
 
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import helpers
 import pytest
 
-from backdoorlab import __main__, cli, files
+from backdoorlab import __main__, api, cli, errors, files
 from backdoorlab.record import Record
 
 BADNET = helpers.CHECKOUT / "attack" / "badnet.py"
@@ -35,7 +36,9 @@ def test_attack_defense_and_table_in_processes_of_their_own(tmp_path: Path) -> N
     here.mkdir()
     done = helpers.command(BADNET, "--save_folder_name", "first", *helpers.TINY, "--pratio", "0.2", cwd=here, env=env)
     assert done.returncode == 0, done.stderr
-    assert "record written" in done.stdout and "first" in done.stdout and "clean acc %" in done.stdout
+    assert "record written" in done.stdout and "clean acc %" in done.stdout
+    assert [line.split()[:3] for line in done.stdout.splitlines() if line.startswith("first")] == [["first", "badnet", "none"]]
+    assert done.stdout.splitlines()[-1] == "next: python defense/dau.py --result_file first"
     assert "settings: " in done.stderr and "poison_rate 0.2 (flag)" in done.stderr and "digits.yaml" in done.stderr
     assert files.read_json(tmp_path / "record" / "first" / "record.json")["poisoned"] == round(0.2 * 1442)
 
@@ -93,10 +96,38 @@ def test_help_says_what_every_flag_does(file: Path, capsys: Capture) -> None:
 
 
 def test_help_of_commands(capsys: Capture) -> None:
-    for argv in (["table", "--help"], ["attack", "badnet", "--help"]):
+    for argv, words in (
+        (["table", "--help"], "Records and defenses side by side."),
+        (["attack", "badnet", "--help"], "BadNets: a small patch of pixels is the trigger. https://arxiv.org/abs/1708.06733"),
+        (["defense", "ft", "--help"], "FT: fine-tuning on the trusted images, the naive baseline that every other defense has to beat."),
+    ):
         with pytest.raises(SystemExit) as stop:
             __main__.main(argv)
-        assert not stop.value.code and "--debug" in capsys.readouterr().out
+        shown = " ".join(capsys.readouterr().out.split())
+        assert not stop.value.code and "--debug" in shown and words in shown
+
+
+def test_version_is_the_packages(capsys: Capture) -> None:
+    assert __main__.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"backdoorlab {version('backdoorlab')}\n"
+
+
+def test_what_to_do_next_is_typed_as_the_attack_was(small_flags: tuple[str, ...], tmp_path: Path, capsys: Capture) -> None:
+    root = str(tmp_path / "my records")
+    assert __main__.main(["attack", "badnet", "--save_folder_name", "a", "--record_root", root, *small_flags]) == 0
+    following = capsys.readouterr().out.splitlines()[-1]
+    assert following == f"next: python -m backdoorlab defense dau --result_file a --record_root '{root}'"
+
+
+def test_a_model_that_learned_nothing_is_noted(backdoored: Record, small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    """The controls: one that learned, and one without a trigger."""
+    first = small_flags.index("--patch_size")
+    without = small_flags[:first] + small_flags[first + 4 :]
+    assert cli.main(str(BADNET), ["--save_folder_name", "x", *small_flags, "--epochs", "0"]) == 0
+    assert cli.main(str(NONE), ["--save_folder_name", "y", *without, "--epochs", "0"]) == 0
+    records = [Record.load(name, tmp_path / "record") for name in ("x", "y")]
+    noted = [any("the model learned nothing" in note for note in record.info["notes"]) for record in (*records, backdoored)]
+    assert noted == [True, False, False], records[0].info["scores"]
 
 
 def test_table_of_some_records_in_every_form(tiny: Record, tmp_path: Path, capsys: Capture) -> None:
@@ -253,6 +284,7 @@ def test_a_mistake_in_a_defense_is_one_line(file: Path, flags: tuple[str, ...], 
         (["table"], "no records in"),
         (["table", "nothing"], "no record 'nothing'"),
         (["table", "--format", "html"], "format"),
+        (["table", "--mean"], "--mean takes True or False: --mean True"),
         (["attack"], "attack NAME is missing. Known: adaptive_blend, adaptive_patch, badnet, "),
         (["attack", "badnets"], "unknown attack 'badnets'. Did you mean 'badnet'"),
         (["defense", "dua", "--result_file", "x"], "unknown defense 'dua'. Did you mean 'dau'"),
@@ -263,6 +295,11 @@ def test_a_mistake_in_a_defense_is_one_line(file: Path, flags: tuple[str, ...], 
 def test_a_mistake_in_a_command_is_one_line(argv: list[str], message: str, capsys: Capture) -> None:
     assert __main__.main(argv) == 2
     assert message in complaint(capsys.readouterr().err)
+
+
+def test_a_form_that_no_table_has_is_one_line_from_python(tiny: Record) -> None:
+    with pytest.raises(errors.UserError, match=r"format must be one of text, markdown, csv, latex, got 'latexx'. Did you mean 'latex'\?"):
+        api.table([tiny], format="latexx")  # type: ignore[arg-type]
 
 
 def test_missing_data_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
