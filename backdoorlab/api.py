@@ -37,13 +37,18 @@ def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] 
 
 
 def table(
-    records: Sequence[Record | str] | None = None, *, format: forms.Format = "text", mean: bool = False, worst: bool = False, root: str | None = None
+    records: Sequence[Record | str] | Record | str | None = None,
+    *,
+    format: forms.Format = "text",
+    mean: bool = False,
+    worst: bool = False,
+    root: str | None = None,
 ) -> str:
-    """Records and what each defense left of them; `mean` over seeds, or the `worst` seed of each. None: every record in `root`."""
+    """Records, or a single one, and what each defense left of them; `mean` over seeds, or the `worst` seed of each. None: every record in `root`."""
     if format not in get_args(forms.Format):
         raise UserError(f"format must be one of {', '.join(get_args(forms.Format))}, got {format!r}.{suggest(format, get_args(forms.Format))}")
     place = record_root(root)
-    wanted = record_names(place) if records is None else records
+    wanted = record_names(place) if records is None else [records] if isinstance(records, (str, Record)) else records
     found = [record if isinstance(record, Record) else Record.load(record, place) for record in wanted]
     if mean or worst:
         return forms.render(tables.means(results.rows(found), format, worst=worst), format)

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Format = Literal["text", "markdown", "csv", "latex"]
@@ -39,8 +39,14 @@ class Table:
 
 
 def render(table: Table, form: Format) -> str:
-    """The table in one of the four forms, with a trailing newline."""
-    return {"text": text, "markdown": markdown, "csv": as_csv, "latex": latex}[form](table) + "\n"
+    """The table in one of the four forms, with a trailing newline. What cannot be printed becomes a space: a name may hold a line break."""
+    rows = [{column: _printable(cell) for column, cell in row.items()} for row in table.rows]
+    clean = replace(table, rows=rows, notes=[_printable(note) for note in table.notes])
+    return {"text": text, "markdown": markdown, "csv": as_csv, "latex": latex}[form](clean) + "\n"
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def text(table: Table) -> str:

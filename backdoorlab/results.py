@@ -60,7 +60,7 @@ class Row:
     seed: int
     """The attack's."""
     defense_seed: int | None
-    clean_accuracy: float
+    clean_accuracy: float | None
     asr: float | None
     robust_accuracy: float | None
     asr_before: float | None
@@ -138,7 +138,12 @@ class Group:
     @cached_property
     def worst(self) -> Row:
         """The seed with the lowest DER, or the lowest clean accuracy where there was no attack: one model's numbers, not a mixture."""
-        return min(self.rows, key=lambda row: (row.clean_accuracy if row.der is None else row.der, row.clean_accuracy))
+
+        def rank(row: Row) -> tuple[float, float]:
+            clean = math.inf if row.clean_accuracy is None else row.clean_accuracy
+            return clean if row.der is None else row.der, clean
+
+        return min(self.rows, key=rank)
 
     @property
     def collapsed(self) -> int:

@@ -127,7 +127,10 @@ def show(table: Table, form: Format) -> None:
 
 def _mean(group: Group, label: Label, weak: bool, form: Format, worst: bool) -> dict[str, str]:
     row = group.worst if worst else group.first
-    collapsed = "" if not group.collapsed else " COLLAPSED" + (f" {group.collapsed} of {group.n}" if group.n > 1 else "")
+    if worst:
+        collapsed = " COLLAPSED" if row.collapsed else ""
+    else:
+        collapsed = "" if not group.collapsed else " COLLAPSED" + (f" {group.collapsed} of {group.n}" if group.n > 1 else "")
     cells = {
         "data": row.dataset,
         "attack": label.attack,

@@ -24,6 +24,7 @@ def test_attack_defend_table(tmp_path: Path, small: Record, small_flags: tuple[s
     assert result is not None and result["config"]["epochs"] == 2 and (record.folder / "defense" / "ft" / "two" / "result.json").is_file()
     assert bl.defend("ft", "mine", record_root=tmp_path, epochs=2, trusted_ratio=0.3, score_every=0, precision="fp32") is not None
     assert bl.table([record]) == tables.render(tables.rows([record]), "text") == bl.table(root=str(tmp_path))
+    assert bl.table(record) == bl.table([record]) == bl.table("mine", root=str(tmp_path))
     mean = bl.table(["mine"], root=str(tmp_path), mean=True, format="csv").splitlines()
     assert mean[0].startswith("data,attack,poison %,defense,assumes,n,clean acc %") and len(mean) == 4
     assert "Each row is one model" in bl.table([record], worst=True)

@@ -65,7 +65,7 @@ def test_a_page_holds_every_cell_once_and_everything_that_it_shows(small: Record
     assert sorted(drawn) == [0, 1] == [cell.number for cell in plain], "a mark for the record, and one for DAU on it"
     assert page.count("plotly.js v") == 1
     for cell in plain:
-        assert f"{100 * cell.row.clean_accuracy:.2f}" in page and f"{100 * (cell.row.asr or 0):.2f}" in page
+        assert f"{100 * (cell.row.clean_accuracy or 0):.2f}" in page and f"{100 * (cell.row.asr or 0):.2f}" in page
     tags = Tags(page)
     assert tags.found.count("script") == 3 and not tags.handlers
     assert all(source.startswith(("data:", "#")) for source in tags.sources), "nothing is fetched"

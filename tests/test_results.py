@@ -110,6 +110,8 @@ def test_the_worst_seed_is_one_model() -> None:
     assert (group.worst.seed, group.worst.clean_accuracy) == (1, 0.99), "the lowest DER, though its clean accuracy is the best"
     clean = [row("ft", seed, der=None, attack="none", asr=None, clean_accuracy=0.9 - seed / 10) for seed in range(2)]
     assert results.grouped(clean)[0].worst.seed == 1
+    clean[0] = dataclasses.replace(clean[0], clean_accuracy=None)
+    assert results.grouped(clean)[0].worst.seed == 1, "a seed without a number is not the worst"
 
 
 def test_a_defense_no_better_than_fine_tuning_on_the_same_records() -> None:
@@ -413,6 +415,9 @@ def test_the_worst_seed_on_request() -> None:
     shown = tables.means(ROWS, worst=True)
     sau = next(line for line in shown.rows if line["defense"].startswith("sau"))
     assert (sau["seed"], sau["DER %"], sau["TPR %"]) == ("0", "55.00 †", "50.00") and "n" not in shown.columns
+    assert sau["defense"] == "sau", "seed 1 collapsed, not this one"
+    fallen = [dataclasses.replace(one, der=0.1) if one.collapsed else one for one in ROWS]
+    assert [line["defense"] for line in tables.means(fallen, worst=True).rows][-1] == "sau COLLAPSED"
 
 
 # --- published numbers -------------------------------------------------------------------------------------------

@@ -170,6 +170,13 @@ def test_what_a_defense_assumes_in_words() -> None:
     assert tables.assumes(()) == "nothing"
 
 
+@pytest.mark.parametrize("form", ["text", "markdown", "latex", "csv"])
+def test_a_line_break_in_a_name_splits_no_row(form: tables.Format) -> None:
+    row = dict.fromkeys(tables.COLUMNS, "-") | {"record": "a\nb\u2028\x1b[1mc"}
+    plain = tables.render([row | {"record": "a b  [1mc"}], form)
+    assert tables.render([row], form) == plain and "a b  [1mc" in plain
+
+
 def test_latex_escapes() -> None:
     row = dict.fromkeys(tables.COLUMNS, "-") | {"record": "a_b&c%d#e"}
     line = tables.render([row], "latex").splitlines()[4]
