@@ -121,8 +121,9 @@ def _handle(series: Series) -> Any:
 
     if series.kind == "bars":
         return Patch(color=_colour(series), label=_plain(series.name))
-    line, form = ("", _open(False)) if series.kind == "points" else ("-", {})
-    return Line2D([], [], linestyle=line, marker=_marker(series), color=_colour(series), label=_plain(series.name), markersize=4.5, **form)
+    points = series.kind == "points"
+    form = _open(False) if points else {}
+    return Line2D([], [], linestyle="" if points else "-", marker=_marker(series), color=_colour(series), label=_plain(series.name), markersize=4.5, **form)
 
 
 def _open(small: bool) -> dict[str, Any]:
