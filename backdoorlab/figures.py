@@ -123,7 +123,9 @@ def _handle(series: Series) -> Any:
         return Patch(color=_colour(series), label=_plain(series.name))
     points = series.kind == "points"
     form = _open(False) if points else {}
-    return Line2D([], [], linestyle="" if points else "-", marker=_marker(series), color=_colour(series), label=_plain(series.name), markersize=4.5, **form)
+    return Line2D(
+        [], [], linestyle="" if points else "-", marker=_marker(series), color=_colour(series), label=_plain(series.name), markersize=4.5, **form
+    )
 
 
 def _open(small: bool) -> dict[str, Any]:
