@@ -512,7 +512,7 @@ def cce(logits: Tensor, labels: Tensor) -> Tensor:
 
 def unlearn(view: DefenderView, flagged: Tensor, config: Config, run: Run) -> nn.Module:
     """Step 4, from the poisoned model."""
-    return descend("unlearn", config.epochs, view.model, view.train, None, flagged, view, config, run)
+    return descend("unlearn", config.epochs, view.model, view.train, torch.arange(len(flagged)), flagged, view, config, run)
 
 
 def recover(model: nn.Module, view: DefenderView, flagged: Tensor, config: Config, run: Run) -> nn.Module:
@@ -529,20 +529,20 @@ def descend(
     epochs: int,
     model: nn.Module,
     train: Split,
-    index: Tensor | None,
+    index: Tensor,
     poisoned: Tensor,
     view: DefenderView,
     config: Config,
     run: Run,
 ) -> nn.Module:
-    """Passes over the samples of `index`, int64 (M,), or over all of them, that unlearn the poisoned ones, bool (N,), and learn the others."""
+    """Passes over the samples of `index`, int64 (M,), that unlearn the poisoned ones, bool (N,), and learn the others."""
     train, poisoned = place(train, run.device), poisoned.to(run.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
-    steps = epochs * math.ceil(len(train if index is None else index) / config.batch_size)
+    steps = epochs * math.ceil(len(index) / config.batch_size)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps))
     for _ in run.epochs(stage, epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()
-        order = None if index is None else index[torch.randperm(len(index), generator=run.generator)]
+        order = index[torch.randperm(len(index), generator=run.generator)]
         for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment, order=order):
             with run.autocast():
                 logits = model(batch.images)
