@@ -5,6 +5,7 @@ on, nobody starts it a second time, and when it ends, however it ends, the lock 
 """
 
 import contextlib
+import errno
 import getpass
 import math
 import os
@@ -27,6 +28,8 @@ BUSY, ALREADY = 75, 76
 LOOK = 30.0
 """Seconds between two questions to Slurm's queue."""
 LOG = "log.txt"
+HOPELESS = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM])
+"""What one command cannot write, no other can: the driver ends, in one line."""
 GRACE = 10.0
 """Seconds that a command has to end after each signal, from the mildest to the one that nothing ignores."""
 PASSED_ON = ("BACKDOORLAB_", "OMP_", "MKL_")
@@ -197,8 +200,10 @@ class Local:
             extra["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         try:
             return begin(Task(task.command, task.folder, task.done, extra))
-        except OSError as error:  # no memory, no space, no right to write: this command's failure, not the others'
-            return Refused(error)
+        except OSError as error:
+            if error.errno in HOPELESS:
+                raise
+            return Refused(error)  # no memory, say: this command's failure, not the others'
 
     def close(self) -> None:
         pass
