@@ -22,7 +22,7 @@ from .results import PLAIN, UNDEFENDED
 LIGHT = ("#AF9100", "#06A873", "#054E91", "#954872", "#7D8CCF", "#862300", "#FF1C55")
 DARK = ("#F4D122", "#3BFB8E", "#8FB9FF", "#C21E94", "#4754DB", "#B77900", "#D7164D")
 """Of methods: told apart by people without one of the three cones, too, and from the text colour; on white and on black. Tests measure it."""
-MEASURES_LIGHT = ("#FF13D3", "#007D61", "#B07318", "#7902FC")
+MEASURES_LIGHT = ("#C9149A", "#007D61", "#B07318", "#5B2BD0")
 MEASURES_DARK = ("#B53E7A", "#01FF4C", "#5A7314", "#A401FF")
 """Of what is measured of one method, so that no method's colour means a score."""
 INK = {"light": "#14213D", "dark": "#E6EDF3"}
@@ -152,7 +152,7 @@ def accuracy_against_asr(cells: Sequence[Cell]) -> Chart:
         attacked = [cell for cell in cells if cell.row.dataset == dataset and cell.row.asr is not None]
         if attacked:
             series = _by_defense(attacked, look, lambda c: _percent(c.row.asr), lambda c: _percent(c.row.clean_accuracy))
-            panels.append(Panel(dataset, "ASR %", "clean accuracy %", series, x_range=(-3, 103)))
+            panels.append(Panel(dataset, "ASR %", "clean accuracy %", series, x_range=(-3, 103), large=True))
     control = [cell for cell in cells if cell.row.asr is None]
     if control:
         lanes = tuple(name for name in look if any(cell.row.defense == name for cell in control))
@@ -356,9 +356,9 @@ def destinations(cells: Sequence[Cell]) -> Chart:
     known = [cell for cell in cells if cell.triggered_predictions]
     title, caption = (
         "Where triggered images go",
-        "Each row is a model, each cell the share of triggered test images that it takes for that class. Before a defense the target's column holds"
-        " nearly all. A removed backdoor spreads them as their true classes are spread; another column that lights up means that the trigger"
-        " was moved, not removed.",
+        "Each row is a model, each cell the share of triggered test images that it takes for that class: the stronger the colour, the more. Before a"
+        " defense the target's column holds nearly all. A removed backdoor spreads them as their true classes are spread; another column that"
+        " fills means that the trigger was moved, not removed.",
     )
     if not known:
         return Chart("destinations", title, caption, missing="There are no triggered images: this record has no attack, or nobody knows the trigger.")

@@ -141,7 +141,9 @@ def page(
     rows = [cell.row for cell in cells]
     means = tables.means(rows)
     datasets = dict.fromkeys(cell.row.dataset for cell in cells)
-    lead = f"{len(cells)} models of {len(by_record)} {'record' if len(by_record) == 1 else 'records'} on {', '.join(datasets)}."
+    rate = constants(means).get("poison %")
+    lead = f"{len(cells)} models of {len(by_record)} {'record' if len(by_record) == 1 else 'records'} on {', '.join(datasets)}"
+    lead += f", {rate} % of the training images poisoned." if rate else "."
     title = f"Backdoor report: {', '.join(by_record)}" if len(by_record) <= 3 else f"Backdoor report: {len(by_record)} records"
     parts = {
         "maker": MAKER,
@@ -225,10 +227,12 @@ class Column:
     shown: Callable[[Any], str]
     value: Callable[[Any], float | str | None]
     number: bool = False
+    hint: Callable[[Any], str] | None = None
+    """What a cell says when pointed at; None: words say themselves, for they may be cut."""
 
 
 def _words(title: str, value: Callable[[Any], str | None]) -> Column:
-    return Column(title, lambda line: escape(value(line) or "-"), value)
+    return Column(title, lambda line: _shown(value(line) or "-"), value)
 
 
 def _number(title: str, value: Callable[[Any], float | None], form: Callable[[float], str]) -> Column:
@@ -250,26 +254,37 @@ def means_table(rows: Sequence[Row], table: forms.Table) -> str:
                 return None if text[title] == forms.HOLE else float(text[title])
             return text[title]
 
-        return Column(title, lambda line: _marked(escape(line[1][title])), value, title in table.numbers)
+        hint = (lambda line: ", ".join(dict.fromkeys(row.record for row in line[0].rows))) if title == "n" else None
+        return Column(title, lambda line: _marked(_shown(line[1][title])), value, title in table.numbers, hint)
 
-    # What tells attacks of one name apart stands beside it; on a narrow screen the rest is out of sight.
-    beside = [title for title in ("data", "poison %") if len({line[title] for line in table.rows}) > 1]
-    last = [
-        "TPR %",
-        "FPR %",
-        "seconds",
-        *(title for title in ("data", "poison %") if title not in beside),
-        *(["reported"] if "reported" in table.columns else []),
-    ]
-    order = ["attack", *beside, "defense", "clean acc %", "ASR %", "RA %", "DER %", "n", "assumes", *last]
-    columns = [column(title) for title in order]
-    columns.append(_words("records", lambda line: ", ".join(dict.fromkeys(row.record for row in line[0].rows))))
-    return _table(columns, [(line, _filters(line[0].first)) for line in lines])
+    # What tells attacks of one name apart stands beside it.
+    beside = [title for title in CONSTANT if title not in constants(table)]
+    order = ["attack", *beside, "defense", "clean acc %", "ASR %", "RA %", "DER %", "n", "assumes", "TPR %", "FPR %", "seconds", "reported"]
+    known = [title for title in order if title in table.columns]
+    columns = [column(title) for title in known if not (title in OPTIONAL and all(line[title] == forms.HOLE for line in table.rows))]
+    return _table(columns, [(line, _filters(line[0].first)) for line in lines], lambda line: line[0].first.attack_key)
+
+
+def constants(table: forms.Table) -> dict[str, str]:
+    """What is the same in all lines is said once, above the tables."""
+    found = {title: {line[title] for line in table.rows} - {forms.HOLE} for title in CONSTANT}
+    return {title: "".join(values) for title, values in found.items() if len(values) <= 1}
+
+
+CONSTANT = ("data", "poison %")
+OPTIONAL = ("TPR %", "FPR %", "TPR", "FPR")
+"""Columns that only some defenses fill."""
+
+
+def _shown(text: str) -> str:
+    """HTML of words, which may be broken after an underscore."""
+    return escape(text).replace("_", "_<wbr>")
 
 
 def _marked(text: str) -> str:
-    """The word that a reader must not miss, in a frame."""
-    return re.sub(r" (COLLAPSED( \d+ of \d+)?)$", r'<span class="mark bad">\1</span>', text)
+    """The word that a reader must not miss in a frame, deviations smaller."""
+    spread = re.sub(r" (± [\d.]+( †)?)", r' <span class="sd">\1</span>', text)
+    return re.sub(r" (COLLAPSED( \d+ of \d+)?)$", r'<span class="mark bad">\1</span>', spread)
 
 
 def runs_table(cells: Sequence[Cell], damaged: Sequence[Damaged] = ()) -> str:
@@ -278,6 +293,7 @@ def runs_table(cells: Sequence[Cell], damaged: Sequence[Damaged] = ()) -> str:
         _words("record", lambda line: line.row.record),
         _words("attack", lambda line: line.row.attack),
         Column("defense", _defense, lambda line: line.name),
+        _number("seed", lambda line: line.row.seed, lambda seed: f"{seed:.0f}"),
         _number("clean acc", lambda line: line.row.clean_accuracy, _as_percent),
         _number("ASR", lambda line: line.row.asr, _as_percent),
         _number("RA", lambda line: line.row.robust_accuracy, _as_percent),
@@ -290,8 +306,10 @@ def runs_table(cells: Sequence[Cell], damaged: Sequence[Damaged] = ()) -> str:
         _number("backward", lambda line: line.row.backward, lambda value: f"{value:,.0f}"),
         _words("assumes", lambda line: _assumed(line.row)),
         _words("data set", lambda line: line.row.dataset),
-        _number("seed", lambda line: line.row.seed, lambda seed: f"{seed:.0f}"),
     ]
+    empty = {title for title in OPTIONAL if all(cell.row.tpr is None and cell.row.fpr is None for cell in cells)}
+    empty |= {"data set"} if len({cell.row.dataset for cell in cells}) == 1 else set()
+    columns = [column for column in columns if column.title not in empty]
     lines: list[tuple[Any, dict[str, str]]] = []
     for own in _by_record(cells).values():
         lines += [(cell, {**_filters(cell.row), "cell": str(cell.number)}) for cell in own]
@@ -299,7 +317,7 @@ def runs_table(cells: Sequence[Cell], damaged: Sequence[Damaged] = ()) -> str:
         run = {cell.row.defense for cell in own} | {name for name, _ in lost}
         missing = [(name, "not run") for name in registry.available("defense") if name not in run]
         lines += [(Hole(own[0], name, why), {**_filters(own[0].row), "defense": name}) for name, why in lost + missing]
-    return _table(columns, lines)
+    return _table(columns, lines, lambda line: line.row.record)
 
 
 class Hole:
@@ -327,12 +345,16 @@ def _filters(row: Row) -> dict[str, str]:
     return {"dataset": row.dataset, "attack": row.attack, "defense": row.defense}
 
 
-def _table(columns: Sequence[Column], lines: Iterable[tuple[Any, Mapping[str, str]]]) -> str:
+def _table(columns: Sequence[Column], lines: Iterable[tuple[Any, Mapping[str, str]]], block: Callable[[Any], Any]) -> str:
+    """A line is drawn where `block` changes."""
     heads = "".join(f'<th scope="col" class="{_class(column)}"><button type="button">{escape(column.title)}</button></th>' for column in columns)
-    body = []
+    body: list[str] = []
+    before = None
     for line, data in lines:
         attributes = "".join(f' data-{name}="{escape(value)}"' for name, value in data.items())
-        hole = ' class="hole"' if isinstance(line, Hole) else ""
+        kinds = ["hole"] * isinstance(line, Hole) + ["first"] * (bool(body) and block(line) != before)
+        before = block(line)
+        hole = f' class="{" ".join(kinds)}"' if kinds else ""
         body.append(f"<tr{hole}{attributes}>" + "".join(_cell(column, line) for column in columns) + "</tr>")
     return f"<table><thead><tr>{heads}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table>"
 
@@ -340,7 +362,8 @@ def _table(columns: Sequence[Column], lines: Iterable[tuple[Any, Mapping[str, st
 def _cell(column: Column, line: Any) -> str:
     value = column.value(line)
     text = "" if value is None else escape(str(value))
-    title = "" if column.number else f' title="{text}"'
+    hint = escape(column.hint(line)) if column.hint else "" if column.number else text
+    title = f' title="{hint}"' if hint else ""
     return f'<td class="{_class(column)}" data-v="{text}"{title}>{column.shown(line)}</td>'
 
 
@@ -461,7 +484,8 @@ def _glyph(series: Series) -> str:
         inside = '<path d="M2 2L10 10M10 2L2 10" stroke-width="2" fill="none"/>'
     else:
         inside = OUTLINES[shape]
-    return f'<svg viewBox="0 0 12 12" aria-hidden="true" fill="{colour}" stroke="{colour}" stroke-width="0">{inside}</svg>'
+    fill, width = ("none", 1.6) if series.kind == "points" else (colour, 0)
+    return f'<svg viewBox="0 0 12 12" aria-hidden="true" fill="{fill}" stroke="{colour}" stroke-width="{width}">{inside}</svg>'
 
 
 def _polygon(corners: int, turn: float = 0.0, inner: float = 1.0) -> str:

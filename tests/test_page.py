@@ -214,6 +214,22 @@ def test_charts_are_no_wider_than_their_boxes_after_a_filter_that_nothing_fits(b
         assert len(after) == len(before) > 4 and all(len(sizes) > 1 and max(sizes[1:]) < sizes[0] + 1 for sizes in after), after
 
 
+def test_scores_are_in_sight_on_a_telephone(browser: Any, page: Path) -> None:
+    """Without scrolling a table sideways; what is further right is announced by a shadow."""
+    script = """
+        const table = document.querySelector(`#${arguments[0]} table`), frame = table.parentElement.getBoundingClientRect();
+        return [...table.tHead.rows[0].cells].filter((cell) => cell.getClientRects().length && cell.getBoundingClientRect().right <= frame.right + 1)
+            .map((cell) => cell.textContent.trim().replace(' %', ''));
+    """
+    visit(browser, page, 400)
+    for table in ("means", "runs"):
+        seen = browser.execute_script(script, table)
+        assert seen[0] == "attack" and {"defense", "clean acc", "ASR"} <= set(seen), (table, seen)
+        frame = browser.execute_script("const f = document.querySelector(`#${arguments[0]} .scroll`); return [f.clientWidth, f.scrollWidth]", table)
+        assert frame[1] > frame[0]
+    assert "linear-gradient" in browser.execute_script("return getComputedStyle(document.querySelector('.scroll')).backgroundImage")
+
+
 def test_the_buttons_of_a_chart_keep_it_on_this_machine(browser: Any, page: Path) -> None:
     visit(browser, page, 1280)
     offered = browser.execute_script("return [...document.querySelectorAll('#accuracy_asr .modebar-btn')].map((b) => b.dataset.title)")

@@ -98,6 +98,19 @@ def test_what_is_missing_is_said(small_flags: tuple[str, ...], tmp_path: Path) -
     assert "unknown: a stranger&#x27;s model or data" in page and "nobody knows" in page
 
 
+def test_what_is_the_same_in_all_lines_is_said_once(small: Record, tmp_path: Path) -> None:
+    page = page_of(small, tmp_path)
+    heads = [re.findall(r'<button type="button">(.*?)</button>', table) for table in re.findall(r"<thead>.*?</thead>", page)]
+    assert "2 models of 1 record on small, 20 % of the training images poisoned." in page
+    assert heads[0] == ["attack", "defense", "clean acc %", "ASR %", "RA %", "DER %", "n", "assumes", "TPR %", "FPR %", "seconds"]
+    assert heads[1][:5] == ["record", "attack", "defense", "seed", "clean acc"] and "data set" not in heads[1]
+    assert re.search(r'<td class="number" data-v="1.0" title="small">1</td>', page), "which records a mean is of"
+    record = helpers.copy(small, tmp_path / "root")
+    page = page_of(record, tmp_path)
+    heads = [re.findall(r'<button type="button">(.*?)</button>', table) for table in re.findall(r"<thead>.*?</thead>", page)]
+    assert not {"TPR %", "FPR %", "TPR", "FPR"} & {*heads[0], *heads[1]}, "nothing splits the training set"
+
+
 def test_words_of_a_stranger_stay_words(small: Record, tmp_path: Path) -> None:
     """Names, notes, class names, devices, stages and columns are all a stranger's."""
     record = helpers.copy(small, tmp_path / "root", "<script>alert(0)<")
@@ -299,7 +312,7 @@ def test_means_are_those_of_the_table(small: Record, small_flags: tuple[str, ...
     page = page_of(found[0], tmp_path, "s1")
     group = results.grouped(results.rows(found))[0]
     score = group.score("clean_accuracy")
-    assert score is not None and score.n == 2 and f"{100 * score.mean:.2f} ± {100 * (score.sd or 0):.2f}" in page
+    assert score is not None and score.n == 2 and f"{100 * score.mean:.2f} ± {100 * (score.sd or 0):.2f}" in re.sub("</?span[^>]*>", "", page)
 
 
 # --- colours -----------------------------------------------------------------------------------------------------

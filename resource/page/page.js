@@ -33,12 +33,14 @@ function trace(series, panel, shown) {
   return found;
 }
 
-function gridTrace(grid) {
-  const written = grid.columns.length <= 12 && !narrow();
+function gridTrace(grid, width) {
+  const words = 7 * Math.max(...grid.rows.map((row) => row.length)); // about as wide as the longest name of a row
+  const written = (width - words - (narrow() ? 20 : 90)) / grid.columns.length >= 22;
   return {
-    type: "heatmap", z: grid.values, x: grid.columns.map(plain), y: grid.rows.map(plain), zmin: 0, zmax: 100, colorscale: "Cividis", xgap: 1, ygap: 1,
+    type: "heatmap", z: grid.values, x: grid.columns.map(plain), y: grid.rows.map(plain), zmin: 0, zmax: 100, xgap: 1, ygap: 1,
+    colorscale: [0, 0.5, 1].map((at, n) => [at, colour("--scale-" + n)]),
     texttemplate: written ? "%{z:.0f}" : "", hovertemplate: "%{y}<br>class %{x}: %{z:.2f} %<extra></extra>",
-    colorbar: { thickness: 10, title: { text: "%", side: "right" } }, showscale: !narrow(),
+    colorbar: { thickness: 10, title: { text: "%", side: "right" }, outlinecolor: colour("--line") }, showscale: !narrow(),
   };
 }
 
@@ -56,7 +58,7 @@ function layout(panel) {
   const rows = panel.grid ? panel.grid.rows.length : panel.lanes.length;
   const bars = panel.series.filter((s) => s.kind === "bars").length;
   const found = {
-    height: panel.grid ? 140 + 24 * rows : rows ? 110 + rows * (bars ? 12 + 11 * bars : 26) : 280,
+    height: panel.grid ? 140 + 24 * rows : rows ? 110 + rows * (bars ? 12 + 11 * bars : 26) : panel.large ? 420 : 280,
     margin: { l: 48, r: 14, t: narrow() ? 8 : 28, b: 44 }, showlegend: false, hovermode: "closest", dragmode: narrow() ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("--ink"), size: 12 }, bargap: 0.25,
     xaxis: axis(panel.x_label), yaxis: axis(panel.y_label),
@@ -78,6 +80,7 @@ function layout(panel) {
   if (panel.grid) {
     Object.assign(found.xaxis, { type: "category", tickangle: -45, showgrid: false });
     Object.assign(found.yaxis, { type: "category", autorange: "reversed", showgrid: false });
+    for (const side of [found.xaxis, found.yaxis]) Object.assign(side, { showline: true, mirror: true }); // an empty cell looks like the paper
   }
   if (panel.bare) {
     Object.assign(found.margin, { l: 4, r: 4, b: 4 });
@@ -102,7 +105,7 @@ function draw(figure, shown) {
     box.append(heading, plot);
     place.append(box);
   }
-  const traces = panels.map((panel) => (panel.grid ? [gridTrace(panel.grid)] : panel.series.map((series) => trace(series, panel, shown))));
+  const traces = panels.map((panel) => (panel.grid ? [gridTrace(panel.grid, place.clientWidth)] : panel.series.map((series) => trace(series, panel, shown))));
   panels.forEach((panel, i) => { // every box is shown or hidden before the first chart is drawn, for what is shown sets the width of all
     place.children[i].hidden = shown && panel.series.some((s) => s.cells.length) && traces[i].every((t) => !t.x.length);
   });
@@ -119,6 +122,7 @@ function draw(figure, shown) {
 function sortBy(heading) {
   const table = heading.closest("table"), body = table.tBodies[0], column = heading.cellIndex;
   const falling = heading.getAttribute("aria-sort") === "ascending";
+  table.classList.add("sorted"); // lines between blocks would mean nothing now
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
   heading.setAttribute("aria-sort", falling ? "descending" : "ascending");
   const value = (row) => row.cells[column].dataset.v ?? "";
@@ -139,7 +143,7 @@ function filter() {
   const shown = new Set();
   let total = 0;
   for (const row of document.querySelectorAll("#means tbody tr, #runs tbody tr")) {
-    const text = row.textContent.toLowerCase();
+    const text = [row.textContent, ...[...row.cells].map((cell) => cell.title), ...selects.map((s) => row.dataset[s.name])].join(" ").toLowerCase();
     const hole = row.classList.contains("hole");
     const fits = words.every((word) => text.includes(word)) && selects.every((s) => !s.value || row.dataset[s.name] === s.value);
     row.hidden = !fits || (hole && !byId("holes").checked);
