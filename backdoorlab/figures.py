@@ -12,6 +12,8 @@ PANEL_INCHES = (3.4, 2.6)
 COLUMNS = 2
 LANE_INCHES, CELL_INCHES = 0.22, 0.28
 """Height of a row of words, and of a row of a grid."""
+CHARACTER_INCHES = 0.062
+"""Width of a character of the legend, and a little more."""
 MOST_WRITTEN = 12
 """Columns of a grid up to which each number is written into its cell."""
 DPI = 300
@@ -31,15 +33,17 @@ def drawn(chart: Chart) -> dict[str, bytes]:
     style: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": MAKER, "svg.fonttype": "none"}
     with matplotlib.rc_context(style):
         legend = _entries(chart.panels)
-        lines = -(-len(legend) // 4)
-        figure = Figure(figsize=(PANEL_INCHES[0] * (2 if wide else columns), sum(heights) + 0.25 * lines), layout="constrained")
+        width = PANEL_INCHES[0] * (2 if wide else columns)
+        across = _across([series.name for series in legend], width)
+        lines = -(-len(legend) // across)
+        figure = Figure(figsize=(width, sum(heights) + 0.25 * lines), layout="constrained")
         axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
         for ax, panel in zip(axes.flat, chart.panels, strict=False):
             _panel(ax, panel)
         for ax in list(axes.flat)[len(chart.panels) :]:
             ax.set_axis_off()
         if len(legend) > 1:
-            figure.legend(handles=[_handle(series) for series in legend], loc="outside lower center", ncols=min(4, len(legend)), frameon=False)
+            figure.legend(handles=[_handle(series) for series in legend], loc="outside lower center", ncols=across, frameon=False)
         found = {}
         for form, metadata in (("png", {"Software": MAKER}), ("svg", {"Creator": MAKER, "Date": None})):
             stream = io.BytesIO()
@@ -48,7 +52,15 @@ def drawn(chart: Chart) -> dict[str, bytes]:
     return found
 
 
+def _across(names: Sequence[str], inches: float) -> int:
+    """How many entries of a legend stand side by side."""
+    longest = max((len(name) for name in names), default=0)
+    return max(1, min(4, len(names), int(inches / (CHARACTER_INCHES * longest + 0.55))))
+
+
 def _panel(ax: Any, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.set_title(_plain(panel.title), fontsize=8, wrap=True)
     ax.set_xlabel(_plain(panel.x_label))
     ax.set_ylabel(_plain(panel.y_label))
@@ -65,7 +77,7 @@ def _panel(ax: Any, panel: Panel) -> None:
             places = [place + offset for place in y if place is not None]
             ax.barh(places, [float(x or 0) for x in series.x], height=0.8 / len(bars), color=colour)
         elif series.kind == "points":
-            ax.plot(series.x, y, linestyle="", marker=_marker(series), color=colour, markersize=3 if panel.bare else 4.5, **_open(panel.bare))
+            ax.plot(series.x, y, linestyle="", marker=_marker(series), color=colour, markersize=3 if panel.bare else 5.5, **_open(panel.bare))
         else:
             ax.plot(series.x, y, linestyle=":" if series.kind == "dotted" else "-", marker=_marker(series), color=colour, markersize=3, linewidth=1)
     if panel.cut is not None:
@@ -75,6 +87,9 @@ def _panel(ax: Any, panel: Panel) -> None:
         )
     if panel.log_x:
         ax.set_xscale("log")
+        _log_ticks(ax, [float(x) for series in panel.series for x in series.x])
+    elif panel.x_label.startswith("epoch"):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if panel.bare:
         ax.set_xticks([])
         ax.set_yticks([])
@@ -89,9 +104,21 @@ def _panel(ax: Any, panel: Panel) -> None:
         ax.set_axisbelow(True)
 
 
+def _log_ticks(ax: Any, numbers: Sequence[float]) -> None:
+    """Few numbers, as they are said: 0.2, 5, 1,000."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    wide = max(numbers) > 100 * min(numbers)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _grid(ax: Any, grid: Grid) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
     values = [[float("nan") if value is None else value for value in row] for row in grid.values]
-    image = ax.imshow(values, aspect="auto", cmap="cividis", vmin=0, vmax=100)
+    image = ax.imshow(values, aspect="auto", cmap=LinearSegmentedColormap.from_list("share", charts.SCALE["light"]), vmin=0, vmax=100)
     ax.set_yticks(range(len(grid.rows)), [_plain(name) for name in grid.rows])
     if len(grid.columns) <= 4 * MOST_WRITTEN:
         ax.set_xticks(range(len(grid.columns)), [_plain(name) for name in grid.columns], rotation=45, ha="right")
@@ -99,8 +126,8 @@ def _grid(ax: Any, grid: Grid) -> None:
         for r, row in enumerate(grid.values):
             for c, value in enumerate(row):
                 if value is not None:
-                    ax.text(c, r, f"{value:.0f}", ha="center", va="center", color="black" if value > 55 else "white", fontsize=6)
-    ax.figure.colorbar(image, ax=ax, label=grid.unit, fraction=0.03)
+                    ax.text(c, r, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else "black", fontsize=6)
+    ax.figure.colorbar(image, ax=ax, label="%", fraction=0.03, ticks=(0, 50, 100)).outline.set_linewidth(0.5)
 
 
 def _height(panel: Panel) -> float:
@@ -130,7 +157,7 @@ def _handle(series: Series) -> Any:
 
 def _open(small: bool) -> dict[str, Any]:
     """Marks as outlines, so that those that lie under others are seen."""
-    return {"markerfacecolor": "none", "markeredgewidth": 0.6 if small else 0.9}
+    return {"markerfacecolor": "none", "markeredgewidth": 0.6 if small else 0.8}
 
 
 def _colour(series: Series) -> str:

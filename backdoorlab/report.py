@@ -9,7 +9,9 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
@@ -28,6 +30,8 @@ from .results import Damaged, Group, Only, Row, refuse
 
 MAKER = "a page of backdoorlab"
 """In each page, so that only pages are ever replaced."""
+LONGEST_NAME = 180
+"""Bytes of a record's name in the name of a figure; a file system takes 255 in all."""
 NOTHING = '<p class="missing nothing" hidden>Nothing fits these filters.</p>'
 
 
@@ -77,7 +81,7 @@ def report(options: Report, only: Only | None = None, say: Callable[[str], None]
         say(f"{save_figures(folder, overall, by_record)} figures, each as .png and .svg: {folder}")
     if options.html is not None:
         target = Path(options.html)
-        content = page(cells, overall, by_record, plotly, damaged).encode()
+        content = page(cells, overall, by_record, plotly, damaged).encode(errors="backslashreplace")  # a name need not be UTF-8
         files.write_bytes(target, content)
         say(f"page of {len(cells)} models, {len(content) / 2**20:.1f} MiB, works offline: {target}")
     return tables.complain(damaged)
@@ -104,7 +108,7 @@ def save_figures(folder: Path, overall: Sequence[Chart], by_record: Mapping[str,
     from . import figures
 
     drawn = {chart.name: chart for chart in overall if chart.panels}
-    drawn |= {f"{chart.name}-{name}": chart for name, own in by_record.items() for chart in own if chart.panels}
+    drawn |= {f"{chart.name}-{_file_name(name)}": chart for name, own in by_record.items() for chart in own if chart.panels}
     folder.mkdir(parents=True, exist_ok=True)
     for name in drawn:
         for form in ("png", "svg"):
@@ -113,6 +117,12 @@ def save_figures(folder: Path, overall: Sequence[Chart], by_record: Mapping[str,
         for form, content in figures.drawn(chart).items():
             files.write_bytes(folder / f"{name}.{form}", content)
     return len(drawn)
+
+
+def _file_name(record: str) -> str:
+    """A record's name as part of a file's: what cannot be printed or is too long is left out, and a checksum tells it from its like."""
+    shown = "".join(c if c.isprintable() else "_" for c in record).encode()[:LONGEST_NAME].decode(errors="ignore")
+    return shown if shown == record else f"{shown}-{zlib.crc32(os.fsencode(record)):08x}"
 
 
 def _refuse_foreign(target: Path, maker: str) -> None:
@@ -137,7 +147,7 @@ def page(
     template, style, script = (registry.resource("page").joinpath(name).read_text() for name in ("page.html", "page.css", "page.js"))
     style = style.replace("{{colours}}", _colours())
     panels = {chart.name: _json(chart) for chart in overall}
-    panels |= {f"{name}/{chart.name}": _json(chart) for name, own in by_record.items() for chart in own}
+    panels |= {_key(name, chart): _json(chart) for name, own in by_record.items() for chart in own}
     rows = [cell.row for cell in cells]
     means = tables.means(rows)
     datasets = dict.fromkeys(cell.row.dataset for cell in cells)
@@ -165,6 +175,11 @@ def page(
         "footer": escape(f"Made by backdoorlab {__version__} from records whose files were checked against their SHA-256."),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def _key(record: str, chart: Chart) -> str:
+    """A chart's name on the page, as its text will be written there."""
+    return f"{record}/{chart.name}".encode(errors="backslashreplace").decode()
 
 
 def script_safe(value: Any) -> str:
@@ -415,7 +430,7 @@ def _article(cells: Sequence[Cell], own: Sequence[Chart]) -> str:
         f"<details><summary>All settings of the attack</summary><p><code>{settings}</code></p></details>\n"
         + _notes(cells)
         + _pictures(cells)
-        + "\n".join(_figure(chart, f"{record.name}/{chart.name}", 3) for chart in own)
+        + "\n".join(_figure(chart, _key(record.name, chart), 3) for chart in own)
         + "\n</article>"
     )
 

@@ -1,8 +1,10 @@
 """The page and the figures without a browser: what is in them, what is refused, and that nothing of a stranger becomes code."""
 
 import base64
+import html
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -389,6 +391,28 @@ def test_figures_are_png_and_svg_and_replace_only_their_own(
     capsys.readouterr()
     assert main(arguments) == 2 and "was not written by this command" in capsys.readouterr().err
     assert (folder / "accuracy_asr.png").read_bytes() == b"a photo of my own"
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"\xff\xfe"), "a\nb|c", "x" * 245, "名前"])
+def test_a_name_that_is_odd_breaks_neither_the_page_nor_a_figure(name: str, small: Record, tmp_path: Path) -> None:
+    helpers.copy(small, tmp_path / "root", name)
+    arguments = ["--record_root", str(tmp_path / "root"), "--html", str(tmp_path / "p.html"), "--figures", str(tmp_path / "figures")]
+    assert main(["report", *arguments]) == 0 == main(["report", *arguments]), "and may be drawn again"
+    assert len(list((tmp_path / "figures").glob("destinations-*.svg"))) == 1
+    page = (tmp_path / "p.html").read_text()
+    keys = set(payload(page))
+    assert keys and {html.unescape(key) for key in re.findall('data-chart="([^"]*)"', page)} == keys - {key for key in keys if not payload(page)[key]}
+
+
+def test_figures_have_few_numbers_on_an_axis_and_a_legend_that_fits() -> None:
+    def texts(panel: charts.Panel) -> list[str]:
+        return re.findall(r">([^<>]+)</text>", figures.drawn(charts.Chart("x", "x", "x", (panel,)))["svg"].decode())
+
+    costs = charts.Panel("Time", "seconds", series=(charts.Series("a", 0, "points", [3.0, 900.0], ["a", "a"]),), log_x=True, lanes=("a",))
+    assert {"10", "100"} <= set(texts(costs)) and len(texts(costs)) < 8
+    epochs = charts.Panel("ft", "epoch", "%", (charts.Series("ASR", charts.MEASURES, "line", [0.0, 1.0, 2.0], [9.0, 5.0, 1.0]),))
+    assert {"0", "1", "2"} <= set(texts(epochs)) and not {"0.5", "1.5", "0.25"} & set(texts(epochs))
+    assert figures._across([name for name, _ in charts.RATES.values()], 3.4) == 1 < figures._across(["poison", "clean"], 3.4)
 
 
 def test_a_dollar_sign_begins_no_formula(tmp_path: Path) -> None:
