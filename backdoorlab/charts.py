@@ -362,16 +362,21 @@ def destinations(cells: Sequence[Cell]) -> Chart:
     )
     if not known:
         return Chart("destinations", title, caption, missing="There are no triggered images: this record has no attack, or nobody knows the trigger.")
-    info = cells[0].record.info
-    names, target = [_short(name) for name in info["dataset"].get("class_names") or map(str, range(info["num_classes"]))], info.get("target")
-    names = [f"{number}: {name}" if names.count(name) > 1 else name for number, name in enumerate(names)]
-    columns = [f"{name} (target)" if number == target else name for number, name in enumerate(names)]
+    columns = class_names(cells[0])
     values = [[100 * count / sum(counts) for count in counts] for cell in known if (counts := cell.triggered_predictions)]
     rows = [("plain training" if cell.row.run else "no defense") if cell.undefended else cell.name for cell in known]
     return Chart("destinations", title, caption, (Panel("", "class", "", grid=Grid(rows, columns, values, "% of the triggered images")),))
 
 
 # --- words -------------------------------------------------------------------------------------------------------
+
+
+def class_names(cell: Cell) -> list[str]:
+    """One short name for each class, the target's with that word."""
+    info = cell.record.info
+    names = [_short(name) for name in info["dataset"].get("class_names") or map(str, range(info["num_classes"]))]
+    names = [f"{number}: {name}" if names.count(name) > 1 else name for number, name in enumerate(names)]
+    return [f"{name} (target)" if number == info.get("target") else name for number, name in enumerate(names)]
 
 
 def _trainings(cells: Sequence[Cell]) -> list[tuple[str, list[tuple[Cell, pd.DataFrame]]]]:

@@ -447,7 +447,7 @@ def _pictures(cells: Sequence[Cell]) -> str:
     sheets = []
     for cell in cells:
         for name, content in cell.pictures.items():
-            sheets.append(_picture(content, _about(cell, name)))
+            sheets.append(_picture(content, _about(cell, name), charts.class_names(cell) if name == "triggers" and not cell.undefended else ()))
     if not sheets:
         return '<p class="missing">This record holds no picture of its trigger.</p>'
     return f'<div class="pictures">{"".join(sheets)}</div>\n'
@@ -463,9 +463,12 @@ def _about(cell: Cell, name: str) -> str:
     return f"{'the attack' if cell.undefended else cell.name}: {name}"
 
 
-def _picture(content: bytes, caption: str) -> str:
+def _picture(content: bytes, caption: str, rows: Sequence[str] = ()) -> str:
+    """A sheet, with a name beside each of its rows."""
     data = base64.b64encode(content).decode()
-    return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+    names = f"<ol>{''.join(f'<li>{escape(name)}</li>' for name in rows)}</ol>" if rows else ""
+    image = f'<div class="sheet">{names}<img alt="{escape(caption)}" src="data:image/png;base64,{data}"></div>'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _figure(chart: Chart, key: str, level: int) -> str:

@@ -113,6 +113,13 @@ def test_what_is_the_same_in_all_lines_is_said_once(small: Record, tmp_path: Pat
     assert not {"TPR %", "FPR %", "TPR", "FPR"} & {*heads[0], *heads[1]}, "nothing splits the training set"
 
 
+def test_rows_of_recovered_triggers_have_the_names_of_their_classes(small: Record, tmp_path: Path) -> None:
+    record = helpers.copy(small, tmp_path / "root")
+    assert "<li>0 (target)</li>" not in page_of(record, tmp_path), "the control"
+    helpers.defend("bu", record, *helpers.short_flags("bu"))
+    assert re.search(r'<ol><li>0 \(target\)</li><li>1</li><li>2</li></ol><img alt="bu: triggers', page_of(record, tmp_path))
+
+
 def test_words_of_a_stranger_stay_words(small: Record, tmp_path: Path) -> None:
     """Names, notes, class names, devices, stages and columns are all a stranger's."""
     record = helpers.copy(small, tmp_path / "root", "<script>alert(0)<")
