@@ -52,8 +52,10 @@ def ibau(c: Mapping[str, Any], s: Setting) -> Passes:
 
 
 def dau(c: Mapping[str, Any], s: Setting) -> Passes:
-    """The features once, then passes over the whole training set; the heads are too small to count."""
-    return s.n * (1 + c["epochs"]), s.n * c["epochs"]
+    """The features once, then passes over the whole training set; the heads are too small to count. Recovery leaves a few images out, and reads what
+    was flagged in two passes more."""
+    passes = c["epochs"] + c.get("recovery_epochs", 0)
+    return s.n * (1 + passes), s.n * passes
 
 
 def asd(c: Mapping[str, Any], s: Setting) -> Passes:

@@ -7,7 +7,7 @@ from typing import Any
 import helpers
 import pytest
 
-from backdoorlab.record import Record, read_result
+from backdoorlab.record import Record
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,9 @@ def test_formulas_are_what_is_counted(cost: Any, small: Record, tmp_path: Any) -
     """DAU and I-BAU exactly, BU but for chance, FT but for dropped batches, SAU as an upper bound."""
     copied = helpers.copy(small, tmp_path)
     setting = cost.Setting(copied.info["dataset"]["train_size"], 0, copied.info["num_classes"])
-    dau = read_result(small.folder / "defense" / "dau" / "seed0")
-    if dau["splits"].get("split", {}).get("flagged"):  # without poison found, it ends after the features
-        assert cost.dau(dau["config"], setting) == (dau["image_passes"]["forward"], dau["image_passes"]["backward"])
+    dau = helpers.defend("dau", copied, *helpers.short_flags("dau"), "--recovery_epochs", "0", "--pool", "model_loss", "--breakdown", "2")
+    assert dau is not None and dau["split"]["flagged"], "without poison found, it ends after the features"
+    assert cost.dau(dau["config"], setting) == (dau["image_passes"]["forward"], dau["image_passes"]["backward"])
     for method, low, high in (("ft", 0.5, 1.0), ("sau", 0.5, 1.0), ("ibau", 1.0, 1.0), ("bu", 0.9, 1.1)):
         result = helpers.defend(method, copied, *helpers.short_flags(method))
         assert result is not None

@@ -80,7 +80,7 @@ def test_a_command_runs_once_at_a_time_and_not_again(tmp_path: Path) -> None:
 
 def test_a_command_that_ignores_signals_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a child of `nohup` or of a background shell ignores SIGINT."""
-    monkeypatch.setattr(launchers, "GRACE", 0.5)
+    monkeypatch.setattr(launchers, "GRACE", 3.0)
     endings = []
     for number, deaf_to in enumerate([(), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)]):
         begun = tmp_path / f"begun{number}"
