@@ -84,7 +84,8 @@ def test_a_command_that_ignores_signals_is_killed(tmp_path: Path, monkeypatch: p
     endings = []
     for number, deaf_to in enumerate([(), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)]):
         begun = tmp_path / f"begun{number}"
-        code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+        hears = "" if deaf_to else "signal.signal(signal.SIGINT, signal.SIG_DFL); "  # the tests may be in the background, too
+        code = f"import pathlib, signal, sys, time; {hears}pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
         task = Task((sys.executable, "-c", code, str(begun)), tmp_path / str(number), tmp_path / "done")
         running = launchers.begin(task, deaf_to)
         assert isinstance(running, launchers.Process)
