@@ -55,6 +55,8 @@ FEW = 5
 """Other labels below which it is not known where labels usually lie."""
 PROBED = 20_000
 """Samples of the other labels that a probe learns from, at most."""
+ANSWERED = 20_000
+"""Samples on which all heads answer at once, at most."""
 APART = 2.0
 """Standard deviations beyond which two normal distributions of one spread are two peaks and not one."""
 READ = 250
@@ -492,7 +494,7 @@ def anti_learn(features: Features, pool: Tensor, head: nn.Module, beta: float, c
                 bias -= scale[:, None] * steps[1]
             done += 1
     with torch.no_grad():
-        parts = features.pooled.split(PROBED)  # all heads' answers on all samples may be too much for the memory
+        parts = features.pooled.split(ANSWERED)  # all heads' answers on all samples may be too much for the memory
         return torch.cat([torch.stack([(x @ w.T + b).log_softmax(1) for w, b in zip(weight, bias, strict=True)]).median(0).values for x in parts])
 
 
