@@ -182,7 +182,7 @@ def doctor(options: Doctor) -> int:
     print(
         f"device      {device}" + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else " (no usable GPU: that is fine, only slower)")
     )
-    print(f"precision   {'bf16' if engine.fast_bf16(device) else 'fp32'} by default here")
+    print(f"precision   {engine.resolved(device, 'auto')} by default here")
     print(f"threads     {torch.get_num_threads()} of {os.cpu_count()} cores")
     print(f"records     {root.resolve()}: {len(record_names(root))} finished, {_writable(root)}")
     print(f"cache       {datasets.cache_root()}: {_writable(datasets.cache_root())}")

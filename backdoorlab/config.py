@@ -395,6 +395,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         found = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not readable as YAML ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: not readable as YAML (brackets within brackets, thousands deep)") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise UserError(f"{file}: expected lines of `key: value`")
     return found

@@ -145,9 +145,14 @@ def fast_bf16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def resolved(device: torch.device, precision: Precision) -> Literal["bf16", "fp32"]:
+    """What a precision is on a device: "auto" is bfloat16 where it is faster."""
+    return "bf16" if precision == "bf16" or (precision == "auto" and fast_bf16(device)) else "fp32"
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bfloat16 for the passes inside, or nothing. "auto" takes it where it is faster."""
-    if precision == "bf16" or (precision == "auto" and fast_bf16(device)):
+    """bfloat16 for the passes inside, or nothing, as `resolved` says."""
+    if resolved(device, precision) == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 

@@ -259,7 +259,7 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
         "notes": notes,
         "seconds": None,
         **environment(device),
-        "precision": "bf16" if engine.fast_bf16(device) else "fp32",
+        "precision": engine.resolved(device, "auto"),
     }
     for note in notes:
         print(f"  {note}", file=sys.stderr)

@@ -454,7 +454,7 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
         for torn in path.glob(".*.tmp"):
             files.remove(torn)
         settings = {"method": job.method.name, "config": config.science()}
-        made = {"code": code_version(job.method.path), "precision": _precision(config)}
+        made = {"code": code_version(job.method.path), "precision": engine.resolved(engine.choose_device(config.device), config.precision)}
         marker = path / "run.json"
         if marker.exists() and _begun(path) and not config.overwrite:
             begun = files.read_json(marker)
@@ -480,12 +480,6 @@ def _made_with(stage: Path) -> dict[str, str]:
     """Which code a run is made by, and in which precision: one, or all of them, where one went on with what another had begun."""
     begun = files.read_json(stage / "run.json")
     return {key: begun[key] for key in ("code", "precision")}
-
-
-def _precision(config: Any) -> str:
-    """What the config's precision is on this machine: bf16 or fp32."""
-    fast = config.precision == "auto" and engine.fast_bf16(engine.choose_device(config.device))
-    return "bf16" if fast or config.precision == "bf16" else "fp32"
 
 
 def _begun(path: Path) -> bool:

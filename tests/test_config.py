@@ -131,6 +131,7 @@ def test_tuples_and_booleans_from_flags() -> None:
         ({"attack": {"schedule": "linear"}}, "schedule"),
         ({"attack": [1, 2]}, "toy.yaml"),
         ("attack: [", "not readable as YAML"),
+        ("attack: " + "[" * 3000 + "]" * 3000, "not readable as YAML .*thousands deep"),
         ("just text", "expected lines of `key: value`"),
         ("", "expected lines of `key: value`"),
     ],
