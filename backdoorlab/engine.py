@@ -19,12 +19,15 @@ from torch.optim import Optimizer, lr_scheduler
 
 from .data import NO_AUGMENT, Augment, Batch, Split, batches
 from .errors import UserError
+from .models import count, paused
 
 if TYPE_CHECKING:
     from .run import Run
 
 Precision = Literal["auto", "bf16", "fp32"]
 Schedule = Literal["constant", "cosine", "onecycle", "plateau"]
+WORTH_A_GRAPH = 200
+"""Steps from which on a training on a GPU is captured (benchmarks/gpu.py)."""
 ROUND = 50
 """Steps between two checkpoints of a training that is counted in steps."""
 
@@ -49,14 +52,58 @@ def train(model: nn.Module, split: Split, recipe: Recipe, run: "Run", *, stage: 
     """Cross-entropy on the given labels. Trains `model` in place; resumable under the name `stage`."""
     optimizer = make_optimizer(model.parameters(), recipe)
     scheduler = Course(optimizer, recipe, len(split))
+    forward = Forward(model, run, split, recipe.batch_size, recipe.epochs)
     for _ in run.epochs(stage, recipe.epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()
         for batch in batches(split, recipe.batch_size, device=run.device, generator=run.generator, augment=recipe.augment, drop_last=True):
-            with run.autocast():
-                logits = model(batch.images)
-            run.step(optimizer, F.cross_entropy(logits.float(), batch.labels))
+            run.step(optimizer, F.cross_entropy(forward(batch.images).float(), batch.labels))
             scheduler.after_step()
         scheduler.after_epoch(run.mean("loss"))
+
+
+class Forward:
+    """A model's passes in `epochs` of training under the run's precision: called as the model itself, images -> logits, one backward pass a call.
+
+    On a GPU a step of a small network is some hundred kernels, each shorter than its launch from Python. Where there are steps enough,
+    forward and backward become a CUDA graph each for whole batches; others go the ordinary way. The kernels are those that would have run.
+    The model's modes and what of it requires gradients must stay as they are in training.
+    """
+
+    def __init__(self, model: nn.Module, run: "Run", split: Split, batch_size: int, epochs: int) -> None:
+        self._model, self._run = model, run
+        self._graph: nn.Module | None = None
+        self._like = torch.Size((batch_size, *split.images.shape[1:]))
+        if run.device.type == "cuda" and epochs * (len(split) // batch_size) >= WORTH_A_GRAPH:
+            self._graph = self._captured()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self._graph is not None and images.shape == self._like:
+            return count(self._graph(images), len(images))
+        with self._run.autocast():
+            return self._model(images)
+
+    def _captured(self) -> nn.Module:
+        """Leaves no trace in batch statistics, random numbers and what is counted."""
+        device, model = self._run.device, _Whole(self._model)
+        images = torch.zeros(self._like, device=device).to(memory_format=torch.channels_last)
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        bf16 = resolved(device, self._run.precision) == "bf16"
+        with torch.random.fork_rng([device]), paused(), torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
+            torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return model
+
+
+class _Whole(nn.Module):
+    """A model in training mode whose own `forward` stays as it is: capture replaces this one's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.train()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
 
 
 def random_batches(split: Split, steps: int, batch_size: int, run: "Run", *, stage: str, **state: Any) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import JointConfig
 from .data import Batch, Dataset, Split, batches
-from .engine import Course, Recipe, derived_generator, make_optimizer
+from .engine import Course, Forward, Recipe, derived_generator, make_optimizer
 from .metrics import Evaluator, predict
 from .poison import CROSS, Labels, Poison, Stamp, poison_test, poison_train, stamped
 from .run import Run
@@ -100,13 +100,13 @@ def train_changed(
     """Ordinary training but for each batch's images: `change` gives them, the attacker's label first, and how many have it; then they are varied."""
     optimizer = make_optimizer(model.parameters(), recipe)
     course = Course(optimizer, recipe, len(train))
+    forward = Forward(model, run, train, recipe.batch_size, recipe.epochs)
     for _ in run.epochs("train", recipe.epochs, model=model, optimizer=optimizer, course=course):
         model.train()
         for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=True):
             images, poisoned = change(batch)
             given = torch.cat([labels.of(batch.labels[:poisoned]), batch.labels[poisoned:]])
-            with run.autocast():
-                logits = model(vary(images, recipe, run.generator, shared=shared))
+            logits = forward(vary(images, recipe, run.generator, shared=shared))
             run.step(optimizer, F.cross_entropy(logits.float(), given))
             course.after_step()
         course.after_epoch(run.mean("loss"))

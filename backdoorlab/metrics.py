@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import files
 from .data import Split, in_order, place
-from .models import PASSES
+from .models import paused
 from .poison import CROSS, POISON, Poison
 
 
@@ -130,13 +130,11 @@ class Evaluator:
 def predict(model: nn.Module, split: Split, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> Tensor:
     """Predicted classes, int64 (N,) on the CPU. The model's modes are as before afterwards; no pass is counted."""
     modes = {module: module.training for module in model.modules()}
-    paused, PASSES.paused = PASSES.paused, True
     model.eval()
     try:
-        with torch.inference_mode(), autocast():
+        with torch.inference_mode(), autocast(), paused():
             found = [model(batch.images).argmax(1) for batch in in_order(split, device)]
     finally:
-        PASSES.paused = paused
         for module, mode in modes.items():
             module.training = mode
     return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.int64)

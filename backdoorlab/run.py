@@ -33,6 +33,8 @@ from .poison import Poison
 
 NAN_CHECK_EVERY = 64
 """Steps between two looks at the loss on a GPU, where each look waits for the device; on a CPU every step is looked at."""
+BETWEEN_CHECKPOINTS = {"cpu": 0.0, "cuda": 20.0}
+"""Seconds from which on another epoch's end writes a checkpoint: on a GPU an epoch can be shorter than writing one."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ def say(text: str) -> None:
 
 
 class Run:
-    """What a method needs while it runs. Everything here survives a kill: the same command continues at the last epoch."""
+    """What a method needs while it runs. Everything here survives a kill: the same command continues at the last checkpoint."""
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class Run:
         self._counts: dict[str, int] = defaultdict(int)
         self._logged: dict[str, Any] = {}
         self._where, self._ended = "before the first epoch", False
-        self._clock = time.perf_counter()
+        self._clock = self._saved = time.perf_counter()
         self._passes = (PASSES.forward, PASSES.backward)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -95,7 +97,7 @@ class Run:
         return autocast(self.device, self.precision)
 
     def epochs(self, stage: str, total: int, *, model: nn.Module | None = None, **state: Any) -> Iterator[int]:
-        """Count `total` epochs of a stage; score `model`, add a line of history and write a checkpoint after each.
+        """Count `total` epochs of a stage; score `model`, add a line of history and write a checkpoint (on a GPU now and then) after each.
 
         `model` and everything in `state` (optimizers, schedulers, further models: whatever has a `state_dict`) is saved,
         and put back when the run is started again.
@@ -132,7 +134,9 @@ class Run:
             self._describe(row, total, bar)
             self._tell(row)
             ended, self._ended = self._ended, False
-            self._save(path, parts, stage=stage, done=total if ended else epoch + 1, total=total)
+            done = total if ended else epoch + 1
+            if done == total or time.perf_counter() - self._saved >= BETWEEN_CHECKPOINTS[self.device.type]:
+                self._save(path, parts, stage=stage, done=done, total=total)
             if ended:
                 break
         self._where = f"after stage {stage}"
@@ -288,6 +292,7 @@ class Run:
         tensors, meta = self._state()
         packed = {name: files.pack(part.state_dict(), tensors, name) for name, part in parts.items()}
         files.write_tensors(path, tensors, state=packed, **position, **meta)
+        self._saved = time.perf_counter()
 
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         torch.set_rng_state(tensors["rng/torch"])

@@ -79,6 +79,7 @@ def _accuracy(model: nn.Module, stream: DataLoader[Any]) -> float:
 def training(model: nn.Module, train: Split, recipe: Recipe, tests: Tests, workers: int) -> dict[str, float]:
     """A whole training with SGD and a rate that follows one cycle or a cosine, evaluated after each epoch; the last scores."""
     device = next(model.parameters()).device
+    torch.backends.cudnn.allow_tf32 = True  # torch's default, which ours turns off
     stream = DataLoader(Images(train, recipe.augment), recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers)
     optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     total = recipe.epochs * len(stream)
@@ -103,6 +104,7 @@ def sau(
 ) -> dict[str, float]:
     """A whole defense, evaluated after each round; the last scores. Both models stay in evaluation mode."""
     device = next(model.parameters()).device
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
     stream = DataLoader(Images(trusted), batch_size, shuffle=True, num_workers=workers)
     step, scores = sau_step(model.eval(), reference.eval(), lr), {}
     for _ in range(rounds):

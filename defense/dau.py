@@ -39,6 +39,7 @@ from torch.optim.swa_utils import update_bn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, batches, place
+from backdoorlab.engine import Forward
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, extract, predictions
 from backdoorlab.models import Classifier
@@ -454,12 +455,11 @@ def isolate(view: DefenderView, train: Split, config: Config, run: Run) -> Class
     """ABL's isolation (Li et al., NeurIPS 2021): train from scratch, ascending on samples whose loss is below gamma."""
     model = view.new_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=config.isolation_lr, momentum=0.9, weight_decay=5e-4, fused=True)
+    forward = Forward(model, run, train, config.batch_size, config.isolation_epochs)
     for _ in run.epochs("isolate", config.isolation_epochs, isolated=model, optimizer=optimizer):
         model.train()
         for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment, drop_last=True):
-            with run.autocast():
-                logits = model(batch.images)
-            losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+            losses = F.cross_entropy(forward(batch.images).float(), batch.labels, reduction="none")
             run.step(optimizer, (losses.detach() - config.isolation_gamma).sign().mul(losses).mean())
     return model
 
@@ -542,13 +542,13 @@ def descend(
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
     steps = epochs * math.ceil(len(index) / config.batch_size)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps))
+    forward = Forward(model, run, train, config.batch_size, epochs)
     for _ in run.epochs(stage, epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()
         order = index[torch.randperm(len(index), generator=run.generator)]
         for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment, order=order):
-            with run.autocast():
-                logits = model(batch.images)
-            run.step(optimizer, unlearning_loss(logits.float(), batch.labels, poisoned[batch.index], config))
+            logits = forward(batch.images).float()
+            run.step(optimizer, unlearning_loss(logits, batch.labels, poisoned[batch.index], config))
             scheduler.step()
     return model
 

@@ -1,6 +1,7 @@
 """Models by name. Every model takes images in [0, 1]: normalisation is its layer 0, so perturbations live in pixel space."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,12 +46,7 @@ class Classifier(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images in [0, 1] -> the network's feature map or tokens."""
-        features = self.network.forward_features((x - self.mean) / self.std)
-        if not PASSES.paused:
-            PASSES.forward += len(x)
-            if features.requires_grad:
-                features.register_hook(_count_backward)
-        return features
+        return count(self.network.forward_features((x - self.mean) / self.std), len(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features -> logits (N, K), or (N, D) as the last layer sees them."""
@@ -68,9 +64,28 @@ class Classifier(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def count(out: Tensor, images: int) -> Tensor:
+    """Count `images` that went forward, and as many backward once a gradient comes back through `out`, which is returned."""
+    if not PASSES.paused:
+        PASSES.forward += images
+        if out.requires_grad:
+            out.register_hook(_count_backward)
+    return out
+
+
 def _count_backward(gradient: Tensor) -> None:
     if not PASSES.paused:
         PASSES.backward += len(gradient)
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Nothing that passes inside is counted."""
+    before, PASSES.paused = PASSES.paused, True
+    try:
+        yield
+    finally:
+        PASSES.paused = before
 
 
 def build(
