@@ -21,7 +21,7 @@ import measure
 import torch
 import torch.nn.functional as F
 from measure import Row, describe_machine, report, timed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backdoorlab.data import Augment, Split, batches
