@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import random
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ class Forward:
             torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
         for buffer, before in buffers:
             buffer.copy_(before)
+        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # gradients come from another stream, for which torch waits
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         return model
 
 
@@ -215,6 +218,7 @@ def seed_everything(seed: int, device: torch.device) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32; who wants speed has bf16
+        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")  # torch then makes it current
 
 
 def keep_freed_memory(device: torch.device) -> None:
