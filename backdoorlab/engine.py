@@ -89,12 +89,11 @@ class Forward:
         images = torch.zeros(self._like, device=device).to(memory_format=torch.channels_last)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         bf16 = resolved(device, self._run.precision) == "bf16"
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")  # torch waits for it, which costs microseconds
         with torch.random.fork_rng([device]), paused(), torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
             torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
         for buffer, before in buffers:
             buffer.copy_(before)
-        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # gradients come from another stream, for which torch waits
-            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         return model
 
 
