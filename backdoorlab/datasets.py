@@ -31,8 +31,8 @@ from .files import locked, publish, remove, sweep
 
 DEFAULT = "digits"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
-READER_VERSION = 1
-"""Part of every cache key: raise it when decoding or resizing changes a pixel."""
+READER_VERSION = 2
+"""Part of every cache key: raise it when what is read changes, or decoding or resizing changes a pixel."""
 
 LARGE = 2**30
 """Bytes of decoded images beyond which they go to a file and not to memory."""
@@ -202,7 +202,7 @@ def _folder_reader(path: Path) -> Callable[[Path, int | None, bool | None], Arra
     """The reader that fits a folder."""
     if any(path.rglob("*.parquet")):
         return _parquet
-    if (path / "train").is_dir() and any(child.is_dir() for child in (path / "train").iterdir()):
+    if (path / "train").is_dir() and _class_folders(path / "train"):
         return _image_folder
     raise UserError(f"--dataset_path {path}: expected *.parquet shards or train/<class>/*.png in it, found {_listing(path)}")
 
@@ -245,13 +245,20 @@ def _image_folder(path: Path, image_size: int | None, grey: bool | None) -> Arra
     test = next((path / n for n in ("test", "val", "valid", "validation") if (path / n).is_dir()), None)
     if test is None:
         raise UserError(f"--dataset_path {path}: expected test/ or val/ beside train/, found {_listing(path)}")
+    bare = [name for name in classes if not _images_in(path / "train" / name)]
+    if bare:
+        raise UserError(f"{path / 'train' / bare[0]}: no images ({' '.join(IMAGE_SUFFIXES)}); each folder in train/ is a class")
+    strange = sorted(set(_class_folders(test)) - set(classes))
+    if strange:
+        raise UserError(f"{test / strange[0]}: no folder of this name in train/, whose folders are the classes: {', '.join(classes[:5])}")
     parts = [_class_images(folder, classes, image_size, grey) for folder in (path / "train", test)]
     return *parts[0], *parts[1], tuple(classes)
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, in alphabetical order (numbers in numerical order)."""
-    return sorted((c.name for c in folder.iterdir() if c.is_dir()), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
+    """Names of the folders in a folder that are not hidden, in alphabetical order (numbers in numerical order)."""
+    names = (child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
 
 
 def _class_images(folder: Path, classes: Sequence[str], image_size: int | None, grey: bool | None) -> tuple[np.ndarray, np.ndarray]:
@@ -267,10 +274,16 @@ def _class_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list
     files: list[Path] = []
     labels: list[int] = []
     for number, name in enumerate(classes):
-        found = sorted(f for f in (folder / name).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        found = _images_in(folder / name)
         files += found
         labels += [number] * len(found)
     return files, labels
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """In order; nothing hidden, such as a notebook's copies and a Mac's leftovers."""
+    images = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(file for file in images if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:

@@ -394,6 +394,33 @@ def test_classes_that_are_numbers_are_in_numerical_order(tmp_path: Path) -> None
     assert dataset.class_names == ("2", "9", "10")
 
 
+def test_what_is_hidden_is_neither_a_class_nor_an_image(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data")
+    clean = datasets.load("pets", str(folder))
+    shutil.copytree(folder / "train" / "cat", folder / "train" / ".ipynb_checkpoints")
+    shutil.copytree(folder / "train" / "cat", folder / "train" / "cat" / ".ipynb_checkpoints")
+    (folder / "train" / "dog" / "._0.png").write_bytes(b"what a Mac leaves beside a file")
+    found = datasets.load("pets", str(folder))
+    assert found.class_names == clean.class_names and found.fingerprint == clean.fingerprint
+    assert len(datasets.train_files(str(folder)) or []) == len(clean.train)
+    shutil.copytree(folder / "train" / "cat", folder / "train" / "cat" / "more")
+    assert len(datasets.load("pets", str(folder)).train) == 9, "a control: a folder in a class's folder is read"
+
+
+def test_folders_that_are_no_classes_are_refused(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data", ("emu", "dog"))
+    (folder / "train" / "empty").mkdir()
+    with pytest.raises(UserError, match=r"train/empty: no images .*; each folder in train/ is a class"):
+        datasets.load("pets", str(folder))
+    (folder / "train" / "empty").rmdir()
+    (folder / "test" / "zebra").mkdir()
+    with pytest.raises(UserError, match="test/zebra: no folder of this name in train/, whose folders are the classes: dog, emu"):
+        datasets.load("pets", str(folder))
+    (folder / "test" / "zebra").rmdir()
+    shutil.rmtree(folder / "test" / "emu")
+    assert datasets.load("pets", str(folder)).test.labels.tolist() == [0, 0], "a control: a test set may lack a class"
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_other_names_of_a_test_split(tmp_path: Path, name: str) -> None:
     assert len(datasets.load("pets", str(image_folder(tmp_path / "data", test=name))).test) == 4
