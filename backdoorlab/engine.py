@@ -89,7 +89,7 @@ class Forward:
         images = torch.zeros(self._like, device=device).to(memory_format=torch.channels_last)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         bf16 = resolved(device, self._run.precision) == "bf16"
-        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")  # torch waits for it, which costs microseconds
+        warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")  # torch waits for it
         with torch.random.fork_rng([device]), paused(), torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
             torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
         for buffer, before in buffers:

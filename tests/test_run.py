@@ -19,7 +19,7 @@ from backdoorlab import files, registry, runner
 from backdoorlab.cli import main
 from backdoorlab.errors import UserError
 from backdoorlab.record import Record
-from backdoorlab.run import Run
+from backdoorlab.run import BETWEEN_CHECKPOINTS, Run
 
 THREE = ("--image_size", "16", "--width", "4", "--epochs", "3", "--score_every", "0", "--precision", "fp32")
 
@@ -295,6 +295,23 @@ def test_a_stage_of_another_length_is_refused(tmp_path: Path) -> None:
     assert list(new_run(tmp_path).epochs("s", 2, model=model)) == [], "finished: nothing is trained again"
     with pytest.raises(UserError, match="started with 2 epochs, not 3"):
         list(new_run(tmp_path).epochs("s", 3, model=model))
+
+
+@pytest.mark.parametrize(("between", "goes_on_at"), [(0.0, 2), (1000.0, 0)], ids=["each epoch", "the last alone"])
+def test_where_checkpoints_are_rare_a_run_goes_on_further_back(
+    between: float, goes_on_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose epochs can be shorter than the writing of a checkpoint."""
+    monkeypatch.setitem(BETWEEN_CHECKPOINTS, "cpu", between)
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(Stop):
+        for epoch in new_run(tmp_path).epochs("s", 4, model=model):
+            if epoch == 2:
+                raise Stop
+    again = new_run(tmp_path)
+    assert list(again.epochs("s", 4, model=model)) == list(range(goes_on_at, 4))
+    assert [row["epoch"] for row in again.history] == [0, 1, 2, 3]
+    assert list(new_run(tmp_path).epochs("s", 4, model=model)) == [], "the end of a stage is always kept"
 
 
 def test_a_method_cannot_read_its_scores(tiny: Record, tmp_path: Path) -> None:
