@@ -11,7 +11,9 @@ from . import files
 from .data import Split
 from .poison import POISON, Poison
 
-COLUMNS, GAP, SCALE, GAIN = 8, 2, 3, 5
+COLUMNS, GAIN = 8, 5
+SCALE, GAP, GROUND = 3, 6, 96
+"""Enlargement; pixels between images after it; their grey, which is neither a white patch nor the middle of a difference."""
 
 
 def save_preview(path: Path, clean: Split, triggered: Poison) -> None:
@@ -30,15 +32,13 @@ def save_preview(path: Path, clean: Split, triggered: Poison) -> None:
 def save_sheet(path: Path, rows: Sequence[torch.Tensor]) -> None:
     """PNG of rows of images, each uint8 (n, C, H, W) of one size, enlarged to be seen."""
     channels, height, width = rows[0].shape[1:]
-    longest = max(len(images) for images in rows)
-    sheet = torch.full((channels, len(rows) * (height + GAP) - GAP, longest * (width + GAP) - GAP), 255, dtype=torch.uint8)
-    for r, images in enumerate(rows):
-        for c, image in enumerate(images):
-            top, left = r * (height + GAP), c * (width + GAP)
-            sheet[:, top : top + height, left : left + width] = image
-    array = sheet[0].numpy() if channels == 1 else sheet.permute(1, 2, 0).numpy()
     scale = max(SCALE, 24 // height)  # recovered triggers have a few pixels only
-    picture = Image.fromarray(array).resize((sheet.shape[2] * scale, sheet.shape[1] * scale), Image.Resampling.NEAREST)
+    down, right = scale * height + GAP, scale * width + GAP
+    sheet = torch.full((channels, len(rows) * down - GAP, max(map(len, rows)) * right - GAP), GROUND, dtype=torch.uint8)
+    for r, images in enumerate(rows):
+        for c, image in enumerate(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)):
+            sheet[:, r * down : r * down + scale * height, c * right : c * right + scale * width] = image
+    picture = Image.fromarray(sheet[0].numpy() if channels == 1 else sheet.permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     files.write_bytes(path, buffer.getvalue())
