@@ -52,6 +52,8 @@ PLAIN = 0.7
 """Sarle's coefficient beyond which two groups are plain."""
 PLACED = 0.6
 """Sarle's coefficient beyond which it is asked where a label's groups lie; a uniform distribution has 5/9, clean labels of CIFAR-10 up to .57."""
+TORN = 0.75
+"""Sarle's coefficient beyond which it is asked whether a label holds images of one other class."""
 FEW = 5
 """Other labels below which it is not known where labels usually lie."""
 PROBED = 20_000
@@ -78,6 +80,9 @@ class Config(DefenseConfig):
     """Share of the other labels' variety of classes that a group must show to be taken for poison; lower finds more, and false alarms."""
     stray: float = 15.0
     """Standard deviations by which a group of one class must lie away from all labels to be taken for poison; lower finds more, and false alarms."""
+    belongs: float = 0.5
+    """Mean probability of one other class that a probe must give a group for it to be taken for poison from that class; lower finds more, and false
+    alarms."""
     trim: float = 0.2
     """Share of the poisoned group, nearest to the other group, that the pool is not drawn from."""
     sure: float = 0.99
@@ -139,6 +144,7 @@ class Config(DefenseConfig):
     RANGES: ClassVar[dict[str, str]] = {
         "pool_rate": "(0, 1]",
         "stray": "> 0",
+        "belongs": "(0, 1]",
         "trim": "[0, 1)",
         "sure": "(0, 1)",
         "isolation_epochs": ">= 0",
@@ -247,18 +253,20 @@ class Label(NamedTuple):
     """float64 (D, n): their early features, whitened."""
     x: Tensor
     """float64 (n,): these along the direction in which they vary most."""
+    means: Tensor
+    """float64 (D, at most K - 1): the means of the other labels, in the order of their numbers."""
     others: Tensor
-    """float64 (at most K - 1,): where the means of the other labels lie along it."""
+    """float64 (at most K - 1,): where these lie along that direction."""
     bimodality: float
 
 
 def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> Tensor:
-    """Ours. A label given to two kinds of images has features in two groups; the one of many classes, or where no label lies, is poison."""
+    """Ours. A label given to two kinds of images has features in two groups; poison is the one of many classes, or of another, or where none lies."""
     labels = []
     for number, (samples, means) in enumerate(whiten(features.early, features.labels, num_classes)):
         direction = strangest_direction(samples)
         x = direction @ samples
-        labels.append(Label(number, (features.labels == number).nonzero().squeeze(1), samples, x, direction @ means, sarle(x)))
+        labels.append(Label(number, (features.labels == number).nonzero().squeeze(1), samples, x, means, direction @ means, sarle(x)))
     many = sum(label.bimodality > PLAIN for label in labels) > num_classes // 2
     chosen = []
     for label in labels:
@@ -271,8 +279,12 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     if not chosen:  # clean-label poison shows one class; asked last, because a style may lie far away, too
         placed = [(label, out_of_place(label, config, run)) for label in labels if label.bimodality > PLACED]
         chosen = [label.members[poison] for label, poison in placed if poison is not None]
+    if not chosen:  # so does poison from one source class
+        torn = [(label, from_one_class(label, features, config, run)) for label in labels if label.bimodality > TORN]
+        chosen = [label.members[poison] for label, poison in torn if poison is not None]
     if not chosen:
-        run.note("no poison found: no label has a group of images of many classes or away from all labels, so the model is returned as it was")
+        groups = "of images of many classes or of one other class, or away from all labels"
+        run.note(f"no poison found: no label has a group {groups}, so the model is returned as it was")
         return torch.zeros(len(features.labels), dtype=torch.bool)
     return draw_pool(torch.cat(chosen), size, len(features.labels), run)
 
@@ -316,6 +328,34 @@ def out_of_place(label: Label, config: Config, run: Run) -> Tensor | None:
     return outer(label.x, halves[far.index(max(far))], config)
 
 
+def from_one_class(label: Label, features: Features, config: Config, run: Run) -> Tensor | None:
+    """Where a label's samples lie together and look like one other class, bool (n,): poison of a trigger that works on one class only.
+
+    Two views must agree on the class. A probe of the other labels names it, and its samples are nearer, on average, than the rest of the label.
+    Images of a third class that carry the trigger with their true label stay near their own, whatever the probe thinks.
+    """
+    ask = probe(features.spatial, features.labels, label.number, run.generator)
+    if ask is None:
+        return None
+    upper = two_means(label.x)
+    groups = [(half, outer(label.x, half, config)) for half in (upper, ~upper)]
+    groups += [(p > 0.5, surely(p, config)) for p in mixture_groups(label.samples, label.x)]
+    seen = [features.spatial[label.members[group]].float() for group, _ in groups]
+    belief, source = torch.stack([ask((part - ask.mean) / ask.std).mean(0) for part in seen]).max(1)
+    most = int(belief.argmax().item())
+    group, poison = groups[most]
+    centre, rest = label.samples[:, group].mean(1), label.samples[:, ~group].mean(1)
+    distance, nearest = (label.means - centre[:, None]).norm(dim=0).min(0)
+    known = features.labels.unique()
+    if belief[most] <= config.belongs or source[most] != known[known != label.number][nearest] or distance >= (centre - rest).norm():
+        return None
+    what = f"label {label.number} has {int(group.sum())} samples that lie together (bimodality {label.bimodality:.2f})"
+    run.note(
+        f"{what} and look like class {int(source[most])} ({belief[most]:.2f}) more than like its others: they are taken for poison from that class"
+    )
+    return poison
+
+
 def outer(x: Tensor, group: Tensor, config: Config) -> Tensor:
     """bool (n,): a group's samples without the share `trim` that lies nearest to the others along x."""
     apart = (x - x[~group].mean()).abs()
@@ -331,6 +371,11 @@ def in_mixture(label: Label, features: Features, least: float, config: Config, r
     p = groups[varied.index(max(varied))]
     what = f"{int((p > 0.5).sum())} samples that lie together and show {max(varied):.2f} of the variety of the other labels"
     run.note(f"label {label.number} has {what}: a mixture tells them apart, and they are taken for poison")
+    return surely(p, config)
+
+
+def surely(p: Tensor, config: Config) -> Tensor:
+    """bool (n,): what belongs to a group with the probability `sure` or, if that is less than half of the group, its surer half. p: float (n,)."""
     return p >= p[p > 0.5].median().clamp_max(config.sure)
 
 
@@ -399,9 +444,33 @@ def variety(x: Tensor, groups: list[Tensor], labels: Tensor, label: int, generat
     apart. The mutual information of image and answer (answers that are sure, and differ) in a group, against that among the other labels.
     Each group is moved to their mean first, because a trigger that shifts all of its images must not count as content.
     """
-    others = (labels != label).nonzero().squeeze(1)
-    if len(labels[others].unique()) < 2:  # nothing to tell apart
+    ask = probe(x, labels, label, generator)
+    if ask is None:
         return [0.0] * len(groups)
+    most = information(ask(ask.known))
+    answers = [ask(((part := x[group].float()) - part.mean(0)) / ask.std) for group in groups]
+    return [information(answer) / most if len(answer) > 1 and most > 0 else 0.0 for answer in answers]
+
+
+class Probe(NamedTuple):
+    """A linear classifier that knows all labels but one. Features in units of its own, float (n, D) -> probabilities (n, K)."""
+
+    known: Tensor
+    """float (n, D): what it learned from, in these units: less `mean`, over `std`."""
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x @ self.weight.T + self.bias).softmax(1)
+
+
+def probe(x: Tensor, labels: Tensor, label: int, generator: torch.Generator) -> Probe | None:
+    """Learned from features x (N, D) of the other labels; None where these are less than two."""
+    others = (labels != label).nonzero().squeeze(1)
+    if len(labels[others].unique()) < 2:
+        return None
     others = others[torch.randperm(len(others), generator=generator)[:PROBED].to(others.device)]
     known = x[others].float()
     mean, std = known.mean(0), known.std(0).clamp_min(1e-6)
@@ -417,10 +486,7 @@ def variety(x: Tensor, groups: list[Tensor], labels: Tensor, label: int, generat
         return found
 
     optimizer.step(loss)
-    with torch.no_grad():
-        answers = [(((part := x[group].float()) - part.mean(0)) / std @ weight.T + bias).softmax(1) for group in groups]
-        most = information((known @ weight.T + bias).softmax(1))
-        return [information(answer) / most if len(answer) > 1 and most > 0 else 0.0 for answer in answers]
+    return Probe(known, mean, std, weight.detach(), bias.detach())
 
 
 def information(p: Tensor) -> float:

@@ -371,6 +371,27 @@ def test_place_is_asked_only_where_no_label_shows_variety(tmp_path: Path) -> Non
     assert (pool <= style[~planted]).all()
 
 
+def test_a_group_that_looks_like_one_other_class_is_poison_and_what_carries_its_trigger_is_not(tmp_path: Path) -> None:
+    """TaCT: images of one source class with a trigger, and covers, which carry it with their true label."""
+    source = 5
+    data, planted = features(foreign=False)
+    covers = torch.isin(data.labels, torch.tensor([7, 8])) & (torch.arange(len(data.labels)) % 4 == 0)
+    own = data.early + 3 * F.one_hot(data.labels, 20)  # more of what is in an image than of the trigger
+    own[covers, 15] += 2
+    early = own.clone()
+    early[planted, TARGET] -= 6
+    early[planted, source] += 6
+    run = new_run(tmp_path)
+    pool = dau.bimodal_pool(data._replace(early=early, spatial=early.half()), 20, K, dau.Config(), run)
+    assert int(pool.sum()) == 20 and not (pool & ~planted).any()
+    said = [note for note in run.notes if "taken for poison" in note]
+    assert len(said) == 1 and f"label {TARGET} has {PLANTED} samples" in said[0] and f"look like class {source} " in said[0]
+    samples, _ = dau.whiten(early, data.labels, K)[7]
+    assert dau.sarle(dau.strangest_direction(samples) @ samples) > dau.TORN, "a label with covers is asked about, too"
+    pool = dau.bimodal_pool(data._replace(early=own, spatial=own.half()), 20, K, dau.Config(), new_run(tmp_path))
+    assert not pool.any(), "a control: the trigger on images of the target itself"
+
+
 def test_where_most_labels_have_two_groups_the_smaller_ones_are_poison(tmp_path: Path) -> None:
     """All-to-all: the poison of each label comes from one class, and shows no variety."""
     data, _ = features(planted=0)
