@@ -18,6 +18,7 @@ from typing import Any
 import measure
 import published
 import torch
+import torch.nn.functional as F
 from measure import Row, busy, describe_machine, report, timed
 
 from backdoorlab import registry
@@ -42,6 +43,7 @@ class Side:
 def main() -> None:
     options, flags = _options()
     device = choose_device(options.device)
+    F.conv2d(torch.zeros(1, 3, 8, 8, device=device), torch.zeros(1, 3, 3, 3, device=device))  # a GPU's own start is neither side's
     caution = "the machine is busy" if busy() else "none"
     header = describe_machine(device, data=" ".join(flags) or "attack/badnet.py without flags", caution=caution, seeds=str(options.seeds))
     report(header, _rows(options, flags, device), options.json)
