@@ -389,13 +389,14 @@ def whiten(x: Tensor, labels: Tensor, num_classes: int) -> list[tuple[Tensor, Te
     x = x.double()
     means = [x[labels == label].mean(0) for label in range(num_classes)]
     centred = [x[labels == label] - mean for label, mean in enumerate(means)]
-    scatters = torch.stack([part.T @ part for part in centred])
-    total, found = scatters.sum(0), []
-    for label, (part, scatter) in enumerate(zip(centred, scatters, strict=True)):
+    total, found = x.new_zeros(x.shape[1], x.shape[1]), []
+    for part in centred:
+        total += part.T @ part  # computed anew below: a thousand of them would fill the memory
+    for label, part in enumerate(centred):
         if len(part) == 0 or len(part) == len(x):
             found.append((torch.zeros_like(part.T), x.new_zeros(x.shape[1], 0)))
             continue
-        others = (total - scatter) / (len(x) - len(part))
+        others = (total - part.T @ part) / (len(x) - len(part))
         others += 0.1 * others.diagonal().mean().clamp_min(1e-12) * torch.eye(len(others), dtype=x.dtype, device=x.device)
         root = torch.linalg.cholesky(others)
         elsewhere = torch.stack([means[k] - means[label] for k in range(num_classes) if k != label and len(centred[k])], 1)
