@@ -245,13 +245,13 @@ def _image_folder(path: Path, image_size: int | None, grey: bool | None) -> Arra
     test = next((path / n for n in ("test", "val", "valid", "validation") if (path / n).is_dir()), None)
     if test is None:
         raise UserError(f"--dataset_path {path}: expected test/ or val/ beside train/, found {_listing(path)}")
-    bare = [name for name in classes if not _images_in(path / "train" / name)]
-    if bare:
-        raise UserError(f"{path / 'train' / bare[0]}: no images ({' '.join(IMAGE_SUFFIXES)}); each folder in train/ is a class")
     strange = sorted(set(_class_folders(test)) - set(classes))
     if strange:
         raise UserError(f"{test / strange[0]}: no folder of this name in train/, whose folders are the classes: {', '.join(classes[:5])}")
     parts = [_class_images(folder, classes, image_size, grey) for folder in (path / "train", test)]
+    bare = sorted(set(range(len(classes))) - set(parts[0][1].tolist()))
+    if bare:
+        raise UserError(f"{path / 'train' / classes[bare[0]]}: no images ({' '.join(IMAGE_SUFFIXES)}); each folder in train/ is a class")
     return *parts[0], *parts[1], tuple(classes)
 
 

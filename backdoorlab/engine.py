@@ -83,17 +83,24 @@ class Forward:
         with self._run.autocast():
             return self._model(images)
 
-    def _captured(self) -> nn.Module:
-        """Leaves no trace in batch statistics, random numbers and what is counted."""
+    def _captured(self) -> nn.Module | None:
+        """Leaves no trace in batch statistics, random numbers and what is counted; None where the network cannot be captured."""
         device, model = self._run.device, _Whole(self._model)
         images = torch.zeros(self._like, device=device).to(memory_format=torch.channels_last)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         bf16 = resolved(device, self._run.precision) == "bf16"
         warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")  # torch waits for it
-        with torch.random.fork_rng([device]), paused(), torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False):
-            torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        try:
+            cast = torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
+            with torch.cuda.device(device), torch.random.fork_rng([device]), paused(), cast:
+                torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            self._run.note(f"this network's passes cannot be captured as CUDA graphs ({why}): each kernel is launched by itself")
+            return None
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
         return model
 
 

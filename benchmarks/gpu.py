@@ -43,6 +43,8 @@ def main() -> None:
     device = choose_device(options.device)
     if device.type != "cuda":
         raise SystemExit("benchmarks/gpu.py measures a GPU, and there is none; the CPU's step is in pipeline.py and convolutions.py")
+    if 1 not in options.at_once:
+        raise SystemExit(f"--at_once {' '.join(map(str, options.at_once))}: 1 must be among them, which the others are compared with")
     header = describe_machine(device, data=f"made-up images, batches of {BATCH}, {STEPS} steps a measurement")
     report(header, _rows(options, device), options.json)
 
@@ -73,7 +75,7 @@ def _ways(width: int, peak: float, repetitions: int, device: torch.device) -> It
     with tempfile.TemporaryDirectory() as folder:
         operations = _operations(width, device)
         ways: dict[str, tuple[Precision, bool, bool]] = {
-            "without graphs": ("bf16", False, False),  # the first pays for CUDA's start and cuDNN's choices, too
+            "without graphs": ("bf16", False, False),  # the first pays for cuDNN's start and choices, too
             "CUDA graphs (ours)": ("bf16", True, False),
             "torch.compile": ("bf16", False, True),
             "without graphs, fp32": ("fp32", False, False),
@@ -136,6 +138,8 @@ def _profile(width: int, steps: Callable[[], None], ours: list[float]) -> Row:
     kinds = {"convolution": 0.0, "batch norm": 0.0, "the rest": 0.0}
     launches = 0
     for event in seen.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CUDA:  # the calls that launch them are seen, too
+            continue
         name, launches = event.key.lower(), launches + event.count
         convolution = any(word in name for word in ("conv", "gemm", "wgrad", "dgrad", "fprop", "xmma", "cutlass", "implicit"))
         kind = "batch norm" if "bn_" in name or "batch_norm" in name or "batchnorm" in name else "convolution" if convolution else "the rest"

@@ -55,7 +55,7 @@ PLACED = 0.6
 TORN = 0.75
 """Sarle's coefficient beyond which it is asked whether a label holds images of one other class."""
 FEW = 5
-"""Other labels below which it is not known where labels usually lie."""
+"""Other labels below which it is not known where labels usually lie, and what a probe says of one tells little."""
 PROBED = 20_000
 """Samples of the other labels that a probe learns from, at most."""
 ANSWERED = 20_000
@@ -329,31 +329,33 @@ def out_of_place(label: Label, config: Config, run: Run) -> Tensor | None:
 
 
 def from_one_class(label: Label, features: Features, config: Config, run: Run) -> Tensor | None:
-    """Where a label's samples lie together and look like one other class, bool (n,): poison of a trigger that works on one class only.
+    """Where the fewer of a label's samples lie together and look like one other class, bool (n,): poison of a trigger that works on one class only.
 
     Two views must agree on the class. A probe of the other labels names it, and its samples are nearer, on average, than the rest of the label.
     Images of a third class that carry the trigger with their true label stay near their own, whatever the probe thinks.
     """
-    ask = probe(features.spatial, features.labels, label.number, run.generator)
+    known = features.labels.unique()
+    ask = probe(features.spatial, features.labels, label.number, run.generator) if len(known) > FEW else None
     if ask is None:
         return None
     upper = two_means(label.x)
     groups = [(half, outer(label.x, half, config)) for half in (upper, ~upper)]
     groups += [(p > 0.5, surely(p, config)) for p in mixture_groups(label.samples, label.x)]
-    seen = [features.spatial[label.members[group]].float() for group, _ in groups]
-    belief, source = torch.stack([ask((part - ask.mean) / ask.std).mean(0) for part in seen]).max(1)
-    most = int(belief.argmax().item())
-    group, poison = groups[most]
-    centre, rest = label.samples[:, group].mean(1), label.samples[:, ~group].mean(1)
-    distance, nearest = (label.means - centre[:, None]).norm(dim=0).min(0)
-    known = features.labels.unique()
-    if belief[most] <= config.belongs or source[most] != known[known != label.number][nearest] or distance >= (centre - rest).norm():
-        return None
-    what = f"label {label.number} has {int(group.sum())} samples that lie together (bimodality {label.bimodality:.2f})"
-    run.note(
-        f"{what} and look like class {int(source[most])} ({belief[most]:.2f}) more than like its others: they are taken for poison from that class"
-    )
-    return poison
+    most, found = config.belongs, None
+    for group, poison in groups:
+        if not 0 < 2 * int(group.sum()) <= len(group):  # a class that the probe does not know is taken for the one that it resembles
+            continue
+        seen = features.spatial[label.members[group]].float()
+        belief, source = ask((seen - ask.mean) / ask.std).mean(0).max(0)
+        centre, rest = label.samples[:, group].mean(1), label.samples[:, ~group].mean(1)
+        distance, nearest = (label.means - centre[:, None]).norm(dim=0).min(0)
+        if belief > most and source == known[known != label.number][nearest] and distance < (centre - rest).norm():
+            most, found = belief.item(), poison
+            what = f"label {label.number} has {int(group.sum())} samples that lie together (bimodality {label.bimodality:.2f})"
+            said = f"{what} and look like class {int(source)} ({most:.2f}) more than like the rest: taken for poison from that class"
+    if found is not None:
+        run.note(said)
+    return found
 
 
 def outer(x: Tensor, group: Tensor, config: Config) -> Tensor:

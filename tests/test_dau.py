@@ -371,25 +371,67 @@ def test_place_is_asked_only_where_no_label_shows_variety(tmp_path: Path) -> Non
     assert (pool <= style[~planted]).all()
 
 
-def test_a_group_that_looks_like_one_other_class_is_poison_and_what_carries_its_trigger_is_not(tmp_path: Path) -> None:
-    """TaCT: images of one source class with a trigger, and covers, which carry it with their true label."""
-    source = 5
+SOURCE = 5
+
+
+def one_class() -> tuple[Tensor, Features, Tensor]:
+    """TaCT: early features with planted images of the target itself, and of class SOURCE. Some of labels 7 and 8 carry the trigger, too."""
     data, planted = features(foreign=False)
     covers = torch.isin(data.labels, torch.tensor([7, 8])) & (torch.arange(len(data.labels)) % 4 == 0)
     own = data.early + 3 * F.one_hot(data.labels, 20)  # more of what is in an image than of the trigger
     own[covers, 15] += 2
     early = own.clone()
     early[planted, TARGET] -= 6
-    early[planted, source] += 6
+    early[planted, SOURCE] += 6
+    return own, data._replace(early=early, spatial=early.half()), planted
+
+
+def test_a_group_that_looks_like_one_other_class_is_poison_and_what_carries_its_trigger_is_not(tmp_path: Path) -> None:
+    own, data, planted = one_class()
     run = new_run(tmp_path)
-    pool = dau.bimodal_pool(data._replace(early=early, spatial=early.half()), 20, K, dau.Config(), run)
+    pool = dau.bimodal_pool(data, 20, K, dau.Config(), run)
     assert int(pool.sum()) == 20 and not (pool & ~planted).any()
     said = [note for note in run.notes if "taken for poison" in note]
-    assert len(said) == 1 and f"label {TARGET} has {PLANTED} samples" in said[0] and f"look like class {source} " in said[0]
-    samples, _ = dau.whiten(early, data.labels, K)[7]
+    assert len(said) == 1 and f"label {TARGET} has {PLANTED} samples" in said[0] and f"look like class {SOURCE} " in said[0]
+    assert not dau.bimodal_pool(data, 20, K, dau.Config(belongs=0.99), new_run(tmp_path)).any(), "not that sure"
+    samples, _ = dau.whiten(data.early, data.labels, K)[7]
     assert dau.sarle(dau.strangest_direction(samples) @ samples) > dau.TORN, "a label with covers is asked about, too"
     pool = dau.bimodal_pool(data._replace(early=own, spatial=own.half()), 20, K, dau.Config(), new_run(tmp_path))
     assert not pool.any(), "a control: the trigger on images of the target itself"
+
+
+def test_the_targets_own_images_are_not_taken_for_the_class_that_they_resemble(tmp_path: Path) -> None:
+    _, data, planted = one_class()
+    early = data.early.clone()
+    early[(data.labels == TARGET) & ~planted, 4] += 9
+    alike = data._replace(early=early, spatial=early.half())
+    ask = dau.probe(alike.spatial, data.labels, TARGET, torch.Generator().manual_seed(0))
+    believed = [ask((early.half()[part].float() - ask.mean) / ask.std).mean(0).max() for part in ((data.labels == TARGET) & ~planted, planted)]
+    assert believed[0] > believed[1], "the probe is surer of the clean ones"
+    pool = dau.bimodal_pool(alike, 20, K, dau.Config(), new_run(tmp_path))
+    assert int(pool.sum()) == 20 and not (pool & ~planted).any()
+
+
+@pytest.mark.parametrize("doubt", ["two classes at once", "another class in what the probe sees", "none"])
+def test_two_views_must_agree_on_the_class(tmp_path: Path, doubt: str) -> None:
+    _, data, planted = one_class()
+    early, moved = data.early.clone(), {"two classes at once": 3, "another class in what the probe sees": 6, "none": 0}[doubt]
+    early[planted, SOURCE] -= moved
+    early[planted, SOURCE + 1] += moved
+    seen = early if doubt == "two classes at once" else data.early
+    pool = dau.bimodal_pool(data._replace(early=seen, spatial=early.half()), 20, K, dau.Config(), new_run(tmp_path))
+    assert bool(pool.any()) == (doubt == "none") and not (pool & ~planted).any()
+
+
+def test_a_mixture_finds_one_class_where_two_means_cut_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, data, planted = one_class()
+    few = ~planted | (torch.arange(len(planted)) % 6 == 0)
+    part = Features(*(value[few] for value in data))
+    monkeypatch.setattr(dau, "two_means", lambda x: x > x.median())
+    pool = dau.bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path))
+    assert pool.any() and not (pool & ~planted[few]).any()
+    monkeypatch.setattr(dau, "mixture_groups", lambda samples, x: [])
+    assert not (dau.bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path)) & planted[few]).all(), "a control"
 
 
 def test_where_most_labels_have_two_groups_the_smaller_ones_are_poison(tmp_path: Path) -> None:
