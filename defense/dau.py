@@ -52,8 +52,8 @@ PLAIN = 0.7
 """Sarle's coefficient beyond which two groups are plain."""
 PLACED = 0.6
 """Sarle's coefficient beyond which it is asked where a label's groups lie; a uniform distribution has 5/9, clean labels of CIFAR-10 up to .57."""
-TORN = 0.75
-"""Sarle's coefficient beyond which it is asked whether a label holds images of one other class."""
+MANY, TORN = 100, 0.75
+"""Samples that do not look like another class by chance; fewer must be of a label whose Sarle's coefficient is beyond the second."""
 FEW = 5
 """Other labels below which it is not known where labels usually lie, and what a probe says of one tells little."""
 PROBED = 20_000
@@ -280,7 +280,7 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
         placed = [(label, out_of_place(label, config, run)) for label in labels if label.bimodality > PLACED]
         chosen = [label.members[poison] for label, poison in placed if poison is not None]
     if not chosen:  # so does poison from one source class
-        torn = [(label, from_one_class(label, features, config, run)) for label in labels if label.bimodality > TORN]
+        torn = [(label, from_one_class(label, features, config, run)) for label in labels if len(label.means.T) >= FEW]
         chosen = [label.members[poison] for label, poison in torn if poison is not None]
     if not chosen:
         groups = "of images of many classes or of one other class, or away from all labels"
@@ -331,30 +331,33 @@ def out_of_place(label: Label, config: Config, run: Run) -> Tensor | None:
 def from_one_class(label: Label, features: Features, config: Config, run: Run) -> Tensor | None:
     """Where the fewer of a label's samples lie together and look like one other class, bool (n,): poison of a trigger that works on one class only.
 
-    Two views must agree on the class. A probe of the other labels names it, and its samples are nearer, on average, than the rest of the label.
+    Two views must agree on the class. Its samples are nearer, on average, than the rest of the label, and a probe of the other labels names it.
     Images of a third class that carry the trigger with their true label stay near their own, whatever the probe thinks.
     """
     known = features.labels.unique()
-    ask = probe(features.spatial, features.labels, label.number, run.generator) if len(known) > FEW else None
-    if ask is None:
-        return None
+    known = known[known != label.number]
     upper = two_means(label.x)
     groups = [(half, outer(label.x, half, config)) for half in (upper, ~upper)]
     groups += [(p > 0.5, surely(p, config)) for p in mixture_groups(label.samples, label.x)]
-    most, found = config.belongs, None
+    ask, most, found = None, config.belongs, None
     for group, poison in groups:
-        if not 0 < 2 * int(group.sum()) <= len(group):  # a class that the probe does not know is taken for the one that it resembles
+        size = int(group.sum())
+        # Not the more: a probe takes a class that it does not know, as this label's, for the one that it resembles.
+        if not 0 < 2 * size <= len(group) or (size < MANY and label.bimodality <= TORN):
             continue
-        seen = features.spatial[label.members[group]].float()
-        belief, source = ask((seen - ask.mean) / ask.std).mean(0).max(0)
         centre, rest = label.samples[:, group].mean(1), label.samples[:, ~group].mean(1)
         distance, nearest = (label.means - centre[:, None]).norm(dim=0).min(0)
-        if belief > most and source == known[known != label.number][nearest] and distance < (centre - rest).norm():
+        if distance >= (centre - rest).norm():
+            continue
+        ask = ask or probe(features.spatial, features.labels, label.number, run.generator)
+        assert ask is not None, "there are other labels"
+        seen = features.spatial[label.members[group]].float()
+        belief, source = ask((seen - ask.mean) / ask.std).mean(0).max(0)
+        if belief > most and source == known[nearest]:
             most, found = belief.item(), poison
-            what = f"label {label.number} has {int(group.sum())} samples that lie together (bimodality {label.bimodality:.2f})"
-            said = f"{what} and look like class {int(source)} ({most:.2f}) more than like the rest: taken for poison from that class"
+            said = f"label {label.number} has {size} samples that lie together and look like class {int(source)} ({most:.2f}) more than like the rest"
     if found is not None:
-        run.note(said)
+        run.note(f"{said}: they are taken for poison from that class")
     return found
 
 
