@@ -30,7 +30,7 @@ def test_the_published_round_of_ibau_and_ours_find_the_same_delta_and_weights(tm
     image = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     trusted = Split(image.repeat(100, 1, 1, 1), torch.full((100,), 3))
     ibau = registry.load("defense", "ibau").module
-    config = ibau.Config(n_rounds=1, batch_size=100, projected=False, clip_box=False, solver="fixed_point", quirks=True, optim="SGD")
+    config = ibau.Config(n_rounds=1, batch_size=100, projected=False, clip_box=False, solver="fixed_point", quirks=True, optim="SGD", lr=1e-3)
     run = Run(tmp_path, seed=0, device=torch.device("cpu"), precision="fp32")
     view = DefenderView("", 5, (3, 16, 16), (), Augment(), dict(model=model, trusted=trusted))
     ours = ibau.defend(view, config, run)
