@@ -168,26 +168,31 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
     def split() -> dict[str, Tensor]:
         if config.subtask == "unlearning":
             raise UserError("--subtask unlearning starts from a split, and there is none yet: run --subtask anti_learning first")
-        return {"flagged": find_poison(view, config, run)}
+        flagged, one_class = find_poison(view, config, run)
+        return {"flagged": flagged, "one_class": torch.tensor(one_class)}
 
-    flagged = run.once("split", split)["flagged"]
+    flagged, one_class = run.once("split", split).values()
     if config.subtask == "anti_learning":
         return None
     if not flagged.any():
         return view.model
     model = unlearn(view, flagged, config, run)
-    return recover(model, view, flagged, config, run) if config.recovery_epochs else model
+    return recover(model, view, flagged, bool(one_class), config, run) if config.recovery_epochs else model
 
 
-def find_poison(view: DefenderView, config: Config, run: Run, pool: Tensor | None = None) -> Tensor:
-    """Steps 1 to 3: bool (N,), True for what is taken to be poison; all False where a guard says so. `pool`, bool (N,), is found unless given."""
+def find_poison(view: DefenderView, config: Config, run: Run, pool: Tensor | None = None) -> tuple[Tensor, bool]:
+    """Steps 1 to 3: bool (N,), True for what is taken to be poison; all False where a guard says so. And whether it was found as images of one class.
+
+    `pool`, bool (N,), is found unless given.
+    """
     train = place(view.train, run.device)
     features = extract(view.model, train, run)
+    one_class = False
     if pool is None:
-        pool = find_pool(view, view.model, train, features, config, run)
+        pool, one_class = find_pool(view, view.model, train, features, config, run)
     if not pool.any():
         run.report_split(pool)
-        return pool
+        return pool, False
     run.report_split(pool, "pool")
 
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
@@ -208,7 +213,7 @@ def find_poison(view: DefenderView, config: Config, run: Run, pool: Tensor | Non
         counts = torch.bincount(features.labels[flagged], minlength=view.num_classes).tolist()
         run.note("flagged by label: " + ", ".join(f"{label}: {count}" for label, count in enumerate(counts) if count))
     run.report_split(flagged, suspicion=doubt(log_p, features, config))
-    return flagged.cpu()
+    return flagged.cpu(), one_class
 
 
 def lost_label(log_p: Tensor, features: Features, config: Config) -> Tensor:
@@ -231,8 +236,8 @@ def accuracy(logits: Tensor, labels: Tensor, among: Tensor) -> float:
 # --- 1. pool -----------------------------------------------------------------------------------------------------
 
 
-def find_pool(view: DefenderView, model: Classifier, train: Split, features: Features, config: Config, run: Run) -> Tensor:
-    """bool (N,): at most pool_rate N samples that are almost surely poison; none where no label looks poisoned."""
+def find_pool(view: DefenderView, model: Classifier, train: Split, features: Features, config: Config, run: Run) -> tuple[Tensor, bool]:
+    """bool (N,): at most pool_rate N samples that are almost surely poison; none where no label looks poisoned. And whether they show one class."""
     size = max(1, round(config.pool_rate * len(train)))
     if config.pool == "bimodal":
         return bimodal_pool(features, size, view.num_classes, config, run)
@@ -240,7 +245,7 @@ def find_pool(view: DefenderView, model: Classifier, train: Split, features: Fea
         model = isolate(view, train, config, run)
         features = extract(model, train, run)
     losses = F.cross_entropy(features.logits, features.labels, reduction="none")
-    return _mask(losses.argsort()[:size], len(train))
+    return _mask(losses.argsort()[:size], len(train)), False
 
 
 class Label(NamedTuple):
@@ -260,7 +265,7 @@ class Label(NamedTuple):
     bimodality: float
 
 
-def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> Tensor:
+def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> tuple[Tensor, bool]:
     """Ours. A label given to two kinds of images has features in two groups; poison is the one of many classes, or of another, or where none lies."""
     labels = []
     for number, (samples, means) in enumerate(whiten(features.early, features.labels, num_classes)):
@@ -279,14 +284,15 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     if not chosen:  # clean-label poison shows one class; asked last, because a style may lie far away, too
         placed = [(label, out_of_place(label, config, run)) for label in labels if label.bimodality > PLACED]
         chosen = [label.members[poison] for label, poison in placed if poison is not None]
-    if not chosen:  # so does poison from one source class
+    one_class = not chosen
+    if one_class:  # so does poison from one source class
         torn = [(label, from_one_class(label, features, config, run)) for label in labels if len(label.means.T) >= FEW]
         chosen = [label.members[poison] for label, poison in torn if poison is not None]
     if not chosen:
         groups = "of images of many classes or of one other class, or away from all labels"
         run.note(f"no poison found: no label has a group {groups}, so the model is returned as it was")
-        return torch.zeros(len(features.labels), dtype=torch.bool)
-    return draw_pool(torch.cat(chosen), size, len(features.labels), run)
+        return torch.zeros(len(features.labels), dtype=torch.bool), False
+    return draw_pool(torch.cat(chosen), size, len(features.labels), run), one_class
 
 
 def draw_pool(found: Tensor, size: int, n: int, run: Run) -> Tensor:
@@ -589,9 +595,9 @@ def unlearn(view: DefenderView, flagged: Tensor, config: Config, run: Run) -> nn
     return descend("unlearn", config.epochs, view.model, view.train, torch.arange(len(flagged)), flagged, view, config, run)
 
 
-def recover(model: nn.Module, view: DefenderView, flagged: Tensor, config: Config, run: Run) -> nn.Module:
+def recover(model: nn.Module, view: DefenderView, flagged: Tensor, one_class: bool, config: Config, run: Run) -> nn.Module:
     """Step 5, from the unlearned model: nothing is unlearned any more, and flagged samples have the labels that were read in them."""
-    labels = run.once("labels", lambda: {"labels": labels_without_trigger(model, view.train, flagged, run)})["labels"]
+    labels = run.once("labels", lambda: {"labels": labels_without_trigger(model, view.train, flagged, one_class, run)})["labels"]
     # What still shows its own label is clean, or poison of the target class. Nobody can tell which, so it teaches nothing.
     index = (~flagged | (labels != view.train.labels.cpu())).nonzero().squeeze(1)
     train = dataclasses.replace(view.train, labels=labels)
@@ -625,15 +631,16 @@ def descend(
     return model
 
 
-def labels_without_trigger(model: nn.Module, train: Split, flagged: Tensor, run: Run) -> Tensor:
+def labels_without_trigger(model: nn.Module, train: Split, flagged: Tensor, one_class: bool, run: Run) -> Tensor:
     """int64 (N,) on the CPU: the given labels, for flagged samples the unlearned model's answers under batch statistics of their own.
 
     A trigger shifts the features of all images that carry it alike. Batch normalisation with the flagged samples' own means and variances takes
-    that shift away (as AdaBN does between data sets: Li et al., 2016, https://arxiv.org/abs/1603.04779), and what the images show comes out.
+    that shift away (as AdaBN does between data sets: Li et al., 2016, https://arxiv.org/abs/1603.04779), and what the images show comes out;
+    not where they show one class, which would go with it.
     """
     index = flagged.nonzero().squeeze(1).cpu()
     reader = copy.deepcopy(model)
-    if len(index) > 1:  # of a single image there are no statistics
+    if len(index) > 1 and not one_class:  # of a single image there are no statistics
         drawn = index[torch.randperm(len(index), generator=run.generator)]
         size = math.ceil(len(drawn) / math.ceil(len(drawn) / READ))  # batches alike, because their statistics count alike
         with run.autocast():

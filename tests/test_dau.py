@@ -279,6 +279,11 @@ def features(planted: int = PLANTED, *, foreign: bool = True, seed: int = 0) -> 
     return Features(pooled, early, early.half(), (pooled @ head.weight.detach().T + head.bias.detach()), labels), is_planted
 
 
+def bimodal_pool(data: Features, size: int, num_classes: int, config: Any, run: Run) -> Tensor:
+    """The pool alone."""
+    return dau.bimodal_pool(data, size, num_classes, config, run)[0]
+
+
 def head_of() -> nn.Linear:
     """A head that takes every sample, planted ones too, for its label."""
     head = nn.Linear(16, K)
@@ -293,8 +298,9 @@ def test_the_bimodal_pool_finds_the_planted_group(tmp_path: Path) -> None:
     data, planted = features()
     assert (data.logits.argmax(1) == data.labels).all()
     run = new_run(tmp_path)
-    pool = dau.bimodal_pool(data, 20, K, dau.Config(), run)
+    pool = bimodal_pool(data, 20, K, dau.Config(), run)
     assert int(pool.sum()) == 20 and not (pool & ~planted).any(), "pure"
+    assert not dau.bimodal_pool(data, 20, K, dau.Config(), new_run(tmp_path))[1], "of many classes"
     assert any(f"label {TARGET} has features in two groups" in note and "taken for poison" in note for note in run.notes)
 
 
@@ -302,14 +308,14 @@ def test_the_bimodal_pool_finds_the_planted_group(tmp_path: Path) -> None:
 def test_the_bimodal_pool_finds_nothing_in_clean_features(tmp_path: Path, seed: int) -> None:
     data, _ = features(planted=0, seed=seed)
     run = new_run(tmp_path)
-    assert not dau.bimodal_pool(data, 20, K, dau.Config(), run).any()
+    assert not bimodal_pool(data, 20, K, dau.Config(), run).any()
     assert any("no poison found" in note for note in run.notes)
 
 
 def test_two_styles_of_one_class_are_not_poison(tmp_path: Path) -> None:
     data, _ = features(foreign=False)
     run = new_run(tmp_path)
-    assert not dau.bimodal_pool(data, 20, K, dau.Config(), run).any()
+    assert not bimodal_pool(data, 20, K, dau.Config(), run).any()
     assert any("two styles" in note for note in run.notes), "the label is bimodal all the same"
 
 
@@ -332,7 +338,7 @@ def test_a_small_group_is_found_by_its_variety_where_two_means_cut_the_label_els
     assert max(planted[labels == TARGET][half].double().mean().item() for half in (upper, ~upper)) < 0.3, "and its halves would both be clean"
 
     run = new_run(tmp_path)
-    pool = dau.bimodal_pool(Features(early, early, early.half(), early, labels), 20, K, dau.Config(), run)
+    pool = bimodal_pool(Features(early, early, early.half(), early, labels), 20, K, dau.Config(), run)
     if foreign:
         assert pool.any() and not (pool & ~planted).any()
         assert any(f"label {TARGET} has 1" in note and "a mixture tells them apart" in note for note in run.notes)
@@ -348,7 +354,7 @@ def test_a_group_of_one_class_is_poison_where_no_label_lies(tmp_path: Path, else
     early[planted, 15] += 4
     early[:, 15] += 0.0 if elsewhere else 2.0 * (data.labels - TARGET)
     run = new_run(tmp_path)
-    pool = dau.bimodal_pool(data._replace(early=early), 20, K, dau.Config(), run)
+    pool = bimodal_pool(data._replace(early=early), 20, K, dau.Config(), run)
     if elsewhere:
         assert int(pool.sum()) == 20 and not (pool & ~planted).any()
         assert any("no class lies where the farther one does" in note for note in run.notes)
@@ -363,10 +369,10 @@ def test_place_is_asked_only_where_no_label_shows_variety(tmp_path: Path) -> Non
     style = (data.labels == TARGET + 1) & (torch.arange(len(data.labels)) % 2 == 0)
     early[style, 16] += 6
     both = data._replace(early=early, spatial=early.half())
-    pool = dau.bimodal_pool(both, 20, K, dau.Config(), new_run(tmp_path))
+    pool = bimodal_pool(both, 20, K, dau.Config(), new_run(tmp_path))
     assert pool.any() and not (pool & ~planted).any()
     alone = Features(*(part[~planted] for part in both))
-    pool = dau.bimodal_pool(alone, 20, K, dau.Config(), new_run(tmp_path))
+    pool = bimodal_pool(alone, 20, K, dau.Config(), new_run(tmp_path))
     assert pool.any(), "the control"
     assert (pool <= style[~planted]).all()
 
@@ -389,14 +395,15 @@ def one_class() -> tuple[Tensor, Features, Tensor]:
 def test_a_group_that_looks_like_one_other_class_is_poison_and_what_carries_its_trigger_is_not(tmp_path: Path) -> None:
     own, data, planted = one_class()
     run = new_run(tmp_path)
-    pool = dau.bimodal_pool(data, 20, K, dau.Config(), run)
+    pool = bimodal_pool(data, 20, K, dau.Config(), run)
     assert int(pool.sum()) == 20 and not (pool & ~planted).any()
+    assert dau.bimodal_pool(data, 20, K, dau.Config(), new_run(tmp_path))[1], "it shows one class"
     said = [note for note in run.notes if "taken for poison" in note]
     assert len(said) == 1 and f"label {TARGET} has {PLANTED} samples" in said[0] and f"look like class {SOURCE} " in said[0]
-    assert not dau.bimodal_pool(data, 20, K, dau.Config(belongs=0.99), new_run(tmp_path)).any(), "not that sure"
+    assert not bimodal_pool(data, 20, K, dau.Config(belongs=0.99), new_run(tmp_path)).any(), "not that sure"
     samples, _ = dau.whiten(data.early, data.labels, K)[7]
     assert dau.sarle(dau.strangest_direction(samples) @ samples) > dau.TORN, "a label with covers is asked about, too"
-    pool = dau.bimodal_pool(data._replace(early=own, spatial=own.half()), 20, K, dau.Config(), new_run(tmp_path))
+    pool = bimodal_pool(data._replace(early=own, spatial=own.half()), 20, K, dau.Config(), new_run(tmp_path))
     assert not pool.any(), "a control: the trigger on images of the target itself"
 
 
@@ -408,7 +415,7 @@ def test_the_targets_own_images_are_not_taken_for_the_class_that_they_resemble(t
     ask = dau.probe(alike.spatial, data.labels, TARGET, torch.Generator().manual_seed(0))
     believed = [ask((early.half()[part].float() - ask.mean) / ask.std).mean(0).max() for part in ((data.labels == TARGET) & ~planted, planted)]
     assert believed[0] > believed[1], "the probe is surer of the clean ones"
-    pool = dau.bimodal_pool(alike, 20, K, dau.Config(), new_run(tmp_path))
+    pool = bimodal_pool(alike, 20, K, dau.Config(), new_run(tmp_path))
     assert int(pool.sum()) == 20 and not (pool & ~planted).any()
 
 
@@ -419,7 +426,7 @@ def test_two_views_must_agree_on_the_class(tmp_path: Path, doubt: str) -> None:
     early[planted, SOURCE] -= moved
     early[planted, SOURCE + 1] += moved
     seen = early if doubt == "two classes at once" else data.early
-    pool = dau.bimodal_pool(data._replace(early=seen, spatial=early.half()), 20, K, dau.Config(), new_run(tmp_path))
+    pool = bimodal_pool(data._replace(early=seen, spatial=early.half()), 20, K, dau.Config(), new_run(tmp_path))
     assert bool(pool.any()) == (doubt == "none") and not (pool & ~planted).any()
 
 
@@ -428,10 +435,10 @@ def test_a_mixture_finds_one_class_where_two_means_cut_elsewhere(tmp_path: Path,
     few = ~planted | (torch.arange(len(planted)) % 6 == 0)
     part = Features(*(value[few] for value in data))
     monkeypatch.setattr(dau, "two_means", lambda x: x > x.median())
-    pool = dau.bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path))
+    pool = bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path))
     assert pool.any() and not (pool & ~planted[few]).any()
     monkeypatch.setattr(dau, "mixture_groups", lambda samples, x: [])
-    assert not (dau.bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path)) & planted[few]).all(), "a control"
+    assert not (bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path)) & planted[few]).all(), "a control"
 
 
 def test_where_most_labels_have_two_groups_the_smaller_ones_are_poison(tmp_path: Path) -> None:
@@ -442,14 +449,14 @@ def test_where_most_labels_have_two_groups_the_smaller_ones_are_poison(tmp_path:
     early[poisoned] = early[poisoned].roll(4, 1)  # another class's place
     early[poisoned, 15] += 2
     run = new_run(tmp_path)
-    pool = dau.bimodal_pool(data._replace(early=early, spatial=early.half()), 50, K, dau.Config(), run)
+    pool = bimodal_pool(data._replace(early=early, spatial=early.half()), 50, K, dau.Config(), run)
     assert int(pool.sum()) == 50 and not (pool & ~poisoned).any()
     assert len(data.labels[pool].unique()) == K and sum("as most labels have" in note for note in run.notes) == K
 
 
 def test_the_pool_is_at_most_half_of_the_group_and_drawn_from_the_seed(tmp_path: Path) -> None:
     data, planted = features()
-    draw = lambda size, seed: dau.bimodal_pool(data, size, K, dau.Config(), new_run(tmp_path, seed))  # noqa: E731
+    draw = lambda size, seed: bimodal_pool(data, size, K, dau.Config(), new_run(tmp_path, seed))  # noqa: E731
     large = draw(10_000, 0)
     assert int(large.sum()) <= PLANTED // 2 and not (large & ~planted).any()
     assert torch.equal(draw(15, 0), draw(15, 0))
@@ -531,8 +538,9 @@ def test_flagged_samples_are_read_without_what_they_have_in_common(tmp_path: Pat
 
     control = predictions(model, train, run)
     assert (control[~flagged] == truth[~flagged]).all() and (control[flagged] == 0).all(), "as the model is, it sees the trigger alone"
-    labels = dau.labels_without_trigger(model, train, flagged, run)
+    labels = dau.labels_without_trigger(model, train, flagged, False, run)
     assert (labels == truth).all()
+    assert torch.equal(dau.labels_without_trigger(model, train, flagged, True, run)[flagged], control[flagged]), "one class would go with the trigger"
     assert torch.equal(train.labels, torch.where(flagged, 0, truth)), "the data that came in are left alone"
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()) and not model.training
 
