@@ -184,9 +184,9 @@ def test_a_scan_says_why_a_search_ended_without_a_find(small: Record, tmp_path: 
     helpers.copy(small, tmp_path / "record")
     data = str(small.folder.parent.parent / "small-data")
 
-    def refuse(view: DefenderView, _config: Any, run: Run) -> torch.Tensor:
+    def refuse(view: DefenderView, _config: Any, run: Run) -> tuple[torch.Tensor, bool]:
         run.note("a pool of 9 was found, but the head broke down")
-        return torch.zeros(len(view.train), dtype=torch.bool)
+        return torch.zeros(len(view.train), dtype=torch.bool), False
 
     monkeypatch.setattr(registry.load("defense", "dau").module, "find_poison", refuse)
     for _ in range(2):
