@@ -88,11 +88,9 @@ class Forward:
         device, model = self._run.device, _Whole(self._model)
         images = torch.zeros(self._like, device=device).to(memory_format=torch.channels_last)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        bf16 = resolved(device, self._run.precision) == "bf16"
         warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")  # torch waits for it
         try:
-            cast = torch.autocast(device.type, torch.bfloat16, bf16, cache_enabled=False)
-            with torch.cuda.device(device), torch.random.fork_rng([device]), paused(), cast:
+            with torch.cuda.device(device), torch.random.fork_rng([device]), paused(), autocast(device, self._run.precision, cache=False):
                 torch.cuda.make_graphed_callables(model, (images,), allow_unused_input=True)
         except RuntimeError as error:
             why = str(error).splitlines()[0]
@@ -206,10 +204,10 @@ def resolved(device: torch.device, precision: Precision) -> Literal["bf16", "fp3
     return "bf16" if precision == "bf16" or (precision == "auto" and fast_bf16(device)) else "fp32"
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bfloat16 for the passes inside, or nothing, as `resolved` says."""
+def autocast(device: torch.device, precision: Precision, *, cache: bool = True) -> AbstractContextManager[Any]:
+    """bfloat16 for the passes inside, or nothing, as `resolved` says. `cache`: keep converted weights until its end, which a CUDA graph must not."""
     if resolved(device, precision) == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
     return contextlib.nullcontext()
 
 

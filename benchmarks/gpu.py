@@ -4,12 +4,12 @@
 
 Ours is the step that engine.train runs on a PreAct-ResNet18 and 32x32 images that lie on the GPU: drawing, cropping and flipping them, the
 passes, the optimizer. It is compared with itself without CUDA graphs, with torch.compile, and in float32. A way's first steps are timed
-by themselves: they pay for the rest. The peak is that of a bf16 matrix product of 8192 x 8192 random
-numbers, measured here.
+by themselves: they pay for the rest. The peak is that of a bf16 matrix product of 8192 x 8192 random numbers, measured here.
 """
 
 import argparse
 import multiprocessing
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -90,7 +90,7 @@ def _ways(width: int, peak: float, repetitions: int, device: torch.device) -> It
                 found[name].append(timed(some, device)[0] / STEPS)
         ours = found["CUDA graphs (ours)"]
         for name, seconds in found.items():
-            middle = sorted(seconds)[len(seconds) // 2]
+            middle = statistics.median(seconds)
             rate = 3 * operations * BATCH / middle
             speed = f"{1e3 * middle:.2f} ms, {BATCH / middle:,.0f} images/s, {rate / 1e12:.0f} TFLOP/s = {100 * rate / peak:.0f} % of the peak"
             extra = f"{speed}; first steps {firsts[name]:.1f} s"

@@ -171,13 +171,14 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
         flagged, one_class = find_poison(view, config, run)
         return {"flagged": flagged, "one_class": torch.tensor(one_class)}
 
-    flagged, one_class = run.once("split", split).values()
+    found = run.once("split", split)
+    flagged, one_class = found["flagged"], bool(found["one_class"])
     if config.subtask == "anti_learning":
         return None
     if not flagged.any():
         return view.model
     model = unlearn(view, flagged, config, run)
-    return recover(model, view, flagged, bool(one_class), config, run) if config.recovery_epochs else model
+    return recover(model, view, flagged, one_class, config, run) if config.recovery_epochs else model
 
 
 def find_poison(view: DefenderView, config: Config, run: Run, pool: Tensor | None = None) -> tuple[Tensor, bool]:
@@ -263,6 +264,8 @@ class Label(NamedTuple):
     others: Tensor
     """float64 (at most K - 1,): where these lie along that direction."""
     bimodality: float
+    mixed: list[Tensor]
+    """`mixture_groups` of them."""
 
 
 def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> tuple[Tensor, bool]:
@@ -271,7 +274,8 @@ def bimodal_pool(features: Features, size: int, num_classes: int, config: Config
     for number, (samples, means) in enumerate(whiten(features.early, features.labels, num_classes)):
         direction = strangest_direction(samples)
         x = direction @ samples
-        labels.append(Label(number, (features.labels == number).nonzero().squeeze(1), samples, x, means, direction @ means, sarle(x)))
+        members = (features.labels == number).nonzero().squeeze(1)
+        labels.append(Label(number, members, samples, x, means, direction @ means, sarle(x), mixture_groups(samples, x)))
     many = sum(label.bimodality > PLAIN for label in labels) > num_classes // 2
     chosen = []
     for label in labels:
@@ -344,7 +348,7 @@ def from_one_class(label: Label, features: Features, config: Config, run: Run) -
     known = known[known != label.number]
     upper = two_means(label.x)
     groups = [(half, outer(label.x, half, config)) for half in (upper, ~upper)]
-    groups += [(p > 0.5, surely(p, config)) for p in mixture_groups(label.samples, label.x)]
+    groups += [(p > 0.5, surely(p, config)) for p in label.mixed]
     ask, most, found = None, config.belongs, None
     for group, poison in groups:
         size = int(group.sum())
@@ -375,7 +379,7 @@ def outer(x: Tensor, group: Tensor, config: Config) -> Tensor:
 
 def in_mixture(label: Label, features: Features, least: float, config: Config, run: Run) -> Tensor | None:
     """Where a group that a mixture tells apart shows more variety than `least`, bool (n,): its samples that surely belong to it."""
-    groups = mixture_groups(label.samples, label.x)
+    groups = label.mixed
     varied = variety(features.spatial, [label.members[p > 0.5] for p in groups], features.labels, label.number, run.generator) if groups else []
     if max(varied, default=0.0) <= least:
         return None
