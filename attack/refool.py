@@ -58,7 +58,7 @@ def prepare(dataset: Dataset, config: Config, run: Run) -> dict[str, Any]:
     if not len(sources):
         raise UserError("refool reflects training images of other classes than the target, and there is none")
     if len(sources) < config.sources:
-        run.note(f"sources asks for {config.sources:,} images to reflect, but half of those of other classes are {len(sources):,}: capped to them")
+        run.note(f"sources asks for {config.sources:,} images to reflect, but half of those of other classes are {len(sources):,}: it takes those")
     return {"reflections": dataset.train.images[sources]}
 
 

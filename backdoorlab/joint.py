@@ -82,7 +82,7 @@ def snapshot(
     test = poison_test(dataset.test, stamp, labels)
     asked, got, size = round(cross_rate * len(dataset.train)), int((train.kind == CROSS).sum()), len(dataset.train)
     if got < asked:
-        run.note(f"the attack asks for {asked:,} cross images of {size:,} training images, but can have {got:,}: capped to them")
+        run.note(f"the attack asks for {asked:,} cross images of {size:,} training images, but can have {got:,}: it takes those")
     run.watch_scores(Evaluator(dataset.test, test, dataset.num_classes, run.device, run.autocast))
     return train, test
 

@@ -199,7 +199,7 @@ def _poisoned_training_set(
     found, crossed = (int((poison.kind == kind).sum()) for kind in (POISON, CROSS))
     for asked, got, what in ((round(rate * size), found, "poison_rate"), (round(cover_rate * size), crossed, "cover_rate")):
         if got < asked:
-            run.note(f"{what} asks for {asked:,} of {size:,} training images, but this attack can have {got:,}: capped to them")
+            run.note(f"{what} asks for {asked:,} of {size:,} training images, but this attack can have {got:,}: it takes those")
     if isinstance(config, CleanLabelConfig):
         of_class = int((train.labels == config.target_label).sum())
         shares = f"{100 * found / of_class:.1f} % of class {config.target_label}, {100 * found / size:.2f} % of the training set"

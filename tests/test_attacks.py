@@ -361,7 +361,7 @@ def test_every_defense_runs_on_every_attack(attack: str, defense: str, record: C
 @pytest.mark.parametrize(
     ("attack", "flags", "said"),
     [
-        ("sig", ("--poison_rate", "0.5"), "poison_rate asks for 721 of 1,442 training images, but this attack can have 143: capped to them"),
+        ("sig", ("--poison_rate", "0.5"), "poison_rate asks for 721 of 1,442 training images, but this attack can have 143: it takes those"),
         ("sig", ("--poison_rate", "0.5"), "143 images poisoned: 100.0 % of class 0, 9.92 % of the training set; no clean one is left"),
         (
             "adaptive_patch",

@@ -202,7 +202,7 @@ def test_what_a_snapshot_cannot_have_and_a_trigger_that_is_none_are_noted(tiny: 
     short = (*tiny, "--epochs", "0", "--plain", "False")
     record = helpers.attack("wanet", "many", tmp_path, *short, "--poison_rate", "0.5")
     assert int((record.train_poison.kind == CROSS).sum()) == 48
-    assert "the attack asks for 96 cross images of 96 training images, but can have 48: capped to them" in record.info["notes"]
+    assert "the attack asks for 96 cross images of 96 training images, but can have 48: it takes those" in record.info["notes"]
     assert not any("next to nothing to learn" in note for note in record.info["notes"])
     notes = helpers.attack("wanet", "still", tmp_path, *short, "--s", "0", "--cross_ratio", "0").info["notes"]
     for split in ("training", "test"):

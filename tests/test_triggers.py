@@ -167,7 +167,7 @@ def test_refool_leaves_half_of_the_other_classes_to_its_victims() -> None:
     reflections = method.module.prepare(dataset, config, notes)["reflections"]
     allowed = method.module.victims(dataset.train.labels, "train", config)
     assert len(reflections) == int((~allowed).sum()) == 18 and int((allowed & (dataset.train.labels != 0)).sum()) == 18
-    assert notes == ["sources asks for 200 images to reflect, but half of those of other classes are 18: capped to them"]
+    assert notes == ["sources asks for 200 images to reflect, but half of those of other classes are 18: it takes those"]
     few = Notes()
     method.module.prepare(dataset, method.config_class(sources=18), few)
     assert not few
