@@ -28,6 +28,21 @@ def test_the_digits_grid_is_three_attacks_six_defenses_three_seeds() -> None:
     assert len({cell.name for cell in found}) == len(found) == len({cell.folder(Path("r")) for cell in found})
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in registry.resource("config").glob("bench_*.yaml")))
+def test_every_shipped_grid_goes_through_the_parsers_of_its_methods(name: str) -> None:
+    found = cells(name)
+    assert len({cell.name for cell in found}) == len(found) > 9
+
+
+def test_the_field_s_protocol_is_each_method_s_own_default() -> None:
+    found = {cell.name: json.loads(cell.settings) for cell in cells("bench_cifar10", seeds="0")}
+    attack = found["cifar10-badnet-0.1-s0"]
+    assert (attack["epochs"], attack["width"], attack["lr"], attack["schedule"], attack["batch_size"]) == (100, None, 0.01, "cosine", 128)
+    assert found["cifar10-badnet-0.1-s0 dau seed0"]["epochs"] == 20 and found["cifar10-badnet-0.1-s0 ibau seed0"]["lr"] == 1e-4
+    control = {cell.name: json.loads(cell.settings) for cell in cells("bench_cifar10_w16", seeds="0")}
+    assert control["cifar10-w16-badnet-0.1-s0"]["epochs"] == 10
+
+
 def test_a_name_holds_data_network_preset_attack_rate_and_seed(tmp_path: Path) -> None:
     path = write(
         tmp_path,
@@ -168,7 +183,7 @@ def test_what_every_command_would_refuse_is_refused_before(tmp_path: Path) -> No
 
 
 def test_an_unknown_grid_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"no grid of that name. Did you mean 'bench_digits'\? Grids: bench_cifar10_w16, bench_digits"):
+    with pytest.raises(UserError, match=r"no grid of that name. Did you mean 'bench_digits'\? Grids: bench_cifar10, bench_cifar10_w16, bench_digits"):
         grid.read("bench_digit")
     with pytest.raises(UserError, match="an empty grid; name a file with --config"):
         grid.read(None)
