@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+RECORDS := $(or $(BACKDOORLAB_RECORDS),record)
 # Two waiting threads that spin slow each other down many times over on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
@@ -16,9 +17,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+# What is there already is kept and shown.
 demo: $(VENV)/installed
-	$(RUN) attack/badnet.py --save_folder_name demo --overwrite True
-	for defense in defense/*.py; do $(RUN) $$defense --result_file demo || exit; done
+	[ -f $(RECORDS)/demo/record.json ] || $(RUN) attack/badnet.py --save_folder_name demo
+	for path in defense/*.py; do name=$$(basename $$path .py); \
+	    [ -f $(RECORDS)/demo/defense/$$name/seed0/result.json ] || $(RUN) $$path --result_file demo || exit; done
 	$(RUN) -m backdoorlab table demo
 
 # The page's tests drive Chromium (Debian: apt-get install chromium chromium-driver) and are skipped without it.

@@ -91,8 +91,10 @@ def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = Fals
     stage = root / f"{name}.partial"
     with files.locked(stage):
         refuse_existing(target, "record.json", overwrite)
-        if any((stage / kept).exists() for kept in ("run.json", "final")) and not (stage / "pull.json").exists():
-            raise UserError(f"{stage} holds an unfinished run: finish it, or choose another --save_folder_name")
+        if files.entries(stage) and not (stage / "pull.json").exists():
+            ours = (stage / "run.json").exists()
+            why = "holds an unfinished run: finish it" if ours else "is in the way and not ours (no pull.json in it): move it"
+            raise UserError(f"{stage} {why}, or choose another --save_folder_name")
         try:
             files.write_json(stage / "pull.json", {"source": source})
             final = stage / "final"

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from . import verify
+from . import metrics, verify
 from .errors import UserError
 from .record import Record, read_result
 
@@ -65,6 +65,9 @@ class Row:
     robust_accuracy: float | None
     asr_before: float | None
     der: float | None
+    """Against what the method is held to: the attacked model, or for one that trains its own on a joint attack's images, plain training on them."""
+    comparable_der: float | None
+    """Against the attacked model, whatever the method: what the defenses of one record are told apart by."""
     tpr: float | None
     fpr: float | None
     collapsed: bool
@@ -229,6 +232,7 @@ def _undefended(record: Record) -> Row:
         defense_seed=None,
         **{key: info["scores"][key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
         der=None,
+        comparable_der=None,
         tpr=None,
         fpr=None,
         collapsed=False,
@@ -255,6 +259,7 @@ def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
         defense_seed=result.get("seed"),
         **{key: result["after"][key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
         der=result["der"],
+        comparable_der=metrics.der(record.info["scores"], result["after"]),
         tpr=split.get("tpr"),
         fpr=split.get("fpr"),
         collapsed=bool(result["collapsed"]),
@@ -336,7 +341,7 @@ def summary(values: Iterable[float | int | None]) -> Summary | None:
 
 
 def no_better_than_baseline(groups: Sequence[Group]) -> list[bool | None]:
-    """For each group: is its DER, over the seeds that both have, no higher than fine-tuning's on the same records?
+    """For each group: is its DER, over the seeds that both have, no higher than fine-tuning's on the same records, both against the attacked model?
 
     None where there is no DER, for fine-tuning itself, and where it was not run.
     """
@@ -351,12 +356,13 @@ def no_better_than_baseline(groups: Sequence[Group]) -> list[bool | None]:
 
 
 def _paired(group: Group, other: Group) -> list[tuple[float, float]]:
-    """DER of both on the records of the same seed."""
+    """Comparable DER of both on the records of the same seed."""
     theirs: dict[int, list[float]] = defaultdict(list)
     for row in other.rows:
-        if row.der is not None:
-            theirs[row.seed].append(row.der)
-    return [(row.der, math.fsum(theirs[row.seed]) / len(theirs[row.seed])) for row in group.rows if row.der is not None and row.seed in theirs]
+        if row.comparable_der is not None:
+            theirs[row.seed].append(row.comparable_der)
+    found = [(row.comparable_der, theirs[row.seed]) for row in group.rows if row.seed in theirs]
+    return [(own, math.fsum(other) / len(other)) for own, other in found if own is not None]
 
 
 # --- names -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """One attack or one defense from start to finish: resumable, scored from outside, published whole.
 
 A method sees a `Run`: `epochs`, `step`, `log`, `once`, `note`, `report_split`. Scores go one way, into the log; nothing
-that a method calls returns one.
+that a method calls returns one. What the runner reads of a run (`history`, `splits`, `score`) is not for methods, and
+tests/test_run.py looks that none of ours does.
 """
 
 import platform

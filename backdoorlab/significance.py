@@ -53,15 +53,15 @@ class Compared:
 def compare(groups: Sequence[Group]) -> list[Compared]:
     """Each defense against fine-tuning in DER, by data set; data sets without fine-tuning have nothing to compare with.
 
-    A difference is that of two defenses on one record, and an attack with its own settings is one observation: the differences of its
-    rates and seeds are averaged. Attacks without a DER and those that hardly took are left out. Of an attack that was run in several
-    ways (code, network, training), one way is taken, as is one code of a defense: the one with the most runs.
+    A difference is that of two defenses on one record, both against its attacked model, and an attack with its own settings is one
+    observation: the differences of its rates and seeds are averaged. Attacks without a DER and those that hardly took are left out. Of an
+    attack that was run in several ways (code, network, training), one way is taken, as is one code of a defense: the one with the most runs.
     """
     took = {group.first.attack_key for group in groups if _implanted(group)}
     by_dataset: dict[str, list[Row]] = defaultdict(list)
     for group in groups:
         if group.first.attack_key in took:
-            by_dataset[group.first.dataset] += [row for row in group.rows if row.der is not None]
+            by_dataset[group.first.dataset] += [row for row in group.rows if row.comparable_der is not None]
     return [one for dataset, found in by_dataset.items() if (one := _against_baseline(dataset, found)) is not None]
 
 
@@ -81,7 +81,7 @@ def _against_baseline(dataset: str, found: Sequence[Row]) -> Compared | None:
     kept, more = _one_way_each(kept, _defense, _defense_way, len)
     scores: dict[Hashable, dict[tuple[Hashable, ...], list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in kept:
-        scores[_defense(row)][_attack(row), row.attack_key, row.seed].append(row.der or 0.0)
+        scores[_defense(row)][_attack(row), row.attack_key, row.seed].append(row.comparable_der or 0.0)
     names = _defense_names({_defense(row): row for row in kept})
     # A plain run of the baseline speaks for it, where there are several.
     candidates = {_defense(row): row.variant != "" for row in kept if row.defense == BASELINE}

@@ -175,6 +175,12 @@ def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence
         said.append(f"{dataset}: {'; '.join(networks)}.")
     if any(weak):
         said.append(f"†: no better than fine-tuning ({BASELINE}) in DER on the same records.")
+    own = dict.fromkeys(row.defense for row in found if row.der != row.comparable_der)
+    if own:
+        said.append(
+            f"DER of {', '.join(own)} on joint attacks: against plain training on the same images; against the attacked model, as {BASELINE}'s,"
+            " where defenses are compared."
+        )
     said += [remark + "." for remark in results.remarks(found)]
     for compared in significance.compare(groups):
         if compared.comparisons:

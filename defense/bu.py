@@ -120,6 +120,8 @@ class Config(DefenseConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
+    if not config.levels:
+        raise UserError("--levels: expected at least one number in (0, 1], got none")
     model = view.model.eval()
     shape = trigger_shape(view.image_shape, config)
     search, held_out = halves(place(view.trusted, run.device), view.num_classes, config, run)

@@ -102,7 +102,9 @@ class Config(DefenseConfig):
     beta1_fallback: float = 99.0
     """beta that is tried where the head breaks down at beta1."""
     head_lr: float = 0.1
-    """Learning rate of the heads, plain SGD, falling linearly to 0."""
+    """Learning rate of the heads, plain SGD."""
+    head_lr_decay: bool = True
+    """Let it fall linearly to 0 over the passes; the port keeps it."""
     head_clip: float | None = 10.0
     """Largest gradient norm of a head; None is the port's. At beta1 the first steps overshoot and take the label's clean samples along."""
     head_batch_size: int = 512
@@ -557,12 +559,12 @@ def anti_learn(features: Features, pool: Tensor, head: nn.Module, beta: float, c
     pool = pool.to(features.labels.device)
     weight = head.weight.detach().float().expand(config.heads, -1, -1).clone().requires_grad_()
     bias = head.bias.detach().float().expand(config.heads, -1).clone().requires_grad_()
-    share = n / num_classes / int(pool.sum())  # the pool gets the mass of one class
+    share = n / num_classes / int(pool.sum())  # a pool smaller than a class gets the mass of one
     odds = torch.where(pool.cpu(), max(1.0, share), 1.0).expand(config.heads, -1)
     total = config.head_epochs * math.ceil(n / config.head_batch_size)
     done = 0
     for _ in range(config.head_epochs):
-        order = torch.multinomial(odds, n, replacement=True, generator=run.generator).to(features.labels.device)
+        order = torch.multinomial(odds, n, replacement=share > 1, generator=run.generator).to(features.labels.device)
         for index in order.split(config.head_batch_size, dim=1):
             labels, poisoned = features.labels[index], pool[index]
             logits = torch.einsum("hbd,hkd->hbk", features.pooled[index], weight) + bias[:, None]
@@ -571,7 +573,7 @@ def anti_learn(features: Features, pool: Tensor, head: nn.Module, beta: float, c
             with torch.no_grad():
                 norm = (steps[0].square().sum((1, 2)) + steps[1].square().sum(1)).sqrt()
                 clipped = torch.ones_like(norm) if config.head_clip is None else (config.head_clip / norm).clamp_max(1)
-                scale = config.head_lr * (1 - done / total) * clipped
+                scale = config.head_lr * (1 - done / total if config.head_lr_decay else 1) * clipped
                 weight -= scale[:, None, None] * steps[0]
                 bias -= scale[:, None] * steps[1]
             done += 1

@@ -180,6 +180,8 @@ def test_what_bu_cannot_use_is_one_line(tiny: Record, tmp_path: Path) -> None:
     record = helpers.copy(tiny, tmp_path)
     with pytest.raises(UserError, match=r"trigger_size must lie in 1\.\.16 for these images, got 17"):
         helpers.defend("bu", record, "--trigger_size", "17", "--score_every", "0")
+    with pytest.raises(UserError, match=r"--levels: expected at least one number in \(0, 1\], got none"):
+        helpers.defend("bu", record, "--levels", "--score_every", "0")
     with pytest.raises(UserError, match=r"BU tries every class as the target and needs trusted images of each, but there is none of \["):
         helpers.defend("bu", record, "--trusted_count", "5", "--score_every", "0")
 

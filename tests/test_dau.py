@@ -502,6 +502,35 @@ def test_anti_learning_leaves_the_models_own_head_alone_and_follows_the_seed(tmp
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
+def test_a_pool_smaller_than_a_class_gets_its_mass_and_a_larger_one_no_more_than_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, planted = features()
+    drawn: list[torch.Tensor] = []
+    draw = torch.multinomial
+
+    def seen(*args: Any, **options: Any) -> torch.Tensor:
+        drawn.append(draw(*args, **options))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "multinomial", seen)
+    n = len(planted)
+    small, large = planted & (torch.arange(n) % 10 == 0), torch.arange(n) < n // K
+    for pool in (small, large):
+        dau.anti_learn(data, pool, head_of(), 99.0, dau.Config(head_epochs=1, heads=2), new_run(tmp_path))
+    mass = small[drawn[0]].double().mean().item()
+    assert mass == pytest.approx(1 / (K + 1), rel=0.3) and mass > 3 * small.double().mean().item()
+    assert all(torch.equal(order.sort().values, torch.arange(n)) for order in drawn[1]), "a pass over all samples, each once"
+
+
+def test_the_rate_of_the_port_s_head_does_not_fall(tmp_path: Path) -> None:
+    data, planted = features()
+    moved = []
+    for decay in (True, False):
+        config = dau.Config(heads=1, head_epochs=2, head_lr_decay=decay)
+        end = dau.anti_learn(data, planted, head_of(), 99.0, config, new_run(tmp_path))
+        moved.append((end - data.logits.log_softmax(1)).norm())
+    assert moved[1] > moved[0]
+
+
 def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:
     data, planted = features()
     with pytest.raises(UserError, match="ends in a linear layer, got Sequential"):

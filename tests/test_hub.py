@@ -212,11 +212,16 @@ def test_a_hub_that_answers_with_another_commit_is_refused(pushed: Path, api: Fo
 
 def test_an_unfinished_run_of_the_name_is_left_alone(pushed: Path, api: Folder, tmp_path: Path) -> None:
     stage = tmp_path / "record" / "back.partial"
+    for name, said in (("run.json", "holds an unfinished run"), ("notes.txt", r"in the way and not ours \(no pull.json in it\): move it")):
+        stage.mkdir()
+        files.write_json(stage / name, {})
+        with pytest.raises(UserError, match=said):
+            hub.pull("me/small", "back", tmp_path / "record", api)
+        assert (stage / name).exists()
+        files.remove(stage)
     stage.mkdir()
-    files.write_json(stage / "run.json", {})
-    with pytest.raises(UserError, match="holds an unfinished run"):
-        hub.pull("me/small", "back", tmp_path / "record", api)
-    assert (stage / "run.json").exists()
+    files.write_json(stage / "pull.json", {})
+    assert hub.pull("me/small", "back", tmp_path / "record", api).results == 1, "the control: what a killed pull left is begun anew"
 
 
 @pytest.mark.parametrize(

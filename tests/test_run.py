@@ -1,7 +1,9 @@
 """Kill and continue, refuse and replace: one run from start to finish gives one result."""
 
+import ast
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -388,6 +390,17 @@ def test_every_option_of_a_defense_is_read(method: str, backdoored: Record, tmp_
     unread = {f.name for f in dataclasses.fields(loaded.config_class)} - seen - set(READ_ELSEWHERE)
     shared = {f.name for f in dataclasses.fields(configs.DefenseConfig)}
     assert unread <= ({"trusted_ratio", "trusted_count", "trusted_path"} & shared if "trusted" not in loaded.assumes else set())
+
+
+def test_no_method_reads_what_a_run_keeps_for_the_runner() -> None:
+    """Test scores lie in `history`, `splits` and `score`; a method has what CONTRIBUTING.md lists."""
+    root = Path(__file__).parent.parent
+    listed = set(re.findall(r"`run\.(\w+)", (root / "CONTRIBUTING.md").read_text()))
+    used: set[str] = set()
+    for path in (*root.glob("attack/*.py"), *root.glob("defense/*.py")):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        used |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "run"}
+    assert used <= listed and len(used) > 10 and listed.isdisjoint({"history", "splits", "score"})
 
 
 def test_a_copy_of_a_run_folder_is_not_a_result(tiny: Record, tmp_path: Path) -> None:
