@@ -1,7 +1,7 @@
 """The library from Python, with the names and the checks of the command line:
 
 import backdoorlab as bl
-record = bl.attack("badnet", save_folder_name="demo", poison_rate=0.05)
+record = bl.attack("badnet", save_folder_name="demo5", poison_rate=0.05)
 result = bl.defend("dau", record, seed=1)
 print(bl.table([record], mean=True))
 """
