@@ -2,7 +2,7 @@
 
 A data set is one of
   digits                                    embedded in scikit-learn, the default
-  cifar10 cifar100 mnist fashion_mnist gtsrb svhn   torchvision's, downloaded where there is a network
+  cifar10 cifar100 mnist fashion_mnist gtsrb svhn   torchvision's (gtsrb: its final training set), downloaded where there is a network
   any other name with --dataset_path FOLDER        parquet shards or train/<class>/*.png
 
 Whatever the name, `--dataset_path` may point at parquet shards in the Hugging Face hub's layout (columns `img` or
@@ -31,7 +31,7 @@ from .files import locked, publish, remove, sweep
 
 DEFAULT = "digits"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
-READER_VERSION = 2
+READER_VERSION = 3
 """Part of every cache key: raise it when what is read changes, or decoding or resizing changes a pixel."""
 
 LARGE = 2**30
@@ -151,6 +151,10 @@ def _digits(image_size: int, channels: int) -> Arrays:
     return images[~test], labels[~test], images[test], labels[test], tuple(str(digit) for digit in range(10))
 
 
+GTSRB = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/GTSRB_Final_Training_Images.zip", "f33fd80ac59bff73c82d25ab499e03a3"
+"""Address and MD5 of the training set that results on GTSRB are published for; torchvision's is that of the competition before, 26,640 images."""
+GTSRB_SIZE = 39_209
+
 TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "cifar10": ("CIFAR10", dict(train=True), dict(train=False)),
     "cifar100": ("CIFAR100", dict(train=True), dict(train=False)),
@@ -166,7 +170,7 @@ def _torchvision(name: str, image_size: int | None, grey: bool | None) -> Arrays
 
     root = data_root()
     class_name, train_arguments, test_arguments = TORCHVISION[name]
-    make = getattr(torchvision.datasets, class_name)
+    make = _gtsrb if name == "gtsrb" else getattr(torchvision.datasets, class_name)
     parts = []
     for arguments in (train_arguments, test_arguments):
         try:
@@ -178,10 +182,29 @@ def _torchvision(name: str, image_size: int | None, grey: bool | None) -> Arrays
             except Exception as error:
                 raise UserError(f"data set {name!r} could not be downloaded to {root} ({error}): pass --dataset_path FOLDER") from error
         parts.append(_decode_all(found, lambda item: _from_pil(item[0], image_size, grey)))
-        labels = [label for _, label in found._samples] if name == "gtsrb" else getattr(found, "targets", getattr(found, "labels", None))
-        parts.append(np.asarray(labels, dtype=np.int64))
+        labels = getattr(found, "targets", getattr(found, "labels", None))
+        parts.append(np.asarray([label for _, label in found._samples] if labels is None else labels, dtype=np.int64))
     class_names = tuple(str(c) for c in getattr(found, "classes", range(int(parts[1].max()) + 1)))
     return parts[0], parts[1], parts[2], parts[3], class_names
+
+
+def _gtsrb(root: str, split: str, download: bool) -> Any:
+    """torchvision's test set; for training the images of the final competition, which torchvision does not have."""
+    from torchvision.datasets import GTSRB as Theirs
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    if split == "test":
+        return Theirs(root, split=split, download=download)
+    folder = Path(root) / "gtsrb"
+    images = folder / "GTSRB" / "Final_Training" / "Images"
+    if download:
+        address, md5 = GTSRB
+        download_and_extract_archive(address, download_root=str(folder), md5=md5)
+    found = ImageFolder(str(images)) if images.is_dir() else ()
+    if len(found) != GTSRB_SIZE:
+        raise RuntimeError(f"{images}: expected {GTSRB_SIZE:,} images, found {len(found):,}")
+    return found
 
 
 def _require_network(name: str, root: Path) -> None:

@@ -362,6 +362,31 @@ def shards(
     return root
 
 
+def test_gtsrb_is_the_final_training_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's training split is an older one with a third of the images missing; which of the two is on the disk is seen by their number."""
+    folder = tmp_path / "gtsrb"
+    for number in (0, 1, 2):
+        images = folder / "GTSRB" / "Final_Training" / "Images" / f"{number:05}"
+        images.mkdir(parents=True)
+        Image.new("RGB", (20 + number, 18), (80 * number, 0, 0)).save(images / "00000_00000.ppm")
+        (images / f"GT-{number:05}.csv").write_text("Filename;ClassId\n")
+    test = folder / "GTSRB" / "Final_Test" / "Images"
+    test.mkdir(parents=True)
+    Image.new("RGB", (30, 30), (160, 0, 0)).save(test / "00000.ppm")
+    (folder / "GT-final_test.csv").write_text("Filename;Width;Height;ClassId\n00000.ppm;30;30;2\n")
+    monkeypatch.setenv("BACKDOORLAB_DATA", str(tmp_path))
+    monkeypatch.setattr(datasets, "_require_network", lambda name, root: None)
+    fetched = []
+    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", lambda address, **options: fetched.append(address))
+    with pytest.raises(UserError, match=r"'gtsrb' could not be downloaded .*expected 39,209 images, found 3"):
+        datasets.load("gtsrb", image_size=8)
+    assert fetched[0].endswith("GTSRB_Final_Training_Images.zip")
+    monkeypatch.setattr(datasets, "GTSRB_SIZE", 3)
+    found = datasets.load("gtsrb", image_size=8)
+    assert found.train.labels.tolist() == [0, 1, 2] and found.test.labels.tolist() == [2]
+    assert found.train.images[:, 0].float().mean((1, 2)).tolist() == [0, 80, 160]
+
+
 def test_more_images_than_fit_in_memory_are_decoded_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(image_folder(tmp_path / "data"))
     small = datasets.load("pets", root)
