@@ -51,7 +51,8 @@ def vary(
     shift = ((2 * padding + 1) * draws[1:3]).floor() - padding
     angle = torch.deg2rad((2 * draws[3] - 1) * ROTATION * (draws[4] < rotation_share))
     mirror = 1 - 2 * ((draws[5] < 0.5) & recipe.augment.flip).float()
-    turned = torch.stack([angle.cos() * mirror, -angle.sin(), angle.sin() * mirror, angle.cos()], 1).view(count, 2, 2)
+    across, down = -angle.sin() * (height / width), angle.sin() * mirror * (width / height)  # the grid's unit is half a side
+    turned = torch.stack([angle.cos() * mirror, across, down, angle.cos()], 1).view(count, 2, 2)
     moved = torch.stack([2 * shift[0] / width, 2 * shift[1] / height], 1).unsqueeze(2)
     where = F.affine_grid(torch.cat([turned, moved], 2).to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, where, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -81,6 +82,8 @@ def snapshot(
     train = poison_train(dataset.train, stamp, labels, poison_rate=config.poison_rate, generator=drawn, cover_rate=cross_rate, cover_stamp=cross)
     test = poison_test(dataset.test, stamp, labels)
     asked, got, size = round(cross_rate * len(dataset.train)), int((train.kind == CROSS).sum()), len(dataset.train)
+    if cross_rate and not asked:
+        run.note(f"the attack asks for {cross_rate:.4g} of {size:,} training images as cross images, which is none")
     if got < asked:
         run.note(f"the attack asks for {asked:,} cross images of {size:,} training images, but can have {got:,}: it takes those")
     run.watch_scores(Evaluator(dataset.test, test, dataset.num_classes, run.device, run.autocast))

@@ -197,6 +197,8 @@ def _poisoned_training_set(
     drawn = engine.derived_generator(config.seed, "victims")
     poison = poison_train(train, stamp, labels, poison_rate=rate, generator=drawn, victims=pool, cover_rate=cover_rate, covers=free)
     found, crossed = (int((poison.kind == kind).sum()) for kind in (POISON, CROSS))
+    if cover_rate and not round(cover_rate * size):
+        run.note(f"cover_rate {cover_rate:g} of {size:,} training images is no image at all: the attack has no covers")
     for asked, got, what in ((round(rate * size), found, "poison_rate"), (round(cover_rate * size), crossed, "cover_rate")):
         if got < asked:
             run.note(f"{what} asks for {asked:,} of {size:,} training images, but this attack can have {got:,}: it takes those")

@@ -164,10 +164,17 @@ def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return 0.1 * F.cross_entropy(logits, labels, reduction="none") - math.log(1e-4) * (1 - p_y)
 
 
+def late_layers(model: Classifier) -> nn.ModuleList:
+    """All that comes after the third-last stage: of a ResNet layer3, layer4 and the last layer. A VGG's stages are poolings, which hold nothing."""
+    modules = list(model.network.modules())
+    early = set(model.stages()[-3].modules())
+    return nn.ModuleList(modules[1 + max(place for place, module in enumerate(modules) if module in early) :])
+
+
 def learned_copy(model: Classifier, train: Split, view: DefenderView, config: Config, run: Run) -> Classifier:
     """theta': the model after an epoch on the whole set as labelled, in its last two stages and its last layer only."""
     learned = copy.deepcopy(model).requires_grad_(False).eval()
-    late = nn.ModuleList([*learned.stages()[-2:], learned.get_classifier()]).requires_grad_(True).train()
+    late = late_layers(learned).requires_grad_(True).train()
     optimizer = torch.optim.Adam(late.parameters(), lr=config.meta_lr, fused=True)
     for batch in batches(train, config.meta_batch_size, device=run.device, generator=run.generator, augment=view.augment):
         with run.autocast():

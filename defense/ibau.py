@@ -79,7 +79,8 @@ class Config(DefenseConfig):
     damping: float = 0.01
     """lanczos: added to A's eigenvalues, as a share of the largest."""
     quirks: bool = False
-    """The published code's habits: predicted labels in step 1, L_in always on the first batch, no delta in batches below 1 / patched."""
+    """The published code's habits: predicted labels in step 1, one projection after it, L_in always on the first batch, no delta in batches
+    below 1 / patched."""
     normalised: bool = False
     """delta in units of the model's normalised input instead of pixels."""
     augment: bool = False
@@ -142,7 +143,9 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
                         labels = model(batch.images).argmax(1)
                 delta.requires_grad_()
                 (slope,) = torch.autograd.grad(inner(batch.images, labels, delta), delta)
-                delta = project(delta.detach() - config.delta_lr * slope, "l2", radius)
+                delta = project(delta.detach() - config.delta_lr * slope, "l2", math.inf if config.quirks else radius)
+        if config.quirks:
+            delta = project(delta, "l2", radius)
         run.log(delta=l2(delta).item())
 
         for batch in one_pass():

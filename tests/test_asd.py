@@ -88,6 +88,15 @@ def test_the_copy_learns_late_layers_only_and_the_model_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("name", "least"), [("vgg19_bn", 0.9), ("densenet121", 0.8), ("resnet18", 0.9), ("convnext_atto", 0.9)])
+def test_late_layers_are_most_of_a_network_whatever_its_stages_are(name: str, least: float) -> None:
+    """A VGG's stages are its poolings, which hold no weights."""
+    with torch.device("meta"):
+        model = build(name, num_classes=K, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=None, image_size=32)
+    late, everything = ({id(p): p.numel() for p in part.parameters()} for part in (asd.late_layers(model), model))
+    assert set(late) < set(everything) and sum(late.values()) >= least * sum(everything.values())
+
+
 class Linear(nn.Module):
     """A network without statistics, whose loss can be computed by hand."""
 

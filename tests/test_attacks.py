@@ -368,13 +368,14 @@ def test_every_defense_runs_on_every_attack(attack: str, defense: str, record: C
             ("--poison_rate", "0.03", "--cover_rate", "0.999"),
             "cover_rate asks for 1,441 of 1,442 training images, but this attack can have 1,399",
         ),
+        ("adaptive_patch", ("--cover_rate", "0.0003"), "cover_rate 0.0003 of 1,442 training images is no image at all: the attack has no covers"),
     ],
 )
 def test_what_cannot_be_had_is_capped_with_a_line(attack: str, flags: tuple[str, ...], said: str, record: Callable[..., Record]) -> None:
     found = record(attack, *SHORT, "--epochs", "0", *flags)
     assert any(note.startswith(said) for note in found.info["notes"]), found.info["notes"]
     kinds = {"poison": found.info["poisoned"], "cover": len(found.train_poison) - found.info["poisoned"]}
-    assert kinds["cover" if "cover" in said else "poison"] == (1399 if "cover" in said else 143)
+    assert kinds["cover" if "cover" in said else "poison"] == (0 if "no covers" in said else 1399 if "cover" in said else 143)
 
 
 @pytest.mark.parametrize(

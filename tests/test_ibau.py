@@ -171,12 +171,22 @@ def test_delta_stays_in_its_ball_and_the_solve_is_logged(tiny: Record, tmp_path:
     assert "residual" not in first_order and "implicit" not in first_order
 
 
+def test_the_published_habit_is_one_projection_after_the_search(tiny: Record, tmp_path: Path) -> None:
+    """Then the sum of all steps sets the direction of delta; projected at each, the last ones do."""
+    record = helpers.copy(tiny, tmp_path)
+    far = ("--delta_lr", "1000", "--delta_steps", "5", "--batch_size", "32", "--radius", "2", "--K", "0")
+    each, once = (history(record, name, *far, "--quirks", quirks) for name, quirks in (("each", "False"), ("once", "True")))
+    assert each["delta"].max() <= 2 + 1e-5 and once["delta"].tolist() == pytest.approx([2.0] * len(once), rel=1e-4)
+
+
 @pytest.mark.parametrize("preset", ["ibau_official", "ibau_notebook", "ibau_backdoorbench"])
 def test_the_published_variants_run(preset: str, tiny: Record, tmp_path: Path) -> None:
     record = helpers.copy(tiny, tmp_path)
     result = helpers.defend("ibau", record, "--yaml_path", preset, "--score_every", "0", "--precision", "fp32")
     assert result is not None and result["config"]["solver"] == "fixed_point" and result["config"]["quirks"]
     assert result["config"]["projected"] == (preset == "ibau_notebook")
+    published = {"delta_lr": 10.0, "delta_steps": None, "patched": 0.01, "lr_decay": False, "augment": preset == "ibau_backdoorbench"}
+    assert {key: result["config"][key] for key in published} == published, "and not those of the digits"
     saved = files.read_tensors(record.folder / "defense" / "ibau" / "seed0" / "model.safetensors")[0]
     assert all(value.isfinite().all() for value in saved.values())
 

@@ -1,6 +1,7 @@
 """Attacks that control the training, and attacks that train a network to make their trigger."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -239,6 +240,19 @@ def test_a_crop_moves_an_image_and_fills_with_zeros() -> None:
     places = {divmod(int(row.argmax()), 16) for row in varied}
     assert places <= {(r, c) for r in range(6, 11) for c in range(6, 11)} and len(places) > 15
     assert torch.allclose(varied.amax((1, 2, 3)), torch.ones(64), atol=1e-5), "whole pixels stay whole"
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_a_turn_is_a_turn_on_images_that_are_not_square(width: int) -> None:
+    """A point 12 pixels right of the middle moves up or down by at most 12 sin 10 degrees, and by nearly that in some of many draws."""
+    image = torch.zeros(64, 1, 32, width)
+    image[:, 0, 15:17, width // 2 + 11 : width // 2 + 13] = 1
+    turned = joint.vary(image, Recipe(1, 8, 0.1), derived_generator(0, "vary"), crop_share=0, rotation_share=1)
+    mass = turned[:, 0] / turned.sum((1, 2, 3))[:, None, None]
+    down = (mass.sum(2) * (torch.arange(32) - 15.5)).sum(1)
+    right = (mass.sum(1) * (torch.arange(width) - (width - 1) / 2)).sum(1)
+    most = 12 * math.sin(math.radians(10))
+    assert 0.9 * most < down.abs().max() < 1.1 * most and torch.allclose((down**2 + right**2).sqrt(), torch.full((64,), 12.0), atol=0.2)
 
 
 # --- one attack each -----------------------------------------------------------------------------------------------

@@ -104,6 +104,9 @@ def test_adaptive_patch_wears_one_of_four_in_training_and_two_at_the_test() -> N
     opaque = stamped("adaptive_patch", images, "test")
     assert torch.equal(opaque, opaque[:1].expand_as(opaque)), "the same for every image"
     assert int((opaque[0] != 128).any(0).sum()) == 25 * 2 + 9 * 2
+    plain = (slice(None), slice(27, 29))  # rows of the small patch above the checkers
+    right, left = opaque[0][plain][..., -5:], opaque[0][plain][..., :5]
+    assert torch.equal(left, right) and len(right.unique()) > 20, "the same patch twice"
     board = opaque[0, :, -3:, -3:]
     assert torch.equal(board, 255 * torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.uint8).expand(3, -1, -1)), "black is painted too"
     assert int((stamped("adaptive_patch", images, test_patches="large")[0] != 128).any(0).sum()) == 169 + 64
