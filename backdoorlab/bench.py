@@ -11,12 +11,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from . import files, forms, grid, launchers, loading, report, results, tables
+from . import datasets, files, forms, grid, launchers, loading, report, results, tables
 from .errors import UserError
 from .grid import Cell
 from .launchers import ALREADY, BUSY, Launcher, Running, Task
@@ -24,7 +25,7 @@ from .record import Record, read_result, record_root
 
 FOLDER = ".bench"
 """Below the records: a folder for each cell, with its lock and its log."""
-ATTENTIVE, PATIENT = 0.05, 0.5
+ATTENTIVE, PATIENT, REFUSED = 0.05, 0.5, 30.0
 """Seconds between two looks at what runs, and at what another driver holds."""
 QUIET = 300.0
 """Seconds without a line after which a driver says what runs."""
@@ -143,6 +144,8 @@ def look(cell: Cell, root: Path, other_code: bool = False) -> State:
     differing = [f"{key} {config.get(key)}, not {wanted.get(key)}" for key in sorted({*wanted, *config}) if wanted.get(key) != config.get(key)]
     if cell.kind == "attack" and found["attack"] not in (cell.method, "unknown"):
         differing.insert(0, f"attack {found['attack']}, not {cell.method}")
+    if cell.kind == "attack" and (data := _fingerprint(cell)) not in (None, found["dataset"]["fingerprint"]):
+        differing.insert(0, f"data {found['dataset']['fingerprint'][:8]}, not {data[:8]}")
     if differing:
         settings = ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")
         return State(False, complaint=f"{folder} was made with other settings ({settings}): choose another label or --record_root, or move it")
@@ -151,6 +154,20 @@ def look(cell: Cell, root: Path, other_code: bool = False) -> State:
         made = f"{code or 'an unknown one'}, now {cell.code}"
         return State(False, complaint=f"{folder} was made by other code ({made}): choose another --record_root, or keep it with --other_code True")
     return State(True, _seconds(found))
+
+
+def _fingerprint(cell: Cell) -> str | None:
+    """Of the images in the folder that an attack is to read; None where it names none, as sets that are known by name do not change."""
+    if "--dataset_path" not in cell.flags:
+        return None
+    wanted = json.loads(cell.settings)
+    name, path = (cell.flags[cell.flags.index(flag) + 1] for flag in ("--dataset", "--dataset_path"))
+    return _fingerprint_of(name, path, wanted["image_size"], wanted["grey"])
+
+
+@lru_cache(maxsize=64)
+def _fingerprint_of(name: str, path: str, image_size: int | None, grey: bool | None) -> str:
+    return datasets.load(name, path, image_size=image_size, grey=grey).fingerprint
 
 
 def _whole_result(folder: Path) -> dict[str, Any]:
@@ -211,7 +228,14 @@ class Drive:
         able = [cell for cell in self.waiting if cell.kind == "attack" or cell.record in self.ready]
         due = [cell for cell in able if self.not_before.get(cell, 0.0) <= time.monotonic()]
         for slot, cell in zip(free, due, strict=False):
-            self.running[slot] = cell, self.launcher.start(self._task(cell), slot)
+            try:
+                self.running[slot] = cell, self.launcher.start(self._task(cell), slot)
+            except UserError as error:  # a queue that is full or slow to answer takes it later; what runs is not to suffer
+                if not self.running:
+                    raise
+                self.not_before[cell] = time.monotonic() + REFUSED
+                _say(f"  {cell.name} could not be started ({error}): tried again")
+                continue
             self.since[cell] = time.monotonic()
             self.waiting.remove(cell)
 

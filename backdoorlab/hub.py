@@ -166,6 +166,8 @@ def _record_files(record: Record) -> list[str]:
     found = ["record.json", *record.info["files"]]
     for folder in result_folders(record.folder):
         inside = folder.relative_to(record.folder).as_posix()
+        if not RESULT.fullmatch(f"{inside}/result.json"):
+            raise UserError(f"{folder}: a result with other characters in its name than letters, digits, _ . + - cannot be pulled again: rename it")
         found += [f"{inside}/{name}" for name in ("result.json", *read_result(folder)["files"])]
     return found
 

@@ -22,6 +22,7 @@ from .schema import ASSUMABLE
 Kind = Literal["attack", "defense"]
 PACKAGE = Path(__file__).parent
 _MODULE = "backdoorlab_"
+_SOURCE = "__backdoorlab_source__"
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,13 @@ def from_file(kind: Kind, path: Path) -> Method:
     """Load a method file. It is entered in sys.modules before it runs: dataclasses look themselves up there."""
     path = path.resolve()
     module_name = f"{_MODULE}{kind}_{path.stem}"
-    loaded = sys.modules.get(module_name)
-    if loaded is None or Path(loaded.__file__ or "") != path:
+    loaded, source = sys.modules.get(module_name), path.read_bytes()
+    if loaded is None or Path(loaded.__file__ or "") != path or loaded.__dict__.get(_SOURCE) != source:
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None:
             raise UserError(f"{path}: not a Python file")
         loaded = importlib.util.module_from_spec(spec)
+        loaded.__dict__[_SOURCE] = source
         sys.modules[module_name] = loaded
         try:
             spec.loader.exec_module(loaded)

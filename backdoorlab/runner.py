@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import config as configs
-from . import data, datasets, engine, files, models, record
+from . import data, datasets, engine, files, models, record, schema
 from .config import CleanLabelConfig, CoverConfig, DefenseConfig, JointConfig, Parsed, Trained, TrainingConfig, TriggerConfig
 from .data import Dataset, Split
 from .errors import UserError
@@ -286,6 +286,8 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     config.check()
     found = _record(config)
     method, run_name = job.method, config.run_name or f"seed{config.seed}"
+    if not schema.WORD.fullmatch(run_name):
+        raise UserError(f"--run_name {run_name}: expected letters, digits, and _ . + - within")
     record.check_name(run_name)
     target = found.folder / "defense" / method.name / run_name
     subtask = getattr(config, "subtask", "all")

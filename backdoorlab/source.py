@@ -16,14 +16,14 @@ def code_version(method_file: Path) -> str:
     """12 hex digits: the same for the same method of the same library, wherever it is installed."""
     contents: dict[str, bytes] = {}
     waiting = [PACKAGE / "runner.py"]
-    contents[f"method/{method_file.name}"] = method_file.read_bytes()
-    waiting += _imported(method_file)
+    contents[f"method/{method_file.name}"] = source = method_file.read_bytes()
+    waiting += _imported(method_file, source)
     while waiting:
         path = waiting.pop()
         name = path.relative_to(PACKAGE).as_posix()
         if name not in contents:
             contents[name] = path.read_bytes()
-            waiting += _imported(path)
+            waiting += _imported(path, contents[name])
     digest = hashlib.sha256()
     for name in sorted(contents):
         digest.update(f"{name} {hashlib.sha256(contents[name]).hexdigest()}\n".encode())
@@ -31,10 +31,10 @@ def code_version(method_file: Path) -> str:
 
 
 @lru_cache(maxsize=256)
-def _imported(path: Path) -> tuple[Path, ...]:
-    """Files of the library that a file imports at its top; an import inside a function is for what is seldom needed, and is left out."""
+def _imported(path: Path, source: bytes) -> tuple[Path, ...]:
+    """Files of the library that a file of this content imports at its top; an import inside a function is for what is seldom needed: left out."""
     found = []
-    for node in ast.parse(path.read_bytes()).body:
+    for node in ast.parse(source).body:
         if not isinstance(node, ast.ImportFrom):
             continue
         if node.level:

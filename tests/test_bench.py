@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
-from backdoorlab import bench, files, grid, launchers
+from backdoorlab import bench, datasets, files, grid, launchers
 from backdoorlab.__main__ import main
 from backdoorlab.bench import Bench, Drive
+from backdoorlab.errors import UserError
 from backdoorlab.grid import Cell
 from backdoorlab.record import Record
 
@@ -130,6 +133,29 @@ def test_what_is_held_by_another_is_waited_for_and_not_repeated(made: Record, tm
     assert drive.run() == {}
     assert logs(root)[0].count("started") == 1
     orphan.child.wait()
+
+
+def test_a_start_that_is_refused_waits_while_others_run(
+    made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Slurm's `sbatch` does when it is slow to answer or a user has too many jobs. With nothing running it is an error."""
+    monkeypatch.setattr(bench, "REFUSED", 0.1)
+    cells, root = quick_cells(made, 3, 0), tmp_path / "root"
+    drive = Drive(cells, states(cells, root), root, launchers.Local(3), Bench())
+    start, refusals = drive.launcher.start, iter([None, UserError("the queue is full"), None, UserError("the queue is full")])
+
+    def hesitant(task: launchers.Task, slot: int) -> launchers.Running:
+        if (refusal := next(refusals, None)) is not None:
+            raise refusal
+        return start(task, slot)
+
+    monkeypatch.setattr(drive.launcher, "start", hesitant)
+    assert drive.run() == {} and all(state.done for state in states(cells, root).values())
+    assert capsys.readouterr().err.count("could not be started (the queue is full): tried again") == 2
+    alone = Drive(cells[:1], {cells[0]: bench.State(False)}, tmp_path / "other", launchers.Local(1), Bench())
+    monkeypatch.setattr(alone.launcher, "start", lambda task, slot: (_ for _ in ()).throw(UserError("no such partition")))
+    with pytest.raises(UserError, match="no such partition"):
+        alone.run()
 
 
 @pytest.mark.parametrize("ended", [signal.SIGKILL, signal.SIGTERM])
@@ -255,6 +281,21 @@ def test_other_settings_are_refused_in_one_line_and_left_alone(finished: tuple[l
         assert not state.done and "was made with other settings (new None, not 1, precision fp32, not bf16): choose another" in state.complaint
         assert bench.look(dataclasses.replace(cell, settings=json.dumps(json.loads(cell.settings))), root).done
     assert "attack badnet, not blended" in bench.look(dataclasses.replace(cells[0], method="blended"), root).complaint
+
+
+def test_other_data_in_the_folder_is_refused(finished: tuple[list[Cell], Path], tmp_path: Path) -> None:
+    cells, root = finished
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "data" / split / name / "0.png")
+    attack = dataclasses.replace(cells[0], flags=(*cells[0].flags, "--dataset", "pets", "--dataset_path", str(tmp_path / "data")))
+    found = datasets.load("pets", str(tmp_path / "data"), image_size=json.loads(attack.settings)["image_size"])
+    said = bench.look(attack, root).complaint
+    assert said is not None and f"(data {Record.load('r0', root).info['dataset']['fingerprint'][:8]}, not {found.fingerprint[:8]})" in said
+    helpers.edit_json(root / "r0" / "record.json", dataset=dict(Record.load("r0", root).info["dataset"]) | {"fingerprint": found.fingerprint})
+    assert bench.look(attack, root).done, "the control"
 
 
 def test_how_often_scores_are_taken_is_no_setting() -> None:

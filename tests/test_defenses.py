@@ -155,6 +155,21 @@ def test_a_new_defense_is_one_file(tiny: Record, tmp_path: Path, monkeypatch: py
     assert [row.split(",")[2] for row in rows] == ["shrink", "shrink (direct)"]
 
 
+def test_a_file_that_was_edited_is_loaded_anew(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process, as in a notebook: what runs is what the result's code says."""
+    record, file = helpers.copy(tiny, tmp_path / "record"), tmp_path / "mine" / "defense" / "edited.py"
+    file.parent.mkdir(parents=True)
+    monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
+    made = []
+    for text in ("before", "after", "after"):
+        file.write_text(PLUGIN.replace("model = view.model", f"model = view.model\n    run.note({text!r})"))
+        result = helpers.defend("edited", record, "--overwrite", "True")
+        assert result is not None
+        made.append((registry.load("defense", "edited").module, result))
+    assert [result["notes"][0] for _, result in made] == ["before", "after", "after"]
+    assert made[0][1]["code"] != made[1][1]["code"] == made[2][1]["code"] and made[1][0] is made[2][0], "and only then"
+
+
 @pytest.mark.parametrize(("missing", "text"), [("ASSUMES", 'ASSUMES = ("model",)'), ("defend", "def defend"), ("Config", "class Config")])
 def test_a_file_that_lacks_something_says_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, text: str) -> None:
     folder = tmp_path / "mine" / "defense"

@@ -224,6 +224,15 @@ def test_an_unfinished_run_of_the_name_is_left_alone(pushed: Path, api: Folder, 
     assert hub.pull("me/small", "back", tmp_path / "record", api).results == 1, "the control: what a killed pull left is begun anew"
 
 
+def test_a_result_that_could_not_be_pulled_is_not_pushed(pushed: Path, api: Folder, tmp_path: Path) -> None:
+    results = tmp_path / "record" / "small" / "defense" / "dau"
+    (results / "seed0").rename(results / "lr=0.1")
+    with pytest.raises(UserError, match=r"lr=0\.1: a result with other characters in its name .*: rename it"):
+        hub.push("small", tmp_path / "record", "me/small", api)
+    (results / "lr=0.1").rename(results / "lr-0.1")
+    assert hub.pull(f"me/other@{hub.push('small', tmp_path / 'record', 'me/other', api)}", "back", tmp_path / "record", api).results == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
