@@ -123,7 +123,8 @@ def test_rows_of_recovered_triggers_have_the_names_of_their_classes(small: Recor
 def test_words_of_a_stranger_stay_words(small: Record, tmp_path: Path) -> None:
     """Names, notes, class names, devices, stages and columns are all a stranger's."""
     record = helpers.copy(small, tmp_path / "root", "<script>alert(0)<")
-    helpers.defend("ft", record, *helpers.short_flags("ft"), "--run_name", "<img src=x onerror=alert(4)>")
+    helpers.defend("ft", record, *helpers.short_flags("ft"))
+    (record.folder / "defense" / "ft" / "seed0").rename(record.folder / "defense" / "ft" / "<img src=x onerror=alert(4)>")
     info = files_json(record.folder / "record.json")
     names = [f"{EVIL}{number}" for number in range(info["num_classes"])]
     config = info["config"] | {"patch_value": EVIL, EVIL: EVIL}
