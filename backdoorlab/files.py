@@ -172,9 +172,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
-    """Delete the stages (*.partial) in a folder that nobody holds and that `stale` calls worthless, and emptied trash."""
-    for trash in folder.glob(".*.trash"):
-        shutil.rmtree(trash, ignore_errors=True)
+    """Delete the stages (*.partial) in a folder that nobody holds and that `stale` calls worthless."""
     for stage in folder.glob("*.partial"):
         if stage.is_symlink() or not stage.is_dir():
             continue
@@ -186,6 +184,12 @@ def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
                 shutil.rmtree(stage, ignore_errors=True)
         finally:
             unlock(descriptor)
+
+
+def empty_trash(folder: Path) -> None:
+    """Delete what a killed `replace_folder` had begun to delete."""
+    for trash in folder.glob(".*.trash"):
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def try_lock(folder: Path) -> int | None:
