@@ -449,7 +449,7 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
     """The unfinished folder of a run beside its target: locked, and continued only by the same settings."""
     config = job.config
     refuse_existing(target, done, config.overwrite)
-    files.empty_trash(target.parent)
+    files.tidy(target.parent)
     files.sweep(target.parent, partial(_worthless, done=done))
     path = target.with_name(f"{target.name}.partial")
     with files.locked(path):
