@@ -66,7 +66,7 @@ class MethodConfig:
     track_folder: str = "runs"
     """Folder for what the tracker keeps on this machine."""
     overwrite: bool = False
-    """Replace a finished result of the same name (a record takes its defenses' results along), or throw away an unfinished one."""
+    """Replace a finished result of the same name (a record takes its defenses' results along), or an unfinished one of another command."""
     debug: bool = False
     """Show a traceback with an error."""
 
