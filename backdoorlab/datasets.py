@@ -394,7 +394,7 @@ def _class_names(path: Path, count: int) -> tuple[str, ...]:
     if not file.exists():
         return tuple(str(number) for number in range(count))
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from error
     if isinstance(found, dict):
@@ -465,7 +465,7 @@ def _write_cache(folder: Path, name: str, arrays: Arrays) -> None:
                     np.save(final / f"{array_name}.npy", array)
                 counts = dict(train=len(dataset.train), test=len(dataset.test))
                 meta = dict(name=name, fingerprint=dataset.fingerprint, class_names=dataset.class_names, **counts)
-                (final / "meta.json").write_text(json.dumps(meta))
+                (final / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
                 _put(final, folder)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
@@ -506,7 +506,7 @@ def _read_cache(folder: Path, name: str) -> Dataset:
 
 def _read_meta(file: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(file.read_text())
+        meta = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return meta if isinstance(meta, dict) else {}

@@ -32,6 +32,7 @@ HOLDER = ".holder"
 """The file in a locked folder in which older versions named its holder; a stage that they left may have one."""
 NOT_OURS = frozenset([errno.EAGAIN, errno.EACCES, errno.ENOENT, errno.ESTALE])
 """What a lock file answers that another process holds, or has just removed, on this machine or over NFS."""
+WINDOWS = os.name == "nt"
 PATIENCE = 1.0
 """Seconds to wait for another process that only looks at a folder, or puts it in its place."""
 
@@ -181,12 +182,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
-    """Delete the stages (*.partial) in a folder that nobody holds and that `stale` calls worthless."""
+    """Delete the stages (*.partial) in a folder that nobody holds and that `stale` calls worthless; none where there are no locks."""
     for stage in folder.glob("*.partial"):
         if stage.is_symlink() or not stage.is_dir():
             continue
         descriptor = _lock_where_allowed(stage)
-        if descriptor is None:
+        if descriptor is None or descriptor < 0:  # held, or nobody can tell
             continue
         try:
             if stage.is_dir() and stale(stage):
@@ -295,7 +296,7 @@ def _sign(descriptor: int) -> None:
 def _holder(folder: Path) -> str:
     """'process N on HOST' where the lock of a folder names a process that may be alive, else ''."""
     try:
-        said = [path.read_text() for path in (_lock_file(folder), folder / HOLDER) if path.exists()]
+        said = [path.read_text(encoding="utf-8") for path in (_lock_file(folder), folder / HOLDER) if path.exists()]
         number, host = next(filter(None, said), "").split()
         if host == socket.gethostname():
             os.kill(int(number), 0)
@@ -338,12 +339,14 @@ def _aside(target: Path) -> Path:
 def _sync_tree(folder: Path) -> None:
     for inner, _, names in os.walk(folder):
         for name in names:
-            with open(Path(inner) / name, "rb") as stream:
+            with open(Path(inner) / name, "r+b" if WINDOWS else "rb") as stream:  # Windows flushes only what is open for writing
                 os.fsync(stream.fileno())
         _sync_folder(Path(inner))
 
 
 def _sync_folder(folder: Path) -> None:
+    if WINDOWS:  # where a folder cannot be opened
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
