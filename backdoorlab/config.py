@@ -66,7 +66,7 @@ class MethodConfig:
     track_folder: str = "runs"
     """Folder for what the tracker keeps on this machine."""
     overwrite: bool = False
-    """Replace a finished result of the same name (a record takes its defenses' results along), or throw away an unfinished one."""
+    """Replace a finished result of the same name (a record takes its defenses' results along), or an unfinished one of another command."""
     debug: bool = False
     """Show a traceback with an error."""
 
@@ -392,7 +392,7 @@ def _check_sections(found: Mapping[str, Any], where: str, *others: str) -> None:
 def read_yaml(file: Path) -> dict[str, Any]:
     """Lines of `key: value`; anything else is one line that names the file."""
     try:
-        found = yaml.safe_load(file.read_text())
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not readable as YAML ({' '.join(str(error).split())})") from error
     except RecursionError as error:

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -27,7 +28,7 @@ import torch
 
 from .data import Dataset, Split, fingerprint, mapped
 from .errors import UserError, suggest
-from .files import locked, publish, remove, sweep
+from .files import HOLDER, locked, publish, remove, sweep
 
 DEFAULT = "digits"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
@@ -393,7 +394,7 @@ def _class_names(path: Path, count: int) -> tuple[str, ...]:
     if not file.exists():
         return tuple(str(number) for number in range(count))
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from error
     if isinstance(found, dict):
@@ -445,6 +446,8 @@ def _source_files(path: Path) -> Iterator[Path]:
     return iter(sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file()))
 
 
+STAGE = re.compile(r".+-[0-9a-f]{16}\.[0-9]+\.partial")
+"""What `_write_cache` calls its stages: the data set, its key, and a process."""
 ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -453,25 +456,36 @@ def _write_cache(folder: Path, name: str, arrays: Arrays) -> None:
     stage = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         if folder.parent.is_dir():
-            sweep(folder.parent, lambda _stage: True)
+            sweep(folder.parent, _ours)
         with locked(stage):
-            final = stage / "final"
-            final.mkdir()
-            for array_name, array in zip(ARRAY_NAMES, arrays[:4], strict=True):
-                np.save(final / f"{array_name}.npy", array)
-            meta = dict(name=name, fingerprint=dataset.fingerprint, class_names=dataset.class_names, train=len(dataset.train), test=len(dataset.test))
-            (final / "meta.json").write_text(json.dumps(meta))
             try:
-                publish(final, folder)
-            except OSError:
-                if (folder / "meta.json").exists():  # another process was faster
-                    return
-                remove(folder)
-                publish(final, folder)
+                final = stage / "final"
+                final.mkdir()
+                for array_name, array in zip(ARRAY_NAMES, arrays[:4], strict=True):
+                    np.save(final / f"{array_name}.npy", array)
+                counts = dict(train=len(dataset.train), test=len(dataset.test))
+                meta = dict(name=name, fingerprint=dataset.fingerprint, class_names=dataset.class_names, **counts)
+                (final / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+                _put(final, folder)
+            finally:
+                shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         raise UserError(f"the data set cache {folder} cannot be written ({error}): set BACKDOORLAB_CACHE to a folder with space") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _put(final: Path, folder: Path) -> None:
+    try:
+        publish(final, folder)
+    except OSError:
+        if (folder / "meta.json").exists():  # another process was faster
+            return
+        remove(folder)
+        publish(final, folder)
+
+
+def _ours(stage: Path) -> bool:
+    """Whether an unfinished folder is one that `_write_cache` makes: the cache may be a folder that others use, too."""
+    return STAGE.fullmatch(stage.name) is not None and {entry.name for entry in stage.iterdir()} <= {HOLDER, "final"}
 
 
 def _read_cache(folder: Path, name: str) -> Dataset:
@@ -492,7 +506,7 @@ def _read_cache(folder: Path, name: str) -> Dataset:
 
 def _read_meta(file: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(file.read_text())
+        meta = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return meta if isinstance(meta, dict) else {}

@@ -5,6 +5,7 @@ the disk and renamed; a folder likewise.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -20,10 +21,18 @@ from torch import Tensor
 from .errors import UserError
 from .loading import canonical, read_json, read_tensors, sealed, sha256, tensor_hash
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["read_json", "read_tensors", "sha256", "tensor_hash"]
 
 HOLDER = ".holder"
-"""The file in a locked folder that says who holds it."""
+"""The file in a locked folder in which older versions named its holder; a stage that they left may have one."""
+NOT_OURS = frozenset([errno.EAGAIN, errno.EACCES, errno.ENOENT, errno.ESTALE])
+"""What a lock file answers that another process holds, or has just removed, on this machine or over NFS."""
+WINDOWS = os.name == "nt"
 PATIENCE = 1.0
 """Seconds to wait for another process that only looks at a folder, or puts it in its place."""
 
@@ -80,7 +89,7 @@ def make_folder(folder: Path) -> None:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a locked folder beside the name of its holder."""
+    """What is in a locked folder."""
     return [entry for entry in folder.iterdir() if entry.name != HOLDER]
 
 
@@ -103,7 +112,7 @@ def replace_folder(stage: Path, target: Path) -> None:
     """
     _sync_tree(stage)
     aside, trash = _aside(target), target.with_name(f".{target.name}.trash")
-    descriptor = try_lock(target)  # the lock moves along with the folder and keeps `recover` in other processes away
+    descriptor = try_lock(target)  # keeps `recover` in other processes away
     try:
         os.rename(target, aside)
         try:
@@ -115,7 +124,7 @@ def replace_folder(stage: Path, target: Path) -> None:
         remove(trash)
         os.rename(aside, trash)  # from here on, nobody takes the half-deleted folder for one to put back
     finally:
-        unlock(descriptor)
+        release(target, descriptor)
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -123,7 +132,7 @@ def recover(target: Path) -> None:
     """Put back the folder that a killed `replace_folder` moved aside, or delete it where the new one is in place."""
     aside, deadline = _aside(target), time.monotonic() + PATIENCE
     while aside.is_dir():
-        descriptor = try_lock(aside)
+        descriptor = _lock_where_allowed(target)
         if descriptor is None and time.monotonic() < deadline:  # its writer is between two renames
             time.sleep(0.005)
             continue
@@ -136,7 +145,7 @@ def recover(target: Path) -> None:
         except FileNotFoundError:  # another process was faster
             pass
         finally:
-            unlock(descriptor)
+            release(target, descriptor)
         return
 
 
@@ -153,7 +162,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; a second one is told who does. The lock ends with the process, however it ends."""
     deadline = time.monotonic() + PATIENCE
     while True:
-        make_folder(folder)
+        make_folder(folder.parent)
         descriptor = try_lock(folder)
         if descriptor is not None:
             break
@@ -162,49 +171,67 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(f"{folder} is being written by {holder or 'another process'}: wait for it, or choose another name")
         time.sleep(0.005)  # whoever has only begun, or sweeps, says no name
     try:
-        (folder / HOLDER).write_text(f"{os.getpid()} {socket.gethostname()}")
+        make_folder(folder)  # not before: the last holder may just have been removing it
+        _sign(descriptor)
+        (folder / HOLDER).unlink(missing_ok=True)
         yield
     finally:
-        with contextlib.suppress(OSError):  # where nothing else came of it, nothing is left of it
-            (folder / HOLDER).unlink()
+        with contextlib.suppress(OSError):  # where nothing came of it, nothing is left of it
             folder.rmdir()
-        unlock(descriptor)
+        release(folder, descriptor)
 
 
 def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
-    """Delete the stages (*.partial) in a folder that nobody holds and that `stale` calls worthless, and emptied trash."""
-    for trash in folder.glob(".*.trash"):
-        shutil.rmtree(trash, ignore_errors=True)
+    """Delete the stages (*.partial) in a folder that nobody holds and that `stale` calls worthless; none where there are no locks."""
     for stage in folder.glob("*.partial"):
         if stage.is_symlink() or not stage.is_dir():
             continue
-        descriptor = try_lock(stage)
-        if descriptor is None:
+        descriptor = _lock_where_allowed(stage)
+        if descriptor is None or descriptor < 0:  # held, or nobody can tell
             continue
         try:
-            if stale(stage):
+            if stage.is_dir() and stale(stage):
                 shutil.rmtree(stage, ignore_errors=True)
         finally:
-            unlock(descriptor)
+            release(stage, descriptor)
+
+
+def tidy(folder: Path) -> None:
+    """Delete what killed writers left in a folder that holds nothing: folders half-deleted by `replace_folder`, and lock files."""
+    for trash in folder.glob(".*.trash"):
+        shutil.rmtree(trash, ignore_errors=True)
+    for lock in folder.glob(".*.held"):
+        held = folder / lock.name.removeprefix(".").removesuffix(".held")
+        release(held, _lock_where_allowed(held))
 
 
 def try_lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder while it is open; None where another process holds it or has just removed it."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: two runs of one name are then the user's to avoid
+    """A descriptor that holds the folder while it, or a copy that a child inherits, is open; None where another process holds the folder.
+
+    What is locked is a file, opened for writing: NFS tells other machines of no lock on a folder, and takes none on a file that is only
+    read. It lies beside the folder and not in it, as NFS deletes no folder in which a file is open.
+    """
+    if fcntl is None:  # two runs of one name are then the user's to avoid
         return -1
+    path = _lock_file(folder)
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except FileNotFoundError:
         return None
+    except PermissionError:
+        if path.exists():  # another user's
+            return None
+        raise
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A folder that its last holder removed can still be locked, but holds nothing.
-        if os.path.samestat(os.fstat(descriptor), folder.stat()):
+        # A file that its last holder removed can still be locked, but holds nothing.
+        if _is_in_place(descriptor, path) and not _held_by_older(folder):
+            os.ftruncate(descriptor, 0)  # a holder who was killed is still named in it
             return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            os.close(descriptor)
+            raise
     except BaseException:
         os.close(descriptor)
         raise
@@ -213,14 +240,64 @@ def try_lock(folder: Path) -> int | None:
 
 
 def unlock(descriptor: int | None) -> None:
+    """Give up this process's part in a lock; its file stays, for a child that may hold it still."""
     if descriptor is not None and descriptor >= 0:
         os.close(descriptor)
 
 
-def _holder(folder: Path) -> str:
-    """'process N on HOST' where the file in a locked folder names a process that may be alive, else ''."""
+def release(folder: Path, descriptor: int | None) -> None:
+    """End a lock that no child is to keep: its file is removed first, while no other can hold it."""
+    if descriptor is not None and descriptor >= 0:
+        with contextlib.suppress(OSError):
+            _lock_file(folder).unlink()
+    unlock(descriptor)
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.held")
+
+
+def _lock_where_allowed(folder: Path) -> int | None:
+    """`try_lock` for one who looks after what others left: where it may not lock, it leaves things alone."""
     try:
-        number, host = (folder / HOLDER).read_text().split()
+        return try_lock(folder)
+    except OSError:
+        return None
+
+
+def _is_in_place(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one of that name. It is opened again, since NFS answers `stat` from memory."""
+    with open(path, "rb") as again:
+        return os.path.samestat(os.fstat(descriptor), os.fstat(again.fileno()))
+
+
+def _held_by_older(folder: Path) -> bool:
+    """Whether a process of an older version, which locks the folder itself, is at work in it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _sign(descriptor: int) -> None:
+    """Write the holder's name where others look for it."""
+    if descriptor >= 0:
+        os.write(descriptor, f"{os.getpid()} {socket.gethostname()}".encode())
+        os.fsync(descriptor)
+
+
+def _holder(folder: Path) -> str:
+    """'process N on HOST' where the lock of a folder names a process that may be alive, else ''."""
+    try:
+        said = [path.read_text(encoding="utf-8") for path in (_lock_file(folder), folder / HOLDER) if path.exists()]
+        number, host = next(filter(None, said), "").split()
         if host == socket.gethostname():
             os.kill(int(number), 0)
     except PermissionError:  # alive, and another user's
@@ -262,12 +339,14 @@ def _aside(target: Path) -> Path:
 def _sync_tree(folder: Path) -> None:
     for inner, _, names in os.walk(folder):
         for name in names:
-            with open(Path(inner) / name, "rb") as stream:
+            with open(Path(inner) / name, "r+b" if WINDOWS else "rb") as stream:  # Windows flushes only what is open for writing
                 os.fsync(stream.fileno())
         _sync_folder(Path(inner))
 
 
 def _sync_folder(folder: Path) -> None:
+    if WINDOWS:  # where a folder cannot be opened
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

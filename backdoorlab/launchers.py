@@ -175,7 +175,7 @@ def run_there(task: Task, deaf_to: Sequence[int] = ()) -> int:
 def last_words(folder: Path) -> str:
     """Why the last command in a folder's log failed: its `error:` line, else the last line that it wrote."""
     try:
-        lines = (folder / LOG).read_text(errors="replace").rsplit("\n$ ", 1)[-1].splitlines()[1:]
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").rsplit("\n$ ", 1)[-1].splitlines()[1:]
     except OSError:
         return ""
     said = [line.strip() for line in lines if line.strip()]

@@ -144,7 +144,7 @@ def page(
     cells: Sequence[Cell], overall: Sequence[Chart], by_record: Mapping[str, Sequence[Chart]], plotly: str, damaged: Sequence[Damaged] = ()
 ) -> str:
     """The whole page as text."""
-    template, style, script = (registry.resource("page").joinpath(name).read_text() for name in ("page.html", "page.css", "page.js"))
+    template, style, script = (registry.resource("page").joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
     style = style.replace("{{colours}}", _colours())
     panels = {chart.name: _json(chart) for chart in overall}
     panels |= {_key(name, chart): _json(chart) for name, own in by_record.items() for chart in own}

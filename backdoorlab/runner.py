@@ -32,6 +32,8 @@ CHANCE, CHANCE_OF_TWO = 1.5, 0.6
 """A clean accuracy below the first over the number of classes is that of guessing; of two classes, below the second."""
 WEAK_SNAPSHOT = 0.5
 """An ASR of ordinary training on the stored set below which a joint attack's record says so."""
+CONTINUED = ("checkpoint-*.safetensors", "once-*.safetensors")
+"""The files of an unfinished run that it goes on from."""
 FAINT = 0.001
 """Share of changed values in triggered images below which a record says so."""
 
@@ -448,9 +450,13 @@ def _record(config: DefenseConfig) -> Record:
 
 @contextmanager
 def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
-    """The unfinished folder of a run beside its target: locked, and continued only by the same settings."""
+    """The unfinished folder of a run beside its target: locked, and continued only by the same settings.
+
+    A run that overwrites is continued by the same command only, while what it is to replace is what it was when the run began.
+    """
     config = job.config
     refuse_existing(target, done, config.overwrite)
+    files.tidy(target.parent)
     files.sweep(target.parent, partial(_worthless, done=done))
     path = target.with_name(f"{target.name}.partial")
     with files.locked(path):
@@ -460,8 +466,11 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
         settings = {"method": job.method.name, "config": config.science()}
         made = {"code": code_version(job.method.path), "precision": engine.resolved(engine.choose_device(config.device), config.precision)}
         marker = path / "run.json"
-        if marker.exists() and _begun(path) and not config.overwrite:
+        replaces = {"replaces": _checksum(target / done)} if config.overwrite else {}
+        wanted = {**settings, **replaces, "code": made["code"]}
+        if marker.exists() and _begun(path) and (not config.overwrite or _was_begun_by(path, wanted)):
             begun = files.read_json(marker)
+            begun.pop("replaces", None)
             before = {"code": begun.pop("code", "?"), "precision": begun.pop("precision", UNKNOWN)}
             _check_same(path, begun, settings)
             made = {key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}" for key, old in before.items()}
@@ -471,7 +480,7 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
                 raise UserError(f"{path} is in the way and not ours (no run.json in it): move it, or choose another name")
             for entry in entries:
                 files.remove(entry)
-        files.write_json(marker, {**settings, **made})
+        files.write_json(marker, {**settings, **made, **replaces})
         try:
             yield path
         except BaseException:
@@ -488,14 +497,41 @@ def _made_with(stage: Path) -> dict[str, str]:
 
 def _begun(path: Path) -> bool:
     """Whether an unfinished run has anything worth continuing."""
-    return any(path.glob("checkpoint-*.safetensors")) or any(path.glob("once-*.safetensors"))
+    return any(any(path.glob(pattern)) for pattern in CONTINUED)
 
 
 def _worthless(stage: Path, done: str) -> bool:
     """Whether a stage that nobody holds is ours and will never be continued: it holds no checkpoint, or its run is finished."""
     names = {entry.name for entry in stage.iterdir()}
     ours = "run.json" in names or names <= {files.HOLDER}
-    return ours and (not _begun(stage) or (stage.with_name(stage.name.removesuffix(".partial")) / done).exists())
+    finished = stage.with_name(stage.name.removesuffix(".partial")) / done
+    return ours and (not _begun(stage) or (finished.exists() and not _is_to_replace(stage, finished)))
+
+
+def _is_to_replace(stage: Path, finished: Path) -> bool:
+    """Whether the unfinished run was begun with --overwrite True over this very result."""
+    try:
+        return files.read_json(stage / "run.json").get("replaces") == _checksum(finished)
+    except (UserError, OSError):
+        return False
+
+
+def _was_begun_by(path: Path, wanted: dict[str, Any]) -> bool:
+    """Whether an unfinished run was begun with all that is wanted, and can be read: --overwrite True starts again what cannot."""
+    try:
+        if not wanted.items() <= files.read_json(path / "run.json").items():
+            return False
+        for pattern in CONTINUED:
+            for saved in path.glob(pattern):
+                files.read_tensors(saved)
+    except UserError:
+        return False
+    return True
+
+
+def _checksum(finished: Path) -> str | None:
+    """SHA-256 of the file that says a run is done; None where there is none."""
+    return files.sha256(finished) if finished.exists() else None
 
 
 def _check_same(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:

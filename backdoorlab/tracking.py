@@ -169,7 +169,7 @@ def _identity(stage: Path) -> str:
     path = stage / "track.json"
     if not path.exists():
         files.write_json(path, {"identity": uuid.uuid4().hex})
-    return str(json.loads(path.read_text())["identity"])
+    return str(json.loads(path.read_text(encoding="utf-8"))["identity"])
 
 
 def _is_number(value: Any) -> bool:

@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import socket
+import stat
 import sys
 import tempfile
 import time
@@ -138,7 +140,8 @@ def test_kills_lose_nothing_and_change_nothing(kills: int, small: Record, small_
             both_code = ended(forked(lambda: both(name), quick_path / "said"))  # noqa: B023
             assert both_code == FINISHED, (quick_path / "said").read_text()
         assert not half_written(root, name, whole) and (root / name / "defense" / "ft" / "seed0" / "result.json").exists()
-        assert [path.name for path in root.iterdir() if path.name.startswith((name + ".", "."))] == [], "no stage is left"
+        litter = [path.name for path in root.iterdir() if path.name.startswith((name + ".", "."))]
+        assert [entry for entry in litter if not entry.endswith(".held")] == [], "no stage is left; a kill may leave a lock file, which holds nothing"
         begun = trace.read_text().splitlines() if trace.exists() else []
         assert sorted(set(begun)) == sorted({f"train {k}" for k in range(3)} | {f"finetune {k}" for k in range(2)})
         redone += len(begun) - epochs
@@ -376,7 +379,7 @@ def test_stale_stages_are_swept_and_others_kept(small: Record, tmp_path: Path) -
     with files.locked(tmp_path / "held.partial"):
         argv = ["--save_folder_name", "other", "--record_root", str(tmp_path)]
         with runner._stage(tmp_path / "other", "record.json", runner.attack_job(registry.load("attack", "none"), argv, "test")):
-            left = {path.name for path in tmp_path.iterdir()}
+            left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == {"r", "begun.partial", "held.partial", "foreign.partial", "other.partial"}
 
 
@@ -412,17 +415,85 @@ def test_of_two_writers_one_wins_and_the_other_says_who(races: int, small: Recor
     assert named > races // 10, "they did meet"
 
 
-def test_a_lock_on_a_folder_that_its_holder_removed_is_none(tmp_path: Path) -> None:
-    """The second writer opened the stage before the first removed it: what it then locks is nothing that a third would see."""
+def test_a_lock_file_that_its_holder_removed_is_none(tmp_path: Path) -> None:
+    """The second writer opened the file before the first removed it: what it then locks is nothing that a third would see."""
+    fcntl = pytest.importorskip("fcntl")
+    stage, lock = tmp_path / "x.partial", tmp_path / ".x.partial.held"
+    real = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        lock.unlink()
+        fcntl.flock = real
+        real(descriptor, operation)
+
+    fcntl.flock = late
+    try:
+        assert files.try_lock(stage) is None
+    finally:
+        fcntl.flock = real
+    early = files.try_lock(stage)
+    assert early is not None and files.try_lock(stage) is None
+    lock.unlink()
+    with files.locked(stage), pytest.raises(UserError, match="being written by process"), files.locked(stage):
+        pass
+    files.unlock(early)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_holds_where_a_folders_is_known_on_one_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where each machine has its own locks on folders, and a file is locked for writing only if it is open for writing."""
+    fcntl = pytest.importorskip("fcntl")
+    real = fcntl.flock
+
+    def nfs(descriptor: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            return
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "not open for writing")
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    stage = tmp_path / "x.partial"
+    with files.locked(stage):
+        (stage / "part").write_text("half")
+        open_in_it = [path for path in Path("/proc/self/fd").glob("*") if str(stage) + "/" in os.path.realpath(path)]
+        assert not open_in_it, "NFS deletes no folder in which a file is open"
+        files.sweep(tmp_path, lambda _stage: True)
+        files.tidy(tmp_path)
+        assert (stage / "part").exists(), "another machine's sweep leaves it"
+        with pytest.raises(UserError, match="being written by process"), files.locked(stage):
+            pass
+    files.sweep(tmp_path, lambda _stage: True)
+    assert not list(tmp_path.iterdir()), "with control: what nobody holds is swept, its lock file too"
+
+
+def test_a_stage_in_which_an_older_version_works_is_held(tmp_path: Path) -> None:
+    """Older versions locked the folder itself; with control: once they have ended, it goes on or is swept."""
     fcntl = pytest.importorskip("fcntl")
     stage = tmp_path / "x.partial"
     stage.mkdir()
-    early = os.open(stage, os.O_RDONLY)
-    shutil.rmtree(stage)
-    fcntl.flock(early, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with files.locked(stage), pytest.raises(UserError, match="being written by process"), files.locked(stage):
+    (stage / files.HOLDER).write_text(f"{os.getpid()} {socket.gethostname()}")
+    old = os.open(stage, os.O_RDONLY)
+    fcntl.flock(old, fcntl.LOCK_EX)
+    files.sweep(tmp_path, lambda _stage: True)
+    with pytest.raises(UserError, match=f"being written by process {os.getpid()} on "), files.locked(stage):
         pass
-    os.close(early)
+    assert stage.is_dir()
+    os.close(old)
+    with files.locked(stage):
+        assert files.try_lock(stage) is None and not list(stage.iterdir())
+    stage.mkdir()
+    files.sweep(tmp_path, lambda _stage: True)
+    files.tidy(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lock_files_that_a_kill_leaves_are_tidied(tmp_path: Path) -> None:
+    for name in ("dead", "alive"):
+        (tmp_path / f".{name}.partial.held").write_text("1 elsewhere")
+    with files.locked(tmp_path / "alive.partial"):
+        files.tidy(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {"alive.partial", ".alive.partial.held"}
 
 
 # --- F8, F11: numbers --------------------------------------------------------------------------------------------

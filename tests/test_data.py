@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorlab import datasets
+from backdoorlab import datasets, files
 from backdoorlab.data import Augment, Dataset, Split, batches, channel_statistics, fingerprint, mapped, place, to_bytes, to_float, trusted_index
 from backdoorlab.errors import UserError
 
@@ -641,6 +642,42 @@ def test_two_that_fill_an_empty_cache_at_once_both_go_on(tmp_path: Path, monkeyp
     monkeypatch.setattr(datasets, "publish", partial(beaten, ignored=("meta.json",)))
     assert datasets.load("pets", str(tmp_path / "data")).fingerprint == dataset.fingerprint
     assert [entry.name for entry in cache.iterdir()] == [folder.name] and not (folder / "whose").exists()
+
+
+def test_the_cache_sweeps_its_own_stages_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder may be one that other tools keep unfinished work in; with control: what a killed reader left is deleted."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("BACKDOORLAB_CACHE", str(cache))
+    foreign = ["download.partial", "run-0123456789abcdef.partial", "run-0123456789abcdef.old.partial", "pets-0123456789abcdef.17.partial", ".x.trash"]
+    for name in foreign:
+        (cache / name).mkdir(parents=True)
+        (cache / name / "thesis.tex").write_text("years of work")
+    left, held = cache / "pets-fedcba9876543210.4242.partial", cache / "pets-fedcba9876543210.4343.partial"
+    for stage in (left, held):
+        (stage / "final").mkdir(parents=True)
+        (stage / "final" / "train_images.npy").write_bytes(b"half")
+    with files.locked(held):
+        datasets.load("pets", str(image_folder(tmp_path / "data")))
+    assert not left.exists() and (held / "final").is_dir()
+    assert all((cache / name / "thesis.tex").exists() for name in foreign)
+
+
+def test_a_stage_of_the_cache_that_another_holds_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines that share a cache may have processes of one number."""
+    monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "cache"))
+    source = str(image_folder(tmp_path / "data"))
+    datasets.load("pets", source)
+    (folder,) = (tmp_path / "cache").iterdir()
+    shutil.rmtree(folder)
+    stage = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    with files.locked(stage):
+        (stage / "final").mkdir()
+        with pytest.raises(UserError, match="is being written by process"):
+            datasets.load("pets", source)
+        assert (stage / "final").is_dir()
+        shutil.rmtree(stage / "final")
+    datasets.load("pets", source)
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
 
 
 @pytest.mark.parametrize("file", ["train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy"])

@@ -1,11 +1,14 @@
 """All of a file or nothing, and every damage noticed."""
 
+import ast
+import errno
 import json
 import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -236,6 +239,59 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     with files.locked(tmp_path / "run"):
         pass
     assert other_process() == "held", "the lock ends with its block"
+
+
+def test_what_windows_refuses_is_not_asked_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opens no folder, flushes no file that is only read, and has no flock; with control: with these refusals, we would fail elsewhere."""
+    fcntl = pytest.importorskip("fcntl")
+    real_open, real_sync = os.open, os.fsync
+
+    def no_folder(path: Any, *args: Any, **kwargs: Any) -> int:
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "a folder", str(path))
+        return real_open(path, *args, **kwargs)
+
+    def written_only(descriptor: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "not open for writing")
+        real_sync(descriptor)
+
+    def work(root: Path) -> None:
+        (root / "live.partial").mkdir(parents=True)
+        stage = root / "x.partial"
+        with files.locked(stage):
+            files.make_folder(stage / "final")
+            files.write_json(stage / "final" / "a.json", {})
+            files.put(stage / "final", root / "x")
+        files.sweep(root, lambda _stage: True)
+
+    work(tmp_path / "here")
+    assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["x"]
+    monkeypatch.setattr(os, "open", no_folder)
+    monkeypatch.setattr(os, "fsync", written_only)
+    with pytest.raises(PermissionError):
+        work(tmp_path / "refused")
+    monkeypatch.setattr(files, "WINDOWS", True)
+    with pytest.raises(OSError, match="not open for writing"), open(tmp_path / "here" / "x" / "a.json", "rb") as stream:
+        os.fsync(stream.fileno())
+    monkeypatch.setattr(files, "fcntl", None)
+    (tmp_path / "there").mkdir()
+    work(tmp_path / "there")
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["live.partial", "x"], "nobody can tell whether it is held"
+
+
+def unsaid(source: str) -> list[str]:
+    """Calls that read or write text in the encoding of whoever runs them."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    texts = [call for call in calls if call.func.attr in ("read_text", "write_text")]  # type: ignore[attr-defined]
+    return [ast.unparse(call) for call in texts if "encoding" not in {keyword.arg for keyword in call.keywords}]
+
+
+def test_text_is_utf8_whoever_runs_us() -> None:
+    assert unsaid("path.read_text()\npath.write_text('x', encoding='utf-8')") == ["path.read_text()"], "it would be found"
+    sources = [path for folder in ("backdoorlab", "attack", "defense") for path in sorted((helpers.CHECKOUT / folder).rglob("*.py"))]
+    assert len(sources) > 50
+    assert {path.name: found for path in sources if (found := unsaid(path.read_text(encoding="utf-8")))} == {}
 
 
 def test_remove_takes_files_folders_and_nothing(tmp_path: Path) -> None:

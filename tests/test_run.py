@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,107 @@ def test_overwrite_starts_an_unfinished_run_again(tmp_path: Path, monkeypatch: p
     unfinished(root, monkeypatch)
     record = helpers.attack("badnet", "r", root, *helpers.TINY, "--lr", "0.05", "--overwrite", "True")
     assert record.info["config"]["lr"] == 0.05 and not (root / "r.partial").exists()
+
+
+TWO = (*helpers.TINY, "--epochs", "2", "--seed", "5", "--overwrite", "True")
+
+
+def stopped_replacement(root: Path, tiny: Record, monkeypatch: pytest.MonkeyPatch) -> Record:
+    """A finished record, and an unfinished run that is to replace it, stopped in its second epoch."""
+    record = helpers.copy(tiny, root)
+    stop_in_the_second_epoch(monkeypatch, lambda: helpers.attack("badnet", "tiny", root, *TWO))
+    assert (root / "tiny.partial" / "checkpoint-train.safetensors").exists()
+    return record
+
+
+def stop_in_the_second_epoch(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> None:
+    real = Run.epochs
+
+    def epochs(self: Run, stage: str, total: int, **state: Any) -> Iterator[int]:
+        for epoch in real(self, stage, total, **state):
+            if epoch == 1:
+                raise Stop
+            yield epoch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "epochs", epochs)
+        with pytest.raises(Stop):
+            work()
+
+
+def test_a_stopped_replacement_continues_and_until_then_loses_nothing(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "record"
+    whole = helpers.attack("badnet", "whole", tmp_path / "elsewhere", *TWO)
+    old = weights(stopped_replacement(root, tiny, monkeypatch).folder)
+    helpers.attack("none", "other", root, *helpers.TINY)
+    assert (root / "tiny.partial" / "checkpoint-train.safetensors").exists(), "a run beside it does not sweep it"
+    assert all(torch.equal(old[name], value) for name, value in weights(root / "tiny").items()), "the old record is in place"
+    with pytest.raises(UserError, match="exists and is finished"):
+        helpers.attack("badnet", "tiny", root, *TWO[:-2])
+    begun = epochs_of(monkeypatch, lambda: helpers.attack("badnet", "tiny", root, *TWO))
+    assert begun == [1], "the first epoch is not done again"
+    assert same(whole.folder, root / "tiny") and not (root / "tiny.partial").exists()
+    begun = epochs_of(monkeypatch, lambda: helpers.attack("badnet", "tiny", root, *TWO))
+    assert begun == [0, 1], "with control: a finished one is made anew"
+
+
+def test_a_stopped_replacement_of_a_result_continues(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, flags = helpers.copy(tiny, tmp_path), ("--epochs", "2", "--precision", "fp32", "--score_every", "0", "--overwrite", "True")
+    first = epochs_of(monkeypatch, lambda: helpers.defend("ft", record, *flags))
+    stop_in_the_second_epoch(monkeypatch, lambda: helpers.defend("ft", record, *flags))
+    helpers.defend("ft", record, *flags, "--run_name", "beside")
+    assert first == [0, 1] and epochs_of(monkeypatch, lambda: helpers.defend("ft", record, *flags)) == [1]
+
+
+@pytest.mark.parametrize("change", ["settings", "result", "code", "checkpoint", "marker", "no flag"])
+def test_another_replacement_starts_again(change: str, tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings, what is replaced, and the code must be the same, and what was saved must be whole."""
+    root = tmp_path / "record"
+    flags: tuple[str, ...] = TWO
+    stopped_replacement(root, tiny, monkeypatch)
+    stage = root / "tiny.partial"
+    if change == "settings":
+        flags = (*TWO, "--lr", "0.05")
+    elif change == "result":
+        os.rename(root / "tiny", root / "moved")
+        helpers.attack("badnet", "elsewhere", root, *helpers.TINY, "--seed", "7")
+        os.rename(root / "elsewhere", root / "tiny")
+    elif change == "code":
+        monkeypatch.setattr(runner, "code_version", lambda _file: "another")
+    elif change == "checkpoint":
+        path = stage / "checkpoint-train.safetensors"
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        begun = files.read_json(stage / "run.json")
+        del begun["replaces"]
+        (stage / "run.json").write_text("{" if change == "marker" else json.dumps(begun))
+    assert epochs_of(monkeypatch, lambda: helpers.attack("badnet", "tiny", root, *flags)) == [0, 1]
+    assert not stage.exists()
+
+
+def test_what_replaced_the_same_result_first_lets_the_stage_be_swept(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "record"
+    stopped_replacement(root, tiny, monkeypatch)
+    shutil.copytree(root / "tiny.partial", tmp_path / "kept")
+    helpers.attack("badnet", "tiny", root, *TWO)
+    shutil.copytree(tmp_path / "kept", root / "tiny.partial")
+    helpers.attack("none", "other", root, *helpers.TINY)
+    assert not (root / "tiny.partial").exists()
+
+
+def epochs_of(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> list[int]:
+    """The epochs that a run begins."""
+    begun, real = [], Run.epochs
+
+    def epochs(self: Run, stage: str, total: int, **state: Any) -> Iterator[int]:
+        for epoch in real(self, stage, total, **state):
+            begun.append(epoch)
+            yield epoch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "epochs", epochs)
+        work()
+    return begun
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
