@@ -361,7 +361,7 @@ def _from_bytes(data: bytes, path: Path, image_size: int | None, grey: bool | No
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _from_pil(image, image_size, grey)
-    except (OSError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: a cell of its image column is not a readable image ({error})") from error
 
 
@@ -371,7 +371,7 @@ def _from_file(file: Path, image_size: int | None, grey: bool | None) -> np.ndar
     try:
         with Image.open(file) as image:
             return _from_pil(image, image_size, grey)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a readable image ({error})") from error
 
 
@@ -379,12 +379,28 @@ def _from_pil(image: Any, image_size: int | None, grey: bool | None) -> np.ndarr
     from PIL import Image
 
     if grey is None:
-        grey = image.mode in ("1", "L", "I;16")
-    image = image.convert("L" if grey else "RGB")
+        grey = image.mode in ("1", "L") or image.mode.startswith("I;16")
+    image = _eight_bits(image).convert("L" if grey else "RGB")
     if image_size is not None and image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _eight_bits(image: Any) -> Any:
+    """An image of at most 8 bits a channel, for `convert` clips what is above 255 and so would turn deep images white."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        # The upper byte: each of the 256 greys stands for 256 values, and 8 bits that were widened, by 256 or by 257, come back as they were.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):  # such a format does not say what is white, so there is nothing to scale by
+        low, high = image.getextrema()
+        if not 0 <= low <= high <= 255:
+            raise ValueError(
+                f"expected values in 0..255, found {low:g}..{high:g} in its {'32-bit' if image.mode == 'I' else 'float'} values: save it with 8 bits"
+            )
+    return image
 
 
 def _class_names(path: Path, count: int) -> tuple[str, ...]:

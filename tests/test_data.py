@@ -576,6 +576,48 @@ def test_unreadable_data_is_one_line(tmp_path: Path, make: Callable[[Path], Path
         datasets.load("mine", str(make(tmp_path / "data")))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_deep_grey_images_are_scaled_and_not_clipped(tmp_path: Path, mode: str) -> None:
+    """A reader that clips makes nearly all of these white."""
+    shallow = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for name, factor in (("widened", 257), ("shifted", 256)):
+        deep = (shallow.astype(np.uint16) * factor).astype(">u2" if mode == "I;16B" else "<u2")
+        data = encoded(Image.frombytes(mode, (16, 16), deep.tobytes()), "TIFF")
+        assert Image.open(io.BytesIO(data)).mode == mode
+        assert np.array_equal(datasets._from_bytes(data, tmp_path / name, None, None), shallow[None])
+        assert datasets._from_bytes(data, tmp_path / name, 8, False).shape == (3, 8, 8)
+    wanted = datasets._from_bytes(encoded(Image.fromarray(shallow)), tmp_path, None, None)
+    assert np.array_equal(wanted, shallow[None]), "a control: 8 bits are left as they are"
+
+
+def test_a_folder_of_16_bit_pngs_is_that_of_8_bits(tmp_path: Path) -> None:
+    found = []
+    for name, dtype, factor in (("shallow", np.uint8, 1), ("deep", np.uint16, 257)):
+        for split in ("train", "test"):
+            for label in ("cat", "dog"):
+                place = tmp_path / name / split / label
+                place.mkdir(parents=True)
+                rng = np.random.default_rng(len(label + split))
+                Image.fromarray((rng.integers(0, 256, (8, 8)) * factor).astype(dtype)).save(place / "0.png")
+        found.append(datasets.load("pets", str(tmp_path / name)))
+    assert found[0].image_shape == (1, 8, 8) and found[0].fingerprint == found[1].fingerprint
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize(("value", "refused"), [(1000, True), (-1, True), (255, False)])
+def test_values_that_nothing_says_how_to_scale_are_refused(tmp_path: Path, dtype: type, value: int, refused: bool) -> None:
+    pixels: np.ndarray = np.full((8, 8), 7, dtype)
+    pixels[0, 0] = value
+    file = tmp_path / "0.png"  # what it is, the content says
+    file.write_bytes(encoded(Image.fromarray(pixels), "TIFF"))
+    for read in (lambda: datasets._from_file(file, None, True), lambda: datasets._from_bytes(file.read_bytes(), file, None, True)):
+        if refused:
+            with pytest.raises(UserError, match=rf"{file}: .*expected values in 0\.\.255, found (7|-1)\.\.(7|1000) .*save it with 8 bits"):
+                read()
+        else:
+            assert np.array_equal(read()[0], pixels.astype(np.uint8)), "a control: what fits is read"
+
+
 def test_resizing_makes_one_shape_of_many(tmp_path: Path) -> None:
     assert datasets.load("mine", str(_other_shapes(tmp_path / "data")), image_size=12).image_shape == (3, 12, 12)
 
