@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -28,6 +29,7 @@ import torch
 from .data import Dataset, Split, fingerprint, mapped
 from .errors import UserError, suggest
 from .files import locked, publish, remove, sweep
+from .schema import is_plain
 
 DEFAULT = "digits"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
@@ -47,6 +49,8 @@ def load(name: str, path: str | None = None, *, image_size: int | None = None, g
     image_size: side in pixels that every image is resized to (bilinear); None keeps the size found.
     grey: one channel (True) or three (False); None keeps what the first image has.
     """
+    if not is_plain(name):  # a record could be made of it, and not be read
+        raise UserError(f"--dataset {name!r}: expected a name of at most 200 letters and no path: without a slash, say {_plain_name(name)!r}")
     if path is not None and not Path(path).is_dir():
         raise UserError(f"--dataset_path {path}: no such folder. Give a folder with parquet shards or with train/<class>/*.png")
     if path is None and name not in names():
@@ -238,6 +242,12 @@ def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
     if not train or not test:
         raise UserError(f"--dataset_path {path}: expected shards named train*.parquet and test*.parquet, found {_listing(path)}")
     parts = [_shards(files, path, image_size, grey) for files in (train, test)]
+    strange = sorted(set(parts[1][1].tolist()) - set(parts[0][1].tolist()))
+    if strange:
+        raise UserError(
+            f"{test[0]}: label {strange[0]} is on no training image, and only those say what the classes are ({len(strange)} such):"
+            " pass a folder whose training shards have every class, all of them"
+        )
     return *parts[0], *parts[1], _class_names(path, int(parts[0][1].max()) + 1)
 
 
@@ -512,6 +522,11 @@ def _read_meta(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return meta if isinstance(meta, dict) else {}
+
+
+def _plain_name(name: str) -> str:
+    """One that may be used in place of a name that may not: ylecun/mnist is mnist, as whoever gives the hub's name would expect."""
+    return next((part for part in reversed(re.split(r"[/\\]", name)) if is_plain(part)), "mine")
 
 
 def _safe(name: str) -> str:

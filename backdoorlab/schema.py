@@ -37,7 +37,7 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         "num_classes": is_count(info["num_classes"]) and info["num_classes"] >= 1,
         "seed": is_count(info["seed"]),
         "seconds": _is_number(info.get("seconds")),
-        "dataset name": _is_plain(dataset["name"]),
+        "dataset name": is_plain(dataset["name"]),
         "dataset fingerprint": bool(re.fullmatch("[0-9a-f]{64}", str(dataset["fingerprint"]))),
         "dataset image_shape": isinstance(shape, list) and len(shape) == 3 and all(is_count(n) and 1 <= n <= LARGEST_SIDE for n in shape),
         "dataset image_size": dataset["image_size"] is None or (is_count(dataset["image_size"]) and 1 <= dataset["image_size"] <= LARGEST_SIDE),
@@ -196,7 +196,7 @@ def _is_word(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 200 and bool(WORD.fullmatch(value))
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """A name that can be printed and that is no path."""
     return (
         isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable() and not any(c in value for c in "/\\") and value not in (".", "..")

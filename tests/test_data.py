@@ -632,6 +632,28 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
         datasets.load("mine", "/no/such/folder")
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"), [("ylecun/mnist", "mnist"), ("a\\b", "b"), ("..", "mine"), ("/", "mine"), ("x" * 201, "mine"), ("a\n", "mine")]
+)
+def test_a_name_that_no_record_may_hold_is_refused_before_anything_is_read(tmp_path: Path, name: str, instead: str) -> None:
+    """It would be refused by the record's own reader, after the training."""
+    root = str(image_folder(tmp_path / "data"))
+    with pytest.raises(UserError, match=rf"expected a name .* say '{instead}'$"):
+        datasets.load(name, root)
+    assert datasets.load(instead, root).name == instead, "a control: what is said in its place is taken"
+
+
+def test_a_test_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
+    root = shards(tmp_path / "data")
+    image = [{"bytes": encoded(picture(1)), "path": None}]
+    file = root / "test-00000-of-00001.parquet"
+    pq.write_table(pa.table({"img": image * 2, "label": [1, 3]}), file)
+    with pytest.raises(UserError, match=rf"{file}: label 3 is on no training image"):
+        datasets.load("hub", str(root))
+    pq.write_table(pa.table({"img": image * 2, "label": [1, 1]}), file)
+    assert datasets.load("hub", str(root)).num_classes == 3, "a control: a test set may lack a class"
+
+
 def test_missing_data_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise OSError("no network")
