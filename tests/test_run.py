@@ -291,6 +291,17 @@ def test_once_computes_once_and_restores_the_random_state(tmp_path: Path) -> Non
     assert not torch.equal(run.once("other", compute)["x"], first["x"]) and len(calls) == 2
 
 
+@pytest.mark.parametrize("name", ["my sheet", "", "a/b", ".hidden", "../x", "x" * 101, "sheet\n"])
+def test_a_picture_whose_name_a_result_may_not_hold_is_refused_when_it_is_given(tmp_path: Path, name: str) -> None:
+    run = new_run(tmp_path)
+    images = [torch.zeros(1, 1, 2, 2, dtype=torch.uint8)]
+    with pytest.raises(UserError, match=re.escape(f"run.picture({name!r}): a picture's name is of at most 100 letters")):
+        run.picture(name, images)
+    assert not run.pictures
+    run.picture("my_sheet-1.2", images)
+    assert list(run.pictures) == ["my_sheet-1.2"], "a control"
+
+
 def test_a_stage_of_another_length_is_refused(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     assert list(new_run(tmp_path).epochs("s", 2, model=model)) == [0, 1]
