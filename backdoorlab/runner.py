@@ -141,6 +141,7 @@ def run_attack(job: Job) -> Record:
         save_preview(final / "preview.png", dataset.test, outcome.test_poison)
         run.save_history(final)
         record.write(final, info, outcome.model, outcome.train_poison, outcome.test_poison)
+        record.refuse_unreadable(final, record.read_folder)
         _publish(final, target)
         tracker.final(after=scores.summary(), cost={key: costs[key] for key in ("seconds", "peak_memory_bytes")})
     return Record.load(config.save_folder_name, root)
@@ -362,6 +363,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             **_made_with(stage),
         }
         files.write_sealed(final / "result.json", {**result, "files": files.manifest(final)})
+        record.refuse_unreadable(final, record.read_result)
         _publish(final, target)
         tracker.final(
             before=result["before"],

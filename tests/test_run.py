@@ -217,6 +217,29 @@ def test_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
 
 
+def test_what_its_own_reader_refuses_is_not_published_and_its_training_is_kept(
+    small: Record, small_flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One such record made `table` and `report` fail for all records."""
+    root = tmp_path / "record"
+    record = helpers.copy(small, root)
+    defenses = record.folder / "defense" / "ft"
+    for make, target, file in (
+        (lambda: helpers.attack("badnet", "x", root, *small_flags), root / "x", "record.json"),
+        (lambda: helpers.defend("ft", record, *helpers.short_flags("ft")), defenses / "seed0", "result.json"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(runner, "environment", lambda device: {"device": 3})
+            with pytest.raises(
+                UserError, match=rf"^not published, for it could not be read back: .*{file}: .*nothing usable on device.* run the same"
+            ):
+                make()
+        stage = target.with_name(f"{target.name}.partial")
+        assert not target.exists() and any(stage.glob("checkpoint-*")), "what took the time is there"
+        make()
+        assert (target / file).is_file() and not stage.exists(), "a control: the same command goes on, and is done"
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "record"
     argv = ["--save_folder_name", "r", "--record_root", str(root), *helpers.TINY, "--lr", "1e30"]
