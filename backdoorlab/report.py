@@ -412,7 +412,9 @@ def _article(cells: Sequence[Cell], own: Sequence[Chart]) -> str:
     record, row = cells[0].record, cells[0].row
     info = record.info
     classes, target = info["dataset"].get("class_names") or [], info.get("target")
-    poisoned = f"{info['poisoned']:,} of {row.train_size:,} training images" if record.known_poison and "poisoned" in info else "nobody knows"
+    poisoned = (
+        f"{info['poisoned']:,} of {row.train_size:,} training images" if record.known_poison and info.get("poisoned") is not None else "nobody knows"
+    )
     meaning = {"unknown": "unknown: a stranger's model or data", "none": "none: trained on clean data, the control"}
     target_name = f", {classes[target]}" if target is not None and target < len(classes) and classes[target] != str(target) else ""
     facts = {

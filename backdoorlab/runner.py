@@ -432,7 +432,8 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
     record.load_weights(model, target / "model.safetensors", result["files"], found.model_shapes())
     autocast = partial(engine.autocast, device, config.precision)
     after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, autocast)(model.to(device)).summary()
-    return {**result, "after": after, "der": der(result["before"], after)}
+    before = result.get("before", found.info["scores"])
+    return {**result, "before": before, "after": after, "der": der(before, after)}
 
 
 # --- folders -----------------------------------------------------------------------------------------------------
