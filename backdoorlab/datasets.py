@@ -29,12 +29,16 @@ import torch
 from .data import Dataset, Split, fingerprint, mapped
 from .errors import UserError, suggest
 from .files import locked, publish, remove, sweep
+from .loading import is_count
 from .schema import is_plain
 
 DEFAULT = "digits"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 READER_VERSION = 3
 """Part of every cache key: raise it when what is read changes, or decoding or resizing changes a pixel."""
+
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError)
+"""What Pillow raises for a file that is no image, or not a whole one, or one that claims too much; its own bomb is none of these."""
 
 LARGE = 2**30
 """Bytes of decoded images beyond which they go to a file and not to memory."""
@@ -360,8 +364,9 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
 
 def _labels(labels: Any, path: Path) -> np.ndarray:
     """int64 (N,), none missing or negative."""
-    if any(label is None or label < 0 for label in labels):
-        raise UserError(f"{path}: labels must be numbers from 0 on, found {next(x for x in labels if x is None or x < 0)}")
+    wrong = next((label for label in labels if not is_count(label)), 0)
+    if not is_count(wrong):
+        raise UserError(f"{path}: labels must be whole numbers from 0 on, found {str(wrong)[:60]!r}: write the classes as their numbers")
     return np.asarray(labels, dtype=np.int64)
 
 
@@ -371,7 +376,7 @@ def _from_bytes(data: bytes, path: Path, image_size: int | None, grey: bool | No
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _from_pil(image, image_size, grey)
-    except (OSError, ValueError, TypeError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: a cell of its image column is not a readable image ({error})") from error
 
 
@@ -381,7 +386,7 @@ def _from_file(file: Path, image_size: int | None, grey: bool | None) -> np.ndar
     try:
         with Image.open(file) as image:
             return _from_pil(image, image_size, grey)
-    except (OSError, ValueError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: not a readable image ({error})") from error
 
 

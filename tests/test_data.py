@@ -4,9 +4,11 @@ import io
 import json
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -616,6 +618,41 @@ def test_values_that_nothing_says_how_to_scale_are_refused(tmp_path: Path, dtype
                 read()
         else:
             assert np.array_equal(read()[0], pixels.astype(np.uint8)), "a control: what fits is read"
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+SOUND = encoded(Image.new("L", (12, 12), 7))
+HOSTILE = {
+    "much compressed text": SOUND[:33] + _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))) + SOUND[33:],
+    "a side of 20,000": SOUND[:8] + _chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)) + SOUND[33:],
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_an_image_that_pillow_gives_up_on_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "0.png"
+    for read in (lambda: datasets._from_file(file, None, None), lambda: datasets._from_bytes(file.read_bytes(), file, None, None)):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"^{file}: .*not a readable image"):
+            read()
+        file.write_bytes(SOUND)
+        assert read().shape == (1, 12, 12), "a control"
+
+
+@pytest.mark.parametrize(("labels", "refused"), [(["cat", "dog"], "'cat'"), ([0.5, 1.0], "'0.5'"), ([0, None], "'None'"), ([0, 1], "")])
+def test_labels_that_are_no_numbers_are_one_line(tmp_path: Path, labels: list[Any], refused: str) -> None:
+    root = shards(tmp_path / "data", train=(2,))
+    cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(2)]
+    for file in root.glob("*.parquet"):
+        pq.write_table(pa.table({"img": cells, "label": labels}), file)
+    if refused:
+        with pytest.raises(UserError, match=f"labels must be whole numbers from 0 on, found {refused}"):
+            datasets.load("hub", str(root))
+    else:
+        assert datasets.load("hub", str(root)).train.labels.tolist() == [0, 1], "a control"
 
 
 def test_resizing_makes_one_shape_of_many(tmp_path: Path) -> None:
