@@ -18,7 +18,7 @@ from . import bench, datasets, engine, exporting, forms, hub, importing, models,
 from .cli import guarded, one_line, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
-from .record import Record, record_names, record_root
+from .record import record_names, record_root
 from .verify import verify
 
 
@@ -27,7 +27,7 @@ class Table:
     """Records and defenses side by side."""
 
     names: Positional[tuple[str, ...]] = ()
-    """Records to show; none means all."""
+    """Records to show; none means all that can be read."""
     format: Annotated[forms.Format, arg(aliases=["-f"])] = "text"
     """text, markdown, csv or latex."""
     mean: bool = False
@@ -106,9 +106,9 @@ class Pull:
 
 def table(options: Table) -> int:
     root = record_root(options.record_root)
-    records = [Record.load(name, root) for name in _names(options.names, root)]
     damaged: list[results.Damaged] = []
     on_damage = results.refuse if options.debug else damaged.append
+    records = results.readable(_names(options.names, root), root, results.refuse if options.names else on_damage)
     if options.mean or options.worst:
         rows = results.rows(records, on_damage=on_damage)
         tables.show(tables.means(rows, options.format, worst=options.worst), options.format)

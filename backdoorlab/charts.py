@@ -336,7 +336,7 @@ def histograms(cells: Sequence[Cell]) -> Chart:
 
 def _cut(cell: Cell) -> float | None:
     """Where a run with a threshold on the share of confidence cut."""
-    threshold = cell.info["config"].get("threshold")
+    threshold = cell.info.get("config", {}).get("threshold")
     return -math.log(threshold) if isinstance(threshold, float) and 0 < threshold < 1 else None
 
 

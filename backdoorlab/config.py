@@ -24,6 +24,7 @@ from .data import Augment
 from .engine import Precision, Recipe, Schedule
 from .errors import UserError, suggest
 from .models import OWN
+from .schema import LARGEST_SIDE
 
 C = TypeVar("C", bound="MethodConfig")
 
@@ -106,7 +107,7 @@ class TrainingConfig(MethodConfig):
     mean: tuple[float, ...] | None = None
     """Normalisation, one number a channel in [0, 1] units; None measures it on the training images."""
     std: tuple[float, ...] | None = None
-    """As mean."""
+    """As mean; 1 leaves the values as they are."""
     epochs: int = 100
     """Passes over the training set."""
     batch_size: int = 128
@@ -135,10 +136,11 @@ class TrainingConfig(MethodConfig):
         "momentum": ">= 0",
         "weight_decay": ">= 0",
         "schedule_epochs": ">= 1",
-        "crop_padding": ">= 0",
+        "crop_padding": f"[0, {LARGEST_SIDE}]",
         "width": ">= 1",
-        "image_size": ">= 1",
-        "std": "> 0",
+        "image_size": f"[1, {LARGEST_SIDE}]",
+        "mean": "[0, 1]",
+        "std": "(0, 1]",
     }
 
     def recipe(self) -> Recipe:

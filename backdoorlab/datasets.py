@@ -29,11 +29,16 @@ import torch
 from .data import Dataset, Split, fingerprint, mapped
 from .errors import UserError, suggest
 from .files import HOLDER, locked, publish, remove, sweep
+from .loading import is_count
+from .schema import is_plain
 
 DEFAULT = "digits"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 READER_VERSION = 3
 """Part of every cache key: raise it when what is read changes, or decoding or resizing changes a pixel."""
+
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError)
+"""What Pillow raises for a file that is no image, or not a whole one, or one that claims too much; its own bomb is none of these."""
 
 LARGE = 2**30
 """Bytes of decoded images beyond which they go to a file and not to memory."""
@@ -48,6 +53,8 @@ def load(name: str, path: str | None = None, *, image_size: int | None = None, g
     image_size: side in pixels that every image is resized to (bilinear); None keeps the size found.
     grey: one channel (True) or three (False); None keeps what the first image has.
     """
+    if not is_plain(name):  # a record could be made of it, and not be read
+        raise UserError(f"--dataset {name!r}: expected a name of at most 200 letters and no path: without a slash, say {_plain_name(name)!r}")
     if path is not None and not Path(path).is_dir():
         raise UserError(f"--dataset_path {path}: no such folder. Give a folder with parquet shards or with train/<class>/*.png")
     if path is None and name not in names():
@@ -239,6 +246,12 @@ def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
     if not train or not test:
         raise UserError(f"--dataset_path {path}: expected shards named train*.parquet and test*.parquet, found {_listing(path)}")
     parts = [_shards(files, path, image_size, grey) for files in (train, test)]
+    strange = sorted(set(parts[1][1].tolist()) - set(parts[0][1].tolist()))
+    if strange:
+        raise UserError(
+            f"{test[0]}: label {strange[0]} is on no training image, and only those say what the classes are ({len(strange)} such):"
+            " pass a folder whose training shards have every class, all of them"
+        )
     return *parts[0], *parts[1], _class_names(path, int(parts[0][1].max()) + 1)
 
 
@@ -351,8 +364,9 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
 
 def _labels(labels: Any, path: Path) -> np.ndarray:
     """int64 (N,), none missing or negative."""
-    if any(label is None or label < 0 for label in labels):
-        raise UserError(f"{path}: labels must be numbers from 0 on, found {next(x for x in labels if x is None or x < 0)}")
+    wrong = next((label for label in labels if not is_count(label)), 0)
+    if not is_count(wrong):
+        raise UserError(f"{path}: labels must be whole numbers from 0 on, found {str(wrong)[:60]!r}: write the classes as their numbers")
     return np.asarray(labels, dtype=np.int64)
 
 
@@ -362,7 +376,7 @@ def _from_bytes(data: bytes, path: Path, image_size: int | None, grey: bool | No
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _from_pil(image, image_size, grey)
-    except (OSError, TypeError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: a cell of its image column is not a readable image ({error})") from error
 
 
@@ -372,7 +386,7 @@ def _from_file(file: Path, image_size: int | None, grey: bool | None) -> np.ndar
     try:
         with Image.open(file) as image:
             return _from_pil(image, image_size, grey)
-    except OSError as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: not a readable image ({error})") from error
 
 
@@ -380,12 +394,28 @@ def _from_pil(image: Any, image_size: int | None, grey: bool | None) -> np.ndarr
     from PIL import Image
 
     if grey is None:
-        grey = image.mode in ("1", "L", "I;16")
-    image = image.convert("L" if grey else "RGB")
+        grey = image.mode in ("1", "L") or image.mode.startswith("I;16")
+    image = _eight_bits(image).convert("L" if grey else "RGB")
     if image_size is not None and image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _eight_bits(image: Any) -> Any:
+    """An image of at most 8 bits a channel, for `convert` clips what is above 255 and so would turn deep images white."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        # The upper byte: each of the 256 greys stands for 256 values, and 8 bits that were widened, by 256 or by 257, come back as they were.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):  # such a format does not say what is white, so there is nothing to scale by
+        low, high = image.getextrema()
+        if not 0 <= low <= high <= 255:
+            raise ValueError(
+                f"expected values in 0..255, found {low:g}..{high:g} in its {'32-bit' if image.mode == 'I' else 'float'} values: save it with 8 bits"
+            )
+    return image
 
 
 def _class_names(path: Path, count: int) -> tuple[str, ...]:
@@ -510,6 +540,11 @@ def _read_meta(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return meta if isinstance(meta, dict) else {}
+
+
+def _plain_name(name: str) -> str:
+    """One that may be used in place of a name that may not: ylecun/mnist is mnist, as whoever gives the hub's name would expect."""
+    return next((part for part in reversed(re.split(r"[/\\]", name)) if is_plain(part)), "mine")
 
 
 def _safe(name: str) -> str:

@@ -20,7 +20,7 @@ from .metrics import Evaluator, predict
 from .models import Classifier
 from .poison import POISON, Poison, no_poison
 from .preview import save_preview
-from .record import Record, check_name, describe, record_root
+from .record import Record, check_name, describe, read_folder, record_root, refuse_unreadable
 from .record import write as write_record
 from .run import environment
 from .staging import staged
@@ -268,6 +268,7 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
     else:  # whose images the triggered ones were is not known, so no pairs are shown
         save_preview(final / "preview.png", test.triggered(), no_poison(dataset.test))
     write_record(final, info, found.model, found.train, test)
+    refuse_unreadable(final, read_folder)
 
 
 def _only_for_own(options: Import) -> None:

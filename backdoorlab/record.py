@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -293,6 +293,15 @@ def read_result(folder: Path) -> dict[str, Any]:
     result = loading.read_sealed(folder / "result.json")
     check_result(folder / "result.json", result)
     return result
+
+
+def refuse_unreadable(folder: Path, read: Callable[[Path], object]) -> None:
+    """Read a finished folder as everybody will, before it has its name: one that cannot be read would be in the way of every table."""
+    try:
+        read(folder)
+    except UserError as error:
+        why = str(error).partition(". Restore")[0]
+        raise UserError(f"not published, for it could not be read back: {why}: change what makes it so and run the same command again") from error
 
 
 def load_weights(model: nn.Module, path: Path, manifest: Mapping[str, Any], wanted: loading.Shapes) -> None:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from .errors import UserError, suggest
-from .schema import ASSUMABLE
+from .schema import ASSUMABLE, WORD
 
 Kind = Literal["attack", "defense"]
 PACKAGE = Path(__file__).parent
@@ -156,6 +156,8 @@ def _home(name: str) -> Path:
 def _check(kind: Kind, path: Path, module: ModuleType) -> None:
     wanted = {"attack": ("Config",), "defense": ("Config", "ASSUMES", "defend")}[kind]
     missing = [name for name in wanted if not hasattr(module, name)]
+    if kind == "attack" and not WORD.fullmatch(path.stem):  # its records carry the name, and their reader takes no other
+        raise UserError(f"{path}: an attack is called as its file is, in letters, digits, and _ . + -: rename the file, as my_attack.py")
     if kind == "attack" and not hasattr(module, "stamp") and not hasattr(module, "attack"):
         missing.append("stamp or attack")
     if missing:

@@ -25,7 +25,7 @@ from .cells import Cell, gather
 from .charts import Chart, Series
 from .errors import UserError
 from .preview import GAIN
-from .record import Record, record_names, record_root
+from .record import record_names, record_root
 from .results import Damaged, Group, Only, Row, refuse
 
 MAKER = "a page of backdoorlab"
@@ -40,7 +40,7 @@ class Report:
     """Records and their defenses as one HTML page that works offline, as figures for papers, or both."""
 
     names: Positional[tuple[str, ...]] = ()
-    """Records to show; none means all."""
+    """Records to show; none means all that can be read."""
     html: str | None = None
     """File to write the page to; a page that is there is replaced, any other file is not."""
     figures: str | None = None
@@ -58,7 +58,7 @@ class Report:
 
 
 def report(options: Report, only: Only | None = None, say: Callable[[str], None] = print) -> int:
-    """The command: 0, or 2 where a damaged result is left out. With `only`, those results alone."""
+    """The command: 0, or 2 where a damaged result is left out, or a damaged record that no name asked for. With `only`, those results alone."""
     if options.html is None and options.figures is None:
         raise UserError("nothing to write: pass --html FILE for a page, --figures DIR for figures, or both")
     root = record_root(options.record_root)
@@ -67,7 +67,9 @@ def report(options: Report, only: Only | None = None, say: Callable[[str], None]
         raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
     plotly = check(options.html) if options.html is not None else ""  # what is missing is said before the work
     damaged: list[Damaged] = []
-    cells = gather([Record.load(name, root) for name in names], only, refuse if options.debug else damaged.append)
+    on_damage = refuse if options.debug else damaged.append
+    records = results.readable(names, root, refuse if options.names else on_damage)
+    cells = gather(records, only, on_damage)
     overall = charts.overview(cells)
     by_record = {name: charts.of_record(own) for name, own in _by_record(cells).items()}
     if options.tsne:
@@ -410,7 +412,9 @@ def _article(cells: Sequence[Cell], own: Sequence[Chart]) -> str:
     record, row = cells[0].record, cells[0].row
     info = record.info
     classes, target = info["dataset"].get("class_names") or [], info.get("target")
-    poisoned = f"{info['poisoned']:,} of {row.train_size:,} training images" if record.known_poison and "poisoned" in info else "nobody knows"
+    poisoned = (
+        f"{info['poisoned']:,} of {row.train_size:,} training images" if record.known_poison and info.get("poisoned") is not None else "nobody knows"
+    )
     meaning = {"unknown": "unknown: a stranger's model or data", "none": "none: trained on clean data, the control"}
     target_name = f", {classes[target]}" if target is not None and target < len(classes) and classes[target] != str(target) else ""
     facts = {

@@ -164,10 +164,11 @@ class Label:
 
 @dataclass(frozen=True)
 class Damaged:
-    """A result that is there and cannot be read."""
+    """A result, or a whole record, that is there and cannot be read."""
 
     record: str
     defense: str
+    """"" for the record itself."""
     run: str
     why: str
     """One line that names the file."""
@@ -183,6 +184,20 @@ Only = Container[tuple[str, str, str]]
 def refuse(damaged: Damaged) -> None:
     """What happens to a damaged result where nobody says otherwise."""
     raise UserError(damaged.why)
+
+
+def readable(names: Sequence[str], root: Path, on_damage: Callable[[Damaged], None] = refuse) -> list[Record]:
+    """The records of these names. A damaged one is left out, if `on_damage` returns; where all are, the first is refused."""
+    found, damaged = [], []
+    for name in names:
+        try:
+            found.append(Record.load(name, root))
+        except UserError as error:
+            damaged.append(Damaged(name, "", "", str(error)))
+            on_damage(damaged[-1])
+    if damaged and not found:
+        refuse(damaged[0])
+    return found
 
 
 def rows(records: Iterable[Record], only: Only | None = None, on_damage: Callable[[Damaged], None] = refuse) -> list[Row]:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from . import engine, files
 from .engine import Precision, autocast, finite
 from .errors import UserError
+from .loading import FILE_NAME
 from .metrics import Evaluator, Scores, split_quality
 from .models import PASSES
 from .poison import Poison
@@ -36,6 +37,9 @@ NAN_CHECK_EVERY = 64
 """Steps between two looks at the loss on a GPU, where each look waits for the device; on a CPU every step is looked at."""
 BETWEEN_CHECKPOINTS = {"cpu": 0.0, "cuda": 20.0}
 """Seconds from which on another epoch's end writes a checkpoint: on a GPU an epoch can be shorter than writing one."""
+
+LONGEST_NAME = 100
+"""Letters of a picture's name; a file system takes 255 bytes with its ending."""
 
 
 @dataclass
@@ -214,7 +218,12 @@ class Run:
             self.say(f"{name}: {int(flagged.sum())} of {len(flagged)} flagged; nobody knows how rightly")
 
     def picture(self, name: str, rows: Sequence[Tensor]) -> None:
-        """Keep a sheet of images beside the result, as NAME.png; each row uint8 (n, C, H, W)."""
+        """Keep a sheet of images beside the result, as NAME.png; each row uint8 (n, C, H, W).
+
+        NAME: at most 100 letters, digits, and _ . -, for a result holds files of no other name.
+        """
+        if len(name) > LONGEST_NAME or not FILE_NAME.fullmatch(f"{name}.png"):
+            raise UserError(f"run.picture({name!r}): a picture's name is of at most {LONGEST_NAME} letters, digits, and _ . -, such as 'my_sheet'")
         self.pictures[name] = [images.cpu() for images in rows]
 
     # --- what the runner calls -----------------------------------------------------------------------------------

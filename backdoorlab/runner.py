@@ -143,6 +143,7 @@ def run_attack(job: Job) -> Record:
         save_preview(final / "preview.png", dataset.test, outcome.test_poison)
         run.save_history(final)
         record.write(final, info, outcome.model, outcome.train_poison, outcome.test_poison)
+        record.refuse_unreadable(final, record.read_folder)
         _publish(final, target)
         tracker.final(after=scores.summary(), cost={key: costs[key] for key in ("seconds", "peak_memory_bytes")})
     return Record.load(config.save_folder_name, root)
@@ -366,6 +367,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             **_made_with(stage),
         }
         files.write_sealed(final / "result.json", {**result, "files": files.manifest(final)})
+        record.refuse_unreadable(final, record.read_result)
         _publish(final, target)
         tracker.final(
             before=result["before"],
@@ -434,7 +436,8 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
     record.load_weights(model, target / "model.safetensors", result["files"], found.model_shapes())
     autocast = partial(engine.autocast, device, config.precision)
     after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, autocast)(model.to(device)).summary()
-    return {**result, "after": after, "der": der(result["before"], after)}
+    before = result.get("before", found.info["scores"])
+    return {**result, "before": before, "after": after, "der": der(before, after)}
 
 
 # --- folders -----------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         "num_classes": is_count(info["num_classes"]) and info["num_classes"] >= 1,
         "seed": is_count(info["seed"]),
         "seconds": _is_number(info.get("seconds")),
-        "dataset name": _is_plain(dataset["name"]),
+        "dataset name": is_plain(dataset["name"]),
         "dataset fingerprint": bool(re.fullmatch("[0-9a-f]{64}", str(dataset["fingerprint"]))),
         "dataset image_shape": isinstance(shape, list) and len(shape) == 3 and all(is_count(n) and 1 <= n <= LARGEST_SIDE for n in shape),
         "dataset image_size": dataset["image_size"] is None or (is_count(dataset["image_size"]) and 1 <= dataset["image_size"] <= LARGEST_SIDE),
@@ -75,13 +75,16 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
     _check_schema(path, result)
     _refuse_missing(path, result, ("assumes", "after", "der", "split", "seconds", "collapsed", "files"))
     _check_scores(path, _object(path, result, "after"))
+    if "before" in result:
+        _check_scores(path, _object(path, result, "before"))
     split = result["split"]
     sound = {
         "assumes": isinstance(result["assumes"], list) and set(map(str, result["assumes"])) <= set(ASSUMABLE),
         "der": _is_number(result["der"]),
-        "seconds": _is_number(result["seconds"]),
+        "config": isinstance(result.get("config", {}), dict),
+        "seconds": _is_present_number(result["seconds"]),
         "collapsed": result["collapsed"] in (None, True, False),
-        "split": split is None or (isinstance(split, dict) and all(key in split and _is_number(split[key]) for key in ("tpr", "fpr"))),
+        "split": split is None or (_is_quality(split) and is_count(split.get("flagged"))),
         "splits": result.get("splits") is None or (isinstance(result["splits"], dict) and all(map(_is_quality, result["splits"].values()))),
         "seed": result.get("seed") is None or is_count(result["seed"]),
         "triggered_predictions": _are_counts(result.get("triggered_predictions")),
@@ -148,7 +151,7 @@ def _object(path: Path, info: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _check_scores(path: Path, scores: Mapping[str, Any]) -> None:
     _refuse_missing(path, scores, SCORES)
-    _refuse_unsound(path, {name: _is_number(scores[name]) for name in SCORES})
+    _refuse_unsound(path, {name: _is_number(scores[name]) for name in SCORES} | {SCORES[0]: _is_present_number(scores[SCORES[0]])})
 
 
 def _check_manifest(path: Path, info: Mapping[str, Any], required: tuple[str, ...]) -> None:
@@ -163,6 +166,7 @@ def _told(info: Mapping[str, Any]) -> dict[str, bool]:
     passes = info.get("image_passes")
     return {
         "image_passes": passes is None or (isinstance(passes, dict) and all(is_count(passes.get(key)) for key in ("forward", "backward"))),
+        "evaluation_seconds": _is_number(info.get("evaluation_seconds")),
         "peak_memory_bytes": info.get("peak_memory_bytes") is None or is_count(info["peak_memory_bytes"]),
         "device": info.get("device") is None or isinstance(info["device"], str),
         "notes": _are_texts(info.get("notes")),
@@ -180,7 +184,7 @@ def _are_counts(value: Any) -> bool:
 
 
 def _is_quality(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_number(value.get(key)) for key in ("tpr", "fpr", "precision"))
+    return isinstance(value, dict) and all(key in value and _is_number(value[key]) for key in ("tpr", "fpr", "precision"))
 
 
 def _is_number(value: Any) -> bool:
@@ -188,15 +192,19 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15)
 
 
+def _is_present_number(value: Any) -> bool:
+    return value is not None and _is_number(value)
+
+
 def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(value is not None and _is_number(value) for value in values)
+    return isinstance(values, list) and all(map(_is_present_number, values))
 
 
 def _is_word(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 200 and bool(WORD.fullmatch(value))
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """A name that can be printed and that is no path."""
     return (
         isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable() and not any(c in value for c in "/\\") and value not in (".", "..")

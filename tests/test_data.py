@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -577,6 +579,83 @@ def test_unreadable_data_is_one_line(tmp_path: Path, make: Callable[[Path], Path
         datasets.load("mine", str(make(tmp_path / "data")))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_deep_grey_images_are_scaled_and_not_clipped(tmp_path: Path, mode: str) -> None:
+    """A reader that clips makes nearly all of these white."""
+    shallow = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for name, factor in (("widened", 257), ("shifted", 256)):
+        deep = (shallow.astype(np.uint16) * factor).astype(">u2" if mode == "I;16B" else "<u2")
+        data = encoded(Image.frombytes(mode, (16, 16), deep.tobytes()), "TIFF")
+        assert Image.open(io.BytesIO(data)).mode == mode
+        assert np.array_equal(datasets._from_bytes(data, tmp_path / name, None, None), shallow[None])
+        assert datasets._from_bytes(data, tmp_path / name, 8, False).shape == (3, 8, 8)
+    wanted = datasets._from_bytes(encoded(Image.fromarray(shallow)), tmp_path, None, None)
+    assert np.array_equal(wanted, shallow[None]), "a control: 8 bits are left as they are"
+
+
+def test_a_folder_of_16_bit_pngs_is_that_of_8_bits(tmp_path: Path) -> None:
+    found = []
+    for name, dtype, factor in (("shallow", np.uint8, 1), ("deep", np.uint16, 257)):
+        for split in ("train", "test"):
+            for label in ("cat", "dog"):
+                place = tmp_path / name / split / label
+                place.mkdir(parents=True)
+                rng = np.random.default_rng(len(label + split))
+                Image.fromarray((rng.integers(0, 256, (8, 8)) * factor).astype(dtype)).save(place / "0.png")
+        found.append(datasets.load("pets", str(tmp_path / name)))
+    assert found[0].image_shape == (1, 8, 8) and found[0].fingerprint == found[1].fingerprint
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize(("value", "refused"), [(1000, True), (-1, True), (255, False)])
+def test_values_that_nothing_says_how_to_scale_are_refused(tmp_path: Path, dtype: type, value: int, refused: bool) -> None:
+    pixels: np.ndarray = np.full((8, 8), 7, dtype)
+    pixels[0, 0] = value
+    file = tmp_path / "0.png"  # what it is, the content says
+    file.write_bytes(encoded(Image.fromarray(pixels), "TIFF"))
+    for read in (lambda: datasets._from_file(file, None, True), lambda: datasets._from_bytes(file.read_bytes(), file, None, True)):
+        if refused:
+            with pytest.raises(UserError, match=rf"{file}: .*expected values in 0\.\.255, found (7|-1)\.\.(7|1000) .*save it with 8 bits"):
+                read()
+        else:
+            assert np.array_equal(read()[0], pixels.astype(np.uint8)), "a control: what fits is read"
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+SOUND = encoded(Image.new("L", (12, 12), 7))
+HOSTILE = {
+    "much compressed text": SOUND[:33] + _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))) + SOUND[33:],
+    "a side of 20,000": SOUND[:8] + _chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)) + SOUND[33:],
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
+def test_an_image_that_pillow_gives_up_on_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "0.png"
+    for read in (lambda: datasets._from_file(file, None, None), lambda: datasets._from_bytes(file.read_bytes(), file, None, None)):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"^{file}: .*not a readable image"):
+            read()
+        file.write_bytes(SOUND)
+        assert read().shape == (1, 12, 12), "a control"
+
+
+@pytest.mark.parametrize(("labels", "refused"), [(["cat", "dog"], "'cat'"), ([0.5, 1.0], "'0.5'"), ([0, None], "'None'"), ([0, 1], "")])
+def test_labels_that_are_no_numbers_are_one_line(tmp_path: Path, labels: list[Any], refused: str) -> None:
+    root = shards(tmp_path / "data", train=(2,))
+    cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(2)]
+    for file in root.glob("*.parquet"):
+        pq.write_table(pa.table({"img": cells, "label": labels}), file)
+    if refused:
+        with pytest.raises(UserError, match=f"labels must be whole numbers from 0 on, found {refused}"):
+            datasets.load("hub", str(root))
+    else:
+        assert datasets.load("hub", str(root)).train.labels.tolist() == [0, 1], "a control"
+
+
 def test_resizing_makes_one_shape_of_many(tmp_path: Path) -> None:
     assert datasets.load("mine", str(_other_shapes(tmp_path / "data")), image_size=12).image_shape == (3, 12, 12)
 
@@ -589,6 +668,28 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
         datasets.load("cifar1O")
     with pytest.raises(UserError, match="no such folder"):
         datasets.load("mine", "/no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"), [("ylecun/mnist", "mnist"), ("a\\b", "b"), ("..", "mine"), ("/", "mine"), ("x" * 201, "mine"), ("a\n", "mine")]
+)
+def test_a_name_that_no_record_may_hold_is_refused_before_anything_is_read(tmp_path: Path, name: str, instead: str) -> None:
+    """It would be refused by the record's own reader, after the training."""
+    root = str(image_folder(tmp_path / "data"))
+    with pytest.raises(UserError, match=rf"expected a name .* say '{instead}'$"):
+        datasets.load(name, root)
+    assert datasets.load(instead, root).name == instead, "a control: what is said in its place is taken"
+
+
+def test_a_test_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
+    root = shards(tmp_path / "data")
+    image = [{"bytes": encoded(picture(1)), "path": None}]
+    file = root / "test-00000-of-00001.parquet"
+    pq.write_table(pa.table({"img": image * 2, "label": [1, 3]}), file)
+    with pytest.raises(UserError, match=rf"{file}: label 3 is on no training image"):
+        datasets.load("hub", str(root))
+    pq.write_table(pa.table({"img": image * 2, "label": [1, 1]}), file)
+    assert datasets.load("hub", str(root)).num_classes == 3, "a control: a test set may lack a class"
 
 
 def test_missing_data_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,15 @@ def test_a_file_that_lacks_something_says_what(tmp_path: Path, monkeypatch: pyte
         registry.load("defense", "partly")
 
 
+def test_an_attack_whose_name_no_record_may_hold_is_refused_before_it_trains(tmp_path: Path) -> None:
+    text = (helpers.CHECKOUT / "attack" / "badnet.py").read_text()
+    for name in ("my attack.py", "my_attack.py"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(registry.UserError, match=r"my attack.py: an attack is called as its file is, .* rename the file"):
+        registry.from_file("attack", tmp_path / "my attack.py")
+    assert registry.from_file("attack", tmp_path / "my_attack.py").name == "my_attack", "a control"
+
+
 def test_a_method_gets_only_what_its_file_assumes(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = helpers.copy(tiny, tmp_path / "record")
     folder = tmp_path / "mine" / "defense"

@@ -343,6 +343,7 @@ def test_weights_that_are_none_are_one_line(mistake: str, tmp_path: Path, capsys
         (["--architecture", "preactresnet18"], "not the weights of preactresnet18"),
         (["--mean", "0.5"], "--mean and --std need 1 numbers each for these images, std above 0, got 1 and 0"),
         (["--mean", "0.5", "--std", "0"], "std above 0"),
+        (["--mean", "1e20", "--std", "1"], "nothing usable on architecture mean): change what makes it so"),
         (["--dataset_path", "/no/such/folder"], "--dataset_path /no/such/folder: no such folder"),
         (["--image_size", "0"], "image_size"),
         (["--crop_padding", "-1"], "crop_padding must be >= 0"),

@@ -201,6 +201,31 @@ def test_a_damaged_result_is_named_and_the_rest_is_shown(name: str, small: Recor
         assert "badnet" in said.out and said.err.count("\n") == 1 and f"{name}: damaged file" in said.err
 
 
+@pytest.mark.parametrize("command", [("table",), ("table", "--mean", "True"), ("report", "--html", "{page}")])
+def test_a_damaged_record_is_named_and_the_others_are_shown(
+    command: tuple[str, ...], small: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stands in nobody's way who did not ask for it."""
+    root, page = tmp_path / "record", tmp_path / "page.html"
+    argv = [*(word.replace("{page}", str(page)) for word in command), "--record_root", str(root)]
+    sound, bad = helpers.copy(small, root, "sound"), helpers.copy(small, root, "bad").folder / "record.json"
+    bad.write_text("{}")
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    shown = page.read_text() if page.exists() else out
+    assert err.startswith(f"error: {bad}: damaged file") and err.count("\n") == 1 and "badnet" in shown
+    assert main([argv[0], "bad", "sound", *argv[1:]]) == 2
+    asked = capsys.readouterr()
+    assert asked.err == err and not asked.out, "who asks for it is refused"
+    shutil.rmtree(sound.folder)
+    assert main(argv) == 2
+    alone = capsys.readouterr()
+    assert alone.err == err and not alone.out, "without any other there is nothing to show"
+    shutil.rmtree(bad.parent)
+    helpers.copy(small, root, "sound")
+    assert main(argv) == 0 and not capsys.readouterr().err, "a control"
+
+
 def test_only_what_is_asked_for_is_shown(small: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, target = str(small.folder.parent), str(tmp_path / "page.html")
     said: list[str] = []

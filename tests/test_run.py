@@ -320,6 +320,29 @@ def test_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
 
 
+def test_what_its_own_reader_refuses_is_not_published_and_its_training_is_kept(
+    small: Record, small_flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One such record made `table` and `report` fail for all records."""
+    root = tmp_path / "record"
+    record = helpers.copy(small, root)
+    defenses = record.folder / "defense" / "ft"
+    for make, target, file in (
+        (lambda: helpers.attack("badnet", "x", root, *small_flags), root / "x", "record.json"),
+        (lambda: helpers.defend("ft", record, *helpers.short_flags("ft")), defenses / "seed0", "result.json"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(runner, "environment", lambda device: {"device": 3})
+            with pytest.raises(
+                UserError, match=rf"^not published, for it could not be read back: .*{file}: .*nothing usable on device.* run the same"
+            ):
+                make()
+        stage = target.with_name(f"{target.name}.partial")
+        assert not target.exists() and any(stage.glob("checkpoint-*")), "what took the time is there"
+        make()
+        assert (target / file).is_file() and not stage.exists(), "a control: the same command goes on, and is done"
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "record"
     argv = ["--save_folder_name", "r", "--record_root", str(root), *helpers.TINY, "--lr", "1e30"]
@@ -392,6 +415,17 @@ def test_once_computes_once_and_restores_the_random_state(tmp_path: Path) -> Non
     assert torch.equal(after, torch.rand(2, generator=run.generator)), "draws after it are the same, too"
     assert "after" not in run.notes
     assert not torch.equal(run.once("other", compute)["x"], first["x"]) and len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["my sheet", "", "a/b", ".hidden", "../x", "x" * 101, "sheet\n"])
+def test_a_picture_whose_name_a_result_may_not_hold_is_refused_when_it_is_given(tmp_path: Path, name: str) -> None:
+    run = new_run(tmp_path)
+    images = [torch.zeros(1, 1, 2, 2, dtype=torch.uint8)]
+    with pytest.raises(UserError, match=re.escape(f"run.picture({name!r}): a picture's name is of at most 100 letters")):
+        run.picture(name, images)
+    assert not run.pictures
+    run.picture("my_sheet-1.2", images)
+    assert list(run.pictures) == ["my_sheet-1.2"], "a control"
 
 
 def test_a_stage_of_another_length_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from backdoorlab import files, registry, results, tables
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
 from backdoorlab.poison import no_poison
-from backdoorlab.record import SCHEMA, Record
+from backdoorlab.record import SCHEMA, Record, read_result
 
 TEXT = """\
 record  attack  defense        assumes                 clean acc %  ASR %   RA %  DER %  TPR %  FPR %  seconds
@@ -150,6 +150,38 @@ def test_a_damaged_result_is_one_line_that_names_it(two_records: list[Record], c
     path.write_text(content)
     with pytest.raises(UserError, match=r"result.json: damaged"):
         tables.rows(two_records)
+
+
+WRONG: list[dict[str, Any]] = [
+    {"config": None},
+    {"config": 7},
+    {"before": None},
+    {"config": []},
+    {"before": 7},
+    {"before": {"clean_accuracy": 1.0, "asr": None}},
+    {"before": {"clean_accuracy": None, "asr": None, "robust_accuracy": None}},
+    {"before": {"clean_accuracy": 1.0, "asr": "x", "robust_accuracy": None}},
+    {"after": {"clean_accuracy": None, "asr": None, "robust_accuracy": None}},
+    {"seconds": "x"},
+    {"evaluation_seconds": "x"},
+    {"split": {"tpr": 1.0, "fpr": 0.0, "precision": 1.0}},
+    {"split": {"tpr": 1.0, "fpr": 0.0, "flagged": 3}},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_a_sealed_result_that_holds_something_else_in_a_field_is_one_line(two_records: list[Record], wrong: dict[str, Any]) -> None:
+    """Its checksum is right, so nothing but this keeps it from the readers, which would end in a traceback."""
+    path = two_records[0].folder / "defense" / "ft" / "seed0" / "result.json"
+    sound = {"config": {"lr": 0.1}, "before": scores(0.9, 0.9, 0.1), "evaluation_seconds": 1.0}
+    content = {key: value for key, value in files.read_json(path).items() if key != "checksum"}
+    files.write_sealed(path, {**content, **sound})
+    read_result(path.parent)
+    assert tables.rows(two_records) and results.grouped(results.rows(two_records)), "a control"
+    files.write_sealed(path, {**content, **sound, **wrong})
+    with pytest.raises(UserError, match=rf"{path}: damaged file \((nothing usable on|no) [a-z_, ]+\)") as caught:
+        read_result(path.parent)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_result_is_a_hole_where_the_rest_is_wanted(two_records: list[Record]) -> None:
