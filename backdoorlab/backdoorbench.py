@@ -28,6 +28,9 @@ from .errors import UserError
 from .poison import CROSS, POISON, Poison
 
 RESULT, INFO = "attack_result.pt", "info.pickle"
+INDEX = "train_poison_index_list.pickle"
+PICTURE = re.compile(r"bd_(train|test)_dataset/\d+/\d+\.png")
+"""Where `write` puts images."""
 KEYS = ("model_name", "num_classes", "model", "data_path", "img_size", "clean_data", "bd_train", "bd_test")
 DYNAMIC = ("wanet", "inputaware", "bpp", "blind", "lira")
 """Attacks that control their training: the stored training set only imitates what the model saw."""
@@ -164,7 +167,16 @@ def write(
     stated = {} if train is None else {STATED: train.index[train.kind == CROSS].tolist()}
     files.write_bytes(folder / INFO, pickles.dump({**settings, **stated}))
     if train is not None:
-        files.write_bytes(folder / "train_poison_index_list.pickle", pickles.dump(_indicator(train, train_size)))
+        files.write_bytes(folder / INDEX, pickles.dump(_indicator(train, train_size)))
+
+
+def foreign_file(folder: Path) -> Path | None:
+    """The first file in a folder, if any, that `write` could not have put there."""
+    for file in sorted(folder.rglob("*")):
+        place = file.relative_to(folder).as_posix()
+        if not (file.is_dir() and not file.is_symlink()) and place not in (RESULT, INFO, INDEX) and not PICTURE.fullmatch(place):
+            return file
+    return None
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

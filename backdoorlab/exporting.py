@@ -11,7 +11,7 @@ from .config import published
 from .errors import UserError
 from .poison import POISON
 from .record import Record, check_name, load_weights, read_result, record_root
-from .staging import staged
+from .staging import refuse_existing, staged
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,10 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
     settings |= {key: config[key] for key in ("epochs", "batch_size", "lr", "crop_padding", "flip") if key in config}
     # What the attack was made with, where that was BackdoorBench; which images are cross is stated by backdoorbench.write.
     settings |= {key: value for key, value in record.info.get("source", {}).get("settings", {}).items() if key in ("pratio", "batch_size")}
+    refuse_existing(path, backdoorbench.RESULT, options.overwrite)
+    strange = backdoorbench.foreign_file(path)
+    if strange is not None:  # such as what a defense of BackdoorBench's has left there
+        raise UserError(f"{strange} is not part of an export, and replacing {path} would delete it: move it, or choose another name")
     with staged(path, backdoorbench.RESULT, options.overwrite) as final:
         backdoorbench.write(
             final,

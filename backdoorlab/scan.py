@@ -14,7 +14,7 @@ from . import datasets, files, registry, runner
 from .data import Split
 from .errors import UserError
 from .record import Record, check_name, read_result, record_root
-from .staging import staged
+from .staging import refuse_existing, staged
 
 SHOWN, COLUMNS, LABELS, SIDE, GAP, TITLE = 10, 16, 40, 48, 3, 14
 """Positions in a line of text, pictures in a row, labels in a sheet; pixels of a picture, between pictures, of a heading."""
@@ -37,7 +37,7 @@ class Scan:
     record_root: str | None = None
     """Folder of records."""
     overwrite: bool = False
-    """Replace another list in that folder."""
+    """Replace another list and contact sheet in that folder, and nothing else there."""
     debug: bool = False
     """Show a traceback with an error."""
 
@@ -66,11 +66,21 @@ def scan(options: Scan) -> int:
     target = Path(options.out) if options.out else record.folder / "scan"
     contents = {"flagged.csv": as_csv(flagged, train.labels, dataset.class_names, names), "flagged.png": sheet(train, flagged, dataset.class_names)}
     if not all((target / name).is_file() and (target / name).read_bytes() == data for name, data in contents.items()):
-        with staged(target, "flagged.csv", options.overwrite) as final:
-            for name, data in contents.items():
-                files.write_bytes(final / name, data)
+        _write(target, contents, options.overwrite)
     print(f"list: {target / 'flagged.csv'}\ncontact sheet: {target / 'flagged.png'}")
     return 0
+
+
+def _write(target: Path, contents: dict[str, bytes], overwrite: bool) -> None:
+    """A new folder comes as a whole; in one that is there, these files are replaced and whatever else it holds is left alone."""
+    refuse_existing(target, "flagged.csv", overwrite)
+    if target.exists():
+        for name, data in contents.items():
+            files.write_bytes(target / name, data)
+        return
+    with staged(target, "flagged.csv", overwrite) as final:
+        for name, data in contents.items():
+            files.write_bytes(final / name, data)
 
 
 def as_csv(flagged: Tensor, labels: Tensor, class_names: tuple[str, ...], names: list[str] | None) -> bytes:

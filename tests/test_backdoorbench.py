@@ -306,6 +306,20 @@ def test_nothing_is_overwritten_unasked(tiny: Record, tmp_path: Path, capsys: Ca
     assert "holds an unfinished run" in complaint(capsys.readouterr().err) and (stage / "checkpoint-train.safetensors").exists()
 
 
+def test_an_export_does_not_delete_what_it_did_not_write(tiny: Record, tmp_path: Path, capsys: Capture) -> None:
+    helpers.copy(tiny, tmp_path / "record")
+    out = tmp_path / "given"
+    export = ["export", "tiny", "--to", "backdoorbench", str(out), "--overwrite", "True"]
+    assert main(export) == 0
+    precious = out / "defense" / "anp" / "defense_result.pt"
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"hours of work")
+    assert main(export) == 2
+    assert f"{precious} is not part of an export" in complaint(capsys.readouterr().err) and precious.read_bytes() == b"hours of work"
+    precious.unlink()
+    assert main(export) == 0, "a control"
+
+
 QUICK = {
     "asd": ("--stage1_epochs", "1", "--stage2_epochs", "1", "--stage3_epochs", "1", "--iterations", "2"),
     "bu": ("--search_epochs", "1"),

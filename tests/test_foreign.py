@@ -126,7 +126,10 @@ def test_a_scan_is_repeated_but_not_overwritten(disk: Path, tmp_path: Path, caps
     capsys.readouterr()
     assert main(["scan", "own", "--dataset_path", str(disk / "data")]) == 2, "now with file names, so another list"
     assert "pass --overwrite True" in complaint(capsys.readouterr().err)
+    (scan / "mine").mkdir()
+    (scan / "mine" / "looked_at.txt").write_text("precious")
     assert main(["scan", "own", "--dataset_path", str(disk / "data"), "--overwrite", "True"]) == 0
+    assert (scan / "mine" / "looked_at.txt").read_text() == "precious", "what a scan does not write, it does not delete"
     assert (scan / "flagged.csv").read_bytes() != before["flagged.csv"] and (scan / "flagged.png").read_bytes() == before["flagged.png"]
 
 
