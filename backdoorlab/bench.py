@@ -26,7 +26,7 @@ from .record import Record, read_result, record_root
 FOLDER = ".bench"
 """Below the records: a folder for each cell, with its lock and its log."""
 ATTENTIVE, PATIENT, REFUSED = 0.05, 0.5, 30.0
-"""Seconds between two looks at what runs, and at what another driver holds."""
+"""Seconds between two looks at what runs and at what another driver holds, and before a start that was refused is tried again."""
 QUIET = 300.0
 """Seconds without a line after which a driver says what runs."""
 STARTUP = 5.0
@@ -138,13 +138,14 @@ def look(cell: Cell, root: Path, other_code: bool = False) -> State:
         return State(False)
     try:
         found = Record.load(cell.record, root).info if cell.kind == "attack" else _whole_result(folder)
+        data = _fingerprint(cell)
     except UserError as error:
         return State(False, complaint=str(error))
     wanted, config = json.loads(cell.settings), json.loads(grid.settings_of(found.get("config", {})))
     differing = [f"{key} {config.get(key)}, not {wanted.get(key)}" for key in sorted({*wanted, *config}) if wanted.get(key) != config.get(key)]
     if cell.kind == "attack" and found["attack"] not in (cell.method, "unknown"):
         differing.insert(0, f"attack {found['attack']}, not {cell.method}")
-    if cell.kind == "attack" and (data := _fingerprint(cell)) not in (None, found["dataset"]["fingerprint"]):
+    if data is not None and data != found["dataset"]["fingerprint"]:
         differing.insert(0, f"data {found['dataset']['fingerprint'][:8]}, not {data[:8]}")
     if differing:
         settings = ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")
@@ -157,7 +158,7 @@ def look(cell: Cell, root: Path, other_code: bool = False) -> State:
 
 
 def _fingerprint(cell: Cell) -> str | None:
-    """Of the images in the folder that an attack is to read; None where it names none, as sets that are known by name do not change."""
+    """Of the images in the folder that an attack is to read; None for a defense, and where no folder is named: sets known by name do not change."""
     if "--dataset_path" not in cell.flags:
         return None
     wanted = json.loads(cell.settings)

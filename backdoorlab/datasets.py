@@ -163,12 +163,12 @@ GTSRB = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/GT
 """Address and MD5 of the training set that results on GTSRB are published for; torchvision's is that of the competition before, 26,640 images."""
 GTSRB_SIZE = 39_209
 
-TORCHVISION: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+TORCHVISION: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "cifar10": ("CIFAR10", dict(train=True), dict(train=False)),
     "cifar100": ("CIFAR100", dict(train=True), dict(train=False)),
     "mnist": ("MNIST", dict(train=True), dict(train=False)),
     "fashion_mnist": ("FashionMNIST", dict(train=True), dict(train=False)),
-    "gtsrb": ("GTSRB", dict(split="train"), dict(split="test")),
+    "gtsrb": (None, dict(split="train"), dict(split="test")),
     "svhn": ("SVHN", dict(split="train"), dict(split="test")),
 }
 
@@ -178,7 +178,7 @@ def _torchvision(name: str, image_size: int | None, grey: bool | None) -> Arrays
 
     root = data_root()
     class_name, train_arguments, test_arguments = TORCHVISION[name]
-    make = _gtsrb if name == "gtsrb" else getattr(torchvision.datasets, class_name)
+    make = getattr(torchvision.datasets, class_name) if class_name else _gtsrb
     parts = []
     for arguments in (train_arguments, test_arguments):
         try:
@@ -190,8 +190,7 @@ def _torchvision(name: str, image_size: int | None, grey: bool | None) -> Arrays
             except Exception as error:
                 raise UserError(f"data set {name!r} could not be downloaded to {root} ({error}): pass --dataset_path FOLDER") from error
         parts.append(_decode_all(found, lambda item: _from_pil(item[0], image_size, grey)))
-        labels = getattr(found, "targets", getattr(found, "labels", None))
-        parts.append(np.asarray([label for _, label in found._samples] if labels is None else labels, dtype=np.int64))
+        parts.append(np.asarray(getattr(found, "targets", getattr(found, "labels", None)), dtype=np.int64))
     class_names = tuple(str(c) for c in getattr(found, "classes", range(int(parts[1].max()) + 1)))
     return parts[0], parts[1], parts[2], parts[3], class_names
 
@@ -203,7 +202,9 @@ def _gtsrb(root: str, split: str, download: bool) -> Any:
     from torchvision.datasets.utils import download_and_extract_archive
 
     if split == "test":
-        return Theirs(root, split=split, download=download)
+        test = Theirs(root, split=split, download=download)
+        test.targets = [label for _, label in test._samples]  # as torchvision's other sets have them
+        return test
     folder = Path(root) / "gtsrb"
     images = folder / "GTSRB" / "Final_Training" / "Images"
     if download:
@@ -364,9 +365,9 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
 
 def _labels(labels: Any, path: Path) -> np.ndarray:
     """int64 (N,), none missing or negative."""
-    wrong = next((label for label in labels if not is_count(label)), 0)
-    if not is_count(wrong):
-        raise UserError(f"{path}: labels must be whole numbers from 0 on, found {str(wrong)[:60]!r}: write the classes as their numbers")
+    wrong = [label for label in labels if not is_count(label)]
+    if wrong:
+        raise UserError(f"{path}: labels must be whole numbers from 0 on, found {str(wrong[0])[:60]!r}: write the classes as their numbers")
     return np.asarray(labels, dtype=np.int64)
 
 
@@ -504,6 +505,7 @@ def _write_cache(folder: Path, name: str, arrays: Arrays) -> None:
 
 
 def _put(final: Path, folder: Path) -> None:
+    """Give a whole data set its name, in place of a half one; that of a process which was faster is as good."""
     try:
         publish(final, folder)
     except OSError:

@@ -15,7 +15,7 @@ from . import files, loading
 from .errors import UserError
 from .record import Record, check_name, read_folder, read_result
 from .schema import WORD
-from .staging import refuse_existing
+from .staging import refuse_existing, refuse_foreign
 from .verify import result_folders, verify, verify_record
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
@@ -91,10 +91,9 @@ def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = Fals
     stage = root / f"{name}.partial"
     with files.locked(stage):
         refuse_existing(target, "record.json", overwrite)
-        if files.entries(stage) and not (stage / "pull.json").exists():
-            ours = (stage / "run.json").exists()
-            why = "holds an unfinished run: finish it" if ours else "is in the way and not ours (no pull.json in it): move it"
-            raise UserError(f"{stage} {why}, or choose another --save_folder_name")
+        if (stage / "run.json").exists() and not (stage / "pull.json").exists():
+            raise UserError(f"{stage} holds an unfinished run: finish it, or choose another --save_folder_name")
+        refuse_foreign(stage, "pull.json", "--save_folder_name")
         try:
             files.write_json(stage / "pull.json", {"source": source})
             final = stage / "final"

@@ -97,7 +97,11 @@ def from_file(kind: Kind, path: Path) -> Method:
     """Load a method file. It is entered in sys.modules before it runs: dataclasses look themselves up there."""
     path = path.resolve()
     module_name = f"{_MODULE}{kind}_{path.stem}"
-    loaded, source = sys.modules.get(module_name), path.read_bytes()
+    loaded = sys.modules.get(module_name)
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from error
     if loaded is None or Path(loaded.__file__ or "") != path or loaded.__dict__.get(_SOURCE) != source:
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None:
@@ -106,7 +110,7 @@ def from_file(kind: Kind, path: Path) -> Method:
         loaded.__dict__[_SOURCE] = source
         sys.modules[module_name] = loaded
         try:
-            spec.loader.exec_module(loaded)
+            exec(compile(source, path, "exec"), loaded.__dict__)  # these bytes: Python's cache goes by size and whole seconds
         except BaseException as error:
             del sys.modules[module_name]
             if isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):

@@ -23,7 +23,7 @@ from .registry import Method
 from .results import UNKNOWN
 from .run import Run, describe_split, environment, say
 from .source import code_version
-from .staging import refuse_existing
+from .staging import refuse_existing, refuse_foreign
 
 if TYPE_CHECKING:
     from .tracking import Told
@@ -478,10 +478,8 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
             _check_same(path, begun, settings)
             made = {key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}" for key, old in before.items()}
         else:
-            entries = files.entries(path)
-            if entries and not marker.exists():
-                raise UserError(f"{path} is in the way and not ours (no run.json in it): move it, or choose another name")
-            for entry in entries:
+            refuse_foreign(path, marker.name)
+            for entry in files.entries(path):
                 files.remove(entry)
         files.write_json(marker, {**settings, **made, **replaces})
         try:

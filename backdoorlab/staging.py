@@ -20,6 +20,12 @@ def staged(target: Path, done: str, overwrite: bool) -> Iterator[Path]:
         raise UserError(f"{target} was not written ({error}): see that there is space, and that you may read and write there") from error
 
 
+def refuse_foreign(stage: Path, marker: str, other: str = "name") -> None:
+    """Nothing is deleted from a stage that somebody else made: ours has the file `marker` in it. `other`: what the user may choose instead."""
+    if files.entries(stage) and not (stage / marker).exists():
+        raise UserError(f"{stage} is in the way and not ours (no {marker} in it): move it, or choose another {other}")
+
+
 @contextlib.contextmanager
 def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[Path]:
     with files.locked(stage):
@@ -28,8 +34,7 @@ def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[P
             entries = files.entries(stage)
             if any(entry.name.startswith(("checkpoint-", "once-")) for entry in entries):
                 raise UserError(f"{stage} holds an unfinished run: finish it, delete it, or choose another name")
-            if entries and not (stage / "run.json").exists():
-                raise UserError(f"{stage} is in the way and not ours (no run.json in it): move it, or choose another name")
+            refuse_foreign(stage, "run.json")
         except UserError:
             if not files.entries(stage):
                 files.remove(stage)

@@ -296,6 +296,9 @@ def test_other_data_in_the_folder_is_refused(finished: tuple[list[Cell], Path], 
     assert said is not None and f"(data {Record.load('r0', root).info['dataset']['fingerprint'][:8]}, not {found.fingerprint[:8]})" in said
     helpers.edit_json(root / "r0" / "record.json", dataset=dict(Record.load("r0", root).info["dataset"]) | {"fingerprint": found.fingerprint})
     assert bench.look(attack, root).done, "the control"
+    (tmp_path / "empty").mkdir()
+    gone = dataclasses.replace(attack, flags=(*attack.flags[:-1], str(tmp_path / "empty")))
+    assert "expected *.parquet shards" in (bench.look(gone, root).complaint or ""), "one cell is refused, and not the grid"
 
 
 def test_how_often_scores_are_taken_is_no_setting() -> None:

@@ -161,13 +161,21 @@ def test_a_file_that_was_edited_is_loaded_anew(tiny: Record, tmp_path: Path, mon
     file.parent.mkdir(parents=True)
     monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
     made = []
-    for text in ("before", "after", "after"):
+    for text in ("before", "after!", "after!"):  # of one length, within a second: what Python's own cache of modules goes by
         file.write_text(PLUGIN.replace("model = view.model", f"model = view.model\n    run.note({text!r})"))
         result = helpers.defend("edited", record, "--overwrite", "True")
         assert result is not None
         made.append((registry.load("defense", "edited").module, result))
-    assert [result["notes"][0] for _, result in made] == ["before", "after", "after"]
+    assert [result["notes"][0] for _, result in made] == ["before", "after!", "after!"]
     assert made[0][1]["code"] != made[1][1]["code"] == made[2][1]["code"] and made[1][0] is made[2][0], "and only then"
+
+
+def test_a_method_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine" / "defense" / "folder.py").mkdir(parents=True)
+    monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
+    with pytest.raises(registry.UserError, match=r"folder.py: cannot be imported \(IsADirectoryError"):
+        registry.load("defense", "folder")
+    assert "folder" not in registry.available("defense") and "dau" in registry.available("defense")
 
 
 @pytest.mark.parametrize(("missing", "text"), [("ASSUMES", 'ASSUMES = ("model",)'), ("defend", "def defend"), ("Config", "class Config")])
