@@ -44,15 +44,25 @@ def table(
     worst: bool = False,
     root: str | None = None,
 ) -> str:
-    """Records, or a single one, and what each defense left of them; `mean` over seeds, or the `worst` seed of each. None: every record in `root`."""
+    """Records, or a single one, and what each defense left of them; `mean` over seeds, or the `worst` seed of each. None: every record in `root`.
+
+    A damaged result is left out with a line on standard error, as is a damaged record where none was named.
+    """
     if format not in get_args(forms.Format):
         raise UserError(f"format must be one of {', '.join(get_args(forms.Format))}, got {format!r}.{suggest(format, get_args(forms.Format))}")
     place = record_root(root)
-    wanted = record_names(place) if records is None else [records] if isinstance(records, (str, Record)) else records
-    found = [record if isinstance(record, Record) else Record.load(record, place) for record in wanted]
+    damaged: list[results.Damaged] = []
+    if records is None:
+        found = results.readable(record_names(place), place, damaged.append)
+    else:
+        named = [records] if isinstance(records, (str, Record)) else records
+        found = [record if isinstance(record, Record) else Record.load(record, place) for record in named]
     if mean or worst:
-        return forms.render(tables.means(results.rows(found), format, worst=worst), format)
-    return tables.render(tables.rows(found), format)
+        shown = forms.render(tables.means(results.rows(found, on_damage=damaged.append), format, worst=worst), format)
+    else:
+        shown = tables.render(tables.rows(found, damaged.append), format)
+    tables.complain(damaged)
+    return shown
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

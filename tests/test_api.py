@@ -30,6 +30,19 @@ def test_attack_defend_table(tmp_path: Path, small: Record, small_flags: tuple[s
     assert "Each row is one model" in bl.table([record], worst=True)
 
 
+def test_a_damaged_record_is_left_out_unless_it_is_named(tmp_path: Path, small: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    sound, torn = (helpers.copy(small, tmp_path / "records", name) for name in ("sound", "torn"))
+    (torn.folder / "record.json").write_text("{")
+    assert bl.table(root=str(tmp_path / "records")) == bl.table(sound)
+    assert "torn" in capsys.readouterr().err
+    with pytest.raises(UserError, match="torn"):
+        bl.table("torn", root=str(tmp_path / "records"))
+    result = sound.folder / "defense" / "ft" / "seed0" / "result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{")
+    assert bl.table(sound).count("ft") == 1 and str(result) in capsys.readouterr().err
+
+
 def test_mistakes_are_those_of_the_command_line(tmp_path: Path, small: Record) -> None:
     with pytest.raises(UserError, match=r"unknown attack 'badnets'. Did you mean 'badnet'"):
         bl.attack("badnets")
