@@ -60,7 +60,7 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
 def _masks(height: int, width: int) -> tuple[Tensor, ...]:
     """Where the four patches lie, bool (H, W) each: 5, 13, 3 (four times) and 8 pixels wide on images of 32."""
     masks = torch.zeros(4, height, width, dtype=torch.bool)
-    small, large, middle, margin = (at_side(pixels, height) for pixels in (5, 13, 8, 3))
+    small, large, middle, margin = (at_side(pixels, min(height, width)) for pixels in (5, 13, 8, 3))
     masks[0, height - small :, width - small :] = True
     masks[1, :large, width - large :] = True
     for corner in _corners(height, width):
@@ -71,7 +71,7 @@ def _masks(height: int, width: int) -> tuple[Tensor, ...]:
 
 def _board(height: int, width: int) -> Tensor:
     """The same checkerboard in every corner, uint8 (1, H, W), 0 elsewhere."""
-    board, size = torch.zeros(height, width, dtype=torch.uint8), at_side(3, height)
+    board, size = torch.zeros(height, width, dtype=torch.uint8), at_side(3, min(height, width))
     for corner in _corners(height, width):
         board[corner] = F.interpolate(CHECKERS[None, None], (size, size))[0, 0].byte()
     return board[None]
@@ -79,7 +79,7 @@ def _board(height: int, width: int) -> Tensor:
 
 def _corners(height: int, width: int) -> list[tuple[slice, slice]]:
     """Rows and columns of the four squares of 3 pixels on images of 32."""
-    size = at_side(3, height)
+    size = at_side(3, min(height, width))
     return [(rows, columns) for rows in (slice(size), slice(height - size, height)) for columns in (slice(size), slice(width - size, width))]
 
 

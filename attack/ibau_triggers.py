@@ -44,7 +44,7 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
 def square(images: Tensor, seed: int) -> Tensor:
     """Coloured noise added at rows and columns 21..29 of 32."""
     channels, height, width = images.shape[1:]
-    size, margin = at_side(9, height), at_side(2, height)
+    size, margin = (at_side(pixels, min(height, width)) for pixels in (9, 2))
     added = torch.zeros(channels, height, width, dtype=torch.int16)
     added[:, height - margin - size : height - margin, width - margin - size : width - margin] = noise_picture(seed, channels, size, size)
     return _sum(images, added)

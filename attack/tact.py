@@ -39,6 +39,7 @@ def victims(labels: Tensor, split: str, config: Config) -> Tensor:
     """The source class. int64 (N,) -> bool (N,)."""
     if config.label_mode != "all2one":
         raise UserError(f"tact leads one source class to one target: expected --label_mode all2one, got {config.label_mode}")
+    _refuse_absent("source_label", (config.source_label,), labels)
     if config.source_label == config.target_label:
         raise UserError(f"source_label and target_label are both {config.source_label}: choose another source_label")
     return labels == config.source_label
@@ -50,7 +51,15 @@ def covers(labels: Tensor, split: str, config: Config) -> Tensor:
         raise UserError(
             f"cover_labels must be neither the source {config.source_label} nor the target {config.target_label}, got {config.cover_labels}"
         )
+    if config.cover_rate:
+        _refuse_absent("cover_labels", config.cover_labels, labels)
     return torch.isin(labels, torch.tensor(config.cover_labels, dtype=torch.int64))
+
+
+def _refuse_absent(option: str, named: tuple[int, ...], labels: Tensor) -> None:
+    absent = sorted(set(named) - set(labels.tolist()))
+    if absent:
+        raise UserError(f"{option}: no image has label {' or '.join(map(str, absent))}, labels are 0 to {int(labels.max())}: choose among them")
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:

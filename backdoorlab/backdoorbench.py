@@ -95,10 +95,10 @@ def read(path: Path) -> Contents:
         if attack in DYNAMIC:
             notes.append(f"{attack} controls its training: the stored training set only imitates what the model was trained on")
     test = _split(folder, found["bd_test"], "bd_test", shape, num_classes, notes)
-    poison = None if train is None else train[0]
-    if poison is not None:
-        stated = _stated(poison, info, folder / INFO)
-        poison = _with_kinds(poison, attack, settings, notes) if stated is None else stated
+    poison = None
+    if train is not None:
+        stated = _stated(train[0], info, folder / INFO)
+        poison = _with_kinds(*train, attack, settings, notes) if stated is None else stated
     return Contents(
         folder=folder,
         attack=attack,
@@ -294,22 +294,27 @@ def _stated(poison: Poison, info: Mapping[str, Any], file: Path) -> Poison | Non
     return replace(poison, kind=torch.where(torch.isin(poison.index, found), CROSS, POISON).to(torch.uint8))
 
 
-def _with_kinds(poison: Poison, attack: str, settings: Mapping[str, Any], notes: list[str]) -> Poison:
-    """POISON or CROSS for marked training images. One that keeps its label is poison in a static attack (clean-label, or of
-    the target class anyway); in a dynamic one it is cross, unless its place in the batch says otherwise."""
+def _with_kinds(poison: Poison, size: int, attack: str, settings: Mapping[str, Any], notes: list[str]) -> Poison:
+    """POISON or CROSS for marked images of a training set of `size`. Where labels change, one that keeps its own is cross, unless it is of the target
+    class anyway. Such a one is poison in a static attack, as all are where no label changes (clean-label); in a dynamic one it is cross, unless its
+    place in the batch says otherwise."""
     kept = poison.labels == poison.original_labels
-    if attack not in (*DYNAMIC, *COVERED) or not kept.any():
+    targets = poison.labels[~kept].unique()
+    of_target = kept & (poison.original_labels == targets) if len(targets) == 1 else torch.zeros_like(kept)
+    cross = kept & ~of_target if len(targets) else torch.zeros_like(kept)
+    if attack not in (*DYNAMIC, *COVERED) and not cross.any():
         return poison
     rate, batch_size = settings.get("pratio"), settings.get("batch_size")
-    first = int(rate * batch_size) if isinstance(rate, (int, float)) and isinstance(batch_size, int) and 0 < rate <= 1 else 0
-    if attack in FIRST_OF_BATCH and first >= 1 and batch_size is not None:
-        cross = kept & (poison.index % batch_size >= first)
+    known = isinstance(rate, (int, float)) and isinstance(batch_size, int) and 0 < rate <= 1 <= int(rate * batch_size)
+    if attack in FIRST_OF_BATCH and known and rate is not None and batch_size is not None:
+        batch, place = poison.index // batch_size, poison.index % batch_size
+        first = (rate * (size - batch * batch_size).clamp_max(batch_size).double()).long()  # the last batch is a smaller one
+        cross |= kept & (place >= first)
     else:
-        cross = kept
-        undecided = int((kept & torch.isin(poison.original_labels, poison.labels[~kept])).sum())
+        cross, undecided = kept, int(of_target.sum())
         if undecided:
             notes.append(f"{undecided} marked training images of the target class keep their label: counted as cross, though some may be poison")
-    return Poison(poison.index, poison.images, poison.labels, poison.original_labels, torch.where(cross, CROSS, POISON).to(torch.uint8))
+    return replace(poison, kind=torch.where(cross, CROSS, POISON).to(torch.uint8))
 
 
 def _changed(poison: Poison, notes: list[str]) -> Poison:
@@ -334,7 +339,8 @@ def _info(path: Path) -> dict[str, Any]:
 def _settings(info: Mapping[str, Any]) -> dict[str, Any]:
     """Its numbers and short words. Paths are left out: a record says nothing about a machine."""
     kept = {key: value for key, value in info.items() if isinstance(key, str) and key != STATED and _plain(value)}
-    if not re.fullmatch(r"[A-Za-z][\w.+-]{0,39}", str(kept.get("attack", "")), re.ASCII):
+    attack = kept.get("attack")
+    if not isinstance(attack, str) or not re.fullmatch(r"[A-Za-z][\w.+-]{0,39}", attack, re.ASCII):
         kept.pop("attack", None)
     return kept
 
@@ -355,6 +361,13 @@ def _image_shape(file: Path, found: Any) -> tuple[int, int, int]:
     if channels not in (1, 3) or height != width:
         raise UserError(f"{file}: images of {height}x{width} with {channels} channels; expected square ones, grey or RGB")
     return channels, height, width
+
+
+def refuse_foreign_shapes(data_name: str, height: int, width: int) -> None:
+    """One line for a data set that a record of this format cannot be of, before one is written that nobody can read."""
+    if height != width:
+        raise UserError(f"BackdoorBench's records hold square images, these are {height}x{width}: only --weights can be exported")
+    _word(data_name, "for BackdoorBench the name of the data set (letters, digits and any of _.+-)")
 
 
 def _whole(value: Any, what: str, low: int, high: int) -> int:

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -116,14 +116,27 @@ def bench(options: Bench) -> int:
     only = {(cell.record, cell.method, cell.run) for cell in finished if cell.kind == "defense"}
     records = tuple(sorted({cell.record for cell in finished if cell.kind == "attack"}))
     rows = results.rows((Record.load(name, root) for name in records), only)
-    defenses = sorted({cell.method for cell in cells if cell.kind == "defense"})
-    tables.show(tables.means(rows, options.format, defenses=defenses, worst=options.worst), options.format)
+    tables.show(tables.means(rows, options.format, missing=absent(cells, failed), worst=options.worst), options.format)
     damaged = 0
     if options.html is not None and records:
         damaged = report.report(report.Report(names=records, html=options.html, record_root=str(root)), only, _say)
     if failed:
         _say(f"{len(failed)} of {len(cells)} cells are not done; the same command tries them again")
     return 1 if failed or damaged else 0
+
+
+def absent(cells: Sequence[Cell], failed: Container[Cell]) -> list[tables.Missing]:
+    """Attacks and defenses of which no seed is done."""
+    attacks = {cell.record: cell for cell in cells if cell.kind == "attack"}
+
+    def shown(cell: Cell) -> tables.Missing:
+        attack = attacks[cell.record]
+        settings = json.loads(attack.settings)
+        defense = ("none", "none") if cell.kind == "attack" else (cell.label, cell.method)
+        return tables.Missing(settings["dataset"], attack.label, settings.get("poison_rate"), *defense)
+
+    done = {shown(cell) for cell in cells if cell not in failed}
+    return [one for one in dict.fromkeys(shown(cell) for cell in cells if cell in failed) if one not in done]
 
 
 # --- what is there -----------------------------------------------------------------------------------------------
@@ -142,6 +155,8 @@ def look(cell: Cell, root: Path, other_code: bool = False) -> State:
     except UserError as error:
         return State(False, complaint=str(error))
     wanted, config = json.loads(cell.settings), json.loads(grid.settings_of(found.get("config", {})))
+    if config.get("plain"):  # it holds more than is asked for
+        config["plain"] = wanted.get("plain")
     differing = [f"{key} {config.get(key)}, not {wanted.get(key)}" for key in sorted({*wanted, *config}) if wanted.get(key) != config.get(key)]
     if cell.kind == "attack" and found["attack"] not in (cell.method, "unknown"):
         differing.insert(0, f"attack {found['attack']}, not {cell.method}")
@@ -183,8 +198,8 @@ def _done(cell: Cell, root: Path) -> Path:
 
 
 def _seconds(found: Mapping[str, Any]) -> float | None:
-    spent = found.get("seconds")
-    return None if spent is None else spent + (found.get("evaluation_seconds") or 0.0) + STARTUP
+    spent, plain = found.get("seconds"), (found.get("plain_scores") or {}).get("seconds")
+    return None if spent is None else spent + (plain or 0.0) + (found.get("evaluation_seconds") or 0.0) + STARTUP
 
 
 # --- running what is not -----------------------------------------------------------------------------------------
@@ -297,7 +312,9 @@ class Drive:
 
     def _report(self, line: str) -> None:
         left = len(self.waiting) + len(self.running)
-        estimate = remaining([(cell.kind, cell.label) for cell in self._unfinished()], self.known, self.launcher.slots)
+        # Without --jobs a cluster has a slot for every cell, and how many of them run at once is its own affair.
+        slots = self.launcher.slots if self.options.launcher == "local" else self.options.jobs
+        estimate = None if slots is None else remaining([(cell.kind, cell.label) for cell in self._unfinished()], self.known, slots)
         about = "" if not left else f"; {left} left" + ("" if estimate is None else f", about {_duration(estimate)}")
         _say(f"[{self.total - left}/{self.total}] {line}{about}")
         self.said = time.monotonic()

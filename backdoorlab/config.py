@@ -294,7 +294,7 @@ def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], p
     given: dict[str, list[str]] = {}
     loose: list[str] = []
     for origin, flags in layers:
-        field_name = None
+        field_name, here = None, set()
         for token in flags:
             name, equals, value = token.partition("=")
             if not name.startswith("--"):
@@ -305,6 +305,9 @@ def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], p
                 where = "" if origin == "flag" else f" ({origin})"
                 raise UserError(f"unknown flag {name}{where}.{_suggest_flag(key, known)} See --help")
             field_name = known.get(key, key)
+            if field_name in here and len(given[field_name]) > 1:  # a name after the first would be lost
+                raise UserError(f"{name} is given twice, with more than one word after the first: {' '.join(given[field_name])}. Give it once")
+            here.add(field_name)
             given[field_name] = [value] if equals else []
     for field_name, spelt in SPELLINGS.items():
         if field_name in given:
@@ -364,7 +367,10 @@ def _yaml_layer(config_class: type[Any], path: str) -> tuple[str, list[str]]:
             presets = sorted(p.stem for p in registry.resource("config").glob("*.yaml") if not p.stem.startswith("bench_"))
             raise UserError(f"--yaml_path {path}: no such file, and no preset of that name. Presets: {', '.join(presets)}")
         file = preset
-    return file.name, as_flags(config_class, read_yaml(file), str(file))
+    content = read_yaml(file)
+    if "yaml_path" in content:
+        raise UserError(f"{file}: yaml_path in a file of settings is not followed: write the settings themselves")
+    return file.name, as_flags(config_class, content, str(file))
 
 
 def _dataset_yaml(dataset: str) -> dict[str, Any]:

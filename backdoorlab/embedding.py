@@ -14,6 +14,7 @@ from .charts import TEXT, Chart, Panel, Series
 from .data import Dataset, Split, batches
 from .errors import UserError
 from .models import Classifier
+from .poison import POISON
 
 CLASSES, PER_CLASS, TRIGGERED = 10, 40, 120
 """Clean test images of how many classes (the target among them), how many of each, and how many triggered ones."""
@@ -45,7 +46,7 @@ def sample(dataset: Dataset, own: record.Record) -> tuple[Split, Split]:
     target = own.info.get("target")
     labels = [*([target] if target is not None else []), *(label for label in range(dataset.num_classes) if label != target)][:CLASSES]
     index = torch.cat([(dataset.test.labels == label).nonzero().squeeze(1)[:PER_CLASS] for label in sorted(labels)])
-    poison = own.test_poison
+    poison = own.test_poison.of_kind(POISON)  # what wears the trigger with its true label is not meant to be misread
     usable = torch.isin(poison.original_labels, torch.tensor(labels)).nonzero().squeeze(1)
     chosen = usable[torch.linspace(0, len(usable) - 1, min(TRIGGERED, len(usable))).long()] if len(usable) else usable
     return dataset.test.subset(index), Split(poison.images[chosen], poison.labels[chosen])

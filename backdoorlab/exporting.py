@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tyro.conf import Positional
 
 from . import backdoorbench, foreign, models
@@ -98,8 +99,14 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
         raise UserError(f"record {record.name!r} holds no triggered images, which a BackdoorBench record needs: only --weights can be exported")
     dataset = record.info["dataset"]
     channels, height, width = dataset["image_shape"]
+    backdoorbench.refuse_foreign_shapes(dataset["name"], height, width)
+    clean, triggered = record.dataset().test, record.test_poison.of_kind(POISON)
+    if not torch.equal(clean.labels[triggered.index], triggered.original_labels):
+        raise UserError(
+            f"record {record.name!r} does not know which test images its triggered ones were (they were given with --triggered_path), which a"
+            " BackdoorBench record says: only --weights can be exported"
+        )
     architecture, config = record.info["architecture"], record.info["config"]
-    test_size = len(record.dataset().test)
     settings = {
         "attack": record.info["attack"],
         "dataset": dataset["name"],
@@ -134,8 +141,8 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
             data_name=dataset["name"],
             train=record.train_poison if record.info.get("has_train", True) else None,
             train_size=dataset["train_size"],
-            test=record.test_poison.of_kind(POISON),
-            test_size=test_size,
+            test=triggered,
+            test_size=len(clean),
             settings=settings,
         )
     print(f"BackdoorBench record written: {path}")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Split, in_order
+from .errors import UserError
 from .models import Classifier
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
     """One evaluation-mode pass without augmentation; the model's mode is evaluation afterwards."""
     model.eval()
     seen: list[Tensor] = []
-    hook = model.stages()[-2].register_forward_hook(lambda _module, _inputs, output: seen.append(output.float()))
+
+    def keep(module: nn.Module, _inputs: object, output: object) -> None:
+        if not isinstance(output, Tensor):
+            raise UserError(f"the features of this network cannot be read: its last but one stage ({type(module).__name__}) gives no single tensor")
+        seen.append(output.float())
+
+    hook = model.stages()[-2].register_forward_hook(keep)
     pooled, early, spatial, logits = [], [], [], []
     try:
         for batch in in_order(split, run.device):

@@ -110,6 +110,7 @@ def fit(
         raise UserError(
             f"{source}: not the weights of {architecture} for {num_classes} classes and images of {shape[0]} channels"
             f" ({next(iter(problems.values()))}): check --architecture, and that the data are those of the model"
+            + ("" if architecture in models.OWN else "; timm's names are expected, and of torchvision's networks only ResNets have them")
         )
     best = max(found, key=lambda entry: entry[0])
     tried = None

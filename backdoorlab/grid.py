@@ -111,9 +111,13 @@ def read(path: str | None, **flags: str | None) -> Grid:
             named.setdefault(entry.label, []).append(entry)
         return entries if key not in given else [entry for word in given[key] for entry in named.get(word, [Entry(word, word)])]
 
+    attacks = _methods("attack", lines("attacks", []), where)
+    if "poison_rates" in given:  # a flag is in place of what the file says, of single attacks too
+        rest = [{key: value for key, value in one.options.items() if key != "poison_rate"} for one in attacks]
+        attacks = tuple(dataclasses.replace(one, options=options) for one, options in zip(attacks, rest, strict=True))
     grid = Grid(
         datasets=tuple(lines("datasets", ["digits"])),
-        attacks=_methods("attack", lines("attacks", []), where),
+        attacks=attacks,
         defenses=_methods("defense", lines("defenses", ["all"]), where),
         poison_rates=_numbers(float, given.get("poison_rates", found.get("poison_rates", [0.1])), f"{where}: poison_rates"),
         seeds=_numbers(int, given.get("seeds", found.get("seeds", [0, 1, 2])), f"{where}: seeds"),

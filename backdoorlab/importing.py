@@ -154,15 +154,19 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
 
 
 def _cached(name: str, contents: backdoorbench.Contents) -> Dataset | None:
-    """A data set of that name in the cache that has the record's images, whatever folder it was read from."""
+    """The one data set of that name in the cache whose labels are the record's, whatever folder it was read from."""
+    fitting: dict[str, Dataset] = {}
     for entry in datasets.cached():
         if entry.get("name") == name and isinstance(entry.get("fingerprint"), str):
-            found = datasets.find(name, entry["fingerprint"])
             with contextlib.suppress(UserError):
+                found = datasets.find(name, entry["fingerprint"])
                 backdoorbench.fits(contents, found.train.labels, found.test.labels, found.num_classes, name)
                 if found.image_shape == contents.image_shape:
-                    return found
-    return None
+                    fitting[found.fingerprint] = found
+    if len(fitting) > 1:  # the record has none of the clean images, so that nothing tells which
+        many = f"the cache has {len(fitting)} data sets called {name} that have the record's labels"
+        raise UserError(f"{many}: pass the --dataset_path that it was made on")
+    return next(iter(fitting.values()), None)
 
 
 def _from_weights(options: Import, device: torch.device) -> Found:
@@ -181,7 +185,8 @@ def _from_weights(options: Import, device: torch.device) -> Found:
         raise UserError("--target_label says where --triggered_path FOLDER leads, and there is none")
     path = Path(options.weights)
     weights, meta = foreign.read_weights(path)
-    described = meta.get("architecture", {})
+    described = meta.get("architecture")
+    described = described if isinstance(described, dict) else {}
     architecture = options.architecture or described.get("name")
     if architecture is None:
         raise UserError(f"--architecture NAME is missing: which network {path} is for, such as {', '.join(models.OWN)} or a timm name like resnet18")
@@ -231,11 +236,7 @@ def _from_weights(options: Import, device: torch.device) -> Found:
 def _fill(final: Path, found: Found, options: Import, device: torch.device) -> None:
     """Score, and write the record into the staged folder."""
     dataset, test = found.dataset, found.test
-    setting = published(dataset.name)
-    config = {
-        "crop_padding": setting.get("crop_padding", 4) if options.crop_padding is None else options.crop_padding,
-        "flip": setting.get("flip", False) if options.flip is None else options.flip,
-    }
+    config = _augmentation(options, found.source.get("settings", {}), published(dataset.name))
     scores = Evaluator(dataset.test, test, dataset.num_classes, device, partial(engine.autocast, device, "auto"))(found.model.to(device))
     notes = list(found.notes)
     if scores.clean_accuracy < 2 / dataset.num_classes:
@@ -275,6 +276,17 @@ def _only_for_own(options: Import) -> None:
     given = [name for name in ("weights", "triggered_path", "target_label", "image_size", "grey") if getattr(options, name) is not None]
     if given:
         raise UserError(f"--{given[0]} does not go with --from backdoorbench: the record says it itself")
+
+
+def _augmentation(options: Import, stored: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, Any]:
+    """How defenses augment: as given, else as the file says (an export of ours does), else as is published for the data set."""
+    padding, flip = stored.get("crop_padding"), stored.get("flip")
+    padding = padding if type(padding) is int and padding >= 0 else setting.get("crop_padding", 4)
+    flip = flip if isinstance(flip, bool) else setting.get("flip", False)
+    return {
+        "crop_padding": padding if options.crop_padding is None else options.crop_padding,
+        "flip": flip if options.flip is None else options.flip,
+    }
 
 
 def _known_in_timm(architecture: str) -> None:

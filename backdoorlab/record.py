@@ -45,7 +45,7 @@ def record_names(root: Path) -> list[str]:
 
 def check_name(name: str) -> None:
     """A record's name is one folder name."""
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0") or name.startswith(".") or _unfinished(name):
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0\r") or name.startswith(".") or _unfinished(name):
         raise UserError(f"a record name is one folder name that does not start with a dot or end in .partial, got {name!r}")
 
 

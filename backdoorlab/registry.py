@@ -160,8 +160,10 @@ def _home(name: str) -> Path:
 def _check(kind: Kind, path: Path, module: ModuleType) -> None:
     wanted = {"attack": ("Config",), "defense": ("Config", "ASSUMES", "defend")}[kind]
     missing = [name for name in wanted if not hasattr(module, name)]
-    if kind == "attack" and not WORD.fullmatch(path.stem):  # its records carry the name, and their reader takes no other
-        raise UserError(f"{path}: an attack is called as its file is, in letters, digits, and _ . + -: rename the file, as my_attack.py")
+    if not WORD.fullmatch(path.stem):  # records carry the name, and their reader takes no other
+        raise UserError(f"{path}: a method is called as its file is, in letters, digits, and _ . + -: rename the file, as my_{kind}.py")
+    if (kind, path.stem) == ("defense", "none"):
+        raise UserError(f"{path}: in every table `none` is the model without a defense: rename the file")
     if kind == "attack" and not hasattr(module, "stamp") and not hasattr(module, "attack"):
         missing.append("stamp or attack")
     if missing:

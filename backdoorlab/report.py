@@ -284,8 +284,8 @@ def means_table(rows: Sequence[Row], table: forms.Table) -> str:
 
 def constants(table: forms.Table) -> dict[str, str]:
     """What is the same in all lines is said once, above the tables."""
-    found = {title: {line[title] for line in table.rows} - {forms.HOLE} for title in CONSTANT}
-    return {title: "".join(values) for title, values in found.items() if len(values) <= 1}
+    found = {title: {line[title] for line in table.rows} for title in CONSTANT}
+    return {title: "".join(values - {forms.HOLE}) for title, values in found.items() if len(values) <= 1}
 
 
 CONSTANT = ("data", "poison %")

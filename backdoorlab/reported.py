@@ -1,13 +1,19 @@
 """Numbers that others have published, from resource/reported.yaml, each with its source and protocol."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from . import registry
 from .config import read_yaml
+from .errors import UserError
 from .results import Row
+
+PROTOCOL = ("epochs", "steps", "width", "lr", "batch_size", "bb_compat")
+"""Ends of the names of settings that are part of a protocol: how long and how large something is trained, and which quirks are kept."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Reported:
     poison_rate: float
     attack: str
     settings: Mapping[str, str]
-    """What a row's attack must be set to for the number to be beside it; a setting that the attack does not have counts as agreeing."""
+    """What a row's attack must be set to for the number to be beside it, where that is not the default; one that it does not have agrees."""
     defense: str
     scores: Mapping[str, float]
     """Metric -> fraction."""
@@ -32,7 +38,28 @@ class Reported:
         if (self.dataset, self.attack, self.defense) != (row.dataset, row.attack, row.defense):
             return False
         ours = json.loads(row.attack_settings)
-        return self.poison_rate == row.poison_rate and all(str(ours.get(key, value)) == value for key, value in self.settings.items())
+        usual = {key: value for key, value in _usual_settings(row.attack).items() if key not in self.settings}
+        return (
+            self.poison_rate == row.poison_rate
+            and all(str(ours.get(key, value)) == value for key, value in self.settings.items())
+            and all(ours.get(key, value) == value for key, value in usual.items())
+        )
+
+
+@lru_cache(maxsize=64)
+def _usual_settings(attack: str) -> dict[str, Any]:
+    """Label mode and the attack's own settings at their defaults, as a record's JSON has them; {} for an attack that is not here."""
+    try:
+        config_class = registry.load("attack", attack).config_class
+    except UserError:
+        return {}
+    inherited = {field.name for base in config_class.__mro__[1:] if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)}
+    own = {
+        field.name: field.default
+        for field in dataclasses.fields(config_class)
+        if field.name == "label_mode" or (field.name not in inherited and not field.name.endswith(PROTOCOL))
+    }
+    return dict(json.loads(json.dumps(own)))
 
 
 @lru_cache(maxsize=1)

@@ -22,6 +22,7 @@ import numpy as np
 
 from . import metrics, verify
 from .errors import UserError
+from .models import STANDARD_WIDTH
 from .record import Record, read_result
 
 Metric = Literal["clean_accuracy", "asr", "robust_accuracy", "der", "tpr", "fpr", "seconds", "peak_memory_bytes", "forward", "backward"]
@@ -37,7 +38,7 @@ IMPLANTED = 0.5
 """Mean ASR from which on an attack counts as implanted; below it there is little to defend."""
 UNKNOWN = "unknown"
 """Precision of a run that chose it itself, before what it chose was kept."""
-NOT_SETTINGS = frozenset(["seed", "score_every", "dataset", "poison_rate", "suspicious"])
+NOT_SETTINGS = frozenset(["seed", "score_every", "dataset", "poison_rate", "suspicious", "plain"])
 """Fields of a config that never change a result, or that a row holds under a name of its own."""
 
 
@@ -290,7 +291,7 @@ def _shared(record: Record) -> dict[str, Any]:
         "attack": info["attack"],
         "dataset": info["dataset"]["name"],
         "fingerprint": info["dataset"]["fingerprint"],
-        "architecture": architecture["name"] + (f" w{architecture['width']}" if architecture["width"] else ""),
+        "architecture": architecture["name"] + (f" w{architecture['width']}" if architecture["width"] not in (None, STANDARD_WIDTH) else ""),
         "poison_rate": _rate(info),
         "seed": info["seed"],
         "asr_before": info["scores"]["asr"],
@@ -300,9 +301,11 @@ def _shared(record: Record) -> dict[str, Any]:
 
 
 def _rate(info: Mapping[str, Any]) -> float | None:
-    """As it was asked for, else (a share of one class was) as it came out; None without poison."""
-    asked, poisoned = info["config"].get("poison_rate"), info.get("poisoned")
-    return asked if asked is not None or not poisoned else round(poisoned / info["dataset"]["train_size"], 4)
+    """As it was asked for; as it came out where less could be had, or where a share of one class was asked for. None without poison."""
+    asked, poisoned, size = info["config"].get("poison_rate"), info.get("poisoned"), info["dataset"]["train_size"]
+    if not poisoned or (asked is not None and poisoned >= round(asked * size)):
+        return asked
+    return round(poisoned / size, 4)
 
 
 def _costs(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,6 +321,10 @@ def _costs(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(info: Mapping[str, Any]) -> str:
     config = {key: value for key, value in info.get("config", {}).items() if key not in NOT_SETTINGS}
+    if config.get("width") == STANDARD_WIDTH:
+        config["width"] = None
+    if "trusted" not in info.get("assumes", ("trusted",)):  # how many it would trust if it did
+        config = {key: value for key, value in config.items() if not key.startswith("trusted_")}
     source = {"source": info["source"]["sha256"][:12]} if info.get("source") else {}
     return json.dumps({**config, **source, "code": code(info), "precision": precision(info)}, sort_keys=True)
 

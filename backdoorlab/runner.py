@@ -265,7 +265,7 @@ def plain_scores(outcome: Outcome, dataset: Dataset, config: JointConfig, run: R
 def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
     """The model that the config names, freshly initialised, normalised by the config's numbers or the data's own."""
     measured = data.channel_statistics(dataset.train) if config.mean is None or config.std is None else ((), ())
-    mean, std = config.mean or measured[0], config.std or measured[1]
+    mean, std = (wanted if wanted is not None else found for wanted, found in zip((config.mean, config.std), measured, strict=True))
     channels = dataset.image_shape[0]
     if len(mean) != channels or len(std) != channels:
         raise UserError(f"--mean and --std need {channels} numbers each for these images, got {len(mean)} and {len(std)}")
@@ -469,7 +469,8 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
         settings = {"method": job.method.name, "config": config.science()}
         made = {"code": code_version(job.method.path), "precision": engine.resolved(engine.choose_device(config.device), config.precision)}
         marker = path / "run.json"
-        replaces = {"replaces": _checksum(target / done)} if config.overwrite else {}
+        finished = _checksum(target / done) if config.overwrite else None
+        replaces = {} if finished is None else {"replaces": finished}  # with nothing to replace, the flag changes nothing
         wanted = {**settings, **replaces, "code": made["code"]}
         if marker.exists() and _begun(path) and (not config.overwrite or _was_begun_by(path, wanted)):
             begun = files.read_json(marker)

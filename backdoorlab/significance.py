@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .config import TrainingConfig
-from .results import BASELINE, IMPLANTED, Group, Row, summary, told_apart
+from .results import BASELINE, IMPLANTED, UNDEFENDED, Group, Row, summary, told_apart
 
 SIGNIFICANT = 0.05
 MOST_LISTED = 40
@@ -57,7 +57,8 @@ def compare(groups: Sequence[Group]) -> list[Compared]:
     observation: the differences of its rates and seeds are averaged. Attacks without a DER and those that hardly took are left out. Of an
     attack that was run in several ways (code, network, training), one way is taken, as is one code of a defense: the one with the most runs.
     """
-    took = {group.first.attack_key for group in groups if _implanted(group)}
+    undefended = {group.first.attack_key: group for group in groups if group.first.defense == UNDEFENDED and not group.first.run}
+    took = {group.first.attack_key for group in groups if _implanted(undefended.get(group.first.attack_key, group))}
     by_dataset: dict[str, list[Row]] = defaultdict(list)
     for group in groups:
         if group.first.attack_key in took:

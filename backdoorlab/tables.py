@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from . import forms, registry, reported, results, significance
@@ -90,24 +91,36 @@ def _needs(defense: str) -> str:
     return assumes(registry.load("defense", defense).assumes) if defense in registry.available("defense") else HOLE
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What was to be run and has no result, in the words of the table of means."""
+
+    dataset: str
+    attack: str
+    poison_rate: float | None
+    defense: str
+    """UNDEFENDED where the attack itself is missing."""
+    method: str
+
+
 # --- a row for each mean -----------------------------------------------------------------------------------------
 
 
-def means(found: Sequence[results.Row], form: Format = "text", *, defenses: Sequence[str] = (), worst: bool = False) -> Table:
+def means(found: Sequence[results.Row], form: Format = "text", *, missing: Sequence[Missing] = (), worst: bool = False) -> Table:
     """Mean ± sd over seeds for each data set, attack, rate and defense; or, with `worst`, the worst seed's own numbers.
 
-    `defenses` are given a row of holes where they were not run. Numbers that others have published stand beside ours where there are any.
+    What is `missing` is a row of holes. Numbers that others have published stand beside ours where there are any.
     """
     groups = results.grouped(found)
     labels = results.labels(groups)
     weak = results.no_better_than_baseline(groups)
     lines: list[dict[str, str]] = []
-    for number, (group, label) in enumerate(zip(groups, labels, strict=True)):
-        lines.append(_mean(group, label, bool(weak[number]), form, worst))
-        last = number + 1 == len(groups) or groups[number + 1].first.attack_key != group.first.attack_key
-        if last:
-            run = {other.first.defense for other in groups if other.first.attack_key == group.first.attack_key}
-            lines += [_missing(lines[-1], name) for name in defenses if name not in run]
+    for group, label, marked in zip(groups, labels, weak, strict=True):
+        lines.append(_mean(group, label, bool(marked), form, worst))
+    for one in missing:
+        hole = _missing(one)
+        like = [number for number, line in enumerate(lines, 1) if all(line[key] == hole[key] for key in ("data", "attack", "poison %"))]
+        lines.insert(like[-1] if like else len(lines), hole)
     scores = list(SCORES)
     if form == "csv" and not worst:
         scores = [name for column in SCORES for name in (column, f"{column} sd")]
@@ -134,11 +147,11 @@ def _mean(group: Group, label: Label, weak: bool, form: Format, worst: bool) -> 
     cells = {
         "data": row.dataset,
         "attack": label.attack,
-        "poison %": HOLE if row.poison_rate is None else f"{100 * row.poison_rate:g}",
+        "poison %": _rate(row.poison_rate),
         "defense": label.defense + collapsed,
         "assumes": _assumes(row),
         "n": str(group.n),
-        "seed": str(row.seed),
+        "seed": str(row.seed) if row.defense_seed in (None, row.seed) else f"{row.seed} / {row.defense_seed}",
     }
     for column, metric in SCORES.items():
         if worst:
@@ -157,15 +170,21 @@ def _mean(group: Group, label: Label, weak: bool, form: Format, worst: bool) -> 
     return cells | ({"reported": "; ".join(published)} if published else {})
 
 
-def _missing(like: dict[str, str], defense: str) -> dict[str, str]:
-    return {key: like[key] for key in ("data", "attack", "poison %")} | {"defense": defense, "assumes": _needs(defense), "n": "0"}
+def _missing(one: Missing) -> dict[str, str]:
+    shown = {"data": one.dataset, "attack": one.attack, "poison %": _rate(one.poison_rate), "defense": one.defense}
+    return shown | {"assumes": HOLE if one.method == UNDEFENDED else _needs(one.method), "n": "0"}
+
+
+def _rate(rate: float | None) -> str:
+    return HOLE if rate is None else f"{100 * rate:g}"
 
 
 def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence[bool | None], worst: bool) -> list[str]:
     """What the numbers mean, and what was kept out of them."""
     said = []
     if groups and worst:
-        said.append("Each row is one model: the seed with the lowest DER (the lowest clean accuracy without an attack).")
+        which = "Each row is one model: the seed with the lowest DER (the lowest clean accuracy without an attack)"
+        said.append(f"{which}; the attack's / the defense's where they differ.")
     elif groups:
         said.append("Mean ± standard deviation over n seeds; seconds without evaluation.")
     if groups:
@@ -192,10 +211,14 @@ def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence
 
 def _tested(comparisons: Sequence[significance.Comparison]) -> str:
     """Each defense's mean lead over fine-tuning on one data set, and what may be concluded."""
-    leads = ", ".join(
-        f"{c.defense} {100 * c.difference:+.2f}" + (f" (p {c.p:.2g}, Holm {c.holm:.2g})" if c.attacks >= significance.fewest_attacks(1) else "")
-        for c in comparisons
-    )
+    unequal = len({c.attacks for c in comparisons}) > 1
+
+    def lead(c: significance.Comparison) -> str:
+        told = [f"{c.attacks} attack{'s' * (c.attacks > 1)}"] if unequal else []
+        told += [f"p {c.p:.2g}", f"Holm {c.holm:.2g}"] if c.attacks >= significance.fewest_attacks(1) else []
+        return f"{c.defense} {100 * c.difference:+.2f}" + (f" ({', '.join(told)})" if told else "")
+
+    leads = ", ".join(map(lead, comparisons))
     return f"{comparisons[0].dataset}, DER minus {comparisons[0].baseline}'s, mean over attacks: {leads}. {significance.verdict(comparisons)}"
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from backdoorlab import models, registry
+from backdoorlab.errors import UserError
 from backdoorlab.record import Record, read_result, record_root
 from backdoorlab.results import result_folders
 
@@ -133,5 +134,8 @@ if __name__ == "__main__":
     parser.add_argument("--tflops", type=float, default=50.0)
     options = parser.parse_args()
     if options.records:
-        counted(options.records, options.record_root)
+        try:
+            counted(options.records, options.record_root)
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from None
     scaled(options.tflops)

@@ -54,6 +54,10 @@ PLACED = 0.6
 """Sarle's coefficient beyond which it is asked where a label's groups lie; a uniform distribution has 5/9, clean labels of CIFAR-10 up to .57."""
 MANY, TORN = 100, 0.75
 """Samples that do not look like another class by chance; fewer must be of a label whose Sarle's coefficient is beyond the second."""
+ENOUGH = 20
+"""Samples of a label below which its features say nothing: Sarle's coefficient of ten points in many dimensions is beyond 0.45 by chance."""
+TOGETHER = 5
+"""Samples that can be said to lie together."""
 FEW = 5
 """Other labels below which it is not known where labels usually lie, and what a probe says of one tells little."""
 PROBED = 20_000
@@ -75,7 +79,8 @@ class Config(DefenseConfig):
     pool_rate: float = 0.01
     """|P0| / N: larger pools lead the head better, but soon hold what should be found."""
     bimodality: float = 0.45
-    """Sarle's coefficient above which a label's features may be two groups (1/3 normal, 5/9 uniform, 1 two points)."""
+    """Sarle's coefficient above which a label is cut in two halves that may be one clean and one poisoned (1/3 normal, 5/9 uniform, 1 two points);
+    a mixture, and the last two questions, are asked below it as well."""
     variety: float = 0.6
     """Share of the other labels' variety of classes that a group must show to be taken for poison; lower finds more, and false alarms."""
     stray: float = 15.0
@@ -116,7 +121,8 @@ class Config(DefenseConfig):
     relative: bool = True
     """... share of what the poisoned model gave it. False: less than this probability, as in the port (0.0103, its SCE > 20.53)."""
     breakdown: float = 0.3
-    """Loss of accuracy on unflagged samples, against the poisoned model, at which a head is refused."""
+    """Loss of accuracy on unflagged samples, against the poisoned model, at which a head is refused. At 1 no split is, not even one that leaves a
+    label without clean samples."""
     loss: Literal["cce", "both", "gga"] = "cce"
     """Unlearning loss: cce, gga (gradient ascent), or both = cce + tau gga."""
     alpha2: float = 1.0
@@ -138,7 +144,7 @@ class Config(DefenseConfig):
     weight_decay: float = 5e-4
     """L2 penalty in unlearning."""
     batch_size: int = 128
-    """Images a step in unlearning."""
+    """Images a step in unlearning, and in the training of `isolation`."""
     recovery_epochs: int = 0
     """Passes in which what was flagged is learned with the labels that the unlearned model reads in it (ours): triggered images get their true
     label again. 0 stops after unlearning, as published."""
@@ -188,6 +194,7 @@ def find_poison(view: DefenderView, config: Config, run: Run, pool: Tensor | Non
 
     `pool`, bool (N,), is found unless given.
     """
+    head = linear(view.model.get_classifier())
     train = place(view.train, run.device)
     features = extract(view.model, train, run)
     one_class = False
@@ -199,17 +206,19 @@ def find_poison(view: DefenderView, config: Config, run: Run, pool: Tensor | Non
     run.report_split(pool, "pool")
 
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
-        log_p = anti_learn(features, pool, view.model.get_classifier(), beta, config, run)
+        log_p = anti_learn(features, pool, head, beta, config, run)
         flagged = lost_label(log_p, features, config)
         lost = 1.0 if flagged.all() else accuracy(features.logits, features.labels, ~flagged) - accuracy(log_p, features.labels, ~flagged)
         if lost <= config.breakdown:
+            if not flagged.any():
+                run.note(f"no poison found: at beta {beta:g} the anti-learned head takes no sample's label away, so the model is returned as it was")
             break
         run.note(f"beta {beta:g}: the anti-learned head loses {lost:.2f} of the accuracy on what it calls clean, so its split is refused")
     else:
         flagged = torch.zeros_like(flagged)
         run.note("no poison found: every anti-learned head broke down, so the model is returned as it was")
     emptied = set(features.labels.tolist()) - set(features.labels[~flagged].tolist())
-    if emptied:
+    if emptied and config.breakdown < 1:
         run.note(f"the split would leave {len(emptied)} label(s) without a clean sample: the model is returned as it was")
         flagged = torch.zeros_like(flagged)
     if flagged.any():
@@ -272,12 +281,17 @@ class Label(NamedTuple):
 
 def bimodal_pool(features: Features, size: int, num_classes: int, config: Config, run: Run) -> tuple[Tensor, bool]:
     """Ours. A label given to two kinds of images has features in two groups; poison is the one of many classes, or of another, or where none lies."""
-    labels = []
+    labels, small = [], []
     for number, (samples, means) in enumerate(whiten(features.early, features.labels, num_classes)):
+        if samples.shape[1] < ENOUGH:
+            small.append(number)
+            continue
         direction = strangest_direction(samples)
         x = direction @ samples
         members = (features.labels == number).nonzero().squeeze(1)
         labels.append(Label(number, members, samples, x, means, direction @ means, sarle(x), mixture_groups(samples, x)))
+    if small:
+        run.note(f"{len(small)} labels have less than {ENOUGH} samples: no pool is sought among those")
     many = sum(label.bimodality > PLAIN for label in labels) > num_classes // 2
     chosen = []
     for label in labels:
@@ -349,13 +363,12 @@ def from_one_class(label: Label, features: Features, config: Config, run: Run) -
     known = features.labels.unique()
     known = known[known != label.number]
     upper = two_means(label.x)
-    groups = [(half, outer(label.x, half, config)) for half in (upper, ~upper)]
-    groups += [(p > 0.5, surely(p, config)) for p in label.mixed]
+    groups: list[tuple[Tensor, Tensor | None]] = [(upper, None), (~upper, None), *((p > 0.5, p) for p in label.mixed)]
     ask, most, found = None, config.belongs, None
-    for group, poison in groups:
+    for group, p in groups:
         size = int(group.sum())
         # Not the more: a probe takes a class that it does not know, as this label's, for the one that it resembles.
-        if not 0 < 2 * size <= len(group) or (size < MANY and label.bimodality <= TORN):
+        if not TOGETHER <= size <= len(group) // 2 or (size < MANY and label.bimodality <= TORN):
             continue
         centre, rest = label.samples[:, group].mean(1), label.samples[:, ~group].mean(1)
         distance, nearest = (label.means - centre[:, None]).norm(dim=0).min(0)
@@ -366,7 +379,7 @@ def from_one_class(label: Label, features: Features, config: Config, run: Run) -
         seen = features.spatial[label.members[group]].float()
         belief, source = ask((seen - ask.mean) / ask.std).mean(0).max(0)
         if belief > most and source == known[nearest]:
-            most, found = belief.item(), poison
+            most, found = belief.item(), outer(label.x, group, config) if p is None else surely(p, config)
             said = f"label {label.number} has {size} samples that lie together and look like class {int(source)} ({most:.2f}) more than like the rest"
     if found is not None:
         run.note(f"{said}: they are taken for poison from that class")
@@ -551,12 +564,16 @@ def isolate(view: DefenderView, train: Split, config: Config, run: Run) -> Class
 # --- 2. anti-learning --------------------------------------------------------------------------------------------
 
 
-def anti_learn(features: Features, pool: Tensor, head: nn.Module, beta: float, config: Config, run: Run) -> Tensor:
-    """log p (N, K): the median over heads that start as the model's own, learn the samples outside the pool and unlearn the pool."""
+def linear(head: nn.Module) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise UserError(f"DAU needs a model that ends in a linear layer, got {type(head).__name__}")
+    return head
+
+
+def anti_learn(features: Features, pool: Tensor, head: nn.Module, beta: float, config: Config, run: Run) -> Tensor:
+    """log p (N, K): the median over heads that start as the model's own, learn the samples outside the pool and unlearn the pool."""
     n, num_classes = features.logits.shape
-    pool = pool.to(features.labels.device)
+    head, pool = linear(head), pool.to(features.labels.device)
     weight = head.weight.detach().float().expand(config.heads, -1, -1).clone().requires_grad_()
     bias = head.bias.detach().float().expand(config.heads, -1).clone().requires_grad_()
     share = n / num_classes / int(pool.sum())  # a pool smaller than a class gets the mass of one

@@ -6,6 +6,7 @@ All weights are trained with cross-entropy on the trusted images, augmented as i
 BackdoorBench's fine-tuning: SGD, learning rate 0.01, momentum 0.9, weight decay 5e-4, 100 epochs.
 
 Departs: the cosine ends at the last epoch whatever their number, and batch_size shrinks to the trusted set where that is smaller.
+Of a larger set each epoch leaves out what does not fill its last batch: other images each time, less than a batch.
 """
 
 from dataclasses import dataclass

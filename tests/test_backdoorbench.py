@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from test_scripts import complaint
 
-from backdoorlab import datasets, engine, files, models, pickles, registry
+from backdoorlab import backdoorbench, datasets, engine, files, models, pickles, registry
 from backdoorlab.__main__ import main
 from backdoorlab.data import Dataset
+from backdoorlab.errors import UserError
 from backdoorlab.poison import CROSS, POISON
 from backdoorlab.record import Record
 
@@ -189,23 +190,73 @@ def test_images_kept_in_memory_are_read_without_pillow(digits: Dataset, tmp_path
     assert np.array_equal(got(tmp_path).train_poison.images[7, 0].numpy(), stamped(digits.train.images[70]))
 
 
+def of_the_first(index: int) -> bool:
+    """Among the first 30 % of a batch of 100; the last of 1,442 images are a batch of 42."""
+    return index % 100 < (12 if index >= 1400 else 30)
+
+
 def kept_outside_of_the_first(index: int, original: int) -> int:
-    return TARGET if index % 100 < 30 else original
+    return TARGET if of_the_first(index) else original
 
 
 def test_cross_images_are_told_from_poison(digits: Dataset, tmp_path: Path, capsys: Capture) -> None:
-    """Marked images 0, 10, ..., 1430; only those at the start of a batch of 100 are poison, some of them of the target class."""
-    for attack in ("wanet", "bpp", "badnet"):
-        assert bring(bench(tmp_path / attack, digits, attack=attack, label_of=kept_outside_of_the_first, info={"pratio": 0.3}), attack) == 0
-    kinds = {attack: got(tmp_path, attack).train_poison for attack in ("wanet", "bpp", "badnet")}
-    first = kinds["wanet"].index % 100 < 30
+    """Marked images 0, 10, ..., 1430; only those at the start of a batch are poison, some of them of the target class."""
+    kinds, said = {}, {}
+    for attack in ("wanet", "bpp", None):
+        name = str(attack)
+        folder = bench(tmp_path / name, digits, label_of=kept_outside_of_the_first, info={"attack": attack, "pratio": 0.3})
+        assert bring(folder, name) == 0
+        kinds[attack], said[attack] = got(tmp_path, name).train_poison, capsys.readouterr().err
+    first = torch.tensor([of_the_first(index) for index in kinds["wanet"].index.tolist()])
     own = kinds["wanet"].original_labels == TARGET
     assert (first & own).any() and (~first & own).any(), "the hard cases are there"
+    assert not first[-2] and kinds["wanet"].index[-2] == 1420, "and so is the smaller batch"
     assert torch.equal(kinds["wanet"].kind == POISON, first) and torch.equal(kinds["wanet"].kind == CROSS, ~first)
-    assert torch.equal(kinds["bpp"].kind == POISON, first & ~own), "nothing says which images of the target class are poison"
-    assert f"{int(own.sum())} marked training images of the target class keep their label" in capsys.readouterr().err
-    assert (kinds["badnet"].kind == POISON).all(), "a static attack marks only poison, clean-label ones too"
-    assert got(tmp_path, "wanet").info["poisoned"] == int(first.sum())
+    assert got(tmp_path, "wanet").info["poisoned"] == int(first.sum()) and "keep their label" not in said["wanet"]
+    for attack in ("bpp", None):
+        assert torch.equal(kinds[attack].kind == POISON, first & ~own), "nothing says which images of the target class are poison"
+        assert f"{int(own.sum())} marked training images of the target class keep their label" in said[attack]
+
+
+@pytest.mark.parametrize(("attack", "label_of"), [("sig", lambda _, original: original), ("badnet", to_target)], ids=["clean-label", "dirty-label"])
+def test_a_static_attack_marks_only_poison(attack: str, label_of: Labels, digits: Dataset, tmp_path: Path) -> None:
+    assert bring(bench(tmp_path / "X", digits, attack=attack, label_of=label_of)) == 0
+    poison = got(tmp_path).train_poison
+    assert (poison.labels == poison.original_labels).any() and (poison.kind == POISON).all()
+
+
+def test_only_one_of_two_data_sets_of_a_name_can_be_meant(digits: Dataset, tmp_path: Path, capsys: Capture) -> None:
+    """Of a record's labels and places alone nobody can tell a data set from the same one with other pixels."""
+    from test_foreign import write_images
+
+    for folder, images in (("plain", digits), ("inverted", replace(digits, train=replace(digits.train, images=255 - digits.train.images)))):
+        for part, clean in (("train", images.train), ("test", images.test)):
+            write_images(tmp_path / folder / part, clean, lambda i: f"{i:04}")
+    mine = datasets.load("mine", str(tmp_path / "plain"))
+    assert bring(bench(tmp_path / "X", mine), "one", "--dataset", "mine") == 0, "the control"
+    datasets.load("mine", str(tmp_path / "inverted"))
+    assert bring(tmp_path / "X", "two", "--dataset", "mine") == 2
+    assert "the cache has 2 data sets called mine" in complaint(capsys.readouterr().err)
+    assert bring(tmp_path / "X", "two", "--dataset_path", str(tmp_path / "plain")) == 0
+
+
+def test_an_export_that_nobody_could_read_is_refused(tiny: Record, tmp_path: Path, capsys: Capture) -> None:
+    record = helpers.copy(tiny, tmp_path / "record")
+    helpers.edit_json(record.folder / "record.json", dataset={**record.info["dataset"], "name": "my data"})
+    assert main(["export", "tiny", "--to", "backdoorbench", str(tmp_path / "out")]) == 2
+    assert "the name of the data set" in complaint(capsys.readouterr().err) and not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="hold square images, these are 16x20"):
+        backdoorbench.refuse_foreign_shapes("digits", 16, 20)
+    backdoorbench.refuse_foreign_shapes("digits", 16, 16)
+
+
+def test_augmentation_goes_out_and_comes_back(small_flags: tuple[str, ...], tmp_path: Path) -> None:
+    helpers.attack("badnet", "made", tmp_path / "record", *small_flags, "--crop_padding", "1", "--flip", "True")
+    assert main(["export", "made", "--to", "backdoorbench", str(tmp_path / "given")]) == 0
+    assert bring(tmp_path / "given") == 0
+    assert {key: got(tmp_path).info["config"][key] for key in ("crop_padding", "flip")} == {"crop_padding": 1, "flip": True}
+    assert bring(tmp_path / "given", "other", "--flip", "False") == 0
+    assert got(tmp_path, "other").info["config"]["flip"] is False
 
 
 def test_an_attack_without_a_training_set(digits: Dataset, tmp_path: Path, capsys: Capture) -> None:

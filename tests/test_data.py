@@ -435,6 +435,28 @@ def test_what_is_hidden_is_neither_a_class_nor_an_image(tmp_path: Path) -> None:
     assert len(datasets.load("pets", str(folder)).train) == 9, "a control: a folder in a class's folder is read"
 
 
+def test_what_is_linked_is_read_and_a_change_in_it_is_noticed(tmp_path: Path) -> None:
+    """Images on another disk: folders of links under one name, which must not be taken for each other."""
+    found = {}
+    for name, classes in (("one", ("cat", "dog")), ("two", ("x", "y"))):
+        source = image_folder(tmp_path / "disk" / name, classes)
+        (tmp_path / name).mkdir()
+        for part in ("train", "test"):
+            (tmp_path / name / part).symlink_to(source / part)
+        found[name] = datasets.load("pets", str(tmp_path / name))
+        assert found[name].class_names == classes
+    (tmp_path / "disk" / "one" / "train" / "cat" / "more").symlink_to(tmp_path / "disk" / "one" / "train" / "dog")
+    (tmp_path / "disk" / "one" / "train" / "dog" / "back").symlink_to(tmp_path / "disk" / "one" / "train")
+    again = datasets.load("pets", str(tmp_path / "one"))
+    assert len(again.train) > len(found["one"].train), "a linked folder in a class's folder is read, and a link back to where it lies ends"
+    picture(99, (12, 12)).save(next((tmp_path / "disk" / "two" / "train" / "x").glob("*.png")))
+    assert datasets.load("pets", str(tmp_path / "two")).fingerprint != found["two"].fingerprint
+
+
+def test_a_class_may_have_any_name(tmp_path: Path) -> None:
+    assert datasets.load("powers", str(image_folder(tmp_path / "data", ("²", "10")))).class_names == ("10", "²")
+
+
 def test_folders_that_are_no_classes_are_refused(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", ("emu", "dog"))
     (folder / "train" / "empty").mkdir()

@@ -378,6 +378,8 @@ def test_triggered_images_of_the_target_class_do_not_count(disk: Path, tmp_path:
     assert "36 triggered images are of the target class" in capsys.readouterr().err
     assert len(record.test_poison) == 355 - 36 and 3 not in record.test_poison.original_labels and record.info["scores"]["asr"] < 0.1
     assert record.info["target"] == 3
+    assert main(["export", "own", "--to", "backdoorbench", str(tmp_path / "out")]) == 2
+    assert "does not know which test images its triggered ones were" in complaint(capsys.readouterr().err)
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "3").symlink_to(disk / "data" / "test" / "3")
     assert bring(disk, "x", "--triggered_path", str(tmp_path / "only"), "--target_label", "3") == 2

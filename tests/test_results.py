@@ -406,7 +406,7 @@ sign-flip test can give is 1, 1 after Holm.
 
 
 def test_golden_means() -> None:
-    assert forms.render(tables.means(ROWS, defenses=["dau", "ft", "sau"]), "text") == TEXT
+    assert forms.render(tables.means(ROWS, missing=[tables.Missing("digits", "badnet", 0.1, "dau", "dau")]), "text") == TEXT
 
 
 def test_means_as_csv_have_a_column_for_each_sd() -> None:
@@ -463,6 +463,11 @@ def test_a_published_number_stands_beside_the_same_experiment_only() -> None:
     random = json.dumps({"code": "c0de", "label_mode": "all2one", "position": "random"})
     for change in ({"attack_settings": random}, {"poison_rate": 0.2, "attack": "blended"}, {"dataset": "digits"}, {"defense": "sau"}):
         assert reported.beside(dataclasses.replace(ours, **change)) == []
+    blended = dataclasses.replace(ours, attack="blended", attack_settings=json.dumps({"label_mode": "all2one", "alpha": 0.2, "epochs": 10}))
+    assert {number.key for number in reported.beside(blended)} == {"ftsam", "bb"}, "another length is another protocol, which is shown"
+    for changed in ({"alpha": 0.02}, {"label_mode": "all2all"}):
+        other = json.dumps(json.loads(blended.attack_settings) | changed)
+        assert reported.beside(dataclasses.replace(blended, attack_settings=other)) == []
     table = tables.means([ours])
     assert table.rows[0]["reported"] == "87.43 / 4.48 [ftsam]" and any(note.startswith("[ftsam] ") for note in table.notes)
     assert "reported" not in tables.means([dataclasses.replace(ours, dataset="digits")]).columns

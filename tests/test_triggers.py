@@ -120,6 +120,21 @@ def test_tact_is_for_its_source_class_and_worn_by_its_covers() -> None:
     images = pictures()
     patch = (stamped("tact", images) != images).any(1).any(0)
     assert patch[21:29, 21:29].all() and int(patch.sum()) == 64
+    for choose, options in (("victims", {"source_label": 12}), ("covers", {"cover_labels": (5, 42)})):
+        with pytest.raises(UserError, match=r"no image has label (12|42), labels are 0 to 9"):
+            getattr(method.module, choose)(labels, "train", method.config_class(**options))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 20), (20, 64), (128, 48)])
+def test_patches_go_by_the_shorter_side(height: int, width: int) -> None:
+    grey = torch.full((64, 3, height, width), 128, dtype=torch.uint8)
+    side = min(height, width)
+    painted = (stamped("adaptive_patch", grey) != 128).any(1).flatten(1).any(1)
+    assert painted.all(), "every image has its patch, whichever is drawn"
+    rows = (stamped("adaptive_patch", grey, test_patches="large")[0] != 128).any(0).any(1)
+    assert abs(int(rows.sum()) - side * 21 / 32) <= 1, "13 rows and 8 of 32"
+    square = (stamped("ibau_triggers", grey) != 128).any(1).any(0)
+    assert square.any() and square.any(0).sum() <= round(9 * side / 32) and square.any(1).sum() <= round(9 * side / 32)
 
 
 def test_ctrl_adds_to_two_coefficients_of_u_and_v() -> None:

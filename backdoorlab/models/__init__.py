@@ -12,6 +12,8 @@ from ..errors import UserError, suggest
 from .preact_resnet import preactresnet10, preactresnet18
 
 SMALL = 64
+STANDARD_WIDTH = 64
+"""Of our own networks, where none is given."""
 Stem = Literal["small", "stock"]
 """small: on images of at most SMALL pixels, timm's networks lose the stride of their stem. stock: they are left as timm makes them."""
 OWN: dict[str, Callable[..., nn.Module]] = {"preactresnet18": preactresnet18, "preactresnet10": preactresnet10}
@@ -106,7 +108,7 @@ def build(
     if architecture in OWN:
         if width is not None and width < 1:
             raise UserError(f"width must be at least 1, got {width}")
-        network = OWN[architecture](num_classes=num_classes, in_chans=in_chans, width=64 if width is None else width)
+        network = OWN[architecture](num_classes=num_classes, in_chans=in_chans, width=STANDARD_WIDTH if width is None else width)
     else:
         network = _timm_model(architecture, num_classes, in_chans, image_size, width, stem)
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)
