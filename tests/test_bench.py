@@ -311,6 +311,22 @@ def test_how_often_scores_are_taken_is_no_setting() -> None:
     assert grid.settings_of({"lr": 1, "score_every": 5}) == grid.settings_of({"score_every": 0, "lr": 1}) != grid.settings_of({"lr": 2})
 
 
+def test_a_record_with_a_plain_training_besides_is_the_same_record(finished: tuple[list[Cell], Path]) -> None:
+    cells, root = finished
+    settings = json.loads(cells[0].settings)
+    helpers.edit_json(root / cells[0].record / "record.json", config={**settings, "plain": True})
+    asked = [dataclasses.replace(cells[0], settings=json.dumps({**settings, "plain": plain})) for plain in (False, True)]
+    assert all(bench.look(cell, root).done for cell in asked)
+    helpers.edit_json(root / cells[0].record / "record.json", config={**settings, "plain": False})
+    assert [bench.look(cell, root).done for cell in asked] == [True, False], "what is asked for and not there is other settings"
+
+
+def test_only_what_has_no_seed_is_missing(made: Record) -> None:
+    cells = quick_cells(made, 1, 2)
+    named = [(one.attack, one.defense) for one in bench.absent(cells, set(cells))]
+    assert named == [("quick", "none"), ("quick", "quick")] and bench.absent(cells, {cells[1]}) == [], "another seed of it is there"
+
+
 def test_other_code_is_refused_unless_asked_for(finished: tuple[list[Cell], Path]) -> None:
     cells, root = finished
     for cell in cells:
@@ -383,6 +399,7 @@ def test_the_command_from_nothing_to_a_table(tmp_path: Path, small_flags: tuple[
     assert main([*argv, "--defenses", "ft"]) == 1
     damaged = capsys.readouterr()
     assert "refused: " in damaged.err and "record.json: damaged file" in damaged.err and "1 of 2 cells are not done" in damaged.err
+    assert [line.split()[1:6] for line in damaged.out.splitlines()[2:3]] == [["badnet", "20", "none", "-", "0"]], "what is missing is a row of holes"
 
 
 def test_the_page_shows_the_grid_and_nothing_else(made: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,9 @@ def test_a_misspelt_key_of_a_users_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("poison_rat: 0.2\n")
     with pytest.raises(UserError, match=r"mine.yaml: unknown key 'poison_rat'. Did you mean 'poison_rate'"):
         attack("--yaml_path", str(tmp_path / "mine.yaml"))
+    (tmp_path / "mine.yaml").write_text("yaml_path: other.yaml\n")
+    with pytest.raises(UserError, match=r"mine.yaml: yaml_path in a file of settings is not followed"):
+        attack("--yaml_path", str(tmp_path / "mine.yaml"))
     (tmp_path / "mine.yaml").write_text("poison_rate: 0.2\n")
     assert attack("--yaml_path", str(tmp_path / "mine.yaml")).config.poison_rate == 0.2
 
@@ -214,6 +217,7 @@ def test_every_preset_that_ships_is_read_by_some_method(preset: str) -> None:
         (("--epochs",), "^--epochs takes a whole number, got nothing. See --help$"),
         (("--dataset_path", "/photos"), "^--dataset_path /photos: which data set is that. Pass --dataset NAME besides"),
         (("stray",), "stray"),
+        (("--epochs", "3", "stray", "--epochs", "4"), "^--epochs is given twice, with more than one word after the first: 3 stray"),
     ],
 )
 def test_a_mistake_in_a_flag_is_one_line(argv: tuple[str, ...], message: str) -> None:

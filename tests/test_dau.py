@@ -312,6 +312,27 @@ def test_the_bimodal_pool_finds_nothing_in_clean_features(tmp_path: Path, seed: 
     assert any("no poison found" in note for note in run.notes)
 
 
+@pytest.mark.parametrize("kept", [1, 8, dau.ENOUGH - 1])
+def test_labels_of_few_samples_are_left_alone(kept: int, tmp_path: Path) -> None:
+    """Ten points in many dimensions are in two groups by chance, and a single one is in none at all. Beside them poison is found as ever."""
+    data, planted = features(planted=0)
+    few = Features(*(part.reshape(K, N_CLASS, *part.shape[1:])[:, :kept].flatten(0, 1) for part in data))
+    run = new_run(tmp_path)
+    assert not bimodal_pool(few, 5, K, dau.Config(), run).any()
+    assert any(f"{K} labels have less than {dau.ENOUGH} samples" in note for note in run.notes)
+    data, planted = features()
+    rare = (data.labels != 7) | (torch.arange(len(data.labels)) < 7 * N_CLASS + kept)
+    pool = bimodal_pool(Features(*(part[rare] for part in data)), 20, K, dau.Config(), new_run(tmp_path))
+    assert int(pool.sum()) == 20 and not (pool & ~planted[rare]).any()
+
+
+def test_samples_that_are_all_alike_are_no_groups(tmp_path: Path) -> None:
+    data, _ = features(planted=0)
+    alike = data.labels == 4
+    parts = [torch.where(alike.view(-1, *[1] * (part.ndim - 1)), part[alike][:1], part) for part in data]
+    assert not bimodal_pool(Features(*parts), 20, K, dau.Config(), new_run(tmp_path)).any()
+
+
 def test_two_styles_of_one_class_are_not_poison(tmp_path: Path) -> None:
     data, _ = features(foreign=False)
     run = new_run(tmp_path)

@@ -192,9 +192,16 @@ def test_an_attack_whose_name_no_record_may_hold_is_refused_before_it_trains(tmp
     text = (helpers.CHECKOUT / "attack" / "badnet.py").read_text()
     for name in ("my attack.py", "my_attack.py"):
         (tmp_path / name).write_text(text)
-    with pytest.raises(registry.UserError, match=r"my attack.py: an attack is called as its file is, .* rename the file"):
+    with pytest.raises(registry.UserError, match=r"my attack.py: a method is called as its file is, .* rename the file"):
         registry.from_file("attack", tmp_path / "my attack.py")
     assert registry.from_file("attack", tmp_path / "my_attack.py").name == "my_attack", "a control"
+
+
+def test_a_defense_called_none_is_refused(tmp_path: Path) -> None:
+    """In a table that is the model without a defense."""
+    (tmp_path / "none.py").write_text((helpers.CHECKOUT / "defense" / "ft.py").read_text())
+    with pytest.raises(registry.UserError, match=r"none.py: in every table `none` is the model without a defense: rename the file"):
+        registry.from_file("defense", tmp_path / "none.py")
 
 
 def test_a_method_gets_only_what_its_file_assumes(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,12 @@ def test_flags_replace_the_files_lists_and_keep_its_entries() -> None:
     assert json.loads(found[0].settings)["position"] == "random"
 
 
+def test_a_flags_rates_are_in_place_of_single_attacks_own() -> None:
+    assert "digits-sig-0.05-s0" in [cell.name for cell in cells("bench_digits_attacks", attacks="sig", seeds="0")], "the control"
+    found = [cell.name for cell in cells("bench_digits_attacks", attacks="sig,badnet", poison_rates="0.02", defenses="ft", seeds="0")]
+    assert found[::2] == ["digits-sig-0.02-s0", "digits-badnet-0.02-s0"]
+
+
 def test_all_is_every_method_there_is() -> None:
     found = cells(None, attacks="all", defenses="all", seeds="0")
     assert {cell.method for cell in found if cell.kind == "attack"} == set(registry.available("attack")) - {"none"}

@@ -422,11 +422,31 @@ def test_means_in_latex_and_markdown() -> None:
     assert markdown[4].startswith("| digits | badnet | 10 | sau") and markdown[6].startswith("- Mean")
 
 
+def test_what_changes_nothing_is_no_setting() -> None:
+    """How many images a defense would trust if it did, and the width that is taken anyway; for a defense that trusts some it is one."""
+
+    def settings_of(assumes: list[str], **config: Any) -> str:
+        return results._settings({"assumes": assumes, "code": "c", "precision": "fp32", "config": config})
+
+    assert settings_of(["model", "train"], trusted_ratio=0.1) == settings_of(["model", "train"], trusted_ratio=0.05)
+    assert settings_of(["model", "trusted"], trusted_ratio=0.1) != settings_of(["model", "trusted"], trusted_ratio=0.05)
+    assert settings_of([], width=64, plain=True) == settings_of([], width=None, plain=False) != settings_of([], width=32, plain=False)
+
+
+@pytest.mark.parametrize(
+    ("asked", "poisoned", "shown"), [(0.1, 10, 0.1), (0.1, 11, 0.1), (0.5, 20, 0.2), (None, 5, 0.05), (None, 0, None), (0.1, 0, 0.1)]
+)
+def test_the_poison_rate_is_what_could_be_had(asked: float | None, poisoned: int, shown: float | None) -> None:
+    assert results._rate({"config": {"poison_rate": asked}, "poisoned": poisoned, "dataset": {"train_size": 100}}) == shown
+
+
 def test_the_worst_seed_on_request() -> None:
     shown = tables.means(ROWS, worst=True)
     sau = next(line for line in shown.rows if line["defense"].startswith("sau"))
     assert (sau["seed"], sau["DER %"], sau["TPR %"]) == ("0", "55.00 †", "50.00") and "n" not in shown.columns
     assert sau["defense"] == "sau", "seed 1 collapsed, not this one"
+    other = tables.means([row(), *(row("ft", der=der, run=f"seed{seed}", defense_seed=seed) for seed, der in enumerate((0.6, 0.5)))], worst=True)
+    assert [line["seed"] for line in other.rows] == ["0", "0 / 1"], "the attack's seed, and the defense's where it is another"
     fallen = [dataclasses.replace(one, der=0.1) if one.collapsed else one for one in ROWS]
     assert [line["defense"] for line in tables.means(fallen, worst=True).rows][-1] == "sau COLLAPSED"
 
@@ -455,6 +475,28 @@ def test_published_der_fits_the_published_scores() -> None:
             assert der == pytest.approx(scores["der"], abs=1.01e-4), (attack, defense)
             checked += 1
     assert checked == 10
+
+
+def test_what_is_missing_is_a_row_of_holes_beside_its_like_or_at_the_end() -> None:
+    missing = [tables.Missing("digits", "badnet", 0.1, "sau_lite", "sau"), tables.Missing("digits", "sig", 0.05, "none", "none")]
+    shown = [(line["attack"], line["defense"], line["n"]) for line in tables.means([*ROWS, row(attack="lf")], missing=missing).rows]
+    assert shown.index(("badnet", "sau_lite", "0")) == 3 and shown[-1] == ("sig", "none", "0") and len(shown) == 6
+
+
+def test_leads_over_different_attacks_say_over_how_many() -> None:
+    groups = [*attacked(2, sau=0.1), *results.grouped([row("dau", attack="attack0", der=0.9)])]
+    said = next(note for note in tables.means([member for group in groups for member in group.rows]).notes if "minus ft" in note)
+    assert "sau +10.05 (2 attacks)" in said and "dau +30.00 (1 attack)" in said
+    alone = tables.means([member for group in attacked(2, sau=0.1) for member in group.rows]).notes
+    assert any("sau +10.05." in note for note in alone), "the control"
+
+
+def test_whether_an_attack_took_is_asked_of_its_own_models() -> None:
+    """A defense that was run on the one seed that took does not make it an attack that did."""
+    rows = [row(seed=seed, asr_before=asr) for seed, asr in enumerate((0.9, 0.1, 0.1))]
+    rows += [row(name, 0, der=der, asr_before=0.9) for name, der in (("ft", 0.6), ("sau", 0.8))]
+    assert significance.compare(results.grouped(rows)) == []
+    assert significance.compare(results.grouped(rows[3:]))[0].comparisons[0].attacks == 1, "where there is no such row, it goes by what there is"
 
 
 def test_a_published_number_stands_beside_the_same_experiment_only() -> None:

@@ -189,6 +189,15 @@ def test_overwrite_starts_an_unfinished_run_again(tmp_path: Path, monkeypatch: p
     assert record.info["config"]["lr"] == 0.05 and not (root / "r.partial").exists()
 
 
+def test_with_nothing_to_overwrite_an_unfinished_run_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "record"
+    unfinished(root, monkeypatch)
+    helpers.attack("badnet", "r", root, *helpers.TINY, "--epochs", "2", "--overwrite", "True")
+    assert "continuing train after epoch 1 of 2" in capsys.readouterr().err
+
+
 TWO = (*helpers.TINY, "--epochs", "2", "--seed", "5", "--overwrite", "True")
 
 
