@@ -552,6 +552,19 @@ def test_the_rate_of_the_port_s_head_does_not_fall(tmp_path: Path) -> None:
     assert moved[1] > moved[0]
 
 
+def test_the_guard_for_labels_without_a_clean_sample_is_the_ports_to_switch_off(
+    small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dau, "find_pool", lambda view, *_: (torch.arange(len(view.train)) < 3, False))
+    monkeypatch.setattr(dau, "lost_label", lambda _log_p, data, _config: data.labels == 2)
+    found: dict[str, Any] = {}
+    for breakdown in ("0.99", "1"):
+        record = helpers.copy(small, tmp_path / breakdown)
+        found[breakdown] = helpers.defend("dau", record, *helpers.short_flags("dau"), "--breakdown", breakdown)
+    assert any("without a clean sample" in note for note in found["0.99"]["notes"]) and found["0.99"]["split"]["flagged"] == 0
+    assert found["1"]["split"]["flagged"] > 0 and not any("without a clean sample" in note for note in found["1"]["notes"])
+
+
 def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:
     data, planted = features()
     with pytest.raises(UserError, match="ends in a linear layer, got Sequential"):
