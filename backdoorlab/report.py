@@ -155,7 +155,8 @@ def page(
     datasets = dict.fromkeys(cell.row.dataset for cell in cells)
     rate = constants(means).get("poison %")
     lead = f"{len(cells)} models of {len(by_record)} {'record' if len(by_record) == 1 else 'records'} on {', '.join(datasets)}"
-    lead += f", {rate} % of the training images poisoned." if rate else "."
+    known = " where an attack is known" if any(line["poison %"] == forms.HOLE for line in means.rows) else ""
+    lead += f", {rate} % of the training images poisoned{known}." if rate else "."
     title = f"Backdoor report: {', '.join(by_record)}" if len(by_record) <= 3 else f"Backdoor report: {len(by_record)} records"
     parts = {
         "maker": MAKER,
@@ -284,8 +285,8 @@ def means_table(rows: Sequence[Row], table: forms.Table) -> str:
 
 def constants(table: forms.Table) -> dict[str, str]:
     """What is the same in all lines is said once, above the tables."""
-    found = {title: {line[title] for line in table.rows} for title in CONSTANT}
-    return {title: "".join(values - {forms.HOLE}) for title, values in found.items() if len(values) <= 1}
+    found = {title: {line[title] for line in table.rows} - {forms.HOLE} for title in CONSTANT}
+    return {title: "".join(values) for title, values in found.items() if len(values) <= 1}
 
 
 CONSTANT = ("data", "poison %")

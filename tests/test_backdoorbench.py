@@ -232,11 +232,11 @@ def test_only_one_of_two_data_sets_of_a_name_can_be_meant(digits: Dataset, tmp_p
     for folder, images in (("plain", digits), ("inverted", replace(digits, train=replace(digits.train, images=255 - digits.train.images)))):
         for part, clean in (("train", images.train), ("test", images.test)):
             write_images(tmp_path / folder / part, clean, lambda i: f"{i:04}")
-    mine = datasets.load("mine", str(tmp_path / "plain"))
-    assert bring(bench(tmp_path / "X", mine), "one", "--dataset", "mine") == 0, "the control"
-    datasets.load("mine", str(tmp_path / "inverted"))
-    assert bring(tmp_path / "X", "two", "--dataset", "mine") == 2
-    assert "the cache has 2 data sets called mine" in complaint(capsys.readouterr().err)
+    mine = datasets.load("twins", str(tmp_path / "plain"))
+    assert bring(bench(tmp_path / "X", mine), "one", "--dataset", "twins") == 0, "the control"
+    datasets.load("twins", str(tmp_path / "inverted"))
+    assert bring(tmp_path / "X", "two", "--dataset", "twins") == 2
+    assert "the cache has 2 data sets called twins" in complaint(capsys.readouterr().err)
     assert bring(tmp_path / "X", "two", "--dataset_path", str(tmp_path / "plain")) == 0
 
 

@@ -230,6 +230,10 @@ def test_scores_are_in_sight_on_a_telephone(browser: Any, page: Path) -> None:
     assert "linear-gradient" in browser.execute_script("return getComputedStyle(document.querySelector('.scroll')).backgroundImage")
 
 
+def test_the_first_line_calls_no_clean_data_poisoned(page: Path) -> None:
+    assert "20 % of the training images poisoned where an attack is known." in page.read_text()
+
+
 def test_the_buttons_of_a_chart_keep_it_on_this_machine(browser: Any, page: Path) -> None:
     visit(browser, page, 1280)
     offered = browser.execute_script("return [...document.querySelectorAll('#accuracy_asr .modebar-btn')].map((b) => b.dataset.title)")
