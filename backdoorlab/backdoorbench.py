@@ -305,8 +305,7 @@ def _with_kinds(poison: Poison, size: int, attack: str, settings: Mapping[str, A
     if attack not in (*DYNAMIC, *COVERED) and not cross.any():
         return poison
     rate, batch_size = settings.get("pratio"), settings.get("batch_size")
-    known = isinstance(rate, (int, float)) and isinstance(batch_size, int) and 0 < rate <= 1 <= int(rate * batch_size)
-    if attack in FIRST_OF_BATCH and known and rate is not None and batch_size is not None:
+    if attack in FIRST_OF_BATCH and isinstance(rate, (int, float)) and isinstance(batch_size, int) and 0 < rate <= 1 <= int(rate * batch_size):
         batch, place = poison.index // batch_size, poison.index % batch_size
         first = (rate * (size - batch * batch_size).clamp_max(batch_size).double()).long()  # the last batch is a smaller one
         cross |= kept & (place >= first)

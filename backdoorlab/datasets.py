@@ -94,7 +94,7 @@ def load_trusted(path: str, dataset: Dataset, image_size: int | None, flag: str 
     root, grey = Path(path), dataset.image_shape[0] == 1
     if not root.is_dir():
         raise UserError(f"{flag} {path}: no such folder. Give a folder with <class>/*.png or with parquet shards of images")
-    shards = _parquet_files(root)
+    shards = sorted(_parquet_files(root))
     if shards:
         images, labels = _shards(shards, root, image_size, grey)
     else:
@@ -117,7 +117,7 @@ def load_trusted(path: str, dataset: Dataset, image_size: int | None, flag: str 
 def train_files(path: str) -> list[str] | None:
     """The training images of an image folder, in the order in which `load` gives them; None where images are not files."""
     train = Path(path) / "train"
-    if not train.is_dir() or _parquet_files(Path(path)):
+    if not train.is_dir() or any(_parquet_files(Path(path))):
         return None
     return [str(file.relative_to(path)) for file in _class_files(train, _class_folders(train))[0]]
 
@@ -232,7 +232,7 @@ def _require_network(name: str, root: Path) -> None:
 
 def _folder_reader(path: Path) -> Callable[[Path, int | None, bool | None], Arrays]:
     """The reader that fits a folder."""
-    if _parquet_files(path):
+    if any(_parquet_files(path)):
         return _parquet
     if (path / "train").is_dir() and _class_folders(path / "train"):
         return _image_folder
@@ -241,7 +241,7 @@ def _folder_reader(path: Path) -> Callable[[Path, int | None, bool | None], Arra
 
 def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
     """Hugging Face shards: `train*.parquet` and `test*.parquet` (or `validation*`), anywhere below the folder."""
-    shards = _parquet_files(path)
+    shards = sorted(_parquet_files(path))
     train = [s for s in shards if "train" in s.name]
     test = [s for s in shards if "test" in s.name] or [s for s in shards if "val" in s.name]
     if not train or not test:
@@ -321,28 +321,24 @@ def _class_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list
 def _images_in(folder: Path) -> list[Path]:
     """In order; nothing hidden, such as a notebook's copies and a Mac's leftovers."""
     images = (file for file in _files_below(folder) if file.suffix.lower() in IMAGE_SUFFIXES)
-    return [file for file in images if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    return sorted(file for file in images if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
-def _parquet_files(folder: Path) -> list[Path]:
-    return [file for file in _files_below(folder) if file.suffix == ".parquet"]
+def _parquet_files(folder: Path) -> Iterator[Path]:
+    return (file for file in _files_below(folder) if file.suffix == ".parquet")
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """Every file in a folder and in the folders below it, linked ones too, in order: what is read and what is hashed must be the same."""
-
-    def walk(folder: str, above: frozenset[str]) -> Iterator[Path]:
-        real = os.path.realpath(folder)
-        if real in above:  # a link to a folder that it lies in
-            return
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    yield from walk(entry.path, above | {real})
-                elif entry.is_file():
-                    yield Path(entry.path)
-
-    return sorted(walk(str(folder), frozenset())) if folder.is_dir() else []
+def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Every file in a folder and in the folders below it, linked ones too: what is read and what is hashed must be the same."""
+    real = os.path.realpath(folder)
+    if real in above or not folder.is_dir():  # a link to a folder that it lies in leads nowhere
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files_below(Path(entry.path), above | {real})
+            elif entry.is_file():
+                yield Path(entry.path)
 
 
 def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
@@ -495,7 +491,7 @@ def _source_key(path: Path) -> str:
 
 def _source_files(path: Path) -> list[Path]:
     suffixes = (".parquet", ".json", *IMAGE_SUFFIXES)
-    return [file for file in _files_below(path) if file.suffix.lower() in suffixes]
+    return sorted(file for file in _files_below(path) if file.suffix.lower() in suffixes)
 
 
 STAGE = re.compile(r".+-[0-9a-f]{16}\.[0-9]+\.partial")

@@ -38,12 +38,8 @@ class Reported:
         if (self.dataset, self.attack, self.defense) != (row.dataset, row.attack, row.defense):
             return False
         ours = json.loads(row.attack_settings)
-        usual = {key: value for key, value in _usual_settings(row.attack).items() if key not in self.settings}
-        return (
-            self.poison_rate == row.poison_rate
-            and all(str(ours.get(key, value)) == value for key, value in self.settings.items())
-            and all(ours.get(key, value) == value for key, value in usual.items())
-        )
+        theirs = {**_usual_settings(row.attack), **self.settings}
+        return self.poison_rate == row.poison_rate and all(str(ours.get(key, value)) == str(value) for key, value in theirs.items())
 
 
 @lru_cache(maxsize=64)

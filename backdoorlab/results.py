@@ -320,11 +320,10 @@ def _costs(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(info: Mapping[str, Any]) -> str:
-    config = {key: value for key, value in info.get("config", {}).items() if key not in NOT_SETTINGS}
+    trusts = "trusted" in info.get("assumes", ())  # else nothing comes of how many it is to trust
+    config = {key: value for key, value in info.get("config", {}).items() if key not in NOT_SETTINGS and (trusts or not key.startswith("trusted_"))}
     if config.get("width") == STANDARD_WIDTH:
         config["width"] = None
-    if "trusted" not in info.get("assumes", ("trusted",)):  # how many it would trust if it did
-        config = {key: value for key, value in config.items() if not key.startswith("trusted_")}
     source = {"source": info["source"]["sha256"][:12]} if info.get("source") else {}
     return json.dumps({**config, **source, "code": code(info), "precision": precision(info)}, sort_keys=True)
 

@@ -265,7 +265,8 @@ def plain_scores(outcome: Outcome, dataset: Dataset, config: JointConfig, run: R
 def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
     """The model that the config names, freshly initialised, normalised by the config's numbers or the data's own."""
     measured = data.channel_statistics(dataset.train) if config.mean is None or config.std is None else ((), ())
-    mean, std = (wanted if wanted is not None else found for wanted, found in zip((config.mean, config.std), measured, strict=True))
+    mean = measured[0] if config.mean is None else config.mean
+    std = measured[1] if config.std is None else config.std
     channels = dataset.image_shape[0]
     if len(mean) != channels or len(std) != channels:
         raise UserError(f"--mean and --std need {channels} numbers each for these images, got {len(mean)} and {len(std)}")
