@@ -354,6 +354,9 @@ def test_the_estimate_is_what_alike_cells_took() -> None:
     assert bench.remaining([("defense", "ft"), ("defense", "sau")], known, 2) == (15 + 90) / 2
     assert bench.remaining([("attack", "badnet")], known, 8) == 40, "an unknown one takes what cells took on the whole"
     assert bench.remaining([("attack", "badnet")], {}, 1) is None
+    both = {"seconds": 10.0, "plain_scores": {"seconds": 4.0}, "evaluation_seconds": 1.0}
+    assert bench._seconds(both) == 10 + 4 + 1 + bench.STARTUP, "the plain training beside a joint attack is the command's, too"
+    assert bench._seconds({"seconds": 10.0}) == 10 + bench.STARTUP and bench._seconds({"seconds": None}) is None
 
 
 # --- the command -------------------------------------------------------------------------------------------------

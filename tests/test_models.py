@@ -91,6 +91,21 @@ def test_features_of_a_whole_split(name: str, width: int | None, tmp_path: Path)
     assert not [m for m in model.modules() if m._forward_hooks], "the hook is removed"
 
 
+def test_a_stage_that_gives_no_single_tensor_is_one_line(tmp_path: Path) -> None:
+    class Pair(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, x
+
+    model, pair = build("preactresnet10", 4), Pair()
+    forward = model.forward_features
+    model.stages = lambda: [pair, torch.nn.Identity()]  # type: ignore[method-assign]
+    model.forward_features = lambda x: forward(pair(x)[0])  # type: ignore[method-assign]
+    split = Split((images(6) * 255).byte(), torch.arange(6))
+    with pytest.raises(UserError, match=r"its last but one stage \(Pair\) gives no single tensor"):
+        extract(model, split, Run(tmp_path, seed=0, device=CPU, precision="fp32"))
+    assert not pair._forward_hooks
+
+
 @pytest.mark.parametrize("name", TIMM)
 def test_small_images_keep_some_positions(name: str) -> None:
     model = build(name).eval()

@@ -124,7 +124,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(tiny: Record, tmp_path:
         Record.load("tiny", tmp_path / "empty")
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/a", "a\\b", ".hidden", "x.partial"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/a", "a\\b", "a\rb", ".hidden", "x.partial"])
 def test_a_name_is_one_folder_name(name: str) -> None:
     with pytest.raises(UserError, match="one folder name"):
         check_name(name)

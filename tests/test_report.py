@@ -1,6 +1,7 @@
 """The page and the figures without a browser: what is in them, what is refused, and that nothing of a stranger becomes code."""
 
 import base64
+import dataclasses
 import html
 import itertools
 import json
@@ -19,6 +20,7 @@ import torch
 
 from backdoorlab import cells, charts, figures, files, loading, report, results
 from backdoorlab.__main__ import main
+from backdoorlab.poison import CROSS
 from backdoorlab.record import Record
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`${alert(3)}<b>&amp;"
@@ -453,6 +455,19 @@ def test_a_dollar_sign_begins_no_formula(tmp_path: Path) -> None:
     panel = charts.Panel("cost in $ of x^2_$", "$\\frac{", "", (series, charts.Series("other", 1, "points", [1.0], [1.0])))
     drawn = figures.drawn(charts.Chart("x", "x", "x", (panel,)))
     assert b"cost in $ of x^2_$" in drawn["svg"] and b"a$b_$&lt;b&gt;" in drawn["svg"]
+
+
+def test_tsne_draws_what_is_meant_to_be_misread(backdoored: Record) -> None:
+    """Of test images that wear the trigger with their true label (kind CROSS) none is among the triggered ones."""
+    from backdoorlab import embedding
+
+    poison = backdoored.test_poison
+    kind = torch.where(poison.original_labels == 7, poison.kind, CROSS)
+    spared = dataclasses.replace(backdoored, test_poison=dataclasses.replace(poison, kind=kind))
+    _, triggered = embedding.sample(backdoored.dataset(), spared)
+    sevens = poison.images[poison.original_labels == 7]
+    assert len(triggered) == min(embedding.TRIGGERED, len(sevens)) and all((image == sevens).flatten(1).all(1).any() for image in triggered.images)
+    assert len(embedding.sample(backdoored.dataset(), backdoored)[1]) == embedding.TRIGGERED > len(sevens)
 
 
 def test_tsne_separates_what_the_backdoor_separates(backdoored: Record, tmp_path: Path) -> None:
