@@ -132,7 +132,7 @@ def absent(cells: Sequence[Cell], failed: Container[Cell]) -> list[tables.Missin
     def shown(cell: Cell) -> tables.Missing:
         attack = attacks[cell.record]
         settings = json.loads(attack.settings)
-        defense = (results.UNDEFENDED, results.UNDEFENDED) if cell.kind == "attack" else (cell.label, cell.method)
+        defense = (results.UNDEFENDED, results.UNDEFENDED) if cell.kind == "attack" else (results.called(cell.method, cell.run), cell.method)
         return tables.Missing(settings["dataset"], attack.label, settings.get("poison_rate"), *defense)
 
     done = {shown(cell) for cell in cells if cell not in failed}

@@ -103,8 +103,21 @@ class Row:
 
     @property
     def variant(self) -> str:
-        """A run's name without its seed: "" for seed0, "lite" for lite-s0."""
-        return re.sub(r"(^|-)(seed|s)\d+$", "", self.run)
+        return variant(self.run)
+
+    @property
+    def called(self) -> str:
+        return called(self.defense, self.run)
+
+
+def variant(run: str) -> str:
+    """A run's name without its seed: "" for seed0, "lite" for lite-s0."""
+    return re.sub(r"(^|-)(seed|s)\d+$", "", run)
+
+
+def called(defense: str, run: str) -> str:
+    """A defense where runs of other seeds are not told from this one: "sau lite" for sau's lite-s0."""
+    return f"{defense} {variant(run)}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -401,8 +414,7 @@ def labels(groups: Sequence[Group]) -> list[Label]:
     found = []
     for group in groups:
         row = group.first
-        defense = row.defense if not row.variant else f"{row.defense} {row.variant}"
-        found.append(Label(row.attack + attacks[row.attack_key], defense + defenses[row.key]))
+        found.append(Label(row.attack + attacks[row.attack_key], row.called + defenses[row.key]))
     return found
 
 

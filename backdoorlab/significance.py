@@ -160,7 +160,7 @@ def _defense_names(first: Mapping[Hashable, Row]) -> dict[Hashable, str]:
     """What to call each, with the settings that tell it from its like in brackets."""
     families = {key: ((row.defense, row.variant), json.loads(_without(row.defense_settings, RUN))) for key, row in first.items()}
     beside = told_apart(families)
-    return {key: f"{row.defense} {row.variant}".rstrip() + beside[key] for key, row in first.items()}
+    return {key: row.called + beside[key] for key, row in first.items()}
 
 
 # --- the test ----------------------------------------------------------------------------------------------------

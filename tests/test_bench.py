@@ -324,7 +324,9 @@ def test_a_record_with_a_plain_training_besides_is_the_same_record(finished: tup
 def test_only_what_has_no_seed_is_missing(made: Record) -> None:
     cells = quick_cells(made, 1, 2)
     named = [(one.attack, one.defense) for one in bench.absent(cells, set(cells))]
-    assert named == [("quick", "none"), ("quick", "quick")] and bench.absent(cells, {cells[1]}) == [], "another seed of it is there"
+    assert named == [("quick", "none"), ("quick", "dau")] and bench.absent(cells, {cells[1]}) == [], "another seed of it is there"
+    lite = [dataclasses.replace(cell, run="lite-s1") if cell.kind == "defense" else cell for cell in cells]
+    assert [one.defense for one in bench.absent(lite, set(lite))] == ["none", "dau lite"], "as the table calls it where it is done"
 
 
 def test_other_code_is_refused_unless_asked_for(finished: tuple[list[Cell], Path]) -> None:

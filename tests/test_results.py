@@ -478,9 +478,9 @@ def test_published_der_fits_the_published_scores() -> None:
 
 
 def test_what_is_missing_is_a_row_of_holes_beside_its_like_or_at_the_end() -> None:
-    missing = [tables.Missing("digits", "badnet", 0.1, "sau_lite", "sau"), tables.Missing("digits", "sig", 0.05, "none", "none")]
+    missing = [tables.Missing("digits", "badnet", 0.1, "sau lite", "sau"), tables.Missing("digits", "sig", 0.05, "none", "none")]
     shown = [(line["attack"], line["defense"], line["n"]) for line in tables.means([*ROWS, row(attack="lf")], missing=missing).rows]
-    assert shown.index(("badnet", "sau_lite", "0")) == 3 and shown[-1] == ("sig", "none", "0") and len(shown) == 6
+    assert shown.index(("badnet", "sau lite", "0")) == 3 and shown[-1] == ("sig", "none", "0") and len(shown) == 6
 
 
 def test_leads_over_different_attacks_say_over_how_many() -> None:
