@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import attack, defend, table
+    from .errors import UserError
 
 __version__ = "0.1.0"
-__all__ = ["attack", "defend", "table"]
+__all__ = ["UserError", "attack", "defend", "table"]
 
 
 def __getattr__(name: str) -> Any:

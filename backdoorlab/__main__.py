@@ -18,7 +18,7 @@ from . import bench, datasets, engine, exporting, forms, hub, importing, models,
 from .cli import guarded, one_line, run_method
 from .config import parse_plain
 from .errors import UserError, suggest
-from .record import record_names, record_root
+from .record import every_name, record_names, record_root
 from .verify import verify
 
 
@@ -150,10 +150,7 @@ def pulling(options: Pull) -> int:
 
 def _names(given: tuple[str, ...], root: Path) -> tuple[str, ...]:
     """The records named, or all of them."""
-    names = given or tuple(record_names(root))
-    if not names:
-        raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
-    return names
+    return given or tuple(every_name(root))
 
 
 def listing(_options: List) -> int:

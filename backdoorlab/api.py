@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from . import config, forms, registry, results, runner, tables
 from .errors import UserError, suggest
-from .record import Record, record_names, record_root
+from .record import Record, every_name, record_root
 
 
 def attack(method: str, **options: Any) -> Record:
@@ -53,7 +53,7 @@ def table(
     place = record_root(root)
     damaged: list[results.Damaged] = []
     if records is None:
-        found = results.readable(record_names(place), place, damaged.append)
+        found = results.readable(every_name(place), place, damaged.append)
     else:
         named = [records] if isinstance(records, (str, Record)) else records
         found = [record if isinstance(record, Record) else Record.load(record, place) for record in named]

@@ -133,10 +133,12 @@ def absent(cells: Sequence[Cell], failed: Container[Cell]) -> list[tables.Missin
         attack = attacks[cell.record]
         settings = json.loads(attack.settings)
         defense = (results.UNDEFENDED, results.UNDEFENDED) if cell.kind == "attack" else (results.called(cell.method, cell.run), cell.method)
-        return tables.Missing(settings["dataset"], attack.label, settings.get("poison_rate"), *defense)
+        record = cell.record if attack not in failed else None
+        return tables.Missing(settings["dataset"], attack.label, settings.get("poison_rate"), *defense, record)
 
     done = {shown(cell) for cell in cells if cell not in failed}
-    return [one for one in dict.fromkeys(shown(cell) for cell in cells if cell in failed) if one not in done]
+    lost = sorted((shown(cell) for cell in cells if cell in failed), key=lambda one: one.record is None)
+    return [one for one in dict.fromkeys(lost) if one not in done]
 
 
 # --- what is there -----------------------------------------------------------------------------------------------

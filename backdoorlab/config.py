@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -79,7 +80,7 @@ class MethodConfig:
         for owner in type(self).__mro__:
             for name, rule in vars(owner).get("RANGES", {}).items():
                 value = getattr(self, name)
-                for number in value if isinstance(value, tuple) else (value,):
+                for number in value if isinstance(value, (tuple, list)) else (value,):
                     if number is not None and not _within(number, rule):
                         raise UserError(f"{name} must be {rule if rule[0] in '<>' else f'in {rule}'}, got {number}")
 
@@ -213,6 +214,28 @@ class DefenseConfig(MethodConfig):
     """Folder of your own trusted images, <class>/*.png or parquet shards, instead of a draw from the training set."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeedsConfig(DefenseConfig):
+    """What a defense takes that is told of some training samples that they are clean ("seeds" in its ASSUMES)."""
+
+    seeds_per_class: int = 10
+    """Training samples of each class that are known to be clean."""
+
+    RANGES: ClassVar[dict[str, str]] = {"seeds_per_class": ">= 0"}
+
+
+def refuse_ranges(config_class: type[MethodConfig]) -> None:
+    """UserError where RANGES has a name that is no field, or a rule that is none."""
+    fields = [f.name for f in dataclasses.fields(config_class)]
+    for name, rule in vars(config_class).get("RANGES", {}).items():
+        if name not in fields:
+            raise UserError(f"RANGES names {name!r}, which is no field of Config.{suggest(name, fields)}")
+        try:
+            _within(0.0, rule)
+        except (ValueError, TypeError, IndexError):
+            raise UserError(f"RANGES of {name}: expected a rule such as '>= 0', '> 0' or '(0, 1]', got {rule!r}") from None
+
+
 def _within(number: float, rule: str) -> bool:
     """Rules: ">= 0", "> 0", or an interval such as "(0, 1]". Infinity and NaN are in none."""
     if not math.isfinite(number):
@@ -312,7 +335,7 @@ def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], p
     for field_name, spelt in SPELLINGS.items():
         if field_name in given:
             given[field_name] = [spelt.get(value, value) for value in given[field_name]]
-    arguments = [token for name, values in given.items() for token in (f"--{name}", *values)]
+    arguments = [word for name, values in given.items() for word in _flag(name, values)]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -328,6 +351,10 @@ def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], p
         if not stop.code:
             raise
         raise UserError(_misread(config_class, given) or _one_line(complaint.getvalue())) from None
+
+
+def _flag(name: str, values: Sequence[str]) -> list[str]:
+    return [f"--{name}={values[0]}"] if len(values) == 1 and values[0].startswith("--") else [f"--{name}", *values]
 
 
 def _about(config_class: type[Any]) -> str:
@@ -365,9 +392,13 @@ def _yaml_layer(config_class: type[Any], path: str) -> tuple[str, list[str]]:
         preset = registry.resource("config") / f"{path}.yaml"
         if not preset.exists():
             presets = sorted(p.stem for p in registry.resource("config").glob("*.yaml") if not p.stem.startswith("bench_"))
-            raise UserError(f"--yaml_path {path}: no such file, and no preset of that name. Presets: {', '.join(presets)}")
+            shown = [name for name in presets if not {"attack", "defense"} & set(read_yaml(registry.resource("config") / f"{name}.yaml"))]
+            raise UserError(f"--yaml_path {path}: no such file, and no preset of that name. Presets: {', '.join(shown)}")
         file = preset
     content = read_yaml(file)
+    sections = sorted({"attack", "defense"} & set(content) - set(flag_names(config_class)))
+    if sections:
+        raise UserError(f"{file}: --yaml_path takes flags as keys, found the section {sections[0]!r}. A data set's settings are read by themselves")
     if "yaml_path" in content:
         raise UserError(f"{file}: yaml_path in a file of settings is not followed: write the settings themselves")
     return file.name, as_flags(config_class, content, str(file))
@@ -417,9 +448,16 @@ def as_flags(config_class: type[Any], values: Mapping[str, Any], where: str) -> 
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}.{suggest(key, known)}")
-        items = value if isinstance(value, (list, tuple)) else [value]
-        flags += [f"--{key}", *(_text(item) for item in items)]
+        words = _words(value)
+        flags += _flag(key, words)
     return flags
+
+
+def _words(value: Any) -> list[str]:
+    """A value as the words of its flag: what is nested one after the other, as --help shows it."""
+    if isinstance(value, Mapping):
+        value = [part for pair in value.items() for part in pair]
+    return [word for item in value for word in _words(item)] if isinstance(value, (list, tuple)) else [_text(value)]
 
 
 def flag_names(config_class: type[Any]) -> dict[str, str]:
@@ -460,8 +498,13 @@ def _one_line(text: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """As JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(part) for part in value]
+    return value.name if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
 
 
 def _text(value: Any) -> str:
-    return "None" if value is None else " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return "None" if value is None else " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(_plain(value))

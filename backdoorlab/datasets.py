@@ -34,12 +34,16 @@ from .schema import is_plain
 
 DEFAULT = "digits"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
-READER_VERSION = 3
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
+"""What Pillow may take a file for, whatever it is called: its readers of other formats are many, and one starts Ghostscript."""
+READER_VERSION = 4
 """Part of every cache key: raise it when what is read changes, or decoding or resizing changes a pixel."""
 
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError)
 """What Pillow raises for a file that is no image, or not a whole one, or one that claims too much; its own bomb is none of these."""
 
+MOST_CLASSES = 2**16
+"""From here on, a label beyond the number of images is taken for a mistake: each class below the largest takes memory in the network."""
 LARGE = 2**30
 """Bytes of decoded images beyond which they go to a file and not to memory."""
 
@@ -70,6 +74,7 @@ def load(name: str, path: str | None = None, *, image_size: int | None = None, g
             arrays = _digits(image_size or 32, channels=3 if grey is False else 1)
         else:
             arrays = _torchvision(name, image_size, grey)
+        _refuse_different(arrays[0], arrays[2])
         _write_cache(folder, name, arrays)
     return _read_cache(folder, name)
 
@@ -242,8 +247,14 @@ def _folder_reader(path: Path) -> Callable[[Path, int | None, bool | None], Arra
 def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
     """Hugging Face shards: `train*.parquet` and `test*.parquet` (or `validation*`), anywhere below the folder."""
     shards = sorted(_parquet_files(path))
-    train = [s for s in shards if "train" in s.name]
-    test = [s for s in shards if "test" in s.name] or [s for s in shards if "val" in s.name]
+
+    def of(split: str) -> list[Path]:  # a word of the name that begins so: "latest" is no test set
+        return [shard for shard in shards if re.search(rf"(?<![a-z]){split}", shard.name.lower())]
+
+    train, test = of("train"), of("test") or of("val")
+    both = sorted({*train} & {*test})
+    if both:
+        raise UserError(f"{both[0]}: its name says training and test set: expected train*.parquet and test*.parquet")
     if not train or not test:
         raise UserError(f"--dataset_path {path}: expected shards named train*.parquet and test*.parquet, found {_listing(path)}")
     parts = [_shards(files, path, image_size, grey) for files in (train, test)]
@@ -272,7 +283,7 @@ def _shards(files: list[Path], path: Path, image_size: int | None, grey: bool | 
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{file}: not a readable parquet file ({error}): fetch it again") from error
-        encoded += [cell["bytes"] if isinstance(cell, dict) else cell for cell in table[image_column].to_pylist()]
+        encoded += [cell.get("bytes") or b"" if isinstance(cell, dict) else cell for cell in table[image_column].to_pylist()]
         labels += table[label_column].to_pylist()
     return _decode_all(encoded, lambda item: _from_bytes(item, path, image_size, grey)), _labels(labels, path)
 
@@ -341,6 +352,16 @@ def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
                 yield Path(entry.path)
 
 
+def _refuse_different(first: np.ndarray, other: np.ndarray) -> None:
+    """Images (N, C, H, W) of one set, or (C, H, W), must be of one shape."""
+    shapes = first.shape[-3:], other.shape[-3:]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"images of different shapes ({shapes[0]} and {shapes[1]} as channels, height, width):"
+            " pass --image_size N, or --grey True or False, for all"
+        )
+
+
 def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
     """Decode a sequence of images with threads into one uint8 (N, C, H, W) array."""
     count = len(items)
@@ -351,11 +372,7 @@ def _decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
 
     def work(i: int) -> None:
         image = decode(items[i])
-        if image.shape != first.shape:
-            raise UserError(
-                f"images of different shapes ({first.shape} and {image.shape} as channels, height, width):"
-                " pass --image_size N, or --grey True or False, for all"
-            )
+        _refuse_different(first, image)
         out[i] = image
 
     with ThreadPoolExecutor() as pool:
@@ -385,6 +402,9 @@ def _labels(labels: Any, path: Path) -> np.ndarray:
     wrong = [label for label in labels if not is_count(label)]
     if wrong:
         raise UserError(f"{path}: labels must be whole numbers from 0 on, found {str(wrong[0])[:60]!r}: write the classes as their numbers")
+    most = max(labels, default=0)
+    if most >= max(MOST_CLASSES, len(labels)):
+        raise UserError(f"{path}: found label {most} among {len(labels):,} images: expected the classes as numbers from 0 on, without gaps")
     return np.asarray(labels, dtype=np.int64)
 
 
@@ -392,7 +412,7 @@ def _from_bytes(data: bytes, path: Path, image_size: int | None, grey: bool | No
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             return _from_pil(image, image_size, grey)
     except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: a cell of its image column is not a readable image ({error})") from error
@@ -402,7 +422,7 @@ def _from_file(file: Path, image_size: int | None, grey: bool | None) -> np.ndar
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             return _from_pil(image, image_size, grey)
     except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: not a readable image ({error})") from error
@@ -443,7 +463,7 @@ def _class_names(path: Path, count: int) -> tuple[str, ...]:
         return tuple(str(number) for number in range(count))
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error})") from error
     if isinstance(found, dict):
         found = found.get("classes", found.get("names", found))
@@ -452,6 +472,8 @@ def _class_names(path: Path, count: int) -> tuple[str, ...]:
     if not isinstance(found, list):
         raise UserError(f"{file}: expected a list of class names, found {type(found).__name__}")
     if all(isinstance(entry, dict) and "name" in entry for entry in found):
+        if not all(is_count(entry.get("label", 0)) for entry in found):
+            raise UserError(f"{file}: expected whole numbers as labels beside the names")
         found = [entry["name"] for entry in sorted(found, key=lambda entry: entry.get("label", 0))]
     if len(found) < count:
         raise UserError(f"{file}: {len(found)} class names, but labels up to {count - 1}")
@@ -483,7 +505,10 @@ def _source_key(path: Path) -> str:
     """SHA-256 over the names and contents of every file that a reader may open."""
     digest = hashlib.sha256()
     for file in _source_files(path):
-        digest.update(str(file.relative_to(path)).encode())
+        try:
+            digest.update(str(file.relative_to(path)).encode())
+        except UnicodeEncodeError as error:
+            raise UserError(f"{os.fsencode(file)!r}: the name is not UTF-8: rename the file or its folder") from error
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -12,3 +12,9 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' when a known word is close, else ''."""
     close = get_close_matches(word, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def described(value: object) -> str:
+    """What somebody handed over, in words: "float32 (3, 4)", or the name of its type."""
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"{str(getattr(value, 'dtype', '')).removeprefix('torch.')} {tuple(shape)}".strip()

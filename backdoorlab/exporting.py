@@ -62,7 +62,7 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
         raise UserError(f"--weights {path}: expected a file that ends in .safetensors, in a folder that exists")
     if path.exists() and not options.overwrite:
         raise UserError(f"{path} exists: choose another name, or pass --overwrite True to replace it")
-    model, scores = record.model(), record.info["scores"]
+    model, scores, precision = record.model(), record.info["scores"], record.info.get("precision")
     if options.defense is not None:
         check_name(options.run_name)
         check_name(options.defense)
@@ -73,7 +73,7 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
                 f"record {record.name!r} has no finished run {options.run_name!r} of {options.defense!r}. Finished: {', '.join(runs) or 'none yet'}"
             )
         result = read_result(folder)
-        scores = result["after"]
+        scores, precision = result["after"], result.get("precision")
         load_weights(model, folder / "model.safetensors", result["files"], record.model_shapes())
     meta = {
         "record": record.name,
@@ -84,6 +84,7 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
         "num_classes": record.info["num_classes"],
         "class_names": record.info["dataset"]["class_names"],
         "scores": {key: scores[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
+        "precision": precision,  # of the scores; the weights are float32
     }
     try:
         foreign.write_weights(path, model, **meta)

@@ -125,7 +125,7 @@ def replace_folder(stage: Path, target: Path) -> None:
         os.rename(aside, trash)  # from here on, nobody takes the half-deleted folder for one to put back
     finally:
         release(target, descriptor)
-    shutil.rmtree(trash, ignore_errors=True)
+    _discard(trash)
 
 
 def recover(target: Path) -> None:
@@ -138,7 +138,7 @@ def recover(target: Path) -> None:
             continue
         try:
             if descriptor is not None and target.exists():
-                shutil.rmtree(aside, ignore_errors=True)
+                _discard(aside)
             elif descriptor is not None:
                 os.rename(aside, target)
                 _sync_folder(target.parent)
@@ -150,11 +150,20 @@ def recover(target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it, if it is there."""
-    if path.is_dir():
+    """Delete a file, a link (and nothing of what it leads to), or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _discard(path: Path) -> None:
+    """As `remove`, as far as it goes."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -199,7 +208,7 @@ def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
 def tidy(folder: Path) -> None:
     """Delete what killed writers left in a folder that holds nothing: folders half-deleted by `replace_folder`, and lock files."""
     for trash in folder.glob(".*.trash"):
-        shutil.rmtree(trash, ignore_errors=True)
+        _discard(trash)
     for lock in folder.glob(".*.held"):
         held = folder / lock.name.removeprefix(".").removesuffix(".held")
         release(held, _lock_where_allowed(held))

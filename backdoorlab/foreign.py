@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from . import data, datasets, files, models, pickles
+from . import data, datasets, files, models, pickles, schema
 from .data import Dataset, Split
 from .errors import UserError
 from .metrics import predict
@@ -66,7 +66,13 @@ def load_exported(path: str | Path) -> Classifier:
     weights, meta = read_weights(Path(path))
     if "architecture" not in meta:
         raise UserError(f"{path}: not written by export --weights: load it into the network that it was trained in")
-    model = _build(meta["architecture"], meta["image_shape"], meta["num_classes"])
+    schema.check_export(Path(path), meta)
+    network = meta["architecture"], meta["image_shape"], meta["num_classes"]
+    with torch.device("meta"):  # before memory is taken for it
+        problem = _difference(_build(*network).network.state_dict(), weights)
+    if problem:
+        raise UserError(f"{path}: damaged file (its weights are not those of the network that it names: {problem}). Export it again")
+    model = _build(*network)
     model.network.load_state_dict(weights)
     return model.eval()
 
@@ -86,6 +92,9 @@ def fit(
 
     The weights of another network are refused before memory is taken for it.
     """
+    lost = next((name for name, values in weights.items() if not values.isfinite().all()), None)
+    if lost is not None:
+        raise UserError(f"{source}: {lost} holds NaN or infinity, so that the model answers nothing: its training diverged, or the file is damaged")
     shape, num_classes = dataset.image_shape, dataset.num_classes
     width = _width(weights) if architecture in models.OWN else None
     found = []

@@ -188,7 +188,7 @@ def _from_weights(options: Import, device: torch.device) -> Found:
     described = meta.get("architecture")
     described = described if isinstance(described, dict) else {}
     architecture = options.architecture or described.get("name")
-    if architecture is None:
+    if not isinstance(architecture, str):
         raise UserError(f"--architecture NAME is missing: which network {path} is for, such as {', '.join(models.OWN)} or a timm name like resnet18")
     if architecture not in models.OWN:
         _known_in_timm(architecture)
@@ -312,10 +312,14 @@ def _given(options: Import, dataset: Dataset) -> dict[str, Normalisation] | None
 def _kept(described: Mapping[str, Any], channels: int) -> dict[str, Normalisation] | None:
     """What a file says of its own normalisation."""
     mean, std = described.get("mean"), described.get("std")
-    fitting = all(isinstance(row, (list, tuple)) and len(row) == channels and all(isinstance(x, (int, float)) for x in row) for row in (mean, std))
+    fitting = all(isinstance(row, (list, tuple)) and len(row) == channels and all(_number(x) for x in row) for row in (mean, std))
     if not fitting or mean is None or std is None or min(std) <= 0:
         return None
     return {"as in the file": (tuple(mean), tuple(std))}
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e6  # also for integers that are no float
 
 
 def _published(name: str, dataset: Dataset) -> dict[str, Normalisation]:

@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from . import files
 from .data import Split, in_order, place
+from .errors import UserError, described
 from .models import paused
 from .poison import CROSS, POISON, Poison
+
+SUMMARY = ("clean_accuracy", "asr", "robust_accuracy")
+"""The scores that every line of history and every table has."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Scores:
     the true label. `asr`: share with the attacker's, None in all2all."""
 
     def summary(self) -> dict[str, float | None]:
-        return {"clean_accuracy": self.clean_accuracy, "asr": self.asr, "robust_accuracy": self.robust_accuracy}
+        return {name: getattr(self, name) for name in SUMMARY}
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -128,16 +132,30 @@ class Evaluator:
 
 
 def predict(model: nn.Module, split: Split, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> Tensor:
-    """Predicted classes, int64 (N,) on the CPU. The model's modes are as before afterwards; no pass is counted."""
+    """Predicted classes, int64 (N,) on the CPU. The model's modes are as before afterwards; no pass is counted.
+
+    A model that answers NaN is refused: the largest of such answers is by convention the first, and would pass for a class.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.inference_mode(), autocast(), paused():
-            found = [model(batch.images).argmax(1) for batch in in_order(split, device)]
+            answers = [_answered(model(batch.images)) for batch in in_order(split, device)]
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return torch.cat(found).cpu() if found else torch.zeros(0, dtype=torch.int64)
+    if not answers:
+        return torch.zeros(0, dtype=torch.int64)
+    if torch.stack([lost for _, lost in answers]).any():
+        raise UserError("the model answers NaN: its training diverged; lower the learning rate, or try --precision fp32")
+    return torch.cat([classes for classes, _ in answers]).cpu()
+
+
+def _answered(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes, int64 (N,), and whether any answer is NaN, bool (), both where the model is: to ask at once would wait for a GPU."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise UserError(f"a model answers with one number for each image and class, (N, num_classes), got {described(logits)}")
+    return logits.argmax(1), logits.isnan().any()
 
 
 def _by_class(hits: Tensor, classes: Tensor, num_classes: int) -> list[float | None]:

@@ -98,8 +98,11 @@ NAMES = frozenset(
 
 def load(path: Path) -> Any:
     """What `torch.save` wrote, on the CPU: plain values, tensors, and the stand-ins above; anything else is one line that names the file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    content = path.read_bytes()  # once, so that what is read is what was looked at
     try:
-        names = _names(path)
+        names = _names(path, content)
     except UserError:
         raise
     except Exception as error:  # whoever made the file chooses what breaks
@@ -112,9 +115,10 @@ def load(path: Path) -> Any:
         )
     try:
         with _only(STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path}: refused by the safe loader ({_first_line(error)}). Fetch it again, or save only a state dict in it") from error
+        why = type(error).__name__ if "weights_only" in str(error) else _first_line(error)  # torch's own advice is its unsafe loader
+        raise UserError(f"{path}: refused by the safe loader ({why}). Fetch it again, or save only a state dict in it") from error
 
 
 def state_dict(found: Any, path: Path) -> dict[str, Tensor]:
@@ -155,23 +159,27 @@ class _OldNames(_InPython):
             super().save_global(obj, name)
 
 
-def _names(path: Path) -> set[str]:
-    """Every module.name in the file's pickle, read as text; archives that could unpack into more than their size are refused."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if not zipfile.is_zipfile(path):
+def _names(path: Path, content: bytes) -> set[str]:
+    """Every module.name in the file's pickle, read as text; archives that could unpack into more than their size are refused.
+
+    The archive must be the whole file: its directory is at the end, but torch looks at the beginning, where another file could be.
+    """
+    stream = io.BytesIO(content)
+    if not content.startswith(b"PK\x03\x04") or not zipfile.is_zipfile(stream):
         raise UserError(
             f"{path}: refused: not the zip archive that torch.save has written since torch 1.6. Save only a state dict, best as safetensors"
         )
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
+        if min((entry.header_offset for entry in entries), default=0) != 0:
+            raise UserError(f"{path}: refused: something stands before the archive, which torch.save does not write")
         pickles = [entry for entry in entries if entry.filename.lower().split("/")[-1].endswith(".pkl")]
         if len(pickles) != 1 or pickles[0].filename.split("/")[-1] != "data.pkl":
             raise UserError(f"{path}: refused: expected one data.pkl in it, found {len(pickles)} pickles (TorchScript?). Save a state dict instead")
         lower = [entry.filename.lower() for entry in entries]
         if len(set(lower)) != len(lower) or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise UserError(f"{path}: refused: an archive with compressed or repeated entries, which torch.save does not write")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        if sum(entry.file_size for entry in entries) > len(content):
             raise UserError(f"{path}: refused: its entries claim more bytes than the file has")
         found = set()
         for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):

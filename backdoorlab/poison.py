@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Split
-from .errors import UserError
+from .errors import UserError, described
 
 POISON, CROSS = 1, 2
 """Kinds: poison has the trigger and the attacker's label; cross has a trigger-like change and its true label."""
@@ -180,15 +180,20 @@ def check_target(target_label: int, num_classes: int) -> None:
 
 def stamped(clean: Split, index: Tensor, stamp: Stamp, split: str) -> Tensor:
     """uint8 (M, C, H, W): the images of `index` with a stamp, in parts."""
-    return torch.cat([stamp(clean.images[part], part, split) for part in index.split(STAMPED_AT_ONCE)]) if len(index) else clean.images[:0]
+    return torch.cat([_once(clean.images[part], part, stamp, split) for part in index.split(STAMPED_AT_ONCE)]) if len(index) else clean.images[:0]
+
+
+def _once(images: Tensor, index: Tensor, stamp: Stamp, split: str) -> Tensor:
+    found = stamp(images, index, split)
+    if not isinstance(found, Tensor) or found.dtype != torch.uint8 or found.shape != images.shape:
+        raise UserError(f"a stamp maps images to as many of the same shape, uint8 {tuple(images.shape)}, got {described(found)}")
+    return found
 
 
 def _stamped(clean: Split, index: Tensor, stamp: Stamp, split: str, labels: Labels | None) -> Poison:
     """The rows of `index` with the trigger and the attacker's labels; without `labels` with their own, which makes them CROSS."""
     original = clean.labels[index]
     images = stamped(clean, index, stamp, split)
-    if images.dtype != torch.uint8 or images.shape[1:] != clean.images.shape[1:]:
-        raise TypeError(f"a stamp maps uint8 images to uint8 images of the same shape, got {images.dtype} {tuple(images.shape)}")
     given, kind = (original, CROSS) if labels is None else (labels.of(original), POISON)
     return Poison(index, images, given, original, torch.full((len(index),), kind, dtype=torch.uint8))
 

@@ -43,6 +43,14 @@ def record_names(root: Path) -> list[str]:
     )
 
 
+def every_name(root: Path) -> list[str]:
+    """As `record_names`, of which there must be one."""
+    names = record_names(root)
+    if not names:
+        raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
+    return names
+
+
 def check_name(name: str) -> None:
     """A record's name is one folder name."""
     if not name or name in (".", "..") or any(c in name for c in "/\\\0\r") or name.startswith(".") or _unfinished(name):

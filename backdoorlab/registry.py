@@ -172,3 +172,22 @@ def _check(kind: Kind, path: Path, module: ModuleType) -> None:
         assumes = module.ASSUMES
         if not isinstance(assumes, (tuple, list)) or not all(isinstance(word, str) and word in ASSUMABLE for word in assumes):
             raise UserError(f"{path}: ASSUMES is a tuple of some of {', '.join(ASSUMABLE)}, found {assumes!r}")
+    _check_config(kind, path, module)
+
+
+def _check_config(kind: Kind, path: Path, module: ModuleType) -> None:
+    from . import config  # which asks this module for the folder of its files
+
+    bases: tuple[type[Any], ...] = (config.TrainingConfig,) if kind == "attack" else (config.DefenseConfig,)
+    if kind == "attack" and not hasattr(module, "attack"):  # what stamps says whom, and as what
+        bases = (config.AttackConfig, config.CleanLabelConfig)
+    elif kind == "defense" and "seeds" in module.ASSUMES:
+        bases = (config.SeedsConfig,)
+    found = module.Config
+    if not isinstance(found, type) or not issubclass(found, bases) or "__dataclass_fields__" not in vars(found):
+        wanted = " or ".join(base.__name__ for base in bases)
+        raise UserError(f"{path}: expected @dataclass(frozen=True, kw_only=True) above class Config({wanted}), found {found!r}")
+    try:
+        config.refuse_ranges(found)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -433,7 +433,9 @@ def remarks(found: Iterable[Row]) -> list[str]:
     for group, label in zip(groups, labels(groups), strict=True):
         asr = group.score("asr")
         if group.first.defense == UNDEFENDED and group.first.run != PLAIN and asr is not None and asr.mean < IMPLANTED:
-            said.append(f"{label.attack} on {group.first.dataset} hardly took: ASR {100 * asr.mean:.0f} % before any defense, so its DER says little")
+            rate = group.first.poison_rate
+            where = f"{label.attack}{'' if rate is None else f' ({100 * rate:g} %)'} on {group.first.dataset}"
+            said.append(f"{where} hardly took: ASR {100 * asr.mean:.0f} % before any defense, so its DER says little")
     return said
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from . import engine, files
 from .engine import Precision, autocast, finite
-from .errors import UserError
+from .errors import UserError, described
 from .loading import FILE_NAME
-from .metrics import Evaluator, Scores, split_quality
+from .metrics import SUMMARY, Evaluator, Scores, split_quality
 from .models import PASSES
 from .poison import Poison
 
@@ -39,7 +39,9 @@ BETWEEN_CHECKPOINTS = {"cpu": 0.0, "cuda": 20.0}
 """Seconds from which on another epoch's end writes a checkpoint: on a GPU an epoch can be shorter than writing one."""
 
 LONGEST_NAME = 100
-"""Letters of a picture's name; a file system takes 255 bytes with its ending."""
+"""Letters of a stage's or a picture's name; a file system takes 255 bytes with its ending."""
+TAKEN = frozenset(["stage", "epoch", "seconds", *SUMMARY])
+"""What every line of history says by itself."""
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Run:
         device: torch.device,
         precision: Precision = "auto",
         train_poison: Poison | None = None,
+        train_size: int | None = None,
         score_every: int = 1,
     ) -> None:
         self.folder, self.seed, self.device, self.precision = folder, seed, device, precision
@@ -83,7 +86,7 @@ class Run:
         self.told: Callable[[int, dict[str, Any]], None] | None = None
         """Hears of each line of history and its place, from 1; without effect on the run."""
         self._evaluator: Evaluator | None = None
-        self._train_poison, self._score_every = train_poison, score_every
+        self._train_poison, self._train_size, self._score_every = train_poison, train_size, score_every
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
         self._logged: dict[str, Any] = {}
@@ -107,6 +110,7 @@ class Run:
         `model` and everything in `state` (optimizers, schedulers, further models: whatever has a `state_dict`) is saved,
         and put back when the run is started again.
         """
+        _check_name("epochs", stage)
         parts = {"model": model, **state} if model is not None else state
         path = self.folder / f"checkpoint-{stage}.safetensors"
         done = 0
@@ -166,6 +170,7 @@ class Run:
 
     def watch(self, **values: Tensor) -> None:
         """Average scalars over the epoch, on the device, into its line of history."""
+        _check_free("watch", values)
         for name, value in values.items():
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
@@ -180,10 +185,15 @@ class Run:
 
     def log(self, **values: float | int | str | None) -> None:
         """Add training-side values to this epoch's line of history."""
+        _check_free("log", values)
+        for name, value in values.items():
+            if value is not None and not isinstance(value, (int, float, str)):
+                raise UserError(f"run.log({name}=...): expected a number or a word, got {described(value)}: a tensor's number is its .item()")
         self._logged |= values
 
     def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Compute named tensors, or read what an earlier, killed start of this run computed."""
+        _check_name("once", name)
         path = self.folder / f"once-{name}.safetensors"
         if path.exists():
             tensors, meta = files.read_tensors(path)
@@ -198,6 +208,8 @@ class Run:
 
     def note(self, text: str) -> None:
         """Say a sentence and keep it in the result: what a reader of the table should know."""
+        if not isinstance(text, str):
+            raise UserError(f"run.note({text!r}): expected a sentence, got {described(text)}")
         if text not in self.notes:
             self.notes.append(text)
             self.say(text)
@@ -207,6 +219,11 @@ class Run:
 
         `suspicion`, float (N,), the larger the more suspect, is what the mask was decided by; it is kept for a histogram.
         """
+        size = self._train_size if self._train_size is not None else len(flagged)
+        if not isinstance(flagged, Tensor) or flagged.dtype != torch.bool or flagged.shape != (size,):
+            raise UserError(f"run.report_split: expected who is flagged as bool ({size},), one for each training image, got {described(flagged)}")
+        if suspicion is not None and suspicion.shape != (size,):
+            raise UserError(f"run.report_split: expected suspicion as float ({size},), one for each training image, got {described(suspicion)}")
         if name == "split":
             self.flagged = flagged.cpu()
             self.suspicion = None if suspicion is None else suspicion.detach().float().cpu()
@@ -222,8 +239,10 @@ class Run:
 
         NAME: at most 100 letters, digits, and _ . -, for a result holds files of no other name.
         """
-        if len(name) > LONGEST_NAME or not FILE_NAME.fullmatch(f"{name}.png"):
-            raise UserError(f"run.picture({name!r}): a picture's name is of at most {LONGEST_NAME} letters, digits, and _ . -, such as 'my_sheet'")
+        _check_name("picture", name)
+        wrong = [images for images in rows if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4]
+        if wrong:
+            raise UserError(f"run.picture({name!r}): expected rows of images, uint8 (n, C, H, W) each, got {described(wrong[0])}")
         self.pictures[name] = [images.cpu() for images in rows]
 
     # --- what the runner calls -----------------------------------------------------------------------------------
@@ -313,6 +332,18 @@ class Run:
         self.progress = Progress(**meta["progress"])
         self.flagged, self.suspicion = tensors.get("flagged"), tensors.get("suspicion")
         self._clock, self._passes = time.perf_counter(), (PASSES.forward, PASSES.backward)
+
+
+def _check_name(call: str, name: str) -> None:
+    """Names become names of files."""
+    if len(name) > LONGEST_NAME or not FILE_NAME.fullmatch(f"{name}.png"):
+        raise UserError(f"run.{call}({name!r}): a name is of at most {LONGEST_NAME} letters, digits, and _ . -, such as 'my_{call}'")
+
+
+def _check_free(call: str, names: Iterable[str]) -> None:
+    taken = TAKEN.intersection(names)
+    if taken:
+        raise UserError(f"run.{call}({min(taken)}=...): the line of history has a {min(taken)} of its own: choose another name")
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

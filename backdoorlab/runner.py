@@ -1,6 +1,6 @@
 """Run one attack into a record, or one defense on a record."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from . import config as configs
 from . import data, datasets, engine, files, models, record, schema
 from .config import CleanLabelConfig, CoverConfig, DefenseConfig, JointConfig, Parsed, Trained, TrainingConfig, TriggerConfig
 from .data import Dataset, Split
-from .errors import UserError
+from .errors import UserError, described
 from .metrics import Evaluator, collapsed, der
 from .models import Classifier
 from .poison import CROSS, POISON, Labels, Poison, Stamp, changed_share, check_rate, check_target, left_by_crops, poison_test, poison_train
@@ -96,7 +96,7 @@ def run_attack(job: Job) -> Record:
     dataset = datasets.load(config.dataset, config.dataset_path, image_size=config.image_size, grey=config.grey)
     if isinstance(config, TriggerConfig):
         check_target(config.target_label, dataset.num_classes)
-    with _stage(target, "record.json", job) as stage, _tracked(job, config.save_folder_name, stage) as tracker:
+    with _stage(target, "record.json", job, {"data": dataset.fingerprint}) as stage, _tracked(job, config.save_folder_name, stage) as tracker:
         engine.keep_freed_memory(device)
         engine.seed_everything(config.seed, device)
         run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
@@ -104,6 +104,8 @@ def run_attack(job: Job) -> Record:
         job.say_settings(run)
         run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
         outcome = _attack_function(job.method)(dataset, config, run)
+        if not isinstance(outcome, Outcome):
+            raise UserError(f"{job.method.path}: attack returned {described(outcome)}: expected a backdoorlab.runner.Outcome")
         scores = run.score(outcome.model)
         if scores.asr is not None and scores.clean_accuracy < min(CHANCE / dataset.num_classes, CHANCE_OF_TWO):
             run.note(f"the model learned nothing (clean accuracy {100 * scores.clean_accuracy:.2f} %): more epochs, or another --lr")
@@ -174,10 +176,13 @@ def static_attack(
     victims: whom the attack is meant for, in either split; default everyone, or the target class in training where the attack keeps labels.
     covers: who may be stamped with the true label in training; default everyone. Read where the config has a cover_rate.
     """
-    fixed: Stamp = partial(stamp, config=config, **(prepare(dataset, config, run) if prepare else {}))
+    prepared = prepare(dataset, config, run) if prepare else {}
+    if not isinstance(prepared, dict):
+        raise UserError(f"prepare(dataset, config, run) must return the stamp's further arguments by name, a dict, got {described(prepared)}")
+    fixed: Stamp = partial(stamp, config=config, **prepared)
     labels = Labels(config.target_label, config.label_mode, dataset.num_classes)
     train_poison = _poisoned_training_set(dataset.train, fixed, labels, config, run, victims, covers)
-    meant = victims(dataset.test.labels, "test", config) if victims else None
+    meant = _chosen(victims, "victims", dataset.test, "test", config) if victims else None
     test_poison = poison_test(dataset.test, fixed, labels, victims=meant)
     if 0 in (changed_share(dataset.train, train_poison), changed_share(dataset.test, test_poison)):
         raise UserError("the trigger leaves every value of these images as it is, so there is nothing to learn: make it stronger, see --help")
@@ -189,14 +194,14 @@ def _poisoned_training_set(
 ) -> Poison:
     """Draw victims and covers; what cannot be had is capped, and said."""
     size = len(train)
-    pool = victims(train.labels, "train", config) if victims else torch.ones(size, dtype=torch.bool)
+    pool = _chosen(victims, "victims", train, "train", config) if victims else torch.ones(size, dtype=torch.bool)
     if isinstance(config, CleanLabelConfig):
         pool = pool & (train.labels == config.target_label)
         rate = config.poison_rate if config.poison_rate is not None else _share_of_class(config, int(pool.sum())) / size
     else:
         rate = config.poison_rate
     cover_rate = config.cover_rate if isinstance(config, CoverConfig) else 0.0
-    free = covers(train.labels, "train", config) if covers else None
+    free = _chosen(covers, "covers", train, "train", config) if covers else None
     drawn = engine.derived_generator(config.seed, "victims")
     poison = poison_train(train, stamp, labels, poison_rate=rate, generator=drawn, victims=pool, cover_rate=cover_rate, covers=free)
     found, crossed = (int((poison.kind == kind).sum()) for kind in (POISON, CROSS))
@@ -211,6 +216,13 @@ def _poisoned_training_set(
         said = f"{found:,} images poisoned: {shares}"
         run.note(said if found < of_class else f"{said}; no clean one is left, so its clean accuracy measures a missing class")
     return poison
+
+
+def _chosen(choice: Choice, name: str, split: Split, which: str, config: Any) -> torch.Tensor:
+    found = choice(split.labels, which, config)
+    if not isinstance(found, torch.Tensor) or found.dtype != torch.bool or found.shape != split.labels.shape:
+        raise UserError(f"{name}(labels, {which!r}, config) must return who may be taken, bool ({len(split)},), got {described(found)}")
+    return found
 
 
 def _share_of_class(config: CleanLabelConfig, of_class: int) -> float:
@@ -299,7 +311,10 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         return _score_saved(found, target, config)
     device = engine.choose_device(config.device)
     dataset = found.dataset(config.dataset_path)
-    with _stage(target, "result.json", job) as stage, _tracked(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker:
+    trusted = _trusted(config, found, dataset) if "trusted" in method.assumes else None
+    trusts = {} if trusted is None else {"trusted images": _hash(trusted)}
+    inputs = {"record": files.sha256(found.folder / "record.json"), **trusts}
+    with _stage(target, "result.json", job, inputs) as stage, _tracked(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker:
         engine.keep_freed_memory(device)
         engine.seed_everything(config.seed, device)
         run = Run(
@@ -308,11 +323,11 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             device=device,
             precision=config.precision,
             train_poison=found.train_poison if found.known_poison else None,
+            train_size=len(dataset.train),
             score_every=config.score_every,
         )
         run.told = tracker.line
         run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, run.autocast))
-        trusted = _trusted(config, found, dataset) if "trusted" in method.assumes else None
         seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
         view = record.defender_view(found, dataset, method.assumes, trusted, device, seeds)
         job.say_settings(run)
@@ -328,8 +343,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         if model is None and subtask != "all":
             run.say(f"subtask {subtask} is done; its files are in {stage}")
             return None
-        if not isinstance(model, torch.nn.Module):
-            raise UserError(f"{method.path}: defend returned {type(model).__name__}: expected the model that is left, a torch.nn.Module")
+        _refuse_other_network(model, found, method)
         after = run.score(model)
         spent = run.spent()
         final = _fresh(stage / "final")
@@ -350,9 +364,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             "assumes": list(method.assumes),
             "config": config.science(),
             "seed": config.seed,
-            "trusted": None
-            if trusted is None
-            else {"count": len(trusted), "sha256": files.tensor_hash({"images": trusted.images, "labels": trusted.labels})},
+            "trusted": None if trusted is None else {"count": len(trusted), "sha256": _hash(trusted)},
             "before": {key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
             "after": after.summary(),
             "der": der(before, after.summary()),
@@ -377,6 +389,18 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             cost={"seconds": spent.seconds, "peak_memory_bytes": spent.peak_memory_bytes},
         )
     return result
+
+
+def _refuse_other_network(model: Any, found: Record, method: Method) -> None:
+    """What a defense leaves is kept as weights of the record's network: whatever is none could not be read again."""
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"{method.path}: defend returned {type(model).__name__}: expected the model that is left, a torch.nn.Module")
+    try:
+        schema.refuse_difference({name: (value.dtype, tuple(value.shape)) for name, value in model.state_dict().items()}, found.model_shapes())
+    except ValueError as error:
+        raise UserError(
+            f"{method.path}: defend returned another network than the record's ({error}): expected view.model or view.new_model() with other weights"
+        ) from error
 
 
 def _before(found: Record, method: Method) -> dict[str, Any]:
@@ -404,6 +428,10 @@ def _trusted(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:
         return datasets.load_trusted(config.trusted_path, dataset, found.info["dataset"]["image_size"])
     drawn = engine.derived_generator(config.seed, "trusted")
     return dataset.train.subset(data.trusted_index(len(dataset.train), ratio=config.trusted_ratio, count=config.trusted_count, generator=drawn))
+
+
+def _hash(split: Split) -> str:
+    return files.tensor_hash({"images": split.images, "labels": split.labels})
 
 
 def _seeds(config: Any, found: Record, dataset: Dataset) -> torch.Tensor:
@@ -453,8 +481,8 @@ def _record(config: DefenseConfig) -> Record:
 
 
 @contextmanager
-def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
-    """The unfinished folder of a run beside its target: locked, and continued only by the same settings.
+def _stage(target: Path, done: str, job: Job, inputs: Mapping[str, str]) -> Iterator[Path]:
+    """The unfinished folder of a run beside its target: locked, and continued only by the same settings on the same inputs (name -> SHA-256).
 
     A run that overwrites is continued by the same command only, while what it is to replace is what it was when the run began.
     """
@@ -467,7 +495,7 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
         refuse_existing(target, done, config.overwrite)
         for torn in path.glob(".*.tmp"):
             files.remove(torn)
-        settings = {"method": job.method.name, "config": config.science()}
+        settings = {"method": job.method.name, "config": config.science(), "inputs": dict(inputs)}
         made = {"code": code_version(job.method.path), "precision": engine.resolved(engine.choose_device(config.device), config.precision)}
         marker = path / "run.json"
         finished = _checksum(target / done) if config.overwrite else None
@@ -476,6 +504,7 @@ def _stage(target: Path, done: str, job: Job) -> Iterator[Path]:
         if marker.exists() and _begun(path) and (not config.overwrite or _was_begun_by(path, wanted)):
             begun = files.read_json(marker)
             begun.pop("replaces", None)
+            begun.setdefault("inputs", settings["inputs"])  # one of an older version does not say
             before = {"code": begun.pop("code", "?"), "precision": begun.pop("precision", UNKNOWN)}
             _check_same(path, begun, settings)
             made = {key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}" for key, old in before.items()}
@@ -542,6 +571,7 @@ def _check_same(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
         return
     old, new = begun.get("config", {}), now["config"]
     changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    changed += [f"other {name}" for name, value in now["inputs"].items() if begun["inputs"].get(name) != value]
     changed = changed or [f"{begun.get('method')} -> {now['method']}"]
     raise UserError(
         f"{path} holds an unfinished run with other settings ({', '.join(changed)}):"

@@ -65,10 +65,18 @@ def scan(options: Scan) -> int:
             print(f"  {title}: {len(index):,} of {int(own.sum()):,}: {shown}")
     target = Path(options.out) if options.out else record.folder / "scan"
     contents = {"flagged.csv": as_csv(flagged, train.labels, dataset.class_names, names), "flagged.png": sheet(train, flagged, dataset.class_names)}
-    if not all((target / name).is_file() and (target / name).read_bytes() == data for name, data in contents.items()):
+    if not all((target / name).is_file() and _says(name, (target / name).read_bytes(), data, names) for name, data in contents.items()):
         _write(target, contents, options.overwrite)
     print(f"list: {target / 'flagged.csv'}\ncontact sheet: {target / 'flagged.png'}")
     return 0
+
+
+def _says(name: str, there: bytes, now: bytes, names: list[str] | None) -> bool:
+    """Whether a file says what would be written; without `names` a list may name files besides."""
+    if there == now or names is not None or not name.endswith(".csv"):
+        return there == now
+    was, would = (list(csv.reader(io.StringIO(text.decode(errors="replace")))) for text in (there, now))
+    return [line[:3] for line in was] == [line[:3] for line in would]
 
 
 def _write(target: Path, contents: dict[str, bytes], overwrite: bool) -> None:

@@ -34,40 +34,55 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
     shape = dataset["image_shape"]
     sound = {
         "attack": _is_word(info["attack"]),
-        "num_classes": is_count(info["num_classes"]) and info["num_classes"] >= 1,
         "seed": is_count(info["seed"]),
         "seconds": _is_number(info.get("seconds")),
         "dataset name": is_plain(dataset["name"]),
         "dataset fingerprint": bool(re.fullmatch("[0-9a-f]{64}", str(dataset["fingerprint"]))),
-        "dataset image_shape": isinstance(shape, list) and len(shape) == 3 and all(is_count(n) and 1 <= n <= LARGEST_SIDE for n in shape),
         "dataset image_size": dataset["image_size"] is None or (is_count(dataset["image_size"]) and 1 <= dataset["image_size"] <= LARGEST_SIDE),
         "dataset grey": dataset["grey"] in (None, True, False),
         "dataset train_size": is_count(dataset["train_size"]),
         "dataset class_names": _are_texts(dataset.get("class_names")),
         "poisoned": info.get("poisoned") is None or is_count(info["poisoned"]),
         "target": info.get("target") is None or is_count(info["target"]),
-        "architecture name": _is_word(architecture["name"]),
-        "architecture width": architecture["width"] is None or (is_count(architecture["width"]) and architecture["width"] >= 1),
-        "architecture stem": architecture.get("stem", "small") in ("small", "stock"),
         "known_poison": isinstance(info.get("known_poison", True), bool),
         "has_train": isinstance(info.get("has_train", True), bool),
         "source": info.get("source") is None or (isinstance(info["source"], dict) and isinstance(info["source"].get("sha256"), str)),
-        "architecture mean": _are_numbers(architecture["mean"]),
-        "architecture std": _are_numbers(architecture["std"]),
         "config crop_padding": is_count(config.get("crop_padding")) and config["crop_padding"] <= LARGEST_SIDE,
         "config flip": isinstance(config.get("flip"), bool),
         "config poison_rate": _is_number(config.get("poison_rate")),
         "scores triggered_predictions": _are_counts(scores.get("triggered_predictions")),
     }
     _refuse_unsound(path, sound | _told(info))
-    if len(architecture["mean"]) != shape[0] or len(architecture["std"]) != shape[0]:
-        raise damaged(path, f"mean and std need {shape[0]} numbers each")
+    _check_network(path, architecture, shape, info["num_classes"])
     _check_scores(path, scores)
     if info.get("plain_scores") is not None:
         plain = _object(path, info, "plain_scores")
         _check_scores(path, plain)
         _refuse_unsound(path, {"plain_scores seconds": _is_number(plain.get("seconds"))})
     _check_manifest(path, info, PAYLOAD)
+
+
+def check_export(path: Path, meta: Mapping[str, Any]) -> None:
+    """Refuse the metadata of exported weights that describe no network."""
+    _refuse_missing(path, meta, ("architecture", "image_shape", "num_classes"))
+    architecture = _object(path, meta, "architecture")
+    _refuse_missing(path, architecture, ("name", "width", "mean", "std"))
+    _check_network(path, architecture, meta["image_shape"], meta["num_classes"])
+
+
+def _check_network(path: Path, architecture: Mapping[str, Any], shape: Any, num_classes: Any) -> None:
+    sound = {
+        "num_classes": is_count(num_classes) and num_classes >= 1,
+        "image_shape": isinstance(shape, list) and len(shape) == 3 and all(is_count(n) and 1 <= n <= LARGEST_SIDE for n in shape),
+        "architecture name": _is_word(architecture["name"]),
+        "architecture width": architecture["width"] is None or (is_count(architecture["width"]) and architecture["width"] >= 1),
+        "architecture stem": architecture.get("stem", "small") in ("small", "stock"),
+        "architecture mean": _are_numbers(architecture["mean"]),
+        "architecture std": _are_numbers(architecture["std"]),
+    }
+    _refuse_unsound(path, sound)
+    if len(architecture["mean"]) != shape[0] or len(architecture["std"]) != shape[0]:
+        raise damaged(path, f"mean and std need {shape[0]} numbers each")
 
 
 def check_result(path: Path, result: Mapping[str, Any]) -> None:

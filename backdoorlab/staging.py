@@ -53,6 +53,8 @@ def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[P
 
 def refuse_existing(target: Path, done: str, overwrite: bool) -> None:
     """One line where something is in the target's place: what is not ours, or what is finished and not to be replaced."""
+    if target.name in ("", ".."):  # ".", "/": nothing can be made beside it and brought to its place
+        raise UserError(f"{target} is not a folder's own name: give its name, or another folder")
     files.recover(target)
     if not target.exists():
         return

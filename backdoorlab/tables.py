@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import forms, registry, reported, results, significance
@@ -101,6 +101,8 @@ class Missing:
     defense: str
     """UNDEFENDED where the attack itself is missing."""
     method: str
+    record: str | None = field(default=None, compare=False)
+    """The attack's finished record, by which the table knows what it calls the attack."""
 
 
 # --- a row for each mean -----------------------------------------------------------------------------------------
@@ -117,8 +119,9 @@ def means(found: Sequence[results.Row], form: Format = "text", *, missing: Seque
     lines: list[dict[str, str]] = []
     for group, label, marked in zip(groups, labels, weak, strict=True):
         lines.append(_mean(group, label, bool(marked), form, worst))
+    called = {row.record: label.attack for group, label in zip(groups, labels, strict=True) for row in group.rows}
     for one in missing:
-        hole = _missing(one)
+        hole = _missing(one, called.get(one.record or "", one.attack))
         like = [number for number, line in enumerate(lines, 1) if all(line[key] == hole[key] for key in ("data", "attack", "poison %"))]
         lines.insert(like[-1] if like else len(lines), hole)
     scores = list(SCORES)
@@ -128,7 +131,7 @@ def means(found: Sequence[results.Row], form: Format = "text", *, missing: Seque
     if any("reported" in line for line in lines):
         columns.append("reported")
     filled = [{column: line.get(column, HOLE) for column in columns} for line in lines]
-    return Table(columns, filled, ["poison %", "n", "seed", *scores], ["data", "attack", "poison %"], _notes(found, groups, weak, worst))
+    return Table(columns, filled, ["poison %", "n", "seed", *scores], ["data", "attack", "poison %"], _notes(found, groups, weak, form, worst))
 
 
 def show(table: Table, form: Format) -> None:
@@ -170,8 +173,8 @@ def _mean(group: Group, label: Label, weak: bool, form: Format, worst: bool) -> 
     return cells | ({"reported": "; ".join(published)} if published else {})
 
 
-def _missing(one: Missing) -> dict[str, str]:
-    shown = {"data": one.dataset, "attack": one.attack, "poison %": _rate(one.poison_rate), "defense": one.defense}
+def _missing(one: Missing, attack: str) -> dict[str, str]:
+    shown = {"data": one.dataset, "attack": attack, "poison %": _rate(one.poison_rate), "defense": one.defense}
     return shown | {"assumes": HOLE if one.method == UNDEFENDED else _needs(one.method), "n": "0"}
 
 
@@ -179,7 +182,7 @@ def _rate(rate: float | None) -> str:
     return HOLE if rate is None else f"{100 * rate:g}"
 
 
-def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence[bool | None], worst: bool) -> list[str]:
+def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence[bool | None], form: Format, worst: bool) -> list[str]:
     """What the numbers mean, and what was kept out of them."""
     said = []
     if groups and worst:
@@ -192,7 +195,7 @@ def _notes(found: Sequence[results.Row], groups: Sequence[Group], weak: Sequence
     for dataset in dict.fromkeys(group.first.dataset for group in groups):
         networks = dict.fromkeys(f"{row.architecture}, {row.train_size:,} training images" for row in found if row.dataset == dataset)
         said.append(f"{dataset}: {'; '.join(networks)}.")
-    if any(weak):
+    if any(weak) and form != "csv":  # whose numbers bear no marks
         said.append(f"†: no better than fine-tuning ({BASELINE}) in DER on the same records.")
     own = dict.fromkeys(row.defense for row in found if row.der != row.comparable_der)
     if own:

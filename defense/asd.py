@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backdoorlab.cli import main
-from backdoorlab.config import DefenseConfig
+from backdoorlab.config import SeedsConfig
 from backdoorlab.data import Batch, Split, batches, in_order, place
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier
@@ -39,9 +39,7 @@ ASSUMES = ("train", "seeds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DefenseConfig):
-    seeds_per_class: int = 10
-    """Samples of each class that are known to be clean."""
+class Config(SeedsConfig):
     stage1_epochs: int = 60
     """Epochs of the class-aware split."""
     stage2_epochs: int = 30
@@ -74,7 +72,6 @@ class Config(DefenseConfig):
     """MixMatch: weight of the unlabelled loss at the end; it grows from 0 linearly."""
 
     RANGES: ClassVar[dict[str, str]] = {
-        "seeds_per_class": ">= 0",
         "stage1_epochs": ">= 0",
         "stage2_epochs": ">= 0",
         "stage3_epochs": ">= 0",

@@ -42,7 +42,7 @@ from backdoorlab.data import Split, batches, place
 from backdoorlab.engine import Forward
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, extract, predictions
-from backdoorlab.models import Classifier
+from backdoorlab.models import Classifier, paused
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 
@@ -66,6 +66,8 @@ ANSWERED = 20_000
 """Samples on which all heads answer at once, at most."""
 APART = 2.0
 """Standard deviations beyond which two normal distributions of one spread are two peaks and not one."""
+STAYED = 0.5
+"""Share of flagged samples that still get their label after unlearning, above which the result says so."""
 READ = 250
 """Flagged samples of which batch statistics are taken at once, at most."""
 
@@ -186,6 +188,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
     if not flagged.any():
         return view.model
     model = unlearn(view, flagged, config, run)
+    note_what_stays(model, view.train, flagged, run)
     return recover(model, view, flagged, one_class, config, run) if config.recovery_epochs else model
 
 
@@ -616,6 +619,15 @@ def cce(logits: Tensor, labels: Tensor) -> Tensor:
 def unlearn(view: DefenderView, flagged: Tensor, config: Config, run: Run) -> nn.Module:
     """Step 4, from the poisoned model."""
     return descend("unlearn", config.epochs, view.model, view.train, torch.arange(len(flagged)), flagged, view, config, run)
+
+
+def note_what_stays(model: nn.Module, train: Split, flagged: Tensor, run: Run) -> None:
+    """Say where step 4 did little, which a defender without triggered images sees nowhere else."""
+    poisoned = train.subset(flagged.nonzero().squeeze(1).cpu())
+    with paused():
+        share = (predictions(model, poisoned, run) == poisoned.labels.to(run.device)).double().mean().item()
+    if share > STAYED:
+        run.note(f"{share:.0%} of the {len(poisoned):,} flagged samples still get their label: little was unlearned; raise --lr, or --epochs")
 
 
 def recover(model: nn.Module, view: DefenderView, flagged: Tensor, one_class: bool, config: Config, run: Run) -> nn.Module:

@@ -503,6 +503,21 @@ def test_a_payload_in_the_settings_does_not_run(digits: Dataset, tmp_path: Path,
     assert not (tmp_path / "canary").exists()
 
 
+def test_what_is_looked_at_is_what_is_read(tmp_path: Path) -> None:
+    """An archive has its directory at the end, where we look; torch looks at the beginning, where another file could stand."""
+    old, new = io.BytesIO(), io.BytesIO()
+    torch.save({"a": torch.device("cpu")}, old, _use_new_zipfile_serialization=False)
+    torch.save({"a": 1}, new)
+    file = tmp_path / "both.pt"
+    for before in (old.getvalue(), new.getvalue(), b"x"):
+        file.write_bytes(before + new.getvalue())
+        assert zipfile.is_zipfile(file), "as far as its end goes"
+        with pytest.raises(UserError, match=r"refused: (not the zip archive|something stands before the archive)"):
+            pickles.load(file)
+    file.write_bytes(new.getvalue())
+    assert pickles.load(file) == {"a": 1}, "a control"
+
+
 def test_names_that_others_allowed_are_not_allowed_here(tmp_path: Path) -> None:
     import argparse
 

@@ -504,6 +504,37 @@ def test_other_layouts_of_shards(tmp_path: Path, struct: bool, label: str, test:
     assert np.array_equal(dataset.train.images[2].numpy(), np.asarray(picture(2)).transpose(2, 0, 1))
 
 
+def test_a_shard_is_of_the_split_that_a_word_of_its_name_says(tmp_path: Path) -> None:
+    """ "latest" is no test set: training images in it would be clean test images, the poisoned ones among them."""
+    root = shards(tmp_path / "data", test="validation")
+    for file in list(root.glob("*.parquet")):
+        file.rename(root / f"latest-{file.name}")
+    dataset = datasets.load("hub", str(root))
+    assert (len(dataset.train), len(dataset.test)) == (3, 2)
+
+
+def test_no_other_program_is_started_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript, whatever the file is called, is Ghostscript's to draw, and a stranger's program."""
+    from PIL import EpsImagePlugin
+
+    started = []
+
+    def ghostscript(*_: Any, **__: Any) -> Any:
+        started.append("gs")
+        return Image.new("RGB", (8, 8)).im
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
+    file = tmp_path / "0.png"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    for read in (lambda: datasets._from_file(file, None, None), lambda: datasets._from_bytes(file.read_bytes(), file, None, None)):
+        with pytest.raises(UserError, match="not a readable image"):
+            read()
+    assert not started
+    with Image.open(file) as image:
+        image.load()
+    assert started, "the control: Pillow itself would"
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -572,6 +603,46 @@ def _odd_names(root: Path) -> Path:
     return root
 
 
+def _test_of_another_size(root: Path) -> Path:
+    """Decoded apart from the training images, and no less wrong."""
+    for file in image_folder(root).glob("test/*/*.png"):
+        picture(1, (24, 24)).save(file)
+    return root
+
+
+def _grey_test(root: Path) -> Path:
+    for file in image_folder(root).glob("test/*/*.png"):
+        picture(1).convert("L").save(file)
+    return root
+
+
+def _no_bytes(root: Path) -> Path:
+    shards(root)
+    pq.write_table(pa.table({"img": [{"path": "x.png"}], "label": [0]}), root / "train-00000-of-00002.parquet")
+    return root
+
+
+def _names(root: Path, content: str) -> Path:
+    (shards(root) / "classes.json").write_text(content)
+    return root
+
+
+def _large_label(root: Path) -> Path:
+    shards(root)
+    pq.write_table(pa.table({"img": [{"bytes": encoded(picture(1)), "path": None}], "label": [10**9]}), root / "train-00000-of-00002.parquet")
+    return root
+
+
+def _both_splits(root: Path) -> Path:
+    (shards(root) / "train-00000-of-00002.parquet").rename(root / "train-test.parquet")
+    return root
+
+
+def _latin_name(root: Path) -> Path:
+    os.rename(image_folder(root) / "train" / "dog", os.fsencode(root / "train") + b"/d\xf6g")
+    return root
+
+
 def _negative_label(root: Path) -> Path:
     shards(root)
     pq.write_table(pa.table({"img": [{"bytes": encoded(picture(1)), "path": None}], "label": [-1]}), root / "train-00000-of-00002.parquet")
@@ -594,6 +665,14 @@ def _negative_label(root: Path) -> Path:
         (_few_names, "classes.json: 1 class names, but labels up to 2"),
         (_odd_names, "classes.json"),
         (_negative_label, "label"),
+        (_test_of_another_size, r"different shapes \(\(3, 12, 12\) and \(3, 24, 24\) .*--image_size"),
+        (_grey_test, r"different shapes \(\(3, 12, 12\) and \(1, 12, 12\) .*--grey"),
+        (_no_bytes, "not a readable image"),
+        (lambda root: _names(root, '[{"label": "b", "name": "x"}, {"label": 1, "name": "y"}]'), "expected whole numbers as labels beside the names"),
+        (lambda root: _names(root, "[" * 100_000), "classes.json: not JSON"),
+        (_large_label, r"found label 1000000000 among \d images: expected the classes as numbers from 0 on, without gaps"),
+        (_both_splits, r"train-test.parquet: its name says training and test set"),
+        (_latin_name, r"d\\xf6g.*: the name is not UTF-8: rename the file or its folder"),
     ],
 )
 def test_unreadable_data_is_one_line(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:

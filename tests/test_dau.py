@@ -615,6 +615,17 @@ def blended(session_folder: Path) -> Record:
         return helpers.attack("blended", "blended", session_folder / "blended", *helpers.WORKING)
 
 
+@pytest.mark.parametrize("unlearned", [False, True])
+def test_a_model_that_still_obeys_the_trigger_is_said(blended: Record, tmp_path: Path, unlearned: bool) -> None:
+    run = new_run(tmp_path)
+    train = blended.train_poison.apply(blended.dataset().train)
+    flagged = blended.train_poison.mask(len(train))
+    given = Split(train.images, (train.labels + 1) % 10) if unlearned else train
+    dau.note_what_stays(blended.model(), given, flagged, run)
+    said = f"of the {int(flagged.sum())} flagged samples still get their label: little was unlearned; raise --lr, or --epochs"
+    assert [said in note for note in run.notes] == ([] if unlearned else [True])
+
+
 def test_recovery_gives_triggered_images_their_label_back(blended: Record, tmp_path: Path) -> None:
     before = blended.info["scores"]
     assert before["asr"] >= 0.9 and before["clean_accuracy"] >= 0.9, "the backdoor is there"

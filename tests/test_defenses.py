@@ -7,6 +7,7 @@ import helpers
 import pytest
 import torch
 
+from backdoorlab import config as configs
 from backdoorlab import files, registry
 from backdoorlab.__main__ import main
 from backdoorlab.record import Record
@@ -243,6 +244,23 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (PLUGIN.replace('("model",)', '"model"'), "{file}: ASSUMES is a tuple of some of model, train, trusted, seeds, found 'model'"),
         (PLUGIN.replace("def defend", "def defends"), "{file}: a method file of defense/ defines"),
+        (
+            PLUGIN.replace('("model",)', '("model", "seeds")'),
+            "{file}: expected @dataclass(frozen=True, kw_only=True) above class Config(SeedsConfig), found <class ",
+        ),
+        (PLUGIN.replace("@dataclass(frozen=True, kw_only=True)", ""), "{file}: expected @dataclass(frozen=True, kw_only=True) above class Config("),
+        (
+            PLUGIN.replace("Config(DefenseConfig)", "Config"),
+            "{file}: expected @dataclass(frozen=True, kw_only=True) above class Config(DefenseConfig)",
+        ),
+        (
+            PLUGIN.replace("    factor:", '    RANGES = {"faktor": ">= 0"}\n    factor:'),
+            "{file}: RANGES names 'faktor', which is no field of Config. Did you mean 'factor'?",
+        ),
+        (
+            PLUGIN.replace("    factor:", '    RANGES = {"factor": "positive"}\n    factor:'),
+            "{file}: RANGES of factor: expected a rule such as '>= 0', '> 0' or '(0, 1]', got 'positive'",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_a_line_and_fails_who_asks_for_it(
@@ -264,14 +282,59 @@ def test_what_a_users_file_does_wrong_names_the_file(plugins: Path, tiny: Record
     record = helpers.copy(tiny, tmp_path / "record")
     (plugins / "forgetful.py").write_text(PLUGIN.replace("    return model", ""))
     (plugins / "broken.py").write_text(PLUGIN.replace("parameter *= config.factor", "parameter.size(9)"))
+    left = {
+        "wrapped": "nn.Sequential(model)",
+        "doubled": "model.double()",
+        "compiled": "torch.compile(model)",
+        "other": "type(model)(nn.Identity(), [0.0], [1.0])",
+    }
+    for name, what in left.items():
+        (plugins / f"{name}.py").write_text(PLUGIN.replace("    return model", f"    return {what}"))
+    (plugins / "lost.py").write_text(PLUGIN.replace("parameter *= config.factor", "parameter *= float('nan')"))
+    tuples = "    model.forward_head = lambda x, **_: (x, x)\n    return model"
+    (plugins / "tuples.py").write_text(PLUGIN.replace("    return model", tuples))
     line = PLUGIN.split("parameter *=")[0].count("\n") + 1
     for name, code, message in (
         ("forgetful", 2, f"error: {plugins / 'forgetful.py'}: defend returned NoneType: expected the model that is left, a torch.nn.Module"),
         ("broken", 1, f", in {plugins / 'broken.py'}:{line} (pass --debug True to see where)"),
+        *((name, 2, f"error: {plugins / name}.py: defend returned another network than the record's (") for name in left),
+        ("lost", 2, "error: the model answers NaN: its training diverged"),
+        ("tuples", 2, "error: a model answers with one number for each image and class, (N, num_classes), got tuple"),
     ):
         assert main(["defense", name, "--result_file", "tiny"]) == code
         last = capsys.readouterr().err.splitlines()[-1]
         assert message in last and not (record.folder / "defense" / name / "seed0").exists()
+
+
+def test_seeds_and_nested_flags_are_for_plugins_too(plugins: Path, tiny: Record, tmp_path: Path) -> None:
+    """A killed run is continued whatever types its flags have: settings are compared as JSON gives them back."""
+    record = helpers.copy(tiny, tmp_path / "record")
+    fields = """    pairs: tuple[tuple[int, int], ...] = ((1, 2),)
+    layers: list[int] = field(default_factory=lambda: [1])
+    where: Path = Path("x")
+
+    RANGES: ClassVar[dict[str, str]] = {"layers": ">= 1"}
+    factor:"""
+    text = PLUGIN.replace("    factor:", fields).replace('("model",)', '("model", "train", "seeds")').replace("DefenseConfig", "SeedsConfig")
+    text = text.replace(
+        "from dataclasses import dataclass", "from dataclasses import dataclass, field\nfrom pathlib import Path\nfrom typing import ClassVar"
+    )
+    text = text.replace(
+        "    model = view.model\n", "    model = view.model\n    run.once('x', dict)\n    assert len(view.seeds) == view.num_classes * 2\n"
+    )
+    flags = ("--seeds_per_class", "2", "--pairs", "3", "4", "5", "6", "--where", "y/z")
+    (plugins / "nested.py").write_text(text.replace("    return model", "    raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        helpers.defend("nested", record, *flags)
+    (plugins / "nested.py").write_text(text)
+    result = helpers.defend("nested", record, *flags)
+    assert result is not None and result["config"]["pairs"] == [[3, 4], [5, 6]] and result["config"]["where"] == "y/z"
+    method = registry.load("defense", "nested")
+    given = configs.as_flags(method.config_class, {"pairs": [[3, 4], [5, 6]], "run_name": "--seed"}, "x")
+    parsed = configs.parse_plain(method.config_class, given, "x")
+    assert parsed.pairs == ((3, 4), (5, 6)) and parsed.run_name == "--seed"
+    with pytest.raises(registry.UserError, match="layers must be >= 1, got 0"):
+        helpers.defend("nested", record, *flags, "--layers", "0", "--run_name", "r")
 
 
 def test_plugins_that_are_not_looked_at_are_said(

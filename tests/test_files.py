@@ -170,6 +170,24 @@ def test_a_folder_is_published_whole_and_replaced_whole(tmp_path: Path, monkeypa
     assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
 
 
+def test_a_linked_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    """A record on another disk behind a link, overwritten twice."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "file").write_text("old")
+    root = tmp_path / "record"
+    root.mkdir()
+    for text in ("one", "two"):
+        files.remove(root / "target")
+        (root / "target").symlink_to(tmp_path / "disk")
+        (root / "new").mkdir()
+        (root / "new" / "file").write_text(text)
+        files.replace_folder(root / "new", root / "target")
+        assert (root / "target" / "file").read_text() == text and [entry.name for entry in root.iterdir()] == ["target"]
+    (root / ".x.trash").symlink_to(tmp_path / "disk")
+    files.tidy(root)
+    assert [entry.name for entry in root.iterdir()] == ["target"] and (tmp_path / "disk" / "file").read_text() == "old"
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_optimizer_state_survives_pack_and_unpack(tmp_path: Path, kind: str) -> None:
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:

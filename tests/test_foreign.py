@@ -81,6 +81,28 @@ def test_a_model_from_elsewhere_is_the_same_model(weights: str, disk: Path, back
     assert str(disk) not in (record.folder / "record.json").read_text(), "no path"
 
 
+def test_weights_that_are_no_numbers_are_refused(disk: Path, tmp_path: Path, capsys: Capture) -> None:
+    """NaN's largest answer is the first class: such a model would pass for one that knows a class."""
+    found = torch.load(disk / "model.pt", weights_only=True)
+    name = next(iter(found))
+    found[name] = found[name] * float("nan")
+    torch.save(found, disk / "lost.pt")
+    assert bring(disk, "lost", weights="lost.pt") == 2
+    assert f"lost.pt: {name} holds NaN or infinity" in complaint(capsys.readouterr().err) and not (tmp_path / "record" / "lost").exists()
+
+
+def test_an_export_that_describes_another_network_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    model = models.build("preactresnet10", num_classes=3, in_chans=1, mean=[0.5], std=[0.5], width=2, image_size=16)
+    told = {"name": "preactresnet10", "width": 2, "mean": [0.5], "std": [0.5], "stem": "small"}
+    file = tmp_path / "x.safetensors"
+    for change in ({"width": 10**6}, {"name": 5}, {"std": [10**400]}, {"mean": [0.5, 0.5]}, {}):
+        foreign.write_weights(file, model, architecture={**told, **change}, image_shape=[1, 16, 16], num_classes=3)
+        if change:
+            with pytest.raises(ValueError, match=r"damaged file|nothing usable"):
+                foreign.load_exported(file)
+    assert foreign.load_exported(file)(torch.rand(2, 1, 16, 16)).shape == (2, 3), "a control"
+
+
 def test_a_usual_normalisation_is_found(disk: Path, tmp_path: Path, capsys: Capture) -> None:
     assert bring(disk) == 0
     assert "normalisation and stem chosen by accuracy on 1,000 training images: the data's own" in capsys.readouterr().err

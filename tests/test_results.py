@@ -169,7 +169,7 @@ def test_a_run_that_went_on_in_another_precision_says_both(tmp_path: Path, small
     said = []
     for fast in (True, True, False, False):
         monkeypatch.setattr(engine, "fast_bf16", lambda _device, fast=fast: fast)
-        with runner._stage(target, "result.json", job) as stage:
+        with runner._stage(target, "result.json", job, {}) as stage:
             (stage / "once-something.safetensors").touch()
             said.append(runner._made_with(stage)["precision"])
     assert said == ["bf16", "bf16", "bf16+fp32", "bf16+fp32"]
@@ -373,7 +373,7 @@ def test_an_attack_that_did_not_take_proves_nothing() -> None:
     groups = results.grouped([row(asr=0.2, asr_before=0.2), row("ft", der=0.5, asr_before=0.2), row("good", der=0.6, asr_before=0.2)])
     assert significance.compare(groups) == []
     assert results.remarks([member for group in groups for member in group.rows]) == [
-        "badnet on digits hardly took: ASR 20 % before any defense, so its DER says little"
+        "badnet (10 %) on digits hardly took: ASR 20 % before any defense, so its DER says little"
     ]
 
 
@@ -481,6 +481,20 @@ def test_what_is_missing_is_a_row_of_holes_beside_its_like_or_at_the_end() -> No
     missing = [tables.Missing("digits", "badnet", 0.1, "sau lite", "sau"), tables.Missing("digits", "sig", 0.05, "none", "none")]
     shown = [(line["attack"], line["defense"], line["n"]) for line in tables.means([*ROWS, row(attack="lf")], missing=missing).rows]
     assert shown.index(("badnet", "sau lite", "0")) == 3 and shown[-1] == ("sig", "none", "0") and len(shown) == 6
+
+
+def test_what_is_missing_of_an_attack_that_is_there_stands_under_its_name_there() -> None:
+    settings = '{"position": "random"}', '{"position": "corner"}'
+    done = [row(record=name, attack_settings=text) for name, text in zip(("r1", "r2"), settings, strict=True)]
+    (line,) = [
+        line for line in tables.means(done, missing=[tables.Missing("digits", "badnet-random", 0.1, "sau", "sau", "r1")]).rows if line["n"] == "0"
+    ]
+    assert line["attack"] == "badnet (position=random)"
+
+
+def test_a_csv_explains_no_mark_that_it_does_not_have() -> None:
+    found = [row(), row("ft", der=0.6), row("sau", der=0.5)]
+    assert [any("†" in note for note in tables.means(found, form).notes) for form in ("text", "csv")] == [True, False]
 
 
 def test_leads_over_different_attacks_say_over_how_many() -> None:

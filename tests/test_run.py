@@ -1,6 +1,7 @@
 """Kill and continue, refuse and replace: one run from start to finish gives one result."""
 
 import ast
+import contextlib
 import dataclasses
 import json
 import os
@@ -180,6 +181,36 @@ def test_an_unfinished_run_is_continued_by_the_same_settings_only(tmp_path: Path
     assert (root / "r.partial" / "checkpoint-train.safetensors").exists(), "a refusal leaves it as it is"
     record = helpers.attack("badnet", "r", root, *helpers.TINY, "--epochs", "2", "--debug", "True")
     assert record.info["config"]["lr"] == 0.1
+
+
+def test_an_unfinished_run_is_continued_on_the_same_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was learnt from a poisoned folder would otherwise end in a record of the folder as it was cleaned."""
+    data, root = helpers.small_data(tmp_path / "data"), tmp_path / "record"
+    network = ("--model", "preactresnet10", "--width", "2", "--epochs", "2", "--batch_size", "16", "--score_every", "0")
+    flags = ("--suspicious", "True", "--dataset", "small", "--dataset_path", str(data), *network)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 8)
+        with pytest.raises(Stop):
+            helpers.attack("none", "r", root, *flags)
+    shutil.move(data / "train" / "0" / "0.png", tmp_path / "0.png")
+    with pytest.raises(UserError, match=r"other settings \(other data\)"):
+        helpers.attack("none", "r", root, *flags)
+    shutil.move(tmp_path / "0.png", data / "train" / "0" / "0.png")
+    assert helpers.attack("none", "r", root, *flags).info["dataset"]["train_size"] == 96
+
+
+def test_an_unfinished_defense_is_continued_with_the_same_trusted_images_only(tiny: Record, tmp_path: Path) -> None:
+    job = runner.defense_job(registry.load("defense", "ft"), ["--result_file", "tiny", "--record_root", str(tiny.folder.parent)], "test")
+    target = tmp_path / "seed0"
+    for trusted, message in (("a", None), ("b", r"other settings \(other trusted images\)"), ("a", None)):
+        refused = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
+        with refused, runner._stage(target, "result.json", job, {"record": "x", "trusted images": trusted}) as stage:
+            (stage / "once-something.safetensors").touch()
+    marker = target.with_name("seed0.partial") / "run.json"
+    kept = {key: value for key, value in files.read_json(marker).items() if key != "inputs"}
+    files.write_json(marker, kept)
+    with runner._stage(target, "result.json", job, {"record": "y"}):
+        pass  # begun by a version that did not say
 
 
 def test_overwrite_starts_an_unfinished_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,11 +461,47 @@ def test_once_computes_once_and_restores_the_random_state(tmp_path: Path) -> Non
 def test_a_picture_whose_name_a_result_may_not_hold_is_refused_when_it_is_given(tmp_path: Path, name: str) -> None:
     run = new_run(tmp_path)
     images = [torch.zeros(1, 1, 2, 2, dtype=torch.uint8)]
-    with pytest.raises(UserError, match=re.escape(f"run.picture({name!r}): a picture's name is of at most 100 letters")):
+    with pytest.raises(UserError, match=re.escape(f"run.picture({name!r}): a name is of at most 100 letters")):
         run.picture(name, images)
     assert not run.pictures
     run.picture("my_sheet-1.2", images)
     assert list(run.pictures) == ["my_sheet-1.2"], "a control"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda run: run.report_split(torch.tensor([0, 1, 2], dtype=torch.uint8)),
+            "who is flagged as bool (3,), one for each training image, got uint8 (3,)",
+        ),
+        (lambda run: run.report_split(torch.tensor([0, 1, 1])), "got int64 (3,)"),
+        (lambda run: run.report_split(torch.zeros(4, dtype=torch.bool)), "got bool (4,)"),
+        (lambda run: run.report_split(torch.zeros(3, dtype=torch.bool), suspicion=torch.zeros(3, 2)), "suspicion as float (3,), one for each"),
+        (
+            lambda run: run.log(loss=torch.tensor(2.0)),
+            "run.log(loss=...): expected a number or a word, got float32 (): a tensor's number is its .item()",
+        ),
+        (lambda run: run.log(asr=0.5), "run.log(asr=...): the line of history has a asr of its own"),
+        (lambda run: run.watch(clean_accuracy=torch.tensor(0.5)), "run.watch(clean_accuracy=...): the line of history"),
+        (lambda run: run.note(3), "run.note(3): expected a sentence, got int"),
+        (
+            lambda run: run.picture("p", torch.zeros(3, 1, 4, 4, dtype=torch.uint8)),
+            "expected rows of images, uint8 (n, C, H, W) each, got uint8 (1, 4, 4)",
+        ),
+        (lambda run: next(run.epochs("t/x y", 2)), "run.epochs('t/x y'): a name is of at most 100 letters, digits, and _ . -, such as 'my_epochs'"),
+        (lambda run: run.once("a/b", dict), "run.once('a/b'): a name is of at most"),
+    ],
+)
+def test_what_a_method_says_wrongly_is_refused_where_it_says_it(call: Callable[[Run], object], message: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, seed=0, device=torch.device("cpu"), precision="fp32", train_size=3)
+    with pytest.raises(UserError, match=re.escape(message)):
+        call(run)
+    assert run.flagged is None and not run.notes and not run.pictures and not list(tmp_path.iterdir())
+    run.report_split(torch.tensor([True, False, False]), suspicion=torch.arange(3))
+    run.log(loss=2.0, word="x", nothing=None)
+    run.watch(mine=torch.tensor(0.5))
+    run.note("a control")
 
 
 def test_a_stage_of_another_length_is_refused(tmp_path: Path) -> None:
