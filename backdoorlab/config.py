@@ -375,7 +375,7 @@ def _misread(config_class: type[Any], given: Mapping[str, Sequence[str]]) -> str
             continue
         (words, read), values = READ_AS[kind], given[name]
         try:
-            if not values:
+            if not values and not many:  # many may be none
                 raise ValueError
             for value in values if many else values[:1]:
                 if not (value == "None" and NoneType in kinds):
