@@ -97,7 +97,7 @@ class Config(DefenseConfig):
     isolation_epochs: int = 20
     """Length of the isolation training."""
     isolation_gamma: float = 0.5
-    """gamma: loss below which isolation ascends; 0 is plain cross-entropy."""
+    """gamma: mean loss of a batch below which isolation ascends; 0 is plain cross-entropy."""
     isolation_lr: float = 0.1
     """Learning rate of the isolation training."""
     heads: int = 5
@@ -552,15 +552,18 @@ def two_means(x: Tensor) -> Tensor:
 
 
 def isolate(view: DefenderView, train: Split, config: Config, run: Run) -> Classifier:
-    """ABL's isolation (Li et al., NeurIPS 2021): train from scratch, ascending on samples whose loss is below gamma."""
+    """ABL's isolation (Li et al., NeurIPS 2021): train from scratch, ascending where the loss of a batch is below gamma.
+
+    As in its code. Its formula holds each sample's own loss at gamma, the poison's too, which is then no lower than others'.
+    """
     model = view.new_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=config.isolation_lr, momentum=0.9, weight_decay=5e-4, fused=True)
     forward = Forward(model, run, train, config.batch_size, config.isolation_epochs)
     for _ in run.epochs("isolate", config.isolation_epochs, isolated=model, optimizer=optimizer):
         model.train()
         for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment, drop_last=True):
-            losses = F.cross_entropy(forward(batch.images).float(), batch.labels, reduction="none")
-            run.step(optimizer, (losses.detach() - config.isolation_gamma).sign().mul(losses).mean())
+            loss = F.cross_entropy(forward(batch.images).float(), batch.labels)
+            run.step(optimizer, (loss.detach() - config.isolation_gamma).sign() * loss)
     return model
 
 
