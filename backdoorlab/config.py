@@ -448,8 +448,7 @@ def as_flags(config_class: type[Any], values: Mapping[str, Any], where: str) -> 
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}.{suggest(key, known)}")
-        words = _words(value)
-        flags += _flag(key, words)
+        flags += _flag(key, _words(value))
     return flags
 
 

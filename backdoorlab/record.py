@@ -247,8 +247,12 @@ def _model_shapes(info: Mapping[str, Any]) -> loading.Shapes:
 @lru_cache(maxsize=64)
 def _shapes(arguments: str) -> loading.Shapes:
     with torch.device("meta"):
-        state = build_model(**json.loads(arguments)).state_dict()
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+        return shapes_of(build_model(**json.loads(arguments)))
+
+
+def shapes_of(model: nn.Module) -> loading.Shapes:
+    """Types and shapes of a network's weights, as its file will have them."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
 def describe(dataset: Dataset, image_size: int | None, grey: bool | None) -> dict[str, Any]:

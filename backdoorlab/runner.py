@@ -312,8 +312,9 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     device = engine.choose_device(config.device)
     dataset = found.dataset(config.dataset_path)
     trusted = _trusted(config, found, dataset) if "trusted" in method.assumes else None
-    trusts = {} if trusted is None else {"trusted images": _hash(trusted)}
-    inputs = {"record": files.sha256(found.folder / "record.json"), **trusts}
+    inputs = {"record": files.sha256(found.folder / "record.json")}
+    if trusted is not None:
+        inputs["trusted images"] = files.tensor_hash({"images": trusted.images, "labels": trusted.labels})
     with _stage(target, "result.json", job, inputs) as stage, _tracked(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker:
         engine.keep_freed_memory(device)
         engine.seed_everything(config.seed, device)
@@ -364,7 +365,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             "assumes": list(method.assumes),
             "config": config.science(),
             "seed": config.seed,
-            "trusted": None if trusted is None else {"count": len(trusted), "sha256": _hash(trusted)},
+            "trusted": None if trusted is None else {"count": len(trusted), "sha256": inputs["trusted images"]},
             "before": {key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
             "after": after.summary(),
             "der": der(before, after.summary()),
@@ -396,7 +397,7 @@ def _refuse_other_network(model: Any, found: Record, method: Method) -> None:
     if not isinstance(model, torch.nn.Module):
         raise UserError(f"{method.path}: defend returned {type(model).__name__}: expected the model that is left, a torch.nn.Module")
     try:
-        schema.refuse_difference({name: (value.dtype, tuple(value.shape)) for name, value in model.state_dict().items()}, found.model_shapes())
+        schema.refuse_difference(record.shapes_of(model), found.model_shapes())
     except ValueError as error:
         raise UserError(
             f"{method.path}: defend returned another network than the record's ({error}): expected view.model or view.new_model() with other weights"
@@ -428,10 +429,6 @@ def _trusted(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:
         return datasets.load_trusted(config.trusted_path, dataset, found.info["dataset"]["image_size"])
     drawn = engine.derived_generator(config.seed, "trusted")
     return dataset.train.subset(data.trusted_index(len(dataset.train), ratio=config.trusted_ratio, count=config.trusted_count, generator=drawn))
-
-
-def _hash(split: Split) -> str:
-    return files.tensor_hash({"images": split.images, "labels": split.labels})
 
 
 def _seeds(config: Any, found: Record, dataset: Dataset) -> torch.Tensor:
