@@ -53,7 +53,7 @@ def train(model: nn.Module, split: Split, recipe: Recipe, run: "Run", *, stage: 
     """Cross-entropy on the given labels. Trains `model` in place; resumable under the name `stage`."""
     optimizer = make_optimizer(model.parameters(), recipe)
     scheduler = Course(optimizer, recipe, len(split))
-    forward = Forward(model, run, split, recipe.batch_size, recipe.epochs)
+    forward = Forward(model.train(), run, split, recipe.epochs * (len(split) // recipe.batch_size), recipe.batch_size)
     for _ in run.epochs(stage, recipe.epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()
         for batch in batches(split, recipe.batch_size, device=run.device, generator=run.generator, augment=recipe.augment, drop_last=True):
@@ -63,30 +63,31 @@ def train(model: nn.Module, split: Split, recipe: Recipe, run: "Run", *, stage: 
 
 
 class Forward:
-    """A model's passes in `epochs` of training under the run's precision: called as the model itself, images -> logits, one backward pass a call.
+    """A model's passes in `steps` of training under the run's precision: called as the model, images -> logits, at most one backward pass a call.
 
     On a GPU a step of a small network is some hundred kernels, each shorter than its launch from Python. Where there are steps enough,
-    forward and backward become a CUDA graph each for whole batches; others go the ordinary way. The kernels are those that would have run.
-    The model's modes and what of it requires gradients must stay as they are in training.
+    forward and backward become a CUDA graph each for batches of the given sizes; others go the ordinary way. The kernels are those that would
+    have run.
+    The modes of the model's parts and what of it requires gradients must stay as they are.
     """
 
-    def __init__(self, model: nn.Module, run: "Run", split: Split, batch_size: int, epochs: int) -> None:
+    def __init__(self, model: nn.Module, run: "Run", split: Split, steps: int, *batch_sizes: int) -> None:
         self._model, self._run = model, run
-        self._graph: nn.Module | None = None
-        self._like = torch.Size((batch_size, *split.images.shape[1:]))
-        if run.device.type == "cuda" and epochs * (len(split) // batch_size) >= WORTH_A_GRAPH:
-            self._graph = self._captured()
+        self._graphs: dict[torch.Size, nn.Module] = {}
+        if run.device.type == "cuda" and steps >= WORTH_A_GRAPH:
+            for size in batch_sizes:
+                self._capture(torch.Size((size, *split.images.shape[1:])))
 
     def __call__(self, images: Tensor) -> Tensor:
-        if self._graph is not None and images.shape == self._like:
-            return count(self._graph(images), len(images))
+        if images.shape in self._graphs:
+            return count(self._graphs[images.shape](images), len(images))
         with self._run.autocast():
             return self._model(images)
 
-    def _captured(self) -> nn.Module | None:
-        """Leaves no trace in batch statistics, random numbers and what is counted; None where the network cannot be captured."""
+    def _capture(self, shape: torch.Size) -> None:
+        """Leaves no trace in batch statistics, random numbers and what is counted; no graph where the network cannot be captured."""
         device, model = self._run.device, _Whole(self._model)
-        images = torch.zeros(self._like, device=device).to(memory_format=torch.channels_last)
+        images = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")  # torch waits for it
         try:
@@ -95,19 +96,19 @@ class Forward:
         except RuntimeError as error:
             why = str(error).splitlines()[0]
             self._run.note(f"this network's passes cannot be captured as CUDA graphs ({why}): each kernel is launched by itself")
-            return None
+        else:
+            self._graphs[shape] = model
         finally:
             for buffer, before in buffers:
                 buffer.copy_(before)
-        return model
 
 
 class _Whole(nn.Module):
-    """A model in training mode whose own `forward` stays as it is: capture replaces this one's."""
+    """A model whose own `forward` stays as it is: capture replaces this one's."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.train()
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)

@@ -103,7 +103,7 @@ def train_changed(
     """Ordinary training but for each batch's images: `change` gives them, the attacker's label first, and how many have it; then they are varied."""
     optimizer = make_optimizer(model.parameters(), recipe)
     course = Course(optimizer, recipe, len(train))
-    forward = Forward(model, run, train, recipe.batch_size, recipe.epochs)
+    forward = Forward(model.train(), run, train, recipe.epochs * (len(train) // recipe.batch_size), recipe.batch_size)
     for _ in run.epochs("train", recipe.epochs, model=model, optimizer=optimizer, course=course):
         model.train()
         for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=True):

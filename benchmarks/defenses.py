@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from backdoorlab import registry
 from backdoorlab.data import Augment, Split, place
-from backdoorlab.engine import Precision, choose_device, fast_bf16, seed_everything
+from backdoorlab.engine import Forward, Precision, choose_device, fast_bf16, seed_everything
 from backdoorlab.features import extract
 from backdoorlab.models import PASSES, build
 from backdoorlab.perturb import frozen
@@ -229,10 +229,11 @@ def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Itera
         steps = options.asd_iterations
         config, run = asd.Config(iterations=steps, batch_size=64), Run(Path(), seed=0, device=device)
         optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+        forward = Forward(model.train(), run, placed, 120 * 1024, 2 * config.batch_size, 3 * config.batch_size)  # as in a whole run
 
-        def ours(clean: Tensor = clean, config: Any = config, run: Run = run, optimizer: Any = optimizer) -> None:
+        def ours(clean: Tensor = clean, config: Any = config, run: Run = run, optimizer: Any = optimizer, forward: Any = forward) -> None:
             for x, u1, u2 in asd.triples(placed, clean, view, config, run):
-                run.step(optimizer, asd.mixmatch(model, x, u1, u2, 1.0, CLASSES, config, run))
+                run.step(optimizer, asd.mixmatch(forward, x, u1, u2, 1.0, CLASSES, config, run))
 
         theirs = partial(published.asd_epoch, conventional, array, labels, clean.numpy(), steps, 64, options.workers, CLASSES)
         pairs = measure.in_turn(theirs, ours, device, max(2, options.repetitions // 2))

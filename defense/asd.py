@@ -19,7 +19,7 @@ mixed batch in place of three on interleaved parts.
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import SeedsConfig
 from backdoorlab.data import Batch, Split, batches, in_order, place
+from backdoorlab.engine import Forward
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier
 from backdoorlab.record import DefenderView
@@ -94,6 +95,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     total = config.stage1_epochs + config.stage2_epochs + config.stage3_epochs
     steps = max(1, total * config.iterations)
+    forward = Forward(model.train(), run, train, steps, 2 * config.batch_size, 3 * config.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=steps)
     for epoch in run.epochs("train", total, model=model, optimizer=optimizer, schedule=schedule):
         clean, suspicion = clean_pool(epoch, model, train, seeds, view, config, run)
@@ -105,7 +107,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         model.train()
         for step, (x, u1, u2) in enumerate(triples(train, clean, view, config, run)):
             ramp = min(1.0, (epoch + step / config.iterations) / total)
-            run.step(optimizer, mixmatch(model, x, u1, u2, config.lambda_u * ramp, view.num_classes, config, run))
+            run.step(optimizer, mixmatch(forward, x, u1, u2, config.lambda_u * ramp, view.num_classes, config, run))
             schedule.step()
     return model
 
@@ -173,10 +175,9 @@ def learned_copy(model: Classifier, train: Split, view: DefenderView, config: Co
     learned = copy.deepcopy(model).requires_grad_(False).eval()
     late = late_layers(learned).requires_grad_(True).train()
     optimizer = torch.optim.Adam(late.parameters(), lr=config.meta_lr, fused=True)
+    forward = Forward(learned, run, train, len(train) // config.meta_batch_size, config.meta_batch_size)
     for batch in batches(train, config.meta_batch_size, device=run.device, generator=run.generator, augment=view.augment):
-        with run.autocast():
-            logits = learned(batch.images)
-        loss = F.cross_entropy(logits.float(), batch.labels)
+        loss = F.cross_entropy(forward(batch.images).float(), batch.labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -204,10 +205,12 @@ def endless(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return torch.cat([pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)])[:count]
 
 
-def mixmatch(model: nn.Module, x: Batch, u1: Batch, u2: Batch, weight: float, num_classes: int, config: Config, run: Run) -> Tensor:
+def mixmatch(
+    forward: Callable[[Tensor], Tensor], x: Batch, u1: Batch, u2: Batch, weight: float, num_classes: int, config: Config, run: Run
+) -> Tensor:
     """Loss of a step: cross-entropy of the mixed labelled images plus `weight` times the squared error of the others."""
-    with torch.no_grad(), run.autocast():
-        guess = model(torch.cat([u1.images, u2.images])).float().softmax(1).chunk(2)
+    with torch.no_grad():
+        guess = forward(torch.cat([u1.images, u2.images])).float().softmax(1).chunk(2)
     guessed = sharpen((guess[0] + guess[1]) / 2, config.temperature)
     images = torch.cat([x.images, u1.images, u2.images])
     targets = torch.cat([F.one_hot(x.labels, num_classes).float(), guessed, guessed])
@@ -215,9 +218,7 @@ def mixmatch(model: nn.Module, x: Batch, u1: Batch, u2: Batch, weight: float, nu
     share = max(share, 1 - share)
     other = torch.randperm(len(images), generator=run.generator).to(run.device)
     images, targets = torch.lerp(images[other], images, share), torch.lerp(targets[other], targets, share)
-    with run.autocast():
-        logits = model(images)
-    log_p, n = logits.float().log_softmax(1), len(x.labels)
+    log_p, n = forward(images).float().log_softmax(1), len(x.labels)
     labelled = -(targets[:n] * log_p[:n]).sum(1).mean()
     unlabelled = (log_p[n:].exp() - targets[n:]).square().mean()
     run.watch(labelled=labelled, unlabelled=unlabelled)

@@ -558,7 +558,7 @@ def isolate(view: DefenderView, train: Split, config: Config, run: Run) -> Class
     """
     model = view.new_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=config.isolation_lr, momentum=0.9, weight_decay=5e-4, fused=True)
-    forward = Forward(model, run, train, config.batch_size, config.isolation_epochs)
+    forward = Forward(model.train(), run, train, config.isolation_epochs * (len(train) // config.batch_size), config.batch_size)
     for _ in run.epochs("isolate", config.isolation_epochs, isolated=model, optimizer=optimizer):
         model.train()
         for batch in batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment, drop_last=True):
@@ -658,7 +658,7 @@ def descend(
     optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
     steps = epochs * math.ceil(len(index) / config.batch_size)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps))
-    forward = Forward(model, run, train, config.batch_size, epochs)
+    forward = Forward(model.train(), run, train, steps, config.batch_size)
     for _ in run.epochs(stage, epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()
         order = index[torch.randperm(len(index), generator=run.generator)]

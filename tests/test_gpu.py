@@ -11,7 +11,7 @@ from torch import nn
 
 from backdoorlab import files, registry
 from backdoorlab.data import Split
-from backdoorlab.engine import Forward, Recipe, train
+from backdoorlab.engine import WORTH_A_GRAPH, Forward, Recipe, train
 from backdoorlab.models import PASSES, build
 from backdoorlab.run import BETWEEN_CHECKPOINTS, Run
 
@@ -45,12 +45,12 @@ def test_a_captured_step_is_the_ordinary_one(name: str, width: int | None, preci
     other = copy.deepcopy(plain)
     before, counted = copy.deepcopy(plain.state_dict()), (PASSES.forward, PASSES.backward)
     drawn = torch.cuda.get_rng_state()
-    forward = Forward(plain, run, data, BATCH, EPOCHS)
-    assert forward._graph is not None, "captured: the training is long enough"
+    forward = Forward(plain.train(), run, data, WORTH_A_GRAPH, BATCH)
+    assert forward._graphs, "captured: the training is long enough"
     assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items()), "capture leaves no trace"
     assert torch.equal(drawn, torch.cuda.get_rng_state()) and counted == (PASSES.forward, PASSES.backward)
-    ordinary = Forward(other, run, data, BATCH, 0)
-    assert ordinary._graph is None, "a control: too short"
+    ordinary = Forward(other.train(), run, data, WORTH_A_GRAPH - 1, BATCH)
+    assert not ordinary._graphs, "a control: too short"
     found = []
     for model, call in ((plain, forward), (other, ordinary)):
         start = PASSES.forward, PASSES.backward
@@ -105,8 +105,11 @@ def test_on_a_gpu_not_every_short_epoch_writes_a_checkpoint(tmp_path: Path, monk
     assert len(written) == 1, "the last epoch's"
 
 
-@pytest.mark.parametrize("attack", ["badnet", "wanet", "inputaware", "blind"])
-def test_attacks_and_every_defense_run(attack: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("attack", "worth"), [("badnet", WORTH_A_GRAPH), ("badnet", 0), ("wanet", 0), ("inputaware", WORTH_A_GRAPH), ("blind", WORTH_A_GRAPH)]
+)
+def test_attacks_and_every_defense_run(attack: str, worth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backdoorlab.engine.WORTH_A_GRAPH", worth)
     record = helpers.attack(attack, attack, tmp_path, "--width", "8", "--epochs", "10", "--device", "cuda:0", "--score_every", "0")
     assert record.info["device"].startswith("cuda") and record.info["scores"]["clean_accuracy"] > 0.5
     for defense in registry.available("defense"):
