@@ -103,6 +103,12 @@ def run_attack(job: Job) -> Record:
         run.told = tracker.line
         job.say_settings(run)
         run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
+        seen = set(dataset.train.labels.tolist())
+        absent = [name for label, name in enumerate(dataset.class_names) if label not in seen]
+        if absent:  # labels 0 and 5 are six classes
+            run.note(
+                f"{len(absent)} of the {dataset.num_classes} classes have no training image ({', '.join(absent[:5])}{', ...' * (len(absent) > 5)})"
+            )
         outcome = _attack_function(job.method)(dataset, config, run)
         if not isinstance(outcome, Outcome):
             raise UserError(f"{job.method.path}: attack returned {described(outcome)}: expected a backdoorlab.runner.Outcome")

@@ -757,6 +757,18 @@ def test_labels_that_are_no_numbers_are_one_line(tmp_path: Path, labels: list[An
         assert datasets.load("hub", str(root)).train.labels.tolist() == [0, 1], "a control"
 
 
+@pytest.mark.parametrize(("last", "said"), [(5, ["5 of the 7 classes have no training image (1, 2, 3, 4, 5)"]), (0, [])])
+def test_an_attack_says_which_labels_nothing_has(tmp_path: Path, last: int, said: list[str]) -> None:
+    """Labels 0 and 6 are seven classes, and a network that can never answer five of them."""
+    root = shards(tmp_path / "data", train=(4,))
+    cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(4)]
+    for file in root.glob("*.parquet"):
+        pq.write_table(pa.table({"img": cells, "label": [0, 1 + last, 0, 1 + last]}), file)
+    flags = ("--model", "preactresnet10", "--width", "2", "--epochs", "0", "--poison_rate", "0.5", "--batch_size", "4", "--score_every", "0")
+    record = helpers.attack("badnet", "gap", tmp_path, "--dataset", "hub", "--dataset_path", str(root), *flags)
+    assert [note for note in record.info["notes"] if "no training image" in note] == said
+
+
 def test_resizing_makes_one_shape_of_many(tmp_path: Path) -> None:
     assert datasets.load("mine", str(_other_shapes(tmp_path / "data")), image_size=12).image_shape == (3, 12, 12)
 
