@@ -140,9 +140,8 @@ def test_kills_lose_nothing_and_change_nothing(kills: int, small: Record, small_
             both_code = ended(forked(lambda: both(name), quick_path / "said"))  # noqa: B023
             assert both_code == FINISHED, (quick_path / "said").read_text()
         assert not half_written(root, name, whole) and (root / name / "defense" / "ft" / "seed0" / "result.json").exists()
-        files.sweep(
-            root, partial(runner._worthless, done="record.json")
-        )  # as the next run there: one killed right after it published leaves its stage
+        # One that was killed right after it published leaves its stage, which the next run there sweeps; nothing else may be left.
+        files.sweep(root, partial(runner._worthless, done="record.json"))
         litter = [path.name for path in root.iterdir() if path.name.startswith((name + ".", "."))]
         assert [entry for entry in litter if not entry.endswith(".held")] == [], "no stage is left; a kill may leave a lock file, which holds nothing"
         begun = trace.read_text().splitlines() if trace.exists() else []
