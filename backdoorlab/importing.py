@@ -4,7 +4,6 @@ import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -132,7 +131,6 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
         stems=[options.stem] if options.stem else ["stock", "small"],
         normalisations=normalisations,
         device=device,
-        autocast=partial(engine.autocast, device, "auto"),
         source=source,
     )
     seed = contents.settings.get("random_seed")
@@ -196,7 +194,6 @@ def _from_weights(options: Import, device: torch.device) -> Found:
     image_size, grey = options.image_size, options.grey
     dataset = datasets.load(name, options.dataset_path, image_size=image_size, grey=grey)
     stems: list[models.Stem] = [options.stem] if options.stem else [described["stem"]] if "stem" in described else ["stock", "small"]
-    autocast = partial(engine.autocast, device, "auto")
     model, built, tried = foreign.fit(
         weights,
         architecture,
@@ -204,7 +201,6 @@ def _from_weights(options: Import, device: torch.device) -> Found:
         stems=stems,
         normalisations=_given(options, dataset) or _kept(described, dataset.image_shape[0]) or _published(name, dataset),
         device=device,
-        autocast=autocast,
         source=path,
     )
     notes = ["whether and how the model and its data were attacked is not known", *([tried] if tried else [])]
@@ -212,7 +208,7 @@ def _from_weights(options: Import, device: torch.device) -> Found:
     if options.triggered_path is not None:
 
         def answers(split: Split) -> torch.Tensor:
-            return predict(model, split, device, autocast)
+            return predict(model, split, device)
 
         triggered, said = foreign.triggered_images(options.triggered_path, options.target_label, dataset, image_size, answers)
         notes += [f"ASR is measured on images given with --triggered_path, for class {options.target_label}", *said]
@@ -237,7 +233,7 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
     """Score, and write the record into the staged folder."""
     dataset, test = found.dataset, found.test
     config = _augmentation(options, found.source.get("settings", {}), published(dataset.name))
-    scores = Evaluator(dataset.test, test, dataset.num_classes, device, partial(engine.autocast, device, "auto"))(found.model.to(device))
+    scores = Evaluator(dataset.test, test, dataset.num_classes, device)(found.model.to(device))
     notes = list(found.notes)
     if scores.clean_accuracy < 2 / dataset.num_classes:
         notes.append(
@@ -260,7 +256,6 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
         "notes": notes,
         "seconds": None,
         **environment(device),
-        "precision": engine.resolved(device, "auto"),
     }
     for note in notes:
         print(f"  {note}", file=sys.stderr)

@@ -24,6 +24,7 @@ from . import metrics, verify
 from .errors import UserError
 from .models import STANDARD_WIDTH
 from .record import Record, read_result
+from .schema import UNKNOWN
 
 Metric = Literal["clean_accuracy", "asr", "robust_accuracy", "der", "tpr", "fpr", "seconds", "peak_memory_bytes", "forward", "backward"]
 """What a Row measures. Scores and rates are fractions in [0, 1]; seconds are without evaluation; forward and backward count images."""
@@ -36,8 +37,6 @@ BASELINE = "ft"
 """The defense that every other one has to beat."""
 IMPLANTED = 0.5
 """Mean ASR from which on an attack counts as implanted; below it there is little to defend."""
-UNKNOWN = "unknown"
-"""Precision of a run that chose it itself, before what it chose was kept."""
 NOT_SETTINGS = frozenset(["seed", "score_every", "dataset", "poison_rate", "suspicious", "plain"])
 """Fields of a config that never change a result, or that a row holds under a name of its own."""
 
@@ -164,7 +163,7 @@ class Group:
 
     @property
     def collapsed(self) -> int:
-        """How many seeds lost half of their clean accuracy."""
+        """How many seeds lost 20 points of clean accuracy, or half of it."""
         return sum(row.collapsed for row in self.rows)
 
 
@@ -291,9 +290,14 @@ def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
         comparable_der=metrics.der(record.info["scores"], result["after"]),
         tpr=split.get("tpr"),
         fpr=split.get("fpr"),
-        collapsed=bool(result["collapsed"]),
+        collapsed=_collapsed(result),
         defense_settings=_settings(result),
     )
+
+
+def _collapsed(result: Mapping[str, Any]) -> bool:
+    """By today's rule, also for what an older version wrote."""
+    return metrics.collapsed(result["before"], result["after"]) if result.get("before") else bool(result["collapsed"])
 
 
 def _shared(record: Record) -> dict[str, Any]:

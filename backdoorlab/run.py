@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import engine, files
-from .engine import Precision, autocast, finite
+from .engine import Exact, autocast, finite
 from .errors import UserError, described
 from .loading import FILE_NAME
 from .metrics import SUMMARY, Evaluator, Scores, split_quality
@@ -69,7 +69,7 @@ class Run:
         *,
         seed: int,
         device: torch.device,
-        precision: Precision = "auto",
+        precision: Exact = "fp32",
         train_poison: Poison | None = None,
         train_size: int | None = None,
         score_every: int = 1,
@@ -101,7 +101,7 @@ class Run:
     # --- what a method calls -------------------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 for the forward passes inside where the machine is faster with it."""
+        """bfloat16 for the forward passes inside where the run computes in it."""
         return autocast(self.device, self.precision)
 
     def epochs(self, stage: str, total: int, *, model: nn.Module | None = None, **state: Any) -> Iterator[int]:
@@ -379,7 +379,7 @@ def peak_memory(device: torch.device) -> int:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What bit-equality depends on, and what a reader of a timing needs."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)" if device.type == "cpu" else f"{device.type} ({name})",
         "versions": {package: version(package) for package in ("backdoorlab", "torch", "torchvision", "timm", "numpy")}
@@ -388,7 +388,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The CPU's own name where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

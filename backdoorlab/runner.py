@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import config as configs
-from . import data, datasets, engine, files, models, record, schema
+from . import data, datasets, engine, files, models, precision, record, schema
 from .config import CleanLabelConfig, CoverConfig, DefenseConfig, JointConfig, Parsed, Trained, TrainingConfig, TriggerConfig
 from .data import Dataset, Split
+from .engine import Exact
 from .errors import UserError, described
 from .metrics import Evaluator, collapsed, der
 from .models import Classifier
@@ -20,7 +21,6 @@ from .poison import CROSS, POISON, Labels, Poison, Stamp, changed_share, check_r
 from .preview import save_preview, save_sheet
 from .record import Record
 from .registry import Method
-from .results import UNKNOWN
 from .run import Run, describe_split, environment, say
 from .source import code_version
 from .staging import refuse_existing, refuse_foreign
@@ -96,13 +96,18 @@ def run_attack(job: Job) -> Record:
     dataset = datasets.load(config.dataset, config.dataset_path, image_size=config.image_size, grey=config.grey)
     if isinstance(config, TriggerConfig):
         check_target(config.target_label, dataset.num_classes)
-    with _stage(target, "record.json", job, {"data": dataset.fingerprint}) as stage, _tracked(job, config.save_folder_name, stage) as tracker:
-        engine.keep_freed_memory(device)
+    engine.keep_freed_memory(device)
+    network = {"architecture": config.model, "width": config.width, "image_shape": list(dataset.image_shape)}
+    chosen = precision.choose(config.precision, device, network, partial(new_model, dataset, config))
+    with (
+        _stage(target, "record.json", job, {"data": dataset.fingerprint}, chosen.precision) as stage,
+        _tracked(job, config.save_folder_name, stage) as tracker,
+    ):
         engine.seed_everything(config.seed, device)
-        run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
+        run = Run(stage, seed=config.seed, device=device, precision=chosen.precision, score_every=config.score_every)
         run.told = tracker.line
         job.say_settings(run)
-        run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
+        run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}, {chosen.describe()}")
         seen = set(dataset.train.labels.tolist())
         absent = [name for label, name in enumerate(dataset.class_names) if label not in seen]
         if absent:  # labels 0 and 5 are six classes
@@ -147,6 +152,7 @@ def run_attack(job: Job) -> Record:
             **costs,
             **environment(device),
             **_made_with(stage),
+            "precision_why": chosen.why,
         }
         save_preview(final / "preview.png", dataset.test, outcome.test_poison)
         run.save_history(final)
@@ -262,7 +268,7 @@ def _check_poisoning(config: Any, name: str) -> None:
 def poison_and_train(dataset: Dataset, config: TrainingConfig, run: Run, train_poison: Poison, test_poison: Poison, stage: str = "train") -> Outcome:
     """Train a fresh model on the poisoned set in the ordinary way, scored after each epoch."""
     model = new_model(dataset, config).to(run.device)
-    run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
+    run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device))
     received = data.place(train_poison.apply(dataset.train), run.device)
     engine.train(model, received, config.recipe(), run, stage=stage)
     return Outcome(model, train_poison, test_poison)
@@ -321,24 +327,30 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     inputs = {"record": files.sha256(found.folder / "record.json")}
     if trusted is not None:
         inputs["trusted images"] = files.tensor_hash({"images": trusted.images, "labels": trusted.labels})
-    with _stage(target, "result.json", job, inputs) as stage, _tracked(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker:
-        engine.keep_freed_memory(device)
+    engine.keep_freed_memory(device)
+    architecture = found.info["architecture"]
+    network = {"architecture": architecture["name"], "width": architecture["width"], "image_shape": list(dataset.image_shape)}
+    chosen = precision.choose(config.precision, device, network, found.model)
+    with (
+        _stage(target, "result.json", job, inputs, chosen.precision) as stage,
+        _tracked(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker,
+    ):
         engine.seed_everything(config.seed, device)
         run = Run(
             stage,
             seed=config.seed,
             device=device,
-            precision=config.precision,
+            precision=chosen.precision,
             train_poison=found.train_poison if found.known_poison else None,
             train_size=len(dataset.train),
             score_every=config.score_every,
         )
         run.told = tracker.line
-        run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, run.autocast))
+        run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device))
         seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
         view = record.defender_view(found, dataset, method.assumes, trusted, device, seeds)
         job.say_settings(run)
-        run.say(f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}), {device}")
+        run.say(f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}), {device}, {chosen.describe()}")
         if trusted is not None:
             _describe_trusted(trusted, config, dataset, run)
             if config.trusted_path is None and not found.known_poison and found.info.get("has_train", True):
@@ -385,6 +397,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             **_costs(spent),
             **environment(device),
             **_made_with(stage),
+            "precision_why": chosen.why,
         }
         files.write_sealed(final / "result.json", {**result, "files": files.manifest(final)})
         record.refuse_unreadable(final, record.read_result)
@@ -466,8 +479,7 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
     result = record.read_result(target)
     model = found.model()
     record.load_weights(model, target / "model.safetensors", result["files"], found.model_shapes())
-    autocast = partial(engine.autocast, device, config.precision)
-    after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, autocast)(model.to(device)).summary()
+    after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device)(model.to(device)).summary()
     before = result.get("before", found.info["scores"])
     return {**result, "before": before, "after": after, "der": der(before, after)}
 
@@ -484,7 +496,7 @@ def _record(config: DefenseConfig) -> Record:
 
 
 @contextmanager
-def _stage(target: Path, done: str, job: Job, inputs: Mapping[str, str]) -> Iterator[Path]:
+def _stage(target: Path, done: str, job: Job, inputs: Mapping[str, str], computes_in: Exact) -> Iterator[Path]:
     """The unfinished folder of a run beside its target: locked, and continued only by the same settings on the same inputs (name -> SHA-256).
 
     A run that overwrites is continued by the same command only, while what it is to replace is what it was when the run began.
@@ -499,7 +511,7 @@ def _stage(target: Path, done: str, job: Job, inputs: Mapping[str, str]) -> Iter
         for torn in path.glob(".*.tmp"):
             files.remove(torn)
         settings = {"method": job.method.name, "config": config.science(), "inputs": dict(inputs)}
-        made = {"code": code_version(job.method.path), "precision": engine.resolved(engine.choose_device(config.device), config.precision)}
+        made = {"code": code_version(job.method.path), "precision": computes_in}
         marker = path / "run.json"
         finished = _checksum(target / done) if config.overwrite else None
         replaces = {} if finished is None else {"replaces": finished}  # with nothing to replace, the flag changes nothing
@@ -508,7 +520,7 @@ def _stage(target: Path, done: str, job: Job, inputs: Mapping[str, str]) -> Iter
             begun = files.read_json(marker)
             begun.pop("replaces", None)
             begun.setdefault("inputs", settings["inputs"])  # one of an older version does not say
-            before = {"code": begun.pop("code", "?"), "precision": begun.pop("precision", UNKNOWN)}
+            before = {"code": begun.pop("code", "?"), "precision": begun.pop("precision", schema.UNKNOWN)}
             _check_same(path, begun, settings)
             made = {key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}" for key, old in before.items()}
         else:
@@ -615,5 +627,5 @@ def report(result: dict[str, Any]) -> str:
     if result["split"]:
         lines.append(describe_split(result["split"]))
     if result["collapsed"]:
-        lines.append("COLLAPSED: less than half of the clean accuracy is left; a low ASR means nothing here")
+        lines.append("COLLAPSED: 20 points, or half, of the clean accuracy are lost; a low ASR means nothing here")
     return "\n".join(lines)

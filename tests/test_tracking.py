@@ -14,7 +14,7 @@ from backdoorlab import files, runner, tracking
 from backdoorlab.errors import UserError
 from backdoorlab.record import Record
 
-SHORT = ("--trusted_ratio", "0.3", "--epochs", "3", "--precision", "fp32")
+SHORT = ("--trusted_ratio", "0.3", "--epochs", "3")
 SENT = ("loss", "clean_accuracy", "asr", "robust_accuracy")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trackers' own
 
