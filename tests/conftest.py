@@ -52,7 +52,14 @@ def demo(session_folder: Path) -> Record:
 def backdoored(session_folder: Path) -> Record:
     """A BadNets record that works: high clean accuracy and high ASR."""
     with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
-        return helpers.attack("badnet", "backdoored", session_folder / "backdoored", *helpers.WORKING)
+        return helpers.attack("badnet", "backdoored", session_folder / "backdoored", *helpers.WORKING, "--patch_size", "4")
+
+
+@pytest.fixture(scope="session")
+def clean(session_folder: Path) -> Record:
+    """A record without an attack whose model works."""
+    with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
+        return helpers.attack("none", "clean", session_folder / "clean", *helpers.WORKING)
 
 
 @pytest.fixture(scope="session")

@@ -186,10 +186,13 @@ def test_what_bu_cannot_use_is_one_line(tiny: Record, tmp_path: Path) -> None:
         helpers.defend("bu", record, "--trusted_count", "5", "--score_every", "0")
 
 
-def test_a_model_without_a_small_trigger_is_returned_as_it_was(tiny: Record, tmp_path: Path) -> None:
-    record = helpers.copy(tiny, tmp_path)
-    flags = ("--search_epochs", "1", "--levels", "0.9", "--hidden", "16", "--accept", "1.0", "--score_every", "0")
-    result = helpers.defend("bu", record, *flags)
+def test_a_model_without_a_small_trigger_is_returned_as_it_was(clean: Record, tmp_path: Path) -> None:
+    """One that works: whatever is asked of a model that gives one answer to all images, every trigger leads to that."""
+    record = helpers.copy(clean, tmp_path)
+    flags = ("--search_epochs", "1", "--levels", "0.9", "--hidden", "16", "--score_every", "0")
+    control = helpers.defend("bu", record, *flags, "--accept", "0", "--epochs", "0", "--run_name", "control")
+    assert control is not None and not any("no trigger found" in note for note in control["notes"])
+    result = helpers.defend("bu", record, *flags, "--accept", "0.9")
     assert result is not None and any("no trigger found" in note for note in result["notes"])
     assert result["after"]["clean_accuracy"] == result["before"]["clean_accuracy"]
     assert (record.folder / "defense" / "bu" / "seed0" / "triggers.png").stat().st_size > 100

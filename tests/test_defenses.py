@@ -67,8 +67,8 @@ def test_a_defense_keeps_its_promise(method: str, demo: Record, tmp_path: Path) 
     assert sum(result["triggered_predictions"]) == len(record.test_poison)
 
 
-def test_dau_returns_a_model_that_was_never_attacked(tmp_path: Path) -> None:
-    record = helpers.attack("none", "clean", tmp_path, *helpers.WORKING)
+def test_dau_returns_a_model_that_was_never_attacked(clean: Record, tmp_path: Path) -> None:
+    record = helpers.copy(clean, tmp_path)
     assert record.info["scores"]["clean_accuracy"] >= 0.9
     result = helpers.defend("dau", record, "--score_every", "0")
     assert result is not None and any("no poison found" in note for note in result["notes"])

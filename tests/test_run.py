@@ -554,9 +554,10 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
         ("--trigger", "blend", "--search_epochs", "1", "--hidden", "8", "--epochs", "1"),
     ],
     "dau": [
-        ("--loss", "both", "--epochs", "1", "--head_epochs", "5"),
-        ("--pool", "isolation", "--isolation_epochs", "1", "--epochs", "1"),
+        # With its guard off, the head flags at least the pool, whatever model it is.
+        ("--pool", "isolation", "--isolation_epochs", "1", "--breakdown", "1", "--loss", "both", "--epochs", "1", "--head_epochs", "5"),
         ("--variety", "2", "--subtask", "anti_learning"),  # so that place is asked
+        ("--variety", "2", "--stray", "1e9", "--subtask", "anti_learning"),  # and belongs
         ("--variety", "0", "--bimodality", "1", "--subtask", "anti_learning"),  # so that only mixtures are left
     ],
     "ft": [("--epochs", "1")],
