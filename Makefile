@@ -32,7 +32,7 @@ test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile
 
 bench: $(VENV)/installed
-	$(RUN) -m benchmarks
+	$(RUN) -m performance
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from backdoorlab import engine, models
+from backdoorlab import models
 from backdoorlab.data import Split
+from backdoorlab.device import autocast
 from backdoorlab.metrics import Evaluator, collapsed, der, predict, score, split_quality
 from backdoorlab.poison import CROSS, POISON, Poison
 
 CPU = torch.device("cpu")
-FP32 = partial(engine.autocast, CPU, "fp32")
+FP32 = partial(autocast, CPU, "fp32")
 
 
 def triggered(labels: list[int], original: list[int]) -> Poison:
