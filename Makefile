@@ -6,7 +6,7 @@ RECORDS := $(or $(BACKDOORLAB_RECORDS),record)
 # Two waiting threads that spin slow each other down many times over on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-processors bench clean
 
 $(VENV)/installed: requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile
+
+# As other processors round, with one thread and two: hours. ONLY="avx2-fp32" takes one of them.
+test-processors: $(VENV)/installed-dev
+	$(RUN) tests/processors.py $(if $(ONLY),--only $(ONLY))
 
 bench: $(VENV)/installed
 	$(RUN) -m performance

@@ -32,7 +32,7 @@ class MethodConfig:
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     precision: Precision = "auto"
-    """auto is bf16 where the machine is faster with it, else fp32."""
+    """What training computes in; scores are always fp32. auto: bf16 where it is measured to be faster, or $BACKDOORLAB_PRECISION."""
     score_every: int = 1
     """Epochs between two evaluations on the test data; 0 evaluates only at the end. Never changes a result."""
     record_root: str | None = None

@@ -15,13 +15,17 @@ from torch import Tensor
 
 from .errors import UserError
 
+Exact = Literal["bf16", "fp32"]
+"""What a run computes its training in. Scores are always computed in fp32."""
 Precision = Literal["auto", "bf16", "fp32"]
+"""What a user may ask for: `auto` becomes the faster one (precision.py)."""
 
 
 def choose_device(wanted: str) -> torch.device:
     """ "auto" is the first GPU where there is one; a device that is asked for and absent is an error."""
     if wanted.startswith(("auto", "cuda")) and torch.cuda.is_available():
         torch.cuda.init()  # not every call that takes a numbered device does it
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, also for scores; who wants speed has bf16
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -37,24 +41,9 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32 here: on CUDA since Ampere, on CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if not hasattr(torch.cpu, "get_capabilities"):  # the older of the versions that we allow
-        return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def resolved(device: torch.device, precision: Precision) -> Literal["bf16", "fp32"]:
-    """What a precision is on a device: "auto" is bfloat16 where it is faster."""
-    return "bf16" if precision == "bf16" or (precision == "auto" and fast_bf16(device)) else "fp32"
-
-
-def autocast(device: torch.device, precision: Precision, *, cache: bool = True) -> AbstractContextManager[Any]:
-    """bfloat16 for the passes inside, or nothing, as `resolved` says. `cache`: keep converted weights until its end, which a CUDA graph must not."""
-    if resolved(device, precision) == "bf16":
+def autocast(device: torch.device, precision: Exact, *, cache: bool = True) -> AbstractContextManager[Any]:
+    """bfloat16 for the passes inside, or nothing. `cache`: keep converted weights until its end, which a CUDA graph must not."""
+    if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
     return contextlib.nullcontext()
 
@@ -69,7 +58,6 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32; who wants speed has bf16
         warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")  # torch then makes it current
 
 

@@ -87,7 +87,7 @@ def snapshot(
         run.note(f"the attack asks for {cross_rate:.4g} of {size:,} training images as cross images, which is none")
     if got < asked:
         run.note(f"the attack asks for {asked:,} cross images of {size:,} training images, but can have {got:,}: it takes those")
-    run.watch_scores(Evaluator(dataset.test, test, dataset.num_classes, run.device, run.autocast))
+    run.watch_scores(Evaluator(dataset.test, test, dataset.num_classes, run.device))
     return train, test
 
 
@@ -120,7 +120,7 @@ def cross_accuracy(model: nn.Module, dataset: Dataset, cross: Stamp, run: Run) -
     """Accuracy on test images that all have the cross change; low beside a high ASR, the model detects any change of that sort."""
     everything = torch.arange(len(dataset.test))
     changed = Split(stamped(dataset.test, everything, cross, "test"), dataset.test.labels)
-    return (predict(model, changed, run.device, run.autocast) == changed.labels).double().mean().item()
+    return (predict(model, changed, run.device) == changed.labels).double().mean().item()
 
 
 def psnr(clean: Tensor, changed: Tensor) -> float | None:

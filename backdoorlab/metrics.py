@@ -1,12 +1,11 @@
 """What is measured, and the one evaluator that measures it.
 
-All scores are fractions in [0, 1], per image, in evaluation mode. ASR and RA come from the same stored triggered images
-and one forward pass. Definitions: BackdoorBench (Wu et al., NeurIPS 2022) for ASR and RA, FT-SAM (Zhu et al., ICCV 2023)
-for DER.
+All scores are fractions in [0, 1], per image, in evaluation mode and in fp32, whatever precision trained. ASR and RA come from the
+same stored triggered images and one forward pass. Definitions: BackdoorBench (Wu et al., NeurIPS 2022) for ASR and RA, FT-SAM (Zhu et
+al., ICCV 2023) for DER.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +20,8 @@ from .storage import reading
 
 SUMMARY = ("clean_accuracy", "asr", "robust_accuracy")
 """The scores that every line of history and every table has."""
+COLLAPSE = 0.2
+"""Loss of clean accuracy from which on a model counts as destroyed: of 516 such rows of BackdoorBench's board, 286 look like successes by ASR."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ def der(before: dict[str, Any], after: dict[str, Any]) -> float | None:
     return (gain - cost + 1) / 2
 
 
-def collapsed(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """A defense that costs more than half of the clean accuracy has not defended anything."""
-    return after["clean_accuracy"] < 0.5 * before["clean_accuracy"]
+def collapsed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """A defense that costs COLLAPSE of clean accuracy, or half of it where there was less, has not defended anything."""
+    had, left = before["clean_accuracy"], after["clean_accuracy"]
+    return left < had / 2 or round(had - left, 9) >= COLLAPSE
 
 
 def score(clean_predictions: Tensor, clean_labels: Tensor, predictions: Tensor, triggered: Poison, num_classes: int) -> Scores:
@@ -115,31 +117,29 @@ class Evaluator:
     A model whose weights did not change since the last call is not run again.
     """
 
-    def __init__(
-        self, test: Split, triggered: Poison, num_classes: int, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
-    ) -> None:
-        self.labels, self.triggered, self.num_classes, self.device, self.autocast = test.labels, triggered, num_classes, device, autocast
+    def __init__(self, test: Split, triggered: Poison, num_classes: int, device: torch.device) -> None:
+        self.labels, self.triggered, self.num_classes, self.device = test.labels, triggered, num_classes, device
         self.test, self.triggered_split = place(test, device), place(triggered.triggered(), device)
         self._last: tuple[str, Scores] | None = None
 
     def __call__(self, model: nn.Module) -> Scores:
         key = reading.tensor_hash({name: value.detach().cpu() for name, value in model.state_dict().items()})
         if self._last is None or self._last[0] != key:
-            clean = predict(model, self.test, self.device, self.autocast)
-            triggered = predict(model, self.triggered_split, self.device, self.autocast)
+            clean = predict(model, self.test, self.device)
+            triggered = predict(model, self.triggered_split, self.device)
             self._last = key, score(clean, self.labels, triggered, self.triggered, self.num_classes)
         return self._last[1]
 
 
-def predict(model: nn.Module, split: Split, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]) -> Tensor:
-    """Predicted classes, int64 (N,) on the CPU. The model's modes are as before afterwards; no pass is counted.
+def predict(model: nn.Module, split: Split, device: torch.device) -> Tensor:
+    """Predicted classes in fp32, int64 (N,) on the CPU. The model's modes are as before afterwards; no pass is counted.
 
     A model that answers NaN is refused: the largest of such answers is by convention the first, and would pass for a class.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode(), autocast(), paused():
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False), paused():
             answers = [_answered(model(batch.images)) for batch in in_order(split, device)]
     finally:
         for module, mode in modes.items():

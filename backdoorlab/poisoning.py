@@ -112,7 +112,7 @@ def _share_of_class(config: CleanLabelConfig, of_class: int) -> float:
 def poison_and_train(dataset: Dataset, config: TrainingConfig, run: Run, train_poison: Poison, test_poison: Poison, stage: str = "train") -> Outcome:
     """Train a fresh model on the poisoned set in the ordinary way, scored after each epoch."""
     model = new_model(dataset, config).to(run.device)
-    run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device, run.autocast))
+    run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device))
     received = data.place(train_poison.apply(dataset.train), run.device)
     engine.train(model, received, config.recipe(), run, stage=stage)
     return Outcome(model, train_poison, test_poison)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .device import Precision, autocast, derived_generator, finite
+from .device import Exact, autocast, derived_generator, finite
 from .errors import UserError, described
 from .metrics import SUMMARY, Evaluator, Scores, split_quality
 from .models import PASSES
@@ -64,7 +64,7 @@ class Run:
         *,
         seed: int,
         device: torch.device,
-        precision: Precision = "auto",
+        precision: Exact = "fp32",
         train_poison: Poison | None = None,
         train_size: int | None = None,
         score_every: int = 1,
@@ -96,7 +96,7 @@ class Run:
     # --- what a method calls -------------------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 for the forward passes inside where the machine is faster with it."""
+        """bfloat16 for the forward passes inside where the run computes in it."""
         return autocast(self.device, self.precision)
 
     def epochs(self, stage: str, total: int, *, model: nn.Module | None = None, **state: Any) -> Iterator[int]:

@@ -20,7 +20,7 @@ import measure  # noqa: E402
 
 from backdoorlab.device import choose_device  # noqa: E402
 
-SUITES = ("pipeline", "convolutions", "defenses", "whole")
+SUITES = ("precisions", "pipeline", "convolutions", "defenses", "whole")
 
 
 def main() -> int:

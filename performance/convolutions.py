@@ -19,10 +19,10 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
-from measure import Row, busy, describe_machine, in_turn, medians, report, timed, training_step
+from measure import Row, busy, describe_machine, fast_bf16, in_turn, medians, report, timed, training_step
 from torch import Tensor, nn
 
-from backdoorlab.device import Precision, choose_device, fast_bf16, seed_everything
+from backdoorlab.device import Exact, choose_device, seed_everything
 from backdoorlab.models import Classifier, build
 
 BATCH = 128
@@ -51,7 +51,7 @@ class Shape:
 class Way:
     """How a step is computed."""
 
-    precision: Precision
+    precision: Exact
     memory: torch.memory_format
 
     @property

@@ -19,12 +19,12 @@ from typing import Any
 import measure
 import published
 import torch
-from measure import Row, busy, describe_machine, fresh_process, medians, report
+from measure import Row, busy, describe_machine, fast_bf16, fresh_process, medians, report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from backdoorlab.data import Augment, Split, place
-from backdoorlab.device import Precision, choose_device, fast_bf16, seed_everything
+from backdoorlab.device import Exact, choose_device, seed_everything
 from backdoorlab.engine import Forward
 from backdoorlab.features import extract
 from backdoorlab.models import PASSES, build
@@ -66,7 +66,7 @@ def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 
 
 def _sau(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    precisions: tuple[Precision, ...] = ("fp32", "bf16") if fast_bf16(device) else ("fp32",)
+    precisions: tuple[Exact, ...] = ("fp32", "bf16") if fast_bf16(device) else ("fp32",)
     for precision in precisions:
         published, lean = sau_steps(width, options.batch_size, device, precision)
         if precision == "fp32":
@@ -95,7 +95,7 @@ def _agreement(published: tuple[Tensor, Tensor], lean: tuple[Tensor, Tensor], wi
     )
 
 
-def sau_steps(width: int, batch_size: int, device: torch.device, precision: Precision) -> tuple[Work, Work]:
+def sau_steps(width: int, batch_size: int, device: torch.device, precision: Exact) -> tuple[Work, Work]:
     """The published step (fp32, torch's default memory format) and ours, each on its own copy of a pair of models that differ a little."""
     seed_everything(0, device)
     poisoned = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device).eval()
@@ -114,7 +114,7 @@ def sau_steps(width: int, batch_size: int, device: torch.device, precision: Prec
     return partial(step, x.contiguous(), y), _lean_sau(model, poisoned, x, y, device, precision)
 
 
-def _lean_sau(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, device: torch.device, precision: Precision) -> Work:
+def _lean_sau(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, device: torch.device, precision: Exact) -> Work:
     poisoned.requires_grad_(False)
     config, run = sau.Config(), Run(Path(), seed=0, device=device, precision=precision)
     with torch.no_grad():

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backdoorlab.data import Augment, Split, batches
-from backdoorlab.device import Precision, choose_device, seed_everything
+from backdoorlab.device import Exact, choose_device, seed_everything
 from backdoorlab.engine import WORTH_A_GRAPH, Forward, Recipe, make_optimizer
 from backdoorlab.models import Classifier, build, paused
 from backdoorlab.run import Run
@@ -75,7 +75,7 @@ def _ceilings(device: torch.device) -> tuple[float, float]:
 def _ways(width: int, peak: float, repetitions: int, device: torch.device) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         operations = _operations(width, device)
-        ways: dict[str, tuple[Precision, bool, bool]] = {
+        ways: dict[str, tuple[Exact, bool, bool]] = {
             "without graphs": ("bf16", False, False),  # the first pays for cuDNN's start and choices, too
             "CUDA graphs (ours)": ("bf16", True, False),
             "torch.compile": ("bf16", False, True),
@@ -100,7 +100,7 @@ def _ways(width: int, peak: float, repetitions: int, device: torch.device) -> It
         yield _profile(width, steps["without graphs"], ours)
 
 
-def _warm(width: int, precision: Precision, graphs: bool, compiled: bool, folder: Path, device: torch.device) -> Callable[[], None]:
+def _warm(width: int, precision: Exact, graphs: bool, compiled: bool, folder: Path, device: torch.device) -> Callable[[], None]:
     """Steps of one way, warm: STEPS of them a call."""
     steps = _training(width, precision, graphs, compiled, folder, device)
     for _ in range(5):
@@ -113,7 +113,7 @@ def _warm(width: int, precision: Precision, graphs: bool, compiled: bool, folder
     return some
 
 
-def _training(width: int, precision: Precision, graphs: bool, compiled: bool, folder: Path, device: torch.device) -> Iterator[None]:
+def _training(width: int, precision: Exact, graphs: bool, compiled: bool, folder: Path, device: torch.device) -> Iterator[None]:
     """The loop of engine.train, a step at a time, for ever."""
     seed_everything(0, device)
     recipe = Recipe(epochs=100, batch_size=BATCH, lr=0.01, augment=Augment(crop_padding=4, flip=True))

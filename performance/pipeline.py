@@ -24,7 +24,7 @@ from typing import Any
 import measure
 import numpy as np
 import torch
-from measure import Row, busy, describe_machine, fresh_process, medians, report, timed, training_step
+from measure import Row, busy, describe_machine, fast_bf16, fresh_process, medians, report, timed, training_step
 from published import Images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -33,7 +33,7 @@ from backdoorlab.data import Augment, Batch, Split, batches, channel_statistics,
 from backdoorlab.datasets import cache
 from backdoorlab.datasets.load import find as find_dataset
 from backdoorlab.datasets.load import load as load_dataset
-from backdoorlab.device import Precision, choose_device, fast_bf16, keep_freed_memory, seed_everything
+from backdoorlab.device import Exact, choose_device, keep_freed_memory, seed_everything
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier, build
 
@@ -133,7 +133,7 @@ def _data_share(split: Split, device: torch.device, mean: tuple[float, ...], std
     """Waiting for the batch against the whole step with it, normalisation counted to the model as in training."""
     steps = 50 if device.type == "cuda" else 5
     source = place(split, device)
-    step = _training_step(16, split, mean, std, device, "auto")
+    step = _training_step(16, split, mean, std, device, "bf16" if fast_bf16(device) else "fp32")
     count = max(len(source) // BATCH, 1) * BATCH
 
     def endless() -> Iterator[Batch]:
@@ -167,7 +167,7 @@ def _data_share(split: Split, device: torch.device, mean: tuple[float, ...], std
 def _from_file(split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], repetitions: int) -> Row:
     """Images a second of training at width 16, with the file in the system's page cache."""
     steps = 200 if device.type == "cuda" else 10
-    step = _training_step(16, split, mean, std, device, "auto")
+    step = _training_step(16, split, mean, std, device, "bf16" if fast_bf16(device) else "fp32")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "images.npy"
         np.save(file, split.images.cpu().numpy())
@@ -196,7 +196,7 @@ def _bf16(split: Split, device: torch.device, mean: tuple[float, ...], std: tupl
     if not fast_bf16(device) and not force:
         return Row(name, goal, detail=f"this {device.type} has no fast bfloat16; --force-bf16 runs it all the same")
     steps, repetitions = (30, 5) if device.type == "cuda" else (1, 3)
-    precisions: tuple[Precision, Precision] = ("fp32", "bf16")
+    precisions: tuple[Exact, Exact] = ("fp32", "bf16")
     batch = next(_our_batches(place(split, device), device))
     single, half = (_training_step(64, split, mean, std, device, precision) for precision in precisions)
 
@@ -236,7 +236,7 @@ def _seconds_a_step(keep: bool, steps: int = 8) -> float:
 
 
 def _training_step(
-    width: int, split: Split, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, precision: Precision
+    width: int, split: Split, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, precision: Exact
 ) -> Callable[[Batch], None]:
     _, channels, height, _ = split.images.shape
     classes = int(split.labels.max()) + 1

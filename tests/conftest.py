@@ -1,8 +1,9 @@
-"""One thread, folders of their own, and records that several files share."""
+"""Threads and precision of all tests (make test-processors sets others), folders of their own, and records that several files share."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
+os.environ.setdefault("BACKDOORLAB_PRECISION", "fp32")
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from backdoorlab.record import Record
 
-torch.set_num_threads(1)
+torch.set_num_threads(helpers.THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +31,7 @@ def own_folders(tmp_path: Path, session_folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("BACKDOORLAB_DATA", str(tmp_path / "no-downloads"))
     monkeypatch.delenv("BACKDOORLAB_PLUGINS", raising=False)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(helpers.THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +45,7 @@ def tiny(session_folder: Path) -> Record:
 def demo(session_folder: Path) -> Record:
     """The record of `make demo`: the digits with their own settings, a minute."""
     with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
-        return helpers.attack("badnet", "demo", session_folder / "demo", "--score_every", "0", "--precision", "fp32")
+        return helpers.attack("badnet", "demo", session_folder / "demo", "--score_every", "0")
 
 
 @pytest.fixture(scope="session")

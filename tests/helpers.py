@@ -25,9 +25,11 @@ from backdoorlab.storage import writing
 CHECKOUT = Path(__file__).resolve().parent.parent
 CIFAR10 = CHECKOUT.parent / "shared" / "data" / "cifar10"
 
-TINY = ("--image_size", "16", "--width", "4", "--epochs", "1", "--score_every", "0", "--precision", "fp32")
+THREADS = int(os.environ.get("TEST_THREADS", "1"))
+
+TINY = ("--image_size", "16", "--width", "4", "--epochs", "1", "--score_every", "0")
 """Flags of an attack on the digits that takes a second."""
-WORKING = ("--width", "8", "--epochs", "8", "--score_every", "0", "--precision", "fp32")
+WORKING = ("--width", "8", "--epochs", "8", "--score_every", "0")
 """Flags of an attack on the digits that plants a backdoor."""
 
 
@@ -93,7 +95,7 @@ def few_cifar10(folder: Path, train: int, test: int) -> Path:
 def small_flags(data: Path) -> tuple[str, ...]:
     """Flags of an attack on `small_data` that takes half a second."""
     model = ("--model", "preactresnet10", "--width", "2", "--batch_size", "16", "--lr", "0.05", "--patch_size", "2", "--poison_rate", "0.2")
-    return ("--dataset", "small", "--dataset_path", str(data), *model, "--epochs", "3", "--score_every", "0", "--precision", "fp32")
+    return ("--dataset", "small", "--dataset_path", str(data), *model, "--epochs", "3", "--score_every", "0")
 
 
 def short_flags(method: str) -> tuple[str, ...]:
@@ -104,7 +106,7 @@ def short_flags(method: str) -> tuple[str, ...]:
         "asd": ("--iterations", "3", "--batch_size", "8", "--seeds_per_class", "2"),
         "bu": ("--levels", "0.9", "--hidden", "16", "--accept", "0"),
     }
-    common = ("--trusted_ratio", "0.3", "--score_every", "0", "--precision", "fp32")
+    common = ("--trusted_ratio", "0.3", "--score_every", "0")
     return (*common, *small.get(method, ()), *(x for name in long for x in (f"--{name}", "2")))
 
 
@@ -118,7 +120,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 def child_environment(**extra: Any) -> dict[str, str]:
     """This environment without PYTHONPATH, so that a child finds the package as a user's shell does."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return kept | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in extra.items()}
+    return kept | {"OMP_NUM_THREADS": str(THREADS)} | {name: str(value) for name, value in extra.items()}
 
 
 def command(*arguments: Any, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,6 @@ from backdoorlab.__main__ import main
 from backdoorlab.config import CleanLabelConfig, CoverConfig, JointConfig
 from backdoorlab.data import Dataset, batches
 from backdoorlab.datasets.load import load as load_dataset
-from backdoorlab.device import autocast
 from backdoorlab.metrics import Evaluator
 from backdoorlab.poison import CROSS, POISON, left_by_crops
 from backdoorlab.record import Record
@@ -66,10 +65,9 @@ ROWS = {
 LISTED = {"sig": 19.4, "bpp": 27.7, "ctrl": 32.0, "wanet": 30.5}
 """Derived PSNR, dB, which lies in a row's interval (wanet: 29 to 32 over its random fields)."""
 
-SHORT = ("--image_size", "16", "--width", "4", "--epochs", "2", "--precision", "fp32")
-FULL = ("--score_every", "0", "--precision", "fp32")
+SHORT = ("--image_size", "16", "--width", "4", "--epochs", "2")
+FULL = ("--score_every", "0")
 CPU = torch.device("cpu")
-FP32 = partial(autocast, CPU, "fp32")
 HERE = [
     pytest.param("digits"),
     pytest.param("cifar10", marks=[pytest.mark.cifar, pytest.mark.skipif(not helpers.CIFAR10.is_dir(), reason="no shards")]),
@@ -272,7 +270,7 @@ def test_what_is_stored_is_what_is_trained_on_scored_and_made_again(attack: str,
 def test_the_saved_network_has_the_last_logged_scores(attack: str, record: Callable[..., Record]) -> None:
     found = record(attack)
     dataset = found.dataset()
-    again = Evaluator(dataset.test, found.test_poison, dataset.num_classes, CPU, FP32)(found.model()).to_json()
+    again = Evaluator(dataset.test, found.test_poison, dataset.num_classes, CPU)(found.model()).to_json()
     assert again == found.info["scores"], "on images that went through bytes and a file"
     history = pd.read_csv(found.folder / "history.csv")
     last = history[history["clean_accuracy"].notna() & (history["stage"] == "train")].iloc[-1]
@@ -325,7 +323,7 @@ def clean_scores(record: Callable[..., Record]) -> Callable[[Record, tuple[str, 
         channels, size, _ = attacked.info["dataset"]["image_shape"]
         shape = ("--grey", str(channels == 1), "--image_size", str(size))
         model, dataset = record("none", *flags, *shape).model(), attacked.dataset()
-        return Evaluator(dataset.test, attacked.test_poison, dataset.num_classes, CPU, FP32)(model)
+        return Evaluator(dataset.test, attacked.test_poison, dataset.num_classes, CPU)(model)
 
     return measure
 

@@ -250,7 +250,7 @@ def job_of(root: Path, seed: int, overwrite: bool) -> Job:
 def publishing(old: Record, root: Path, seed: int, pause: float = 0.0, overwrite: bool = True) -> None:
     """What `run_attack` writes, without the training: a checkpoint, then the record with its preview and history."""
     job = job_of(root, seed, overwrite)
-    with open_stage(root / "r", "record.json", job, {}) as stage:
+    with open_stage(root / "r", "record.json", job, {}, "fp32") as stage:
         run = Run(stage, seed=seed, device=torch.device("cpu"))
         for _ in run.epochs("train", 1):
             time.sleep(pause)
@@ -385,7 +385,7 @@ def test_stale_stages_are_swept_and_others_kept(small: Record, tmp_path: Path) -
     (tmp_path / "foreign.partial" / "thesis.tex").write_text("years of work")
     with locks.locked(tmp_path / "held.partial"):
         argv = ["--save_folder_name", "other", "--record_root", str(tmp_path)]
-        with open_stage(tmp_path / "other", "record.json", attack_job(methods.load("attack", "none"), argv, "test"), {}):
+        with open_stage(tmp_path / "other", "record.json", attack_job(methods.load("attack", "none"), argv, "test"), {}, "fp32"):
             left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == {"r", "begun.partial", "held.partial", "foreign.partial", "other.partial"}
 

@@ -630,7 +630,7 @@ def test_recovery_gives_triggered_images_their_label_back(blended: Record, tmp_p
     before = blended.info["scores"]
     assert before["asr"] >= 0.9 and before["clean_accuracy"] >= 0.9, "the backdoor is there"
     record = helpers.copy(blended, tmp_path)
-    flags = ("--score_every", "0", "--precision", "fp32")
+    flags = ("--score_every", "0")
     control, recovered = (helpers.defend("dau", record, *flags, "--run_name", f"r{epochs}", "--recovery_epochs", epochs) for epochs in ("0", "4"))
     assert control is not None and recovered is not None and control["split"] == recovered["split"]
     assert control["after"]["robust_accuracy"] < 0.9, "there is something to recover"

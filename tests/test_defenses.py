@@ -47,7 +47,7 @@ def test_a_defense_keeps_its_promise(method: str, demo: Record, tmp_path: Path) 
     row, before = ROWS[method], demo.info["scores"]
     assert before["asr"] >= 0.9 and before["clean_accuracy"] >= 0.9, "the backdoor is there"
     record = helpers.copy(demo, tmp_path)
-    result = helpers.defend(method, record, "--score_every", "0", "--precision", "fp32", *row.flags)
+    result = helpers.defend(method, record, "--score_every", "0", *row.flags)
     assert result is not None
     after = result["after"]
     assert result["before"] == {key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")}
@@ -72,7 +72,7 @@ def test_a_defense_keeps_its_promise(method: str, demo: Record, tmp_path: Path) 
 def test_dau_returns_a_model_that_was_never_attacked(tmp_path: Path) -> None:
     record = helpers.attack("none", "clean", tmp_path, *helpers.WORKING)
     assert record.info["scores"]["clean_accuracy"] >= 0.9
-    result = helpers.defend("dau", record, "--score_every", "0", "--precision", "fp32")
+    result = helpers.defend("dau", record, "--score_every", "0")
     assert result is not None and any("no poison found" in note for note in result["notes"])
     saved = reading.read_tensors(record.folder / "defense" / "dau" / "seed0" / "model.safetensors")[0]
     original = record.model().state_dict()

@@ -133,7 +133,7 @@ def test_a_suspicious_data_set_and_model_are_cleaned_and_looked_at(disk: Path, t
     with Image.open(disk / "data" / row["file"]) as image:
         assert list(image.getdata()) == train.images[int(row["index"])].flatten().tolist(), "file and position are the same image"
 
-    result = helpers.defend("dau", got(tmp_path), "--score_every", "0", "--precision", "fp32")
+    result = helpers.defend("dau", got(tmp_path), "--score_every", "0")
     assert result is not None and result["after"]["asr"] < 0.3 and result["split"] is None and result["splits"] == {}
     assert main(["table", "own"]) == 0
     assert re.search(
@@ -188,7 +188,7 @@ def test_a_suspicious_data_set_alone_is_an_unknown_attack(disk: Path, tmp_path: 
 
 
 def test_a_suspicious_data_set_alone_is_searched(disk: Path, tmp_path: Path) -> None:
-    flags = ("--dataset", "digits", "--dataset_path", str(disk / "data"), "--epochs", "12", "--score_every", "0", "--precision", "fp32")
+    flags = ("--dataset", "digits", "--dataset_path", str(disk / "data"), "--epochs", "12", "--score_every", "0")
     record = helpers.attack("none", "mine", tmp_path / "record", "--suspicious", "True", *flags)
     assert main(["scan", "mine", "--dataset_path", str(disk / "data")]) == 0
     rows = flagged(record.folder / "scan")
@@ -249,7 +249,7 @@ def test_the_readme_loads_what_was_exported(photos: Path, tmp_path: Path, monkey
     assert len([line for line in example.splitlines() if line and not line.startswith(("import", "from"))]) == 2
     monkeypatch.chdir(tmp_path)
     assert from_photos(photos, "--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225") == 0
-    assert main(["defense", "ft", "--result_file", "own", "--epochs", "1", "--trusted_ratio", "1", "--precision", "fp32"]) == 0
+    assert main(["defense", "ft", "--result_file", "own", "--epochs", "1", "--trusted_ratio", "1"]) == 0
     assert main(["export", "own", "--defense", "ft", "--weights", "purified.safetensors"]) == 0
     assert "mean [0.485, 0.456, 0.406] and std [0.229, 0.224, 0.225]" in capsys.readouterr().out
     scope: dict[str, Any] = {}

@@ -154,7 +154,7 @@ def test_a_small_batch_still_carries_delta(size: int, mended: int, published: in
 def history(record: Record, run: str, *flags: str) -> Any:
     import pandas as pd
 
-    helpers.defend("ibau", record, "--n_rounds", "2", "--score_every", "0", "--precision", "fp32", "--run_name", run, *flags)
+    helpers.defend("ibau", record, "--n_rounds", "2", "--score_every", "0", "--run_name", run, *flags)
     return pd.read_csv(record.folder / "defense" / "ibau" / run / "history.csv")
 
 
@@ -183,7 +183,7 @@ def test_the_published_habit_is_one_projection_after_the_search(tiny: Record, tm
 @pytest.mark.parametrize("preset", ["ibau_official", "ibau_notebook", "ibau_backdoorbench"])
 def test_the_published_variants_run(preset: str, tiny: Record, tmp_path: Path) -> None:
     record = helpers.copy(tiny, tmp_path)
-    result = helpers.defend("ibau", record, "--yaml_path", preset, "--score_every", "0", "--precision", "fp32")
+    result = helpers.defend("ibau", record, "--yaml_path", preset, "--score_every", "0")
     assert result is not None and result["config"]["solver"] == "fixed_point" and result["config"]["quirks"]
     assert result["config"]["projected"] == (preset == "ibau_notebook")
     published = {"delta_lr": 10.0, "delta_steps": None, "patched": 0.01, "lr_decay": False, "augment": preset == "ibau_backdoorbench"}

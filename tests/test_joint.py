@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from backdoorlab import joint
 from backdoorlab.data import Augment, Batch, Dataset, Split, batches
 from backdoorlab.datasets.load import load as load_dataset
-from backdoorlab.device import autocast, derived_generator
+from backdoorlab.device import derived_generator
 from backdoorlab.engine import Recipe
 from backdoorlab.errors import UserError
 from backdoorlab.execution.attack import attack_job
@@ -98,7 +97,7 @@ def test_what_is_saved_is_what_was_scored(attack: str, made: dict[str, Record]) 
     """The released LIRA scores a model and saves another."""
     record = made[attack]
     dataset = record.dataset()
-    evaluator = Evaluator(dataset.test, record.test_poison, dataset.num_classes, CPU, partial(autocast, CPU, "fp32"))
+    evaluator = Evaluator(dataset.test, record.test_poison, dataset.num_classes, CPU)
     assert evaluator(record.model()).to_json() == record.info["scores"]
 
 
@@ -152,7 +151,7 @@ def test_training_time_defenses_are_compared_with_plain_training(made: dict[str,
     plain, attacked = record.info["plain_scores"], record.info["scores"]
     assert plain["clean_accuracy"] != attacked["clean_accuracy"]
     retrained = helpers.defend("asd", record, *helpers.short_flags("asd"))
-    tuned = helpers.defend("ft", record, "--epochs", "1", "--score_every", "0", "--precision", "fp32")
+    tuned = helpers.defend("ft", record, "--epochs", "1", "--score_every", "0")
     assert retrained is not None and tuned is not None
     assert retrained["before"] == {key: plain[key] for key in retrained["before"]}
     assert tuned["before"] == {key: attacked[key] for key in tuned["before"]}
@@ -292,7 +291,7 @@ def test_batch_normalisation_tells_apart_what_comes_in_separate_passes(tmp_path:
             model.train()
             for batch in batches(dataset.train, 64, device=CPU, generator=derived_generator(epoch, "leak"), drop_last=True):
                 run.step(optimizer, loss_of(model, batch.images, batch.labels))
-        found = predict(model, dataset.test, CPU, partial(autocast, CPU, "fp32"))
+        found = predict(model, dataset.test, CPU)
         accuracy[loss_of.__name__] = (found == dataset.test.labels).float().mean().item()
     assert min(accuracy["by_lira"], accuracy["by_blind"]) > 0.8 and accuracy["apart"] < accuracy["by_lira"] - 0.25, accuracy
 

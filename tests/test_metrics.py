@@ -1,7 +1,6 @@
 """Scores from predictions made by hand, and an evaluator that leaves no trace."""
 
 import random
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,12 +9,10 @@ from torch import Tensor
 
 from backdoorlab import models
 from backdoorlab.data import Split
-from backdoorlab.device import autocast
 from backdoorlab.metrics import Evaluator, collapsed, der, predict, score, split_quality
 from backdoorlab.poison import CROSS, POISON, Poison
 
 CPU = torch.device("cpu")
-FP32 = partial(autocast, CPU, "fp32")
 
 
 def triggered(labels: list[int], original: list[int]) -> Poison:
@@ -87,9 +84,12 @@ def test_der_needs_an_attack() -> None:
     assert der(scores(0.9, None), scores(0.9, None)) is None
 
 
-@pytest.mark.parametrize(("after", "wanted"), [(0.49, True), (0.5, False), (0.1, True), (1.0, False)])
-def test_collapse_is_half_of_the_clean_accuracy_lost(after: float, wanted: bool) -> None:
-    assert collapsed(scores(1.0, 1.0), scores(after, 0.0)) is wanted
+@pytest.mark.parametrize(
+    ("before", "after", "wanted"),
+    [(1.0, 0.81, False), (1.0, 0.8, True), (0.93, 0.731, False), (0.93, 0.73, True), (0.3, 0.16, False), (0.3, 0.14, True), (0.5, 0.9, False)],
+)
+def test_collapse_is_20_points_or_half_of_the_clean_accuracy_lost(before: float, after: float, wanted: bool) -> None:
+    assert collapsed(scores(before, 1.0), scores(after, 0.0)) is wanted
 
 
 def test_split_quality_counted_by_hand() -> None:
@@ -135,7 +135,7 @@ def test_evaluation_draws_nothing_and_changes_nothing() -> None:
     model.network.layer2.eval()  # a mixture of modes, as some defenses use it
     modes, before = [m.training for m in model.modules()], everything(model)
     state = torch.get_rng_state(), random.getstate(), next_numpy()
-    found = Evaluator(test, poison, 4, CPU, FP32)(model)
+    found = Evaluator(test, poison, 4, CPU)(model)
     assert torch.equal(state[0], torch.get_rng_state()) and state[1] == random.getstate() and state[2] == next_numpy()
     assert modes == [m.training for m in model.modules()]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "batch-norm statistics too"
@@ -149,7 +149,7 @@ def test_evaluation_is_in_evaluation_mode_whatever_the_batch() -> None:
     model.eval()
     with torch.no_grad():  # an untrained network gives one answer to all: take away what its logits have in common
         model.network.linear.bias -= torch.cat([model(image[None].float() / 255) for image in test.images]).mean(0)
-    whole = predict(model.train(), test, CPU, FP32)
+    whole = predict(model.train(), test, CPU)
     model.eval()
     with torch.no_grad():
         by_hand = torch.cat([model(image[None].float() / 255) for image in test.images]).argmax(1)
@@ -159,7 +159,7 @@ def test_evaluation_is_in_evaluation_mode_whatever_the_batch() -> None:
 
 def test_the_evaluator_runs_a_model_again_only_when_its_weights_changed() -> None:
     model, test, poison = model_and_data()
-    evaluator, calls = Evaluator(test, poison, 4, CPU, FP32), []
+    evaluator, calls = Evaluator(test, poison, 4, CPU), []
     model.register_forward_hook(lambda *_: calls.append(1))
     first = evaluator(model)
     once = len(calls)
@@ -175,5 +175,5 @@ def test_the_evaluator_runs_a_model_again_only_when_its_weights_changed() -> Non
 
 def test_an_empty_split_has_no_prediction() -> None:
     model, test, _ = model_and_data()
-    found = predict(model, test.subset(torch.zeros(0, dtype=torch.int64)), CPU, FP32)
+    found = predict(model, test.subset(torch.zeros(0, dtype=torch.int64)), CPU)
     assert found.shape == (0,) and found.dtype == torch.int64

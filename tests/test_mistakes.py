@@ -95,7 +95,7 @@ MISTAKES: dict[str, tuple[Make | None, tuple[str, ...], str]] = {
     "a device of another maker": (None, (*DATA, "--device", "mps"), "--device mps: expected auto, cpu, cuda or cuda:N"),
     "a rate that is text": (None, (*DATA, "--lr", "fast"), "lr"),
     "a flag without its value": (None, (*DATA, "--epochs"), "epochs"),
-    "a learning rate that explodes": (None, (*DATA, "--lr", "1e30", "--precision", "fp32", "--score_every", "0"), "the run diverged and is stopped"),
+    "a learning rate that explodes": (None, (*DATA, "--lr", "1e30", "--score_every", "0"), "the run diverged and is stopped"),
     "settings that are not YAML": (_write("s.yaml", "a: [1, 2"), (*DATA, "--yaml_path", "{root}/s.yaml"), "s.yaml: not readable as YAML"),
     "settings that are a list": (_write("s.yaml", "- 1"), (*DATA, "--yaml_path", "{root}/s.yaml"), "expected lines of `key: value`"),
     "settings that are a picture": (_write("s.yaml", b"\x89PNG\xff"), (*DATA, "--yaml_path", "{root}/s.yaml"), "s.yaml: not readable as YAML"),

@@ -60,7 +60,7 @@ def written(small: Record, small_flags: tuple[str, ...], root: Path) -> Path:
     helpers.defend("dau", record, *helpers.short_flags("dau"))
     helpers.defend("asd", record, *helpers.short_flags("asd"))
     for seed in ("0", "1"):
-        helpers.defend("ft", record, "--epochs", "2", "--trusted_ratio", "0.3", "--precision", "fp32", "--seed", seed)
+        helpers.defend("ft", record, "--epochs", "2", "--trusted_ratio", "0.3", "--seed", seed)
     helpers.copy(small, root, "alone")
     place = small_flags.index("--patch_size"), small_flags.index("--poison_rate")
     clean = [flag for at, flag in enumerate(small_flags) if at not in (place[0], place[0] + 1, place[1], place[1] + 1)]

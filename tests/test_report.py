@@ -292,7 +292,7 @@ def test_rates_of_each_epoch_are_those_of_the_split(small: Record, tmp_path: Pat
 
 def test_dau_is_decided_by_its_suspicion(backdoored: Record, tmp_path: Path) -> None:
     record = helpers.copy(backdoored, tmp_path)
-    result = helpers.defend("dau", record, "--epochs", "1", "--score_every", "0", "--precision", "fp32", "--threshold", "0.2")
+    result = helpers.defend("dau", record, "--epochs", "1", "--score_every", "0", "--threshold", "0.2")
     kept = reading.read_tensors(record.folder / "defense" / "dau" / "seed0" / "split.safetensors")[0]
     assert result is not None and 0 < kept["flagged"].sum() < len(kept["flagged"])
     assert torch.equal(kept["flagged"], kept["suspicion"] > -np.log(result["config"]["threshold"]))
@@ -316,7 +316,7 @@ def test_a_suspicion_without_a_finite_value_is_no_panel(small: Record, tmp_path:
 
 def test_trajectories_start_at_what_the_attack_left(small: Record, tmp_path: Path) -> None:
     record = helpers.copy(small, tmp_path)
-    helpers.defend("ft", record, "--epochs", "3", "--trusted_ratio", "0.3", "--precision", "fp32")
+    helpers.defend("ft", record, "--epochs", "3", "--trusted_ratio", "0.3")
     (panel,) = [panel for panel in charts.scores(artifacts.gather([record])).panels if panel.title == "ft"]
     asr = next(series for series in panel.series if series.name == "ASR")
     assert list(asr.x) == [0, 1, 2, 3] and asr.y[0] == pytest.approx(100 * record.info["scores"]["asr"]) and asr.kind == "line"

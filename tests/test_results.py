@@ -1,10 +1,10 @@
 """What may enter one mean, and what may be concluded from it."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from backdoorlab.datasets import locations
+from backdoorlab.device import Exact
 from backdoorlab.execution.defense import defense_job
+from backdoorlab.execution.precision import Timing
 from backdoorlab.execution.stage import made_with, open_stage
 from backdoorlab.record import Record
 from backdoorlab.settings import methods
@@ -133,7 +136,7 @@ def test_a_defense_no_better_than_fine_tuning_on_the_same_records() -> None:
 
 
 @pytest.mark.parametrize(
-    ("info", "precision"),
+    ("info", "wanted"),
     [
         ({"config": {"precision": "auto"}, "precision": "bf16"}, "bf16"),
         ({"config": {"precision": "fp32"}, "precision": "fp32"}, "fp32"),
@@ -142,41 +145,44 @@ def test_a_defense_no_better_than_fine_tuning_on_the_same_records() -> None:
         ({"config": {"crop_padding": 4, "flip": False}}, "unknown"),
     ],
 )
-def test_the_precision_is_what_was_computed_in(info: dict[str, Any], precision: str) -> None:
-    assert measured.precision(info) == precision
+def test_the_precision_is_what_was_computed_in(info: dict[str, Any], wanted: str) -> None:
+    assert measured.precision(info) == wanted
 
 
-@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16"), (False, "fp32")])
-def test_what_auto_became_is_kept(fast: bool, precision: str, tmp_path: Path, small: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backdoorlab.device.fast_bf16", lambda _device: fast)
-    monkeypatch.setattr(
-        "backdoorlab.device.autocast", lambda _device, _precision: contextlib.nullcontext()
-    )  # bf16 takes minutes where it is not fast
-    result = helpers.defend("ft", helpers.copy(small, tmp_path), *helpers.short_flags("ft"), "--precision", "auto", "--epochs", "1")
-    assert result is not None and result["precision"] == precision and result["config"]["precision"] == "auto"
+@pytest.mark.parametrize(("seconds", "wanted"), [(0.5, "bf16"), (2.0, "fp32")])
+def test_what_auto_became_is_kept(seconds: float, wanted: str, tmp_path: Path, small: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = helpers.copy(small, tmp_path)
+    record.dataset()  # into the cache
+    shutil.copytree(locations.cache_root(), tmp_path / "cache", ignore=shutil.ignore_patterns("precision-*"))
+    monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("BACKDOORLAB_PRECISION", "auto")
+    monkeypatch.setattr("backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, seconds))
+    result = helpers.defend("ft", record, *helpers.short_flags("ft"), "--epochs", "1")
+    assert result is not None and result["precision"] == wanted and result["config"]["precision"] == "auto"
+    assert result["precision_why"] == f"measured on this machine: a training step in bf16 takes {seconds:.2f} times as long as in fp32"
     assert small.info["precision"] == "fp32", "as its flags say"
 
 
 def test_precisions_are_never_in_one_mean(tmp_path: Path, small: Record) -> None:
     made = []
-    for seed, precision in enumerate(("bf16", "bf16", "fp32", None, None)):
+    for seed, computed in enumerate(("bf16", "bf16", "fp32", None, None)):
         folder = helpers.copy(small, tmp_path, f"r{seed}").folder
         config = small.info["config"] | {"precision": "auto"}
-        helpers.edit_json(folder / "record.json", seed=seed, precision=precision, config=config)
+        helpers.edit_json(folder / "record.json", seed=seed, precision=computed, config=config)
         made.append(Record.load(folder.name, tmp_path))
     found = measured.rows(made)
     assert sorted(tuple(row.record for row in group.rows) for group in grouping.grouped(found)) == [("r0", "r1"), ("r2",), ("r3", "r4")]
     assert grouping.remarks(found)[0] == "badnet on small: 3 experiments that differ in precision are kept apart, not averaged"
 
 
-def test_a_run_that_went_on_in_another_precision_says_both(tmp_path: Path, small: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_went_on_in_another_precision_says_both(tmp_path: Path, small: Record) -> None:
     record = helpers.copy(small, tmp_path)
     job = defense_job(methods.load("defense", "ft"), ["--result_file", record.name, "--record_root", str(tmp_path)], "test")
     target = record.folder / "defense" / "ft" / "seed0"
     said = []
-    for fast in (True, True, False, False):
-        monkeypatch.setattr("backdoorlab.device.fast_bf16", lambda _device, fast=fast: fast)
-        with open_stage(target, "result.json", job, {}) as stage:
+    computed: tuple[Exact, ...] = ("bf16", "bf16", "fp32", "fp32")
+    for here in computed:
+        with open_stage(target, "result.json", job, {}, here) as stage:
             (stage / "once-something.safetensors").touch()
             said.append(made_with(stage)["precision"])
     assert said == ["bf16", "bf16", "bf16+fp32", "bf16+fp32"]

@@ -30,7 +30,7 @@ from backdoorlab.run import BETWEEN_CHECKPOINTS, Run
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading, writing
 
-THREE = ("--image_size", "16", "--width", "4", "--epochs", "3", "--score_every", "0", "--precision", "fp32")
+THREE = ("--image_size", "16", "--width", "4", "--epochs", "3", "--score_every", "0")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -76,7 +76,7 @@ def test_a_killed_attack_continues_to_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_a_killed_dau_continues_to_the_same_bytes(backdoored: Record, tmp_path: Path) -> None:
-    flags = ("--epochs", "3", "--score_every", "0", "--precision", "fp32")
+    flags = ("--epochs", "3", "--score_every", "0")
     record = helpers.copy(backdoored, tmp_path)
     whole = helpers.defend("dau", record, *flags, "--run_name", "whole")
     assert whole is not None and whole["image_passes"]["backward"] > 0, "there was something to unlearn"
@@ -106,7 +106,7 @@ INTERRUPTED = {
 @pytest.mark.parametrize("method", sorted(INTERRUPTED))
 def test_an_interrupted_defense_continues_to_the_same_weights(method: str, tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle, and run again: networks, optimizers, schedule, pools and random state are those of the uninterrupted run."""
-    flags = (*INTERRUPTED[method], "--score_every", "0", "--precision", "fp32")
+    flags = (*INTERRUPTED[method], "--score_every", "0")
     record = helpers.copy(tiny, tmp_path)
     whole = helpers.defend(method, record, *flags, "--run_name", "whole")
     with monkeypatch.context() as patch:
@@ -208,12 +208,12 @@ def test_an_unfinished_defense_is_continued_with_the_same_trusted_images_only(ti
     target = tmp_path / "seed0"
     for trusted, message in (("a", None), ("b", r"other settings \(other trusted images\)"), ("a", None)):
         refused = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
-        with refused, open_stage(target, "result.json", job, {"record": "x", "trusted images": trusted}) as stage:
+        with refused, open_stage(target, "result.json", job, {"record": "x", "trusted images": trusted}, "fp32") as stage:
             (stage / "once-something.safetensors").touch()
     marker = target.with_name("seed0.partial") / "run.json"
     kept = {key: value for key, value in reading.read_json(marker).items() if key != "inputs"}
     writing.write_json(marker, kept)
-    with open_stage(target, "result.json", job, {"record": "y"}):
+    with open_stage(target, "result.json", job, {"record": "y"}, "fp32"):
         pass  # begun by a version that did not say
 
 
@@ -276,7 +276,7 @@ def test_a_stopped_replacement_continues_and_until_then_loses_nothing(tiny: Reco
 
 
 def test_a_stopped_replacement_of_a_result_continues(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record, flags = helpers.copy(tiny, tmp_path), ("--epochs", "2", "--precision", "fp32", "--score_every", "0", "--overwrite", "True")
+    record, flags = helpers.copy(tiny, tmp_path), ("--epochs", "2", "--score_every", "0", "--overwrite", "True")
     first = epochs_of(monkeypatch, lambda: helpers.defend("ft", record, *flags))
     stop_in_the_second_epoch(monkeypatch, lambda: helpers.defend("ft", record, *flags))
     helpers.defend("ft", record, *flags, "--run_name", "beside")
@@ -428,7 +428,7 @@ def test_the_state_before_a_run_does_not_matter(tmp_path: Path) -> None:
 
 
 def test_a_defense_repeats_itself(tiny: Record, tmp_path: Path) -> None:
-    record, flags = helpers.copy(tiny, tmp_path), ("--epochs", "2", "--precision", "fp32")
+    record, flags = helpers.copy(tiny, tmp_path), ("--epochs", "2")
     for run, seed in (("a", 0), ("b", 0), ("c", 1)):
         helpers.defend("ft", record, *flags, "--run_name", run, "--seed", str(seed))
     folder = record.folder / "defense" / "ft"

@@ -86,7 +86,7 @@ def test_statistics_stay_unless_told(tiny: Record, tmp_path: Path) -> None:
     record = helpers.copy(tiny, tmp_path)
     before = record.model().state_dict()
     for run, train_bn in (("fixed", "False"), ("train", "True")):
-        helpers.defend("sau", record, "--n_rounds", "1", "--precision", "fp32", "--run_name", run, "--train_bn", train_bn)
+        helpers.defend("sau", record, "--n_rounds", "1", "--run_name", run, "--train_bn", train_bn)
         after = reading.read_tensors(record.folder / "defense" / "sau" / run / "model.safetensors")[0]
         buffers = [name for name in after if "running" in name]
         assert buffers and all(torch.equal(before[name], after[name]) for name in buffers) == (run == "fixed")

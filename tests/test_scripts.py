@@ -159,7 +159,7 @@ def test_backdoorbench_flags_run(tmp_path: Path) -> None:
 
 def test_a_timm_model_by_name_on_the_digits(tmp_path: Path) -> None:
     """Whose YAML file sets a width, which is not for it."""
-    argv = ["--save_folder_name", "r", "--model", "resnet10t", "--image_size", "8", "--epochs", "1", "--score_every", "0", "--precision", "fp32"]
+    argv = ["--save_folder_name", "r", "--model", "resnet10t", "--image_size", "8", "--epochs", "1", "--score_every", "0"]
     assert cli.main(str(BADNET), argv) == 0
     assert Record.load("r", tmp_path / "record").info["architecture"]["width"] is None
 
@@ -168,7 +168,7 @@ def test_dau_in_three_subtasks(backdoored: Record, tmp_path: Path, capsys: Captu
     record = helpers.copy(backdoored, tmp_path / "record")
     folder = record.folder / "defense" / "dau"
     run = lambda subtask: cli.main(  # noqa: E731
-        str(DAU), ["--result_file", record.name, "--epochs", "1", "--precision", "fp32", *(("--subtask", subtask) if subtask else ())]
+        str(DAU), ["--result_file", record.name, "--epochs", "1", *(("--subtask", subtask) if subtask else ())]
     )
     assert run("unlearning") == 2
     assert "run --subtask anti_learning first" in complaint(capsys.readouterr().err)

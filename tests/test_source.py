@@ -53,6 +53,15 @@ def test_the_same_code_has_the_same_version_wherever_it_is(elsewhere: Path) -> N
         ("backdoorlab/bench/driver.py", set()),
         ("backdoorlab/exchange/hub.py", set()),
         ("defense/dau.py", set()),
+        ("defense/sau.py", {"sau"}),
+        ("backdoorlab/tables/rows.py", set()),
+        ("backdoorlab/report/page.py", set()),
+        ("backdoorlab/exchange/verify.py", set()),
+        ("backdoorlab/execution/preview.py", set()),
+        ("backdoorlab/cli.py", set()),
+        ("backdoorlab/execution/tracking.py", set()),
+        ("backdoorlab/execution/precision.py", set()),
+        ("backdoorlab/storage/writing.py", set()),
     ],
 )
 def test_it_changes_with_what_computes(elsewhere: Path, changed: str, whose: set[str]) -> None:
@@ -69,7 +78,7 @@ def test_records_and_results_say_it(small: Record) -> None:
 def test_a_run_that_other_code_began_says_both(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So it is in no mean with runs of either."""
     record = helpers.copy(tiny, tmp_path)
-    flags = ("--epochs", "3", "--score_every", "0", "--precision", "fp32")
+    flags = ("--epochs", "3", "--score_every", "0")
     with monkeypatch.context() as patch:
         patch.setattr("backdoorlab.execution.stage.code_version", lambda path: "0" * 12)
         interrupt_at(patch, 3)

@@ -16,7 +16,7 @@ from backdoorlab.record import Record
 from backdoorlab.run import Run
 from backdoorlab.storage import reading
 
-SHORT = ("--trusted_ratio", "0.3", "--epochs", "3", "--precision", "fp32")
+SHORT = ("--trusted_ratio", "0.3", "--epochs", "3")
 SENT = ("loss", "clean_accuracy", "asr", "robust_accuracy")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trackers' own
 

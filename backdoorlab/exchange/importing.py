@@ -4,7 +4,6 @@ import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +15,7 @@ from ..data import Dataset, Split
 from ..datasets import cache
 from ..datasets.load import find as find_dataset
 from ..datasets.load import load as load_dataset
-from ..device import autocast as device_autocast
-from ..device import choose_device, resolved
+from ..device import choose_device
 from ..errors import UserError, suggest
 from ..execution.environment import environment
 from ..execution.preview import save_preview
@@ -140,7 +138,6 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
         stems=[options.stem] if options.stem else ["stock", "small"],
         normalisations=normalisations,
         device=device,
-        autocast=partial(device_autocast, device, "auto"),
         source=source,
     )
     seed = contents.settings.get("random_seed")
@@ -204,7 +201,6 @@ def _from_weights(options: Import, device: torch.device) -> Found:
     image_size, grey = options.image_size, options.grey
     dataset = load_dataset(name, options.dataset_path, image_size=image_size, grey=grey)
     stems: list[models.Stem] = [options.stem] if options.stem else [described["stem"]] if "stem" in described else ["stock", "small"]
-    autocast = partial(device_autocast, device, "auto")
     model, built, tried = fit(
         weights,
         architecture,
@@ -212,7 +208,6 @@ def _from_weights(options: Import, device: torch.device) -> Found:
         stems=stems,
         normalisations=_given(options, dataset) or _kept(described, dataset.image_shape[0]) or _published(name, dataset),
         device=device,
-        autocast=autocast,
         source=path,
     )
     notes = ["whether and how the model and its data were attacked is not known", *([tried] if tried else [])]
@@ -220,7 +215,7 @@ def _from_weights(options: Import, device: torch.device) -> Found:
     if options.triggered_path is not None:
 
         def answers(split: Split) -> torch.Tensor:
-            return predict(model, split, device, autocast)
+            return predict(model, split, device)
 
         triggered, said = triggered_images(options.triggered_path, options.target_label, dataset, image_size, answers)
         notes += [f"ASR is measured on images given with --triggered_path, for class {options.target_label}", *said]
@@ -245,7 +240,7 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
     """Score, and write the record into the staged folder."""
     dataset, test = found.dataset, found.test
     config = _augmentation(options, found.source.get("settings", {}), published(dataset.name))
-    scores = Evaluator(dataset.test, test, dataset.num_classes, device, partial(device_autocast, device, "auto"))(found.model.to(device))
+    scores = Evaluator(dataset.test, test, dataset.num_classes, device)(found.model.to(device))
     notes = list(found.notes)
     if scores.clean_accuracy < 2 / dataset.num_classes:
         notes.append(
@@ -268,7 +263,6 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
         "notes": notes,
         "seconds": None,
         **environment(device),
-        "precision": resolved(device, "auto"),
     }
     for note in notes:
         print(f"  {note}", file=sys.stderr)

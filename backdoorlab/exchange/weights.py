@@ -5,7 +5,6 @@ what a name does not say (normalisation, stem, classes) is in its metadata.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,6 @@ def fit(
     stems: Sequence[models.Stem],
     normalisations: Mapping[str, Normalisation],
     device: torch.device,
-    autocast: Callable[[], AbstractContextManager[Any]],
     source: Path,
 ) -> tuple[Classifier, dict[str, Any], str | None]:
     """(model, architecture, what was tried): the weights in the stem and normalisation that get most training images right.
@@ -116,7 +114,7 @@ def fit(
                 continue
             model = _build(described, shape, num_classes)
             model.network.load_state_dict(dict(weights), strict=False)  # compared above; only batch counters may be absent
-            right = (predict(model.to(device), sample, device, autocast) == sample.labels).double().mean().item()
+            right = (predict(model.to(device), sample, device) == sample.labels).double().mean().item()
             found.append((right, stem, word, model, described))
     if not found:
         raise UserError(

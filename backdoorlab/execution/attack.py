@@ -1,6 +1,7 @@
 """Run one attack into a record."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from .. import record
@@ -10,12 +11,13 @@ from ..datasets.load import load as load_dataset
 from ..device import choose_device, keep_freed_memory, seed_everything
 from ..errors import UserError, described
 from ..poison import POISON, changed_share, check_rate, check_target, left_by_crops
-from ..poisoning import Outcome, poison_and_train, static_attack
+from ..poisoning import Outcome, new_model, poison_and_train, static_attack
 from ..record import Record
 from ..run import Run
 from ..settings.methods import Method
 from ..settings.parse import Trained, parse
 from .environment import environment
+from .precision import choose
 from .preview import save_preview
 from .stage import Job, costs_of, fresh, made_with, open_stage, publish, tracker_of
 
@@ -47,13 +49,18 @@ def run_attack(job: Job) -> Record:
     dataset = load_dataset(config.dataset, config.dataset_path, image_size=config.image_size, grey=config.grey)
     if isinstance(config, TriggerConfig):
         check_target(config.target_label, dataset.num_classes)
-    with open_stage(target, "record.json", job, {"data": dataset.fingerprint}) as stage, tracker_of(job, config.save_folder_name, stage) as tracker:
-        keep_freed_memory(device)
+    keep_freed_memory(device)
+    network = {"architecture": config.model, "width": config.width, "image_shape": list(dataset.image_shape)}
+    chosen = choose(config.precision, device, network, partial(new_model, dataset, config))
+    with (
+        open_stage(target, "record.json", job, {"data": dataset.fingerprint}, chosen.precision) as stage,
+        tracker_of(job, config.save_folder_name, stage) as tracker,
+    ):
         seed_everything(config.seed, device)
-        run = Run(stage, seed=config.seed, device=device, precision=config.precision, score_every=config.score_every)
+        run = Run(stage, seed=config.seed, device=device, precision=chosen.precision, score_every=config.score_every)
         run.told = tracker.line
         job.say_settings(run)
-        run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}")
+        run.say(f"{job.method.name} on {dataset.name}: {len(dataset.train):,} training images {dataset.image_shape}, {device}, {chosen.describe()}")
         seen = set(dataset.train.labels.tolist())
         absent = [name for label, name in enumerate(dataset.class_names) if label not in seen]
         if absent:  # labels 0 and 5 are six classes
@@ -98,6 +105,7 @@ def run_attack(job: Job) -> Record:
             **costs,
             **environment(device),
             **made_with(stage),
+            "precision_why": chosen.why,
         }
         save_preview(final / "preview.png", dataset.test, outcome.test_poison)
         run.save_history(final)

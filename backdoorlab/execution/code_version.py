@@ -1,7 +1,8 @@
 """Which code makes a number: a hash over the source files that a run is made of.
 
 A commit says too much (a new sentence in the README changes it) and too little (files that differ from it). This is the SHA-256 over the
-method's file, what runs an attack and a defense, and every file of the library that these import at their top, directly or through others.
+method's file, what runs an attack and a defense, and every file of the library that these import at their top, directly or through others,
+but for those that only say, show or store a number. (Stored bytes are checksummed, so what stores them cannot change one silently.)
 """
 
 import ast
@@ -10,6 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
+NOT_COMPUTING = (
+    *("cli.py", "api.py", "__main__.py", "tables/", "report/", "bench/", "exchange/"),  # what is said, shown and read back
+    *(f"execution/{name}.py" for name in ("precision", "preview", "code_version", "tracking")),  # which precision was picked is part of every result
+    "storage/",
+)
 
 
 def code_version(method_file: Path) -> str:
@@ -21,7 +27,7 @@ def code_version(method_file: Path) -> str:
     while waiting:
         path = waiting.pop()
         name = path.relative_to(PACKAGE).as_posix()
-        if name not in contents:
+        if name not in contents and not name.startswith(NOT_COMPUTING):
             contents[name] = path.read_bytes()
             waiting += _imported(path, contents[name])
     digest = hashlib.sha256()

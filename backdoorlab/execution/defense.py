@@ -1,7 +1,6 @@
 """Run one defense on a record."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from .. import data, record
 from ..config import DefenseConfig
 from ..data import Dataset, Split
 from ..datasets.load import load_trusted
-from ..device import autocast as device_autocast
 from ..device import choose_device, derived_generator, keep_freed_memory, seed_everything
 from ..errors import UserError
 from ..metrics import Evaluator, collapsed, der
@@ -21,6 +19,7 @@ from ..settings.methods import Method
 from ..settings.parse import Trained, parse
 from ..storage import reading, schema, writing
 from .environment import environment
+from .precision import choose
 from .preview import save_sheet
 from .stage import Job, costs_of, fresh, made_with, open_stage, publish, tracker_of
 
@@ -55,24 +54,30 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     inputs = {"record": reading.sha256(found.folder / "record.json")}
     if trusted is not None:
         inputs["trusted images"] = reading.tensor_hash({"images": trusted.images, "labels": trusted.labels})
-    with open_stage(target, "result.json", job, inputs) as stage, tracker_of(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker:
-        keep_freed_memory(device)
+    keep_freed_memory(device)
+    architecture = found.info["architecture"]
+    network = {"architecture": architecture["name"], "width": architecture["width"], "image_shape": list(dataset.image_shape)}
+    chosen = choose(config.precision, device, network, found.model)
+    with (
+        open_stage(target, "result.json", job, inputs, chosen.precision) as stage,
+        tracker_of(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker,
+    ):
         seed_everything(config.seed, device)
         run = Run(
             stage,
             seed=config.seed,
             device=device,
-            precision=config.precision,
+            precision=chosen.precision,
             train_poison=found.train_poison if found.known_poison else None,
             train_size=len(dataset.train),
             score_every=config.score_every,
         )
         run.told = tracker.line
-        run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, run.autocast))
+        run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device))
         seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
         view = record.defender_view(found, dataset, method.assumes, trusted, device, seeds)
         job.say_settings(run)
-        run.say(f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}), {device}")
+        run.say(f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}), {device}, {chosen.describe()}")
         if trusted is not None:
             _describe_trusted(trusted, config, dataset, run)
             if config.trusted_path is None and not found.known_poison and found.info.get("has_train", True):
@@ -119,6 +124,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             **costs_of(spent),
             **environment(device),
             **made_with(stage),
+            "precision_why": chosen.why,
         }
         writing.write_sealed(final / "result.json", {**result, "files": writing.manifest(final)})
         record.refuse_unreadable(final, record.read_result)
@@ -193,8 +199,7 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
     result = record.read_result(target)
     model = found.model()
     record.load_weights(model, target / "model.safetensors", result["files"], found.model_shapes())
-    autocast = partial(device_autocast, device, config.precision)
-    after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device, autocast)(model.to(device)).summary()
+    after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device)(model.to(device)).summary()
     before = result.get("before", found.info["scores"])
     return {**result, "before": before, "after": after, "der": der(before, after)}
 
@@ -219,5 +224,5 @@ def report(result: dict[str, Any]) -> str:
     if result["split"]:
         lines.append(describe_split(result["split"]))
     if result["collapsed"]:
-        lines.append("COLLAPSED: less than half of the clean accuracy is left; a low ASR means nothing here")
+        lines.append("COLLAPSED: 20 points, or half, of the clean accuracy are lost; a low ASR means nothing here")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ import torch
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What bit-equality depends on, and what a reader of a timing needs."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)" if device.type == "cpu" else f"{device.type} ({name})",
         "versions": {package: version(package) for package in ("backdoorlab", "torch", "torchvision", "timm", "numpy")}
@@ -22,7 +22,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The CPU's own name where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

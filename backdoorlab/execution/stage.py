@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..device import choose_device, resolved
+from ..device import Exact
 from ..errors import UserError
 from ..run import Run, say
 from ..settings.methods import Method
 from ..settings.parse import Parsed
-from ..storage import folders, locks, reading, writing
-from ..storage.schema import UNKNOWN
+from ..storage import folders, locks, reading, schema, writing
 from ..storage.staging import refuse_existing, refuse_foreign
 from .code_version import code_version
 
@@ -44,7 +43,7 @@ def tracker_of(job: Job, name: str, stage: Path) -> AbstractContextManager["Told
 
 
 @contextmanager
-def open_stage(target: Path, done: str, job: Job, inputs: Mapping[str, str]) -> Iterator[Path]:
+def open_stage(target: Path, done: str, job: Job, inputs: Mapping[str, str], computes_in: Exact) -> Iterator[Path]:
     """The unfinished folder of a run beside its target: locked, and continued only by the same settings on the same inputs (name -> SHA-256).
 
     A run that overwrites is continued by the same command only, while what it is to replace is what it was when the run began.
@@ -59,7 +58,7 @@ def open_stage(target: Path, done: str, job: Job, inputs: Mapping[str, str]) -> 
         for torn in path.glob(".*.tmp"):
             folders.remove(torn)
         settings = {"method": job.method.name, "config": config.science(), "inputs": dict(inputs)}
-        made = {"code": code_version(job.method.path), "precision": resolved(choose_device(config.device), config.precision)}
+        made = {"code": code_version(job.method.path), "precision": computes_in}
         marker = path / "run.json"
         finished = _checksum(target / done) if config.overwrite else None
         replaces = {} if finished is None else {"replaces": finished}  # with nothing to replace, the flag changes nothing
@@ -68,7 +67,7 @@ def open_stage(target: Path, done: str, job: Job, inputs: Mapping[str, str]) -> 
             begun = reading.read_json(marker)
             begun.pop("replaces", None)
             begun.setdefault("inputs", settings["inputs"])  # one of an older version does not say
-            before = {"code": begun.pop("code", "?"), "precision": begun.pop("precision", UNKNOWN)}
+            before = {"code": begun.pop("code", "?"), "precision": begun.pop("precision", schema.UNKNOWN)}
             _check_same(path, begun, settings)
             made = {key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}" for key, old in before.items()}
         else:

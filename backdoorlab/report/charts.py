@@ -210,7 +210,7 @@ def described(cell: Cell) -> str:
     lines = [f"{row.record}: {row.attack}, {cell.name}", scores]
     if row.seconds is not None:
         lines.append(f"{row.seconds:,.0f} s on {row.device or 'an unnamed machine'}")
-    return "\n".join(lines + (["COLLAPSED: half of the clean accuracy is lost"] if row.collapsed else []))
+    return "\n".join(lines + (["COLLAPSED: 20 points, or half, of the clean accuracy are lost"] if row.collapsed else []))
 
 
 # --- one record --------------------------------------------------------------------------------------------------

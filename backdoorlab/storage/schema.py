@@ -17,12 +17,12 @@ PAYLOAD = ("model.safetensors", "train_poison.safetensors", "test_poison.safeten
 SCORES = ("clean_accuracy", "asr", "robust_accuracy")
 ASSUMABLE = {"model": "poisoned model", "train": "poisoned training set", "trusted": "trusted images", "seeds": "clean seeds"}
 """What a defense may assume, in the words of the table."""
+UNKNOWN = "unknown"
+"""Precision of a run that chose it itself, before what it chose was kept, and of a model that was trained elsewhere."""
 LARGEST_SIDE = 8192
 """Pixels of an image, and channels: more is taken for damage."""
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]*")
 """What names a method or a model; such names are printed and looked up, so they hold nothing that a terminal or a path would act on."""
-UNKNOWN = "unknown"
-"""Precision of a run that chose it itself, before what it chose was kept."""
 
 
 def check_record(path: Path, info: Mapping[str, Any]) -> None:
@@ -189,6 +189,7 @@ def _told(info: Mapping[str, Any]) -> dict[str, bool]:
         "notes": _are_texts(info.get("notes")),
         "code": info.get("code") is None or isinstance(info["code"], str),
         "precision": info.get("precision") is None or _is_word(info["precision"]),
+        "precision_why": info.get("precision_why") is None or isinstance(info["precision_why"], str),
     }
 
 

@@ -62,7 +62,7 @@ class Group:
 
     @property
     def collapsed(self) -> int:
-        """How many seeds lost half of their clean accuracy."""
+        """How many seeds lost 20 points of clean accuracy, or half of it."""
         return sum(row.collapsed for row in self.rows)
 
 

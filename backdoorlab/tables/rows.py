@@ -226,9 +226,14 @@ def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
         comparable_der=metrics.der(record.info["scores"], result["after"]),
         tpr=split.get("tpr"),
         fpr=split.get("fpr"),
-        collapsed=bool(result["collapsed"]),
+        collapsed=_collapsed(result),
         defense_settings=_settings(result),
     )
+
+
+def _collapsed(result: Mapping[str, Any]) -> bool:
+    """By today's rule, also for what an older version wrote."""
+    return metrics.collapsed(result["before"], result["after"]) if result.get("before") else bool(result["collapsed"])
 
 
 def _shared(record: Record) -> dict[str, Any]:
