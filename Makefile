@@ -36,7 +36,7 @@ test-processors: $(VENV)/installed-dev
 	$(RUN) tests/processors.py $(if $(ONLY),--only $(ONLY))
 
 bench: $(VENV)/installed
-	$(RUN) -m benchmarks
+	$(RUN) -m performance
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -43,7 +43,11 @@ setup(
         "slurm": ["submitit"],
         "track": ["tensorboard", "wandb", "mlflow-skinny"],
     },
-    packages=["backdoorlab", "backdoorlab.models", "backdoorlab.attack", "backdoorlab.defense", "backdoorlab.resource"],
+    packages=[
+        "backdoorlab",
+        *(f"backdoorlab.{folder}" for folder in ("models", "datasets", "storage", "settings", "execution", "tables", "report", "bench", "exchange")),
+        *("backdoorlab.attack", "backdoorlab.defense", "backdoorlab.resource"),
+    ],
     package_dir={
         "backdoorlab": "backdoorlab",
         "backdoorlab.attack": "attack",

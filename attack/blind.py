@@ -25,8 +25,8 @@ from backdoorlab.engine import Course, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import labels_of, snapshot
 from backdoorlab.poison import Labels
+from backdoorlab.poisoning import Outcome, new_model
 from backdoorlab.run import Run
-from backdoorlab.runner import Outcome, new_model
 
 PATTERN = torch.tensor([[1, 0, 1], [-1, 1, -1], [-1, -1, 0], [-1, 1, -1], [1, 0, 1]])
 """1 white, 0 black, -1 left as it is."""

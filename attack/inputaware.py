@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
 from backdoorlab.data import Batch, Dataset, batches, place, to_float
-from backdoorlab.engine import Course, derived_generator, make_optimizer
+from backdoorlab.device import derived_generator
+from backdoorlab.engine import Course, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import cross_accuracy, in_batch, labels_of, seeded, snapshot
 from backdoorlab.models import Classifier
 from backdoorlab.poison import Poison, Stamp
+from backdoorlab.poisoning import Outcome, new_model
 from backdoorlab.run import Run
-from backdoorlab.runner import Outcome, new_model
 from backdoorlab.triggers import quantised
 
 LIMITS = "digits: ASR 55 to 66 %; with larger masks the generator paints zeros, which networks that never met it take for the target, too"

@@ -23,9 +23,8 @@ from backdoorlab.data import Dataset, to_bytes, to_float
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier
 from backdoorlab.perturb import frozen
+from backdoorlab.poisoning import Outcome, static_attack, train_surrogate
 from backdoorlab.run import Run
-from backdoorlab.runner import Outcome, static_attack
-from backdoorlab.surrogate import train_surrogate
 
 LIMITS = "digits: ASR 0 at the published eps of 16/255 and at 0.4, because a zero is known by its shape"
 CORNER = torch.tensor([[1, -1, -1], [-1, 1, -1], [1, -1, 1]])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
-from backdoorlab.engine import derived_generator
+from backdoorlab.device import derived_generator
 from backdoorlab.triggers import at_side
 
 

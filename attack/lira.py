@@ -30,8 +30,8 @@ from backdoorlab.joint import labels_of, psnr, seeded, snapshot, vary
 from backdoorlab.models import Classifier
 from backdoorlab.perturb import frozen
 from backdoorlab.poison import Labels
+from backdoorlab.poisoning import Outcome, new_model
 from backdoorlab.run import Run
-from backdoorlab.runner import Outcome, new_model
 
 
 @dataclass(frozen=True, kw_only=True)

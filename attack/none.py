@@ -12,8 +12,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import TrainingConfig
 from backdoorlab.data import Dataset
 from backdoorlab.poison import no_poison
+from backdoorlab.poisoning import Outcome, poison_and_train
 from backdoorlab.run import Run
-from backdoorlab.runner import Outcome, poison_and_train
 
 
 @dataclass(frozen=True, kw_only=True)

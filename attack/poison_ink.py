@@ -25,9 +25,9 @@ from backdoorlab.data import Dataset, place, to_bytes, to_float
 from backdoorlab.engine import random_batches
 from backdoorlab.errors import UserError
 from backdoorlab.joint import psnr, seeded, vary
+from backdoorlab.models.unet import UNet
+from backdoorlab.poisoning import Outcome, static_attack
 from backdoorlab.run import Run
-from backdoorlab.runner import Outcome, static_attack
-from backdoorlab.unet import UNet
 
 GAIN = 10
 """Factor before the tanh, so that the first residuals are strong enough to be read."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
 from backdoorlab.data import Dataset
-from backdoorlab.engine import derived_generator
+from backdoorlab.device import derived_generator
 from backdoorlab.errors import UserError
 from backdoorlab.poison import draw
 from backdoorlab.run import Run

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
 from backdoorlab.data import Dataset, place, to_bytes, to_float
-from backdoorlab.engine import derived_generator, random_batches
+from backdoorlab.device import derived_generator
+from backdoorlab.engine import random_batches
 from backdoorlab.joint import psnr, seeded
+from backdoorlab.models.unet import UNet
+from backdoorlab.poisoning import Outcome, static_attack
 from backdoorlab.run import Run
-from backdoorlab.runner import Outcome, static_attack
-from backdoorlab.unet import UNet
 
 GAIN = 10
 """Factor before the tanh: without it the first residuals are too faint for any bit to be read, and nothing is learnt."""

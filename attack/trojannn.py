@@ -23,9 +23,8 @@ from backdoorlab.config import AttackConfig
 from backdoorlab.data import Dataset, to_bytes
 from backdoorlab.models import Classifier
 from backdoorlab.perturb import frozen
+from backdoorlab.poisoning import Outcome, static_attack, train_surrogate
 from backdoorlab.run import Run
-from backdoorlab.runner import Outcome, static_attack
-from backdoorlab.surrogate import train_surrogate
 
 LIMITS = "digits: networks that never met the stain take 33 to 43 % of these digits for the target by themselves, so that their ASR says little"
 

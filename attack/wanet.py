@@ -21,10 +21,10 @@ from torch import Tensor
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
 from backdoorlab.data import Batch, Dataset, place, to_float
-from backdoorlab.engine import derived_generator
+from backdoorlab.device import derived_generator
 from backdoorlab.joint import cross_accuracy, in_batch, labels_of, snapshot, train_changed
+from backdoorlab.poisoning import Outcome, new_model
 from backdoorlab.run import Run
-from backdoorlab.runner import Outcome, new_model
 from backdoorlab.triggers import quantised
 
 

@@ -15,12 +15,22 @@ from typing import Annotated
 import torch
 from tyro.conf import Positional, arg
 
-from . import bench, datasets, engine, exporting, forms, hub, importing, models, precision, registry, report, results, scan, tables
-from .cli import guarded, one_line, run_method
-from .config import parse_plain
-from .errors import UserError, suggest
+from . import models
+from .bench import driver
+from .cli import guarded, run_method
+from .datasets import cache, locations, readers
+from .datasets.load import load as load_dataset
+from .device import choose_device
+from .errors import UserError, one_line, suggest
+from .exchange import exporting, hub, importing, scan
+from .exchange.verify import verify
+from .execution.precision import choose
 from .record import every_name, record_names, record_root
-from .verify import verify
+from .report import page
+from .settings import methods, resources
+from .settings.parse import parse_plain
+from .tables import formats, layout
+from .tables import rows as measured
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Table:
 
     names: Positional[tuple[str, ...]] = ()
     """Records to show; none means all that can be read."""
-    format: Annotated[forms.Format, arg(aliases=["-f"])] = "text"
+    format: Annotated[formats.Format, arg(aliases=["-f"])] = "text"
     """text, markdown, csv or latex."""
     mean: bool = False
     """A row for the mean over seeds of each experiment, with published numbers and a test over attacks, instead of a row for each run."""
@@ -107,15 +117,15 @@ class Pull:
 
 def table(options: Table) -> int:
     root = record_root(options.record_root)
-    damaged: list[results.Damaged] = []
-    on_damage = results.refuse if options.debug else damaged.append
-    records = results.readable(_names(options.names, root), root, results.refuse if options.names else on_damage)
+    damaged: list[measured.Damaged] = []
+    on_damage = measured.refuse if options.debug else damaged.append
+    records = measured.readable(_names(options.names, root), root, measured.refuse if options.names else on_damage)
     if options.mean or options.worst:
-        rows = results.rows(records, on_damage=on_damage)
-        tables.show(tables.means(rows, options.format, worst=options.worst), options.format)
+        rows = measured.rows(records, on_damage=on_damage)
+        layout.show(layout.means(rows, options.format, worst=options.worst), options.format)
     else:
-        print(tables.render(tables.rows(records, on_damage), options.format), end="")
-    return tables.complain(damaged)
+        print(layout.render(layout.rows(records, on_damage), options.format), end="")
+    return layout.complain(damaged)
 
 
 def verifying(options: Verify) -> int:
@@ -156,23 +166,23 @@ def _names(given: tuple[str, ...], root: Path) -> tuple[str, ...]:
 
 def listing(_options: List) -> int:
     print("attacks (python attack/NAME.py --save_folder_name RECORD)")
-    for name in registry.available("attack"):
-        attack = registry.load("attack", name)
+    for name in methods.available("attack"):
+        attack = methods.load("attack", name)
         print(f"  {name:<16}{attack.title}" + (f"\n  {'':<16}{attack.limits}" if attack.limits else ""))
     print("\ndefenses (python defense/NAME.py --result_file RECORD)")
-    for name in registry.available("defense"):
-        method = registry.load("defense", name)
-        print(f"  {name:<16}{method.title}\n  {'':<16}assumes: {tables.assumes(method.assumes)}")
+    for name in methods.available("defense"):
+        method = methods.load("defense", name)
+        print(f"  {name:<16}{method.title}\n  {'':<16}assumes: {layout.assumes(method.assumes)}")
     print("\ndata sets (--dataset NAME)")
     print(f"  {'digits':<16}embedded, the default: 1,797 grey digits as 32x32 images")
-    print(f"  {', '.join(datasets.TORCHVISION)}: torchvision's, downloaded where there is a network")
+    print(f"  {', '.join(readers.TORCHVISION)}: torchvision's, downloaded where there is a network")
     print("  any other name with --dataset_path FOLDER: parquet shards (img or image, label) or train/<class>/*.png")
     print(f"\nmodels (--model NAME)\n  {', '.join(models.OWN)} (--width), or any timm model by name, such as resnet18, vgg19_bn, convnext_tiny")
     return 0
 
 
 def doctor(options: Doctor) -> int:
-    device = engine.choose_device("auto")
+    device = choose_device("auto")
     root = record_root(options.record_root)
     packages = ("backdoorlab", "torch", "torchvision", "timm", "numpy", "pandas", "safetensors", "tyro")
     print(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -183,10 +193,10 @@ def doctor(options: Doctor) -> int:
     print(f"precision   {_precision(device)}")
     print(f"threads     {torch.get_num_threads()} of {os.cpu_count()} cores")
     print(f"records     {root.resolve()}: {len(record_names(root))} finished, {_writable(root)}")
-    print(f"cache       {datasets.cache_root()}: {_writable(datasets.cache_root())}")
-    for entry in datasets.cached():
+    print(f"cache       {locations.cache_root()}: {_writable(locations.cache_root())}")
+    for entry in cache.cached():
         print(f"data set    {entry.get('name')}: {entry.get('train')} + {entry.get('test')} images, fingerprint {str(entry.get('fingerprint'))[:12]}")
-    digits = datasets.load("digits")
+    digits = load_dataset("digits")
     print(f"data set    digits: {len(digits.train)} + {len(digits.test)} images, fingerprint {digits.fingerprint[:12]} (embedded)")
     return 0
 
@@ -196,7 +206,7 @@ def _precision(device: torch.device) -> str:
     shape = (1, 32, 32)
     network = {"architecture": "preactresnet10", "width": 16, "image_shape": list(shape)}
     build = partial(models.build, "preactresnet10", num_classes=10, in_chans=1, mean=(0.5,), std=(0.25,), width=16)
-    return f"{precision.choose('auto', device, network, build).describe()}, for the digits' network"
+    return f"{choose('auto', device, network, build).describe()}, for the digits' network"
 
 
 def _writable(folder: Path) -> str:
@@ -213,8 +223,8 @@ def _writable(folder: Path) -> str:
 
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "table": (Table, table),
-    "bench": (bench.Bench, bench.bench),
-    "report": (report.Report, report.report),
+    "bench": (driver.Bench, driver.bench),
+    "report": (page.Report, page.report),
     "import": (importing.Import, importing.import_record),
     "export": (exporting.Export, exporting.export_record),
     "scan": (scan.Scan, scan.scan),
@@ -259,10 +269,10 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command in METHODS:
-        kind: registry.Kind = "attack" if command == "attack" else "defense"
+        kind: resources.Kind = "attack" if command == "attack" else "defense"
         if not rest or rest[0].startswith("-"):
-            raise UserError(f"{command} NAME is missing. Known: {', '.join(registry.available(kind))}")
-        return run_method(kind, registry.load(kind, rest[0]).path, rest[1:], f"backdoorlab {kind} {rest[0]}")
+            raise UserError(f"{command} NAME is missing. Known: {', '.join(methods.available(kind))}")
+        return run_method(kind, methods.load(kind, rest[0]).path, rest[1:], f"backdoorlab {kind} {rest[0]}")
     if command not in COMMANDS:
         known = [*COMMANDS, *METHODS]
         raise UserError(f"unknown command {command!r}.{suggest(command, known)} Known: {', '.join(known)}")

@@ -10,9 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from . import config, forms, registry, results, runner, tables
 from .errors import UserError, suggest
+from .execution.attack import attack_job, run_attack
+from .execution.defense import defense_job, run_defense
 from .record import Record, every_name, record_root
+from .settings import methods
+from .settings.parse import as_flags
+from .tables import formats, layout
+from .tables import rows as measured
 
 
 def attack(method: str, **options: Any) -> Record:
@@ -20,8 +25,8 @@ def attack(method: str, **options: Any) -> Record:
 
     A mistake is a UserError (a ValueError), as is a finished record of that name without `overwrite=True`.
     """
-    found = registry.load("attack", method)
-    return runner.run_attack(runner.attack_job(found, config.as_flags(found.config_class, _plain(options), method), f"attack {method}"))
+    found = methods.load("attack", method)
+    return run_attack(attack_job(found, as_flags(found.config_class, _plain(options), method), f"attack {method}"))
 
 
 def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] | None:
@@ -29,17 +34,15 @@ def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] 
 
     Scores are fractions: result["after"]["asr"]. None where a `subtask` stops before there is a result.
     """
-    found = registry.load("defense", method)
+    found = methods.load("defense", method)
     place = {"result_file": record} if isinstance(record, str) else {"result_file": record.name, "record_root": record.folder.parent}
-    return runner.run_defense(
-        runner.defense_job(found, config.as_flags(found.config_class, _plain({**options, **place}), method), f"defense {method}")
-    )
+    return run_defense(defense_job(found, as_flags(found.config_class, _plain({**options, **place}), method), f"defense {method}"))
 
 
 def table(
     records: Sequence[Record | str] | Record | str | None = None,
     *,
-    format: forms.Format = "text",
+    format: formats.Format = "text",
     mean: bool = False,
     worst: bool = False,
     root: str | None = None,
@@ -48,20 +51,20 @@ def table(
 
     A damaged result is left out with a line on standard error, as is a damaged record where none was named.
     """
-    if format not in get_args(forms.Format):
-        raise UserError(f"format must be one of {', '.join(get_args(forms.Format))}, got {format!r}.{suggest(format, get_args(forms.Format))}")
+    if format not in get_args(formats.Format):
+        raise UserError(f"format must be one of {', '.join(get_args(formats.Format))}, got {format!r}.{suggest(format, get_args(formats.Format))}")
     place = record_root(root)
-    damaged: list[results.Damaged] = []
+    damaged: list[measured.Damaged] = []
     if records is None:
-        found = results.readable(every_name(place), place, damaged.append)
+        found = measured.readable(every_name(place), place, damaged.append)
     else:
         named = [records] if isinstance(records, (str, Record)) else records
         found = [record if isinstance(record, Record) else Record.load(record, place) for record in named]
     if mean or worst:
-        shown = forms.render(tables.means(results.rows(found, on_damage=damaged.append), format, worst=worst), format)
+        shown = formats.render(layout.means(measured.rows(found, on_damage=damaged.append), format, worst=worst), format)
     else:
-        shown = tables.render(tables.rows(found, damaged.append), format)
-    tables.complain(damaged)
+        shown = layout.render(layout.rows(found, damaged.append), format)
+    layout.complain(damaged)
     return shown
 
 

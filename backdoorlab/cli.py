@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 TORCH_FLOOR = (2, 10)
 
@@ -21,19 +21,22 @@ def main(file: str, argv: Sequence[str] | None = None) -> int:
 
 def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
     """Run one attack or defense from its file."""
-    from . import registry, runner, tables
+    from .execution.attack import attack_job, run_attack
+    from .execution.defense import defense_job, report, run_defense
+    from .settings import methods
+    from .tables import layout
 
     if kind == "attack":
-        job = runner.attack_job(registry.from_file("attack", path), argv, prog)
-        record = runner.run_attack(job)
-        print(tables.text(tables.rows([record])[:1]))  # the attacked model; no defense was run on it yet
+        job = attack_job(methods.from_file("attack", path), argv, prog)
+        record = run_attack(job)
+        print(layout.text(layout.rows([record])[:1]))  # the attacked model; no defense was run on it yet
         print(f"record written: {record.folder}")
         print(f"next: {_next(prog, record.name, job.config.record_root)}")
     elif kind == "defense":
-        job = runner.defense_job(registry.from_file("defense", path), argv, prog)
-        result = runner.run_defense(job)
+        job = defense_job(methods.from_file("defense", path), argv, prog)
+        result = run_defense(job)
         if result is not None:
-            print(runner.report(result))
+            print(report(result))
     else:
         raise UserError(f"{path}: a method file lies in a folder named attack or defense")
     return 0
@@ -70,7 +73,7 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:
-        from .registry import raised_in
+        from .settings.methods import raised_in
 
         where = f", in {came}" if (came := raised_in(error)) else ""
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, a folder of another user: nothing of ours
@@ -87,8 +90,3 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
         first = (str(error).splitlines() or [""])[0]
         print(one_line(f"unexpected {type(error).__name__}: {first}{where} (pass --debug True to see where)"), file=sys.stderr)
         return 1
-
-
-def one_line(complaint: object) -> str:
-    """A complaint as one printable line, whatever file name or text of others is in it."""
-    return "error: " + "".join(c if c.isprintable() else " " for c in " ".join(str(complaint).split()))

@@ -18,3 +18,8 @@ def described(value: object) -> str:
     """What somebody handed over, in words: "float32 (3, 4)", or the name of its type."""
     shape = getattr(value, "shape", None)
     return type(value).__name__ if shape is None else f"{str(getattr(value, 'dtype', '')).removeprefix('torch.')} {tuple(shape)}".strip()
+
+
+def one_line(complaint: object) -> str:
+    """A complaint as one printable line, whatever file name or text of others is in it."""
+    return "error: " + "".join(c if c.isprintable() else " " for c in " ".join(str(complaint).split()))

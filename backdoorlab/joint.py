@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from .config import JointConfig
 from .data import Batch, Dataset, Split, batches
-from .engine import Course, Forward, Recipe, derived_generator, make_optimizer
+from .device import derived_generator
+from .engine import Course, Forward, Recipe, make_optimizer
 from .metrics import Evaluator, predict
 from .poison import CROSS, Labels, Poison, Stamp, poison_test, poison_train, stamped
 from .run import Run

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import files
 from .data import Split, in_order, place
 from .errors import UserError, described
 from .models import paused
 from .poison import CROSS, POISON, Poison
+from .storage import reading
 
 SUMMARY = ("clean_accuracy", "asr", "robust_accuracy")
 """The scores that every line of history and every table has."""
@@ -123,7 +123,7 @@ class Evaluator:
         self._last: tuple[str, Scores] | None = None
 
     def __call__(self, model: nn.Module) -> Scores:
-        key = files.tensor_hash({name: value.detach().cpu() for name, value in model.state_dict().items()})
+        key = reading.tensor_hash({name: value.detach().cpu() for name, value in model.state_dict().items()})
         if self._last is None or self._last[0] != key:
             clean = predict(model, self.test, self.device)
             triggered = predict(model, self.triggered_split, self.device)

@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import datasets, files, loading, models
+from . import models
 from .data import Augment, Dataset, Split
+from .datasets.load import find as find_dataset
+from .datasets.load import load as load_dataset
 from .errors import UserError, suggest
 from .models import Classifier
 from .poison import CROSS, POISON, Poison
-from .schema import ASSUMABLE, PAYLOAD, SCHEMA, check_record, check_result, poison_shapes, refuse_difference
-
-__all__ = ["ASSUMABLE", "PAYLOAD", "SCHEMA"]
+from .storage import folders, reading, writing
+from .storage.schema import SCHEMA, check_record, check_result, poison_shapes, refuse_difference
 
 
 def record_root(given: str | None = None) -> Path:
@@ -37,7 +38,7 @@ def record_names(root: Path) -> list[str]:
     if not root.is_dir():
         return []
     for aside in root.glob(".*.old"):
-        files.recover(root / aside.name[1 : -len(".old")])
+        folders.recover(root / aside.name[1 : -len(".old")])
     return sorted(
         entry.name for entry in root.iterdir() if not entry.name.startswith(".") and not _unfinished(entry.name) and (entry / "record.json").is_file()
     )
@@ -49,6 +50,13 @@ def every_name(root: Path) -> list[str]:
     if not names:
         raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
     return names
+
+
+def result_folders(folder: Path) -> Iterator[Path]:
+    """Every folder of a defense's result below a record, finished ones only."""
+    for run in sorted((folder / "defense").glob("*/*")):
+        if run.is_dir() and not run.name.startswith(".") and not run.name.endswith(".partial"):
+            yield run
 
 
 def check_name(name: str) -> None:
@@ -72,7 +80,7 @@ class Record:
         """Read and verify a record by name; an unknown name is answered with the known ones."""
         check_name(name)
         folder = root / name
-        files.recover(folder)
+        folders.recover(folder)
         if not (folder / "record.json").is_file():
             if (root / f"{name}.partial").is_dir():
                 raise UserError(f"no record {name!r} in {root} yet: {name}.partial is unfinished, so run its attack command again")
@@ -96,7 +104,7 @@ class Record:
         """The same architecture, freshly initialised from torch's global generator."""
         return build_model(self.info["architecture"], self.info["dataset"], self.info["num_classes"])
 
-    def model_shapes(self) -> loading.Shapes:
+    def model_shapes(self) -> reading.Shapes:
         """Types and shapes of the weights of the architecture that record.json names, without making them."""
         return _model_shapes(self.info)
 
@@ -105,9 +113,9 @@ class Record:
         wanted = self.info["dataset"]
         options = dict(image_size=wanted["image_size"], grey=wanted["grey"])
         if path is None:
-            found = datasets.find(wanted["name"], wanted["fingerprint"], **options)
+            found = find_dataset(wanted["name"], wanted["fingerprint"], **options)
         else:
-            found = datasets.load(wanted["name"], path, **options)
+            found = load_dataset(wanted["name"], path, **options)
         if found.fingerprint != wanted["fingerprint"]:
             raise UserError(
                 f"record {self.name!r} was made on other data: expected fingerprint {wanted['fingerprint'][:12]}, but {path} has"
@@ -239,18 +247,18 @@ def build_model(architecture: Mapping[str, Any], dataset: Mapping[str, Any], num
     )
 
 
-def _model_shapes(info: Mapping[str, Any]) -> loading.Shapes:
+def _model_shapes(info: Mapping[str, Any]) -> reading.Shapes:
     said = {"architecture": info["architecture"], "dataset": {"image_shape": info["dataset"]["image_shape"]}}
     return _shapes(json.dumps({**said, "num_classes": info["num_classes"]}))
 
 
 @lru_cache(maxsize=64)
-def _shapes(arguments: str) -> loading.Shapes:
+def _shapes(arguments: str) -> reading.Shapes:
     with torch.device("meta"):
         return shapes_of(build_model(**json.loads(arguments)))
 
 
-def shapes_of(model: nn.Module) -> loading.Shapes:
+def shapes_of(model: nn.Module) -> reading.Shapes:
     """Types and shapes of a network's weights, as its file will have them."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
@@ -270,39 +278,39 @@ def describe(dataset: Dataset, image_size: int | None, grey: bool | None) -> dic
 
 def write(folder: Path, info: dict[str, Any], model: nn.Module, train_poison: Poison, test_poison: Poison) -> None:
     """Fill a staged folder: weights and poison first, then record.json with the SHA-256 of every file in the folder."""
-    files.write_tensors(folder / "model.safetensors", model.state_dict())
+    writing.write_tensors(folder / "model.safetensors", model.state_dict())
     for name, poison in (("train_poison", train_poison), ("test_poison", test_poison)):
-        files.write_tensors(folder / f"{name}.safetensors", vars(poison))
-    files.write_sealed(folder / "record.json", {"schema": SCHEMA, **info, "files": files.manifest(folder)})
+        writing.write_tensors(folder / f"{name}.safetensors", vars(poison))
+    writing.write_sealed(folder / "record.json", {"schema": SCHEMA, **info, "files": writing.manifest(folder)})
 
 
 def read_folder(folder: Path) -> Record:
     """Read and verify the record in a folder: every size and header first, then every hash, then what is kept in memory."""
     path = folder / "record.json"
-    info = loading.read_sealed(path)
+    info = reading.read_sealed(path)
     check_record(path, info)
     manifest = info["files"]
-    checks: dict[str, loading.Check] = {
+    checks: dict[str, reading.Check] = {
         "train_poison.safetensors": poison_shapes(info, info["dataset"]["train_size"]),
         "test_poison.safetensors": poison_shapes(info, None),
     }
-    every: dict[str, loading.Check] = {"model.safetensors": partial(_check_weights, info), **checks}
+    every: dict[str, reading.Check] = {"model.safetensors": partial(_check_weights, info), **checks}
     for name, check in every.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing, but record.json lists it. Restore it, or make the record again with --overwrite")
-        shapes = loading.read_shapes(folder / name, manifest[name])
-        with loading.one_line(folder / name):
+        shapes = reading.read_shapes(folder / name, manifest[name])
+        with reading.one_line(folder / name):
             check(shapes)
     for name in manifest:
         if name not in checks:
-            loading.check_file(folder, name, manifest[name])
+            reading.check_file(folder, name, manifest[name])
     train, test = (_read_poison(folder / name, manifest[name], check, info) for name, check in checks.items())
     return Record(folder, info, train, test)
 
 
 def read_result(folder: Path) -> dict[str, Any]:
     """The result.json of a finished defense."""
-    result = loading.read_sealed(folder / "result.json")
+    result = reading.read_sealed(folder / "result.json")
     check_result(folder / "result.json", result)
     return result
 
@@ -316,13 +324,13 @@ def refuse_unreadable(folder: Path, read: Callable[[Path], object]) -> None:
         raise UserError(f"not published, for it could not be read back: {why}: change what makes it so and run the same command again") from error
 
 
-def load_weights(model: nn.Module, path: Path, manifest: Mapping[str, Any], wanted: loading.Shapes) -> None:
+def load_weights(model: nn.Module, path: Path, manifest: Mapping[str, Any], wanted: reading.Shapes) -> None:
     """Put a verified file's weights into a model whose weights have the shapes `wanted`."""
-    tensors, _ = loading.read_tensors(path, entry=manifest[path.name], check=lambda shapes: refuse_difference(shapes, wanted))
+    tensors, _ = reading.read_tensors(path, entry=manifest[path.name], check=lambda shapes: refuse_difference(shapes, wanted))
     model.load_state_dict(tensors)
 
 
-def _check_weights(info: Mapping[str, Any], found: loading.Shapes) -> None:
+def _check_weights(info: Mapping[str, Any], found: reading.Shapes) -> None:
     """The weights are those of the architecture, which record.json could name in any size: looked at before it is made."""
     try:
         refuse_difference(found, _model_shapes(info))
@@ -330,11 +338,11 @@ def _check_weights(info: Mapping[str, Any], found: loading.Shapes) -> None:
         raise ValueError(f"not the weights of {info['architecture']['name']} as record.json describes it: {error}") from error
 
 
-def _read_poison(path: Path, entry: loading.Entry, check: loading.Check, info: Mapping[str, Any]) -> Poison:
-    tensors, _ = loading.read_tensors(path, entry=entry, check=check)
+def _read_poison(path: Path, entry: reading.Entry, check: reading.Check, info: Mapping[str, Any]) -> Poison:
+    tensors, _ = reading.read_tensors(path, entry=entry, check=check)
     poison = Poison(**tensors)
     size = info["dataset"]["train_size"] if path.name == "train_poison.safetensors" else 1 << 62
-    with loading.one_line(path):
+    with reading.one_line(path):
         if len(poison) and (int(poison.index[0]) < 0 or bool((poison.index.diff() <= 0).any()) or int(poison.index[-1]) >= size):
             raise ValueError("its index does not rise within the data set")
         for labels in (poison.labels, poison.original_labels):

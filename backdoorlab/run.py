@@ -5,17 +5,12 @@ that a method calls returns one. What the runner reads of a run (`history`, `spl
 tests/test_run.py looks that none of ours does.
 """
 
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import engine, files
-from .engine import Exact, autocast, finite
+from .device import Exact, autocast, derived_generator, finite
 from .errors import UserError, described
-from .loading import FILE_NAME
 from .metrics import SUMMARY, Evaluator, Scores, split_quality
 from .models import PASSES
 from .poison import Poison
+from .storage import reading, writing
+from .storage.reading import FILE_NAME
 
 NAN_CHECK_EVERY = 64
 """Steps between two looks at the loss on a GPU, where each look waits for the device; on a CPU every step is looked at."""
@@ -75,7 +70,7 @@ class Run:
         score_every: int = 1,
     ) -> None:
         self.folder, self.seed, self.device, self.precision = folder, seed, device, precision
-        self.generator = engine.derived_generator(seed, "run")
+        self.generator = derived_generator(seed, "run")
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.splits: dict[str, dict[str, Any]] = {}
@@ -115,11 +110,11 @@ class Run:
         path = self.folder / f"checkpoint-{stage}.safetensors"
         done = 0
         if path.exists():
-            tensors, meta = files.read_tensors(path)
+            tensors, meta = reading.read_tensors(path)
             if meta["total"] != total:
                 raise UserError(f"{path}: stage {stage!r} was started with {meta['total']} epochs, not {total}: use --overwrite")
             for name, part in parts.items():
-                part.load_state_dict(files.unpack(meta["state"][name], tensors))
+                part.load_state_dict(writing.unpack(meta["state"][name], tensors))
                 if isinstance(part, torch.optim.Optimizer):
                     _like_parameters(part)
             self._restore(tensors, meta)
@@ -196,14 +191,14 @@ class Run:
         _check_name("once", name)
         path = self.folder / f"once-{name}.safetensors"
         if path.exists():
-            tensors, meta = files.read_tensors(path)
+            tensors, meta = reading.read_tensors(path)
             self._restore(tensors, meta)
             return {key: tensors[f"value/{key}"] for key in meta["keys"]}
         self._where = name
         values = {key: value.cpu() for key, value in compute().items()}
         tensors, meta = self._state()
         tensors |= {f"value/{key}": value for key, value in values.items()}
-        files.write_tensors(path, tensors, keys=list(values), **meta)
+        writing.write_tensors(path, tensors, keys=list(values), **meta)
         return values
 
     def note(self, text: str) -> None:
@@ -269,7 +264,7 @@ class Run:
 
     def save_history(self, folder: Path) -> None:
         frame = pd.DataFrame(self.history)
-        files.write_bytes(folder / "history.csv", frame.to_csv(index=False).encode())
+        writing.write_bytes(folder / "history.csv", frame.to_csv(index=False).encode())
 
     # --- inside --------------------------------------------------------------------------------------------------
 
@@ -319,8 +314,8 @@ class Run:
 
     def _save(self, path: Path, parts: dict[str, Any], **position: Any) -> None:
         tensors, meta = self._state()
-        packed = {name: files.pack(part.state_dict(), tensors, name) for name, part in parts.items()}
-        files.write_tensors(path, tensors, state=packed, **position, **meta)
+        packed = {name: writing.pack(part.state_dict(), tensors, name) for name, part in parts.items()}
+        writing.write_tensors(path, tensors, state=packed, **position, **meta)
         self._saved = time.perf_counter()
 
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -375,40 +370,6 @@ def peak_memory(device: torch.device) -> int:
         return 0
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What bit-equality depends on, and what a reader of a timing needs."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return {
-        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)" if device.type == "cpu" else f"{device.type} ({name})",
-        "versions": {package: version(package) for package in ("backdoorlab", "torch", "torchvision", "timm", "numpy")}
-        | {"python": platform.python_version()},
-        "commit": _commit(),
-    }
-
-
-def processor() -> str:
-    """The CPU's own name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-    try:
-        command = partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True)
-        commit = command(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        changed = command(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit + ("+changes" if changed else "")
 
 
 def _short(value: Any) -> str:

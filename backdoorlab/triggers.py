@@ -104,6 +104,6 @@ def _with_channels(colour: Tensor, channels: int) -> Tensor:
 
 
 def _generator(seed: int, purpose: str) -> torch.Generator:
-    from .engine import derived_generator
+    from .device import derived_generator
 
     return derived_generator(seed, f"trigger:{purpose}")

@@ -16,8 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from backdoorlab import files, registry, runner
+from backdoorlab.execution.attack import attack_job, run_attack
+from backdoorlab.execution.defense import defense_job, run_defense
 from backdoorlab.record import Record
+from backdoorlab.settings import methods
+from backdoorlab.storage import writing
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 CIFAR10 = CHECKOUT.parent / "shared" / "data" / "cifar10"
@@ -48,13 +51,13 @@ def environment(**variables: Any) -> Iterator[None]:
 def attack(method: str, name: str, root: Path, *flags: str) -> Record:
     """Run an attack in this process."""
     argv = ["--save_folder_name", name, "--record_root", str(root), *flags]
-    return runner.run_attack(runner.attack_job(registry.load("attack", method), argv, "test"))
+    return run_attack(attack_job(methods.load("attack", method), argv, "test"))
 
 
 def defend(method: str, record: Record, *flags: str) -> dict[str, Any] | None:
     """Run a defense in this process."""
     argv = ["--result_file", record.name, "--record_root", str(record.folder.parent), *flags]
-    return runner.run_defense(runner.defense_job(registry.load("defense", method), argv, "test"))
+    return run_defense(defense_job(methods.load("defense", method), argv, "test"))
 
 
 def copy(record: Record, root: Path, name: str | None = None) -> Record:
@@ -97,7 +100,7 @@ def small_flags(data: Path) -> tuple[str, ...]:
 
 def short_flags(method: str) -> tuple[str, ...]:
     """Flags of any defense that make each of its stages two epochs long, and leave it enough trusted images on `small_data`."""
-    fields = dataclasses.fields(registry.load("defense", method).config_class)
+    fields = dataclasses.fields(methods.load("defense", method).config_class)
     long = [field.name for field in fields if field.type in (int, "int") and ("epochs" in field.name or "rounds" in field.name)]
     small = {
         "asd": ("--iterations", "3", "--batch_size", "8", "--seeds_per_class", "2"),
@@ -111,7 +114,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Change a record.json or result.json as its owner could: None deletes a key, and the checksum is made to fit."""
     value = {key: item for key, item in json.loads(path.read_text()).items() if key != "checksum"}
     value |= changes
-    files.write_sealed(path, {key: item for key, item in value.items() if item is not None or key not in changes})
+    writing.write_sealed(path, {key: item for key, item in value.items() if item is not None or key not in changes})
 
 
 def child_environment(**extra: Any) -> dict[str, str]:

@@ -8,9 +8,9 @@ import helpers
 import pytest
 
 import backdoorlab as bl
-from backdoorlab import tables
 from backdoorlab.errors import UserError
 from backdoorlab.record import Record
+from backdoorlab.tables import layout
 
 
 def options(flags: tuple[str, ...]) -> dict[str, str]:
@@ -23,7 +23,7 @@ def test_attack_defend_table(tmp_path: Path, small: Record, small_flags: tuple[s
     result = bl.defend("ft", record, epochs=2, trusted_ratio=0.3, score_every=0, precision="fp32", run_name="two")
     assert result is not None and result["config"]["epochs"] == 2 and (record.folder / "defense" / "ft" / "two" / "result.json").is_file()
     assert bl.defend("ft", "mine", record_root=tmp_path, epochs=2, trusted_ratio=0.3, score_every=0, precision="fp32") is not None
-    assert bl.table([record]) == tables.render(tables.rows([record]), "text") == bl.table(root=str(tmp_path))
+    assert bl.table([record]) == layout.render(layout.rows([record]), "text") == bl.table(root=str(tmp_path))
     assert bl.table(record) == bl.table([record]) == bl.table("mine", root=str(tmp_path))
     mean = bl.table(["mine"], root=str(tmp_path), mean=True, format="csv").splitlines()
     assert mean[0].startswith("data,attack,poison %,defense,assumes,n,clean acc %") and len(mean) == 4

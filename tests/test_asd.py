@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab import registry
 from backdoorlab.data import NO_AUGMENT, Batch, Split
 from backdoorlab.errors import UserError
 from backdoorlab.models import build
 from backdoorlab.record import DefenderView, Record, draw_seeds
 from backdoorlab.run import Run
+from backdoorlab.settings import methods
 
-asd: Any = registry.load("defense", "asd").module
+asd: Any = methods.load("defense", "asd").module
 CPU = torch.device("cpu")
 N, K = 600, 10
 

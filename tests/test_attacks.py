@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from backdoorlab import datasets, registry
 from backdoorlab.__main__ import main
 from backdoorlab.config import CleanLabelConfig, CoverConfig, JointConfig
 from backdoorlab.data import Dataset, batches
+from backdoorlab.datasets.load import load as load_dataset
 from backdoorlab.metrics import Evaluator
 from backdoorlab.poison import CROSS, POISON, left_by_crops
 from backdoorlab.record import Record
+from backdoorlab.settings import methods
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ every = pytest.mark.parametrize("attack", ROWS)
 
 
 def config_of(attack: str, **values: Any) -> Any:
-    return registry.load("attack", attack).config_class(**values)
+    return methods.load("attack", attack).config_class(**values)
 
 
 @pytest.fixture(scope="session")
@@ -88,15 +89,15 @@ def images_for(session_folder: Path) -> Callable[[str, str], Dataset]:
     @cache
     def load(name: str, grey: bool | None) -> Dataset:
         if name == "digits":
-            return datasets.load(name, grey=grey)
+            return load_dataset(name, grey=grey)
         with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
-            return datasets.load(name, str(helpers.few_cifar10(session_folder / "few-cifar10", 512, 1000)))
+            return load_dataset(name, str(helpers.few_cifar10(session_folder / "few-cifar10", 512, 1000)))
 
     return lambda attack, name: load(name, False if name == "digits" and attack in IN_COLOUR else None)
 
 
 def stamp_of(attack: str, dataset: Dataset, /, **values: Any) -> Callable[[Tensor, Tensor, str], Tensor]:
-    method, config = registry.load("attack", attack), config_of(attack, **values)
+    method, config = methods.load("attack", attack), config_of(attack, **values)
     prepare = method.function("prepare")
     return partial(method.module.stamp, config=config, **(prepare(dataset, config, None) if prepare else {}))
 
@@ -120,7 +121,7 @@ def record(session_folder: Path) -> Callable[..., Record]:
 
 
 def test_every_attack_has_a_row() -> None:
-    assert set(registry.available("attack")) - {"none"} == set(ROWS)
+    assert set(methods.available("attack")) - {"none"} == set(ROWS)
     for attack in LISTED.keys() & ROWS.keys():
         low, high = ROWS[attack].psnr
         assert low <= LISTED[attack] <= high and high - low <= 3
@@ -130,7 +131,7 @@ def test_what_an_attack_cannot_do_on_the_digits_is_listed(capsys: pytest.Capture
     assert main(["list"]) == 0
     listed = capsys.readouterr().out
     for attack, row in ROWS.items():
-        limits = registry.load("attack", attack).limits
+        limits = methods.load("attack", attack).limits
         assert limits in listed, attack
         assert "digits" in limits or (row.asr is not None and row.clean_model == Row.clean_model), attack
 
@@ -228,7 +229,7 @@ def test_refools_added_light_leaves_an_image_its_own(name: str, images_for: Call
 def test_triggers_are_drawn_at_the_size_of_the_images(attack: str, channels: int, size: int) -> None:
     if channels == 1 and attack in IN_COLOUR:
         pytest.skip("lies in colour")
-    dataset = datasets.load("digits", image_size=size, grey=channels == 1)
+    dataset = load_dataset("digits", image_size=size, grey=channels == 1)
     clean, index, stamp = dataset.test.images[:20], torch.arange(20), stamp_of(attack, dataset)
     for split in ("train", "test"):
         changed = (stamp(clean, index, split) != clean).flatten(1).double().mean(1)
@@ -283,7 +284,7 @@ def test_the_saved_network_has_the_last_logged_scores(attack: str, record: Calla
 def test_counts_and_labels(attack: str, record: Callable[..., Record]) -> None:
     found = record(attack)
     dataset, values = found.dataset(), found.info["config"]
-    size, target, kind = len(dataset.train), values["target_label"], registry.load("attack", attack).config_class
+    size, target, kind = len(dataset.train), values["target_label"], methods.load("attack", attack).config_class
     poison, cross = found.train_poison.of_kind(POISON), found.train_poison.of_kind(CROSS)
     if issubclass(kind, CleanLabelConfig):
         of_class = int((dataset.train.labels == target).sum())
@@ -339,13 +340,13 @@ def test_an_attack_works_on_the_digits_and_spares_clean_images(attack: str, reco
     found = record(attack, *FULL).info["scores"]
     control = clean_scores(record(attack, *FULL), FULL)
     least = ROWS[attack].asr
-    assert found["asr"] >= least if least is not None else "digits" in registry.load("attack", attack).limits
+    assert found["asr"] >= least if least is not None else "digits" in methods.load("attack", attack).limits
     assert control.asr <= ROWS[attack].clean_model
     assert found["clean_accuracy"] >= control.clean_accuracy - 0.05, "in evaluation mode: batch statistics give nothing away"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("defense", registry.available("defense"))
+@pytest.mark.parametrize("defense", methods.available("defense"))
 @every
 def test_every_defense_runs_on_every_attack(attack: str, defense: str, record: Callable[..., Record], tmp_path: Path) -> None:
     found = helpers.copy(record(attack), tmp_path)

@@ -19,12 +19,16 @@ import torch
 from PIL import Image
 from test_scripts import complaint
 
-from backdoorlab import backdoorbench, datasets, files, models, pickles, registry
+from backdoorlab import models
 from backdoorlab.__main__ import main
 from backdoorlab.data import Dataset
+from backdoorlab.datasets.load import load as load_dataset
 from backdoorlab.errors import UserError
+from backdoorlab.exchange import backdoorbench, pickles
 from backdoorlab.poison import CROSS, POISON
 from backdoorlab.record import Record
+from backdoorlab.settings import methods
+from backdoorlab.storage import reading
 
 Capture = pytest.CaptureFixture[str]
 SIDE, TARGET = 16, 3
@@ -32,7 +36,7 @@ SIDE, TARGET = 16, 3
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return datasets.load("digits", image_size=SIDE)
+    return load_dataset("digits", image_size=SIDE)
 
 
 def stamped(image: torch.Tensor) -> np.ndarray:
@@ -232,9 +236,9 @@ def test_only_one_of_two_data_sets_of_a_name_can_be_meant(digits: Dataset, tmp_p
     for folder, images in (("plain", digits), ("inverted", replace(digits, train=replace(digits.train, images=255 - digits.train.images)))):
         for part, clean in (("train", images.train), ("test", images.test)):
             write_images(tmp_path / folder / part, clean, lambda i: f"{i:04}")
-    mine = datasets.load("twins", str(tmp_path / "plain"))
+    mine = load_dataset("twins", str(tmp_path / "plain"))
     assert bring(bench(tmp_path / "X", mine), "one", "--dataset", "twins") == 0, "the control"
-    datasets.load("twins", str(tmp_path / "inverted"))
+    load_dataset("twins", str(tmp_path / "inverted"))
     assert bring(tmp_path / "X", "two", "--dataset", "twins") == 2
     assert "the cache has 2 data sets called twins" in complaint(capsys.readouterr().err)
     assert bring(tmp_path / "X", "two", "--dataset_path", str(tmp_path / "plain")) == 0
@@ -336,18 +340,18 @@ def test_nothing_is_overwritten_unasked(tiny: Record, tmp_path: Path, capsys: Ca
     out = tmp_path / "given"
     export = ["export", "tiny", "--to", "backdoorbench", str(out)]
     assert main(export) == 0
-    before = files.sha256(out / "attack_result.pt")
+    before = reading.sha256(out / "attack_result.pt")
     assert main(export) == 2
     assert "pass --overwrite True" in complaint(capsys.readouterr().err)
-    assert main([*export, "--overwrite", "True"]) == 0 and files.sha256(out / "attack_result.pt") == before, "and it is the same again"
+    assert main([*export, "--overwrite", "True"]) == 0 and reading.sha256(out / "attack_result.pt") == before, "and it is the same again"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.png").write_bytes(b"x")
     assert main([*export[:-1], str(tmp_path / "photos"), "--overwrite", "True"]) == 2
     assert "not ours to replace" in complaint(capsys.readouterr().err) and (tmp_path / "photos" / "holiday.png").exists()
-    record = files.sha256(tmp_path / "record" / "tiny" / "record.json")
+    record = reading.sha256(tmp_path / "record" / "tiny" / "record.json")
     assert bring(out, "tiny") == 2
     assert "exists and is finished: choose another name" in complaint(capsys.readouterr().err)
-    assert files.sha256(tmp_path / "record" / "tiny" / "record.json") == record
+    assert reading.sha256(tmp_path / "record" / "tiny" / "record.json") == record
     assert bring(out, "tiny", "--overwrite", "True") == 0 and "source" in Record.load("tiny", tmp_path / "record").info
     stage = tmp_path / "record" / "other.partial"
     stage.mkdir()
@@ -380,7 +384,7 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("method", sorted(registry.available("defense")))
+@pytest.mark.parametrize("method", sorted(methods.available("defense")))
 def test_an_imported_record_runs_under_every_defense(method: str, backdoored: Record, tmp_path: Path) -> None:
     helpers.copy(backdoored, tmp_path / "record")
     assert main(["export", backdoored.name, "--to", "backdoorbench", str(tmp_path / "given")]) == 0
@@ -718,7 +722,7 @@ def test_a_data_set_of_that_name_in_the_cache_is_taken_if_it_fits(digits: Datase
 
     for part, clean in (("train", digits.train), ("test", digits.test)):
         write_images(tmp_path / "data" / part, clean, lambda i: f"{i:04}")
-    mine = datasets.load("mine", str(tmp_path / "data"))
+    mine = load_dataset("mine", str(tmp_path / "data"))
     assert not torch.equal(mine.train.labels, digits.train.labels), "the same images in another order"
     assert bring(bench(tmp_path / "wrong", digits), "wrong", "--dataset", "mine") == 2
     assert "unknown data set 'mine'" in complaint(capsys.readouterr().err)

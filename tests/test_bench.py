@@ -22,12 +22,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from backdoorlab import bench, datasets, files, grid, launchers
 from backdoorlab.__main__ import main
-from backdoorlab.bench import Bench, Drive
+from backdoorlab.bench import driver, grid, launchers
+from backdoorlab.bench.driver import Bench, Drive
+from backdoorlab.bench.grid import Cell
+from backdoorlab.datasets.load import load as load_dataset
 from backdoorlab.errors import UserError
-from backdoorlab.grid import Cell
 from backdoorlab.record import Record
+from backdoorlab.storage import writing
 
 QUICK = Path(__file__).parent / "quick_cell.py"
 HAS_FORK = "fork" in multiprocessing.get_all_start_methods()
@@ -63,8 +65,8 @@ def quick_cells(made: Record, records: int, runs: int) -> list[Cell]:
     return found
 
 
-def states(cells: list[Cell], root: Path) -> dict[Cell, bench.State]:
-    return {cell: bench.look(cell, root) for cell in cells}
+def states(cells: list[Cell], root: Path) -> dict[Cell, driver.State]:
+    return {cell: driver.look(cell, root) for cell in cells}
 
 
 def work(cells: list[Cell], root: Path, jobs: int = 2) -> dict[Cell, str]:
@@ -75,7 +77,7 @@ def work(cells: list[Cell], root: Path, jobs: int = 2) -> dict[Cell, str]:
 
 
 def logs(root: Path) -> list[list[str]]:
-    return [path.read_text().splitlines() for path in sorted((root / bench.FOLDER).rglob(launchers.LOG))]
+    return [path.read_text().splitlines() for path in sorted((root / driver.FOLDER).rglob(launchers.LOG))]
 
 
 def test_a_grid_is_run_once_and_then_kept(made: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +97,7 @@ def test_a_driver_says_what_runs_where_nothing_ends(
     cells = quick_cells(made, 1, 0)
     work(cells, tmp_path / "control")
     assert "has run for" not in capsys.readouterr().err
-    monkeypatch.setattr(bench, "QUIET", 0.0)
+    monkeypatch.setattr("backdoorlab.bench.driver.QUIET", 0.0)
     work(cells, tmp_path / "root")
     *running, last = capsys.readouterr().err.splitlines()
     assert running[0] == "  r0 has run for 0 s: no word yet" and last.startswith("[1/1] r0 done")
@@ -140,7 +142,7 @@ def test_a_start_that_is_refused_waits_while_others_run(
     made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As Slurm's `sbatch` does when it is slow to answer or a user has too many jobs. With nothing running it is an error."""
-    monkeypatch.setattr(bench, "REFUSED", 0.1)
+    monkeypatch.setattr("backdoorlab.bench.driver.REFUSED", 0.1)
     cells, root = quick_cells(made, 3, 0), tmp_path / "root"
     drive = Drive(cells, states(cells, root), root, launchers.Local(3), Bench())
     start, refusals = drive.launcher.start, iter([None, UserError("the queue is full"), None, UserError("the queue is full")])
@@ -153,7 +155,7 @@ def test_a_start_that_is_refused_waits_while_others_run(
     monkeypatch.setattr(drive.launcher, "start", hesitant)
     assert drive.run() == {} and all(state.done for state in states(cells, root).values())
     assert capsys.readouterr().err.count("could not be started (the queue is full): tried again") == 2
-    alone = Drive(cells[:1], {cells[0]: bench.State(False)}, tmp_path / "other", launchers.Local(1), Bench())
+    alone = Drive(cells[:1], {cells[0]: driver.State(False)}, tmp_path / "other", launchers.Local(1), Bench())
     monkeypatch.setattr(alone.launcher, "start", lambda task, slot: (_ for _ in ()).throw(UserError("no such partition")))
     with pytest.raises(UserError, match="no such partition"):
         alone.run()
@@ -200,9 +202,9 @@ def kill_until_done(cells: list[Cell], root: Path, kills: int, pause: float, job
     rng = random.Random(0)
 
     def start() -> Any:
-        driver = context.Process(target=drive_silently, args=(cells, root, jobs))
-        driver.start()
-        return driver
+        process = context.Process(target=drive_silently, args=(cells, root, jobs))
+        process.start()
+        return process
 
     drivers = [start(), start()]
     for _ in range(kills):
@@ -213,9 +215,9 @@ def kill_until_done(cells: list[Cell], root: Path, kills: int, pause: float, job
         drivers[victim].join()
         drivers[victim] = start()
     after_kills()
-    for driver in drivers:
-        driver.join(1200)
-        assert driver.exitcode == 0
+    for process in drivers:
+        process.join(1200)
+        assert process.exitcode == 0
     return met
 
 
@@ -283,10 +285,10 @@ def test_other_settings_are_refused_in_one_line_and_left_alone(finished: tuple[l
     cells, root = finished
     for cell in cells:
         settings = json.loads(cell.settings) | {"precision": "bf16", "new": 1}
-        state = bench.look(dataclasses.replace(cell, settings=json.dumps(settings)), root)
+        state = driver.look(dataclasses.replace(cell, settings=json.dumps(settings)), root)
         assert not state.done and "was made with other settings (new None, not 1, precision fp32, not bf16): choose another" in state.complaint
-        assert bench.look(dataclasses.replace(cell, settings=json.dumps(json.loads(cell.settings))), root).done
-    assert "attack badnet, not blended" in bench.look(dataclasses.replace(cells[0], method="blended"), root).complaint
+        assert driver.look(dataclasses.replace(cell, settings=json.dumps(json.loads(cell.settings))), root).done
+    assert "attack badnet, not blended" in driver.look(dataclasses.replace(cells[0], method="blended"), root).complaint
 
 
 def test_other_data_in_the_folder_is_refused(finished: tuple[list[Cell], Path], tmp_path: Path) -> None:
@@ -297,14 +299,14 @@ def test_other_data_in_the_folder_is_refused(finished: tuple[list[Cell], Path], 
             (tmp_path / "data" / split / name).mkdir(parents=True)
             Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "data" / split / name / "0.png")
     attack = dataclasses.replace(cells[0], flags=(*cells[0].flags, "--dataset", "pets", "--dataset_path", str(tmp_path / "data")))
-    found = datasets.load("pets", str(tmp_path / "data"), image_size=json.loads(attack.settings)["image_size"])
-    said = bench.look(attack, root).complaint
+    found = load_dataset("pets", str(tmp_path / "data"), image_size=json.loads(attack.settings)["image_size"])
+    said = driver.look(attack, root).complaint
     assert said is not None and f"(data {Record.load('r0', root).info['dataset']['fingerprint'][:8]}, not {found.fingerprint[:8]})" in said
     helpers.edit_json(root / "r0" / "record.json", dataset=dict(Record.load("r0", root).info["dataset"]) | {"fingerprint": found.fingerprint})
-    assert bench.look(attack, root).done, "the control"
+    assert driver.look(attack, root).done, "the control"
     (tmp_path / "empty").mkdir()
     gone = dataclasses.replace(attack, flags=(*attack.flags[:-1], str(tmp_path / "empty")))
-    assert "expected *.parquet shards" in (bench.look(gone, root).complaint or ""), "one cell is refused, and not the grid"
+    assert "expected *.parquet shards" in (driver.look(gone, root).complaint or ""), "one cell is refused, and not the grid"
 
 
 def test_how_often_scores_are_taken_is_no_setting() -> None:
@@ -316,26 +318,26 @@ def test_a_record_with_a_plain_training_besides_is_the_same_record(finished: tup
     settings = json.loads(cells[0].settings)
     helpers.edit_json(root / cells[0].record / "record.json", config={**settings, "plain": True})
     asked = [dataclasses.replace(cells[0], settings=json.dumps({**settings, "plain": plain})) for plain in (False, True)]
-    assert all(bench.look(cell, root).done for cell in asked)
+    assert all(driver.look(cell, root).done for cell in asked)
     helpers.edit_json(root / cells[0].record / "record.json", config={**settings, "plain": False})
-    assert [bench.look(cell, root).done for cell in asked] == [True, False], "what is asked for and not there is other settings"
+    assert [driver.look(cell, root).done for cell in asked] == [True, False], "what is asked for and not there is other settings"
 
 
 def test_only_what_has_no_seed_is_missing(made: Record) -> None:
     cells = quick_cells(made, 1, 2)
-    named = [(one.attack, one.defense) for one in bench.absent(cells, set(cells))]
-    assert named == [("quick", "none"), ("quick", "dau")] and bench.absent(cells, {cells[1]}) == [], "another seed of it is there"
+    named = [(one.attack, one.defense) for one in driver.absent(cells, set(cells))]
+    assert named == [("quick", "none"), ("quick", "dau")] and driver.absent(cells, {cells[1]}) == [], "another seed of it is there"
     lite = [dataclasses.replace(cell, run="lite-s1") if cell.kind == "defense" else cell for cell in cells]
-    assert [one.defense for one in bench.absent(lite, set(lite))] == ["none", "dau lite"], "as the table calls it where it is done"
+    assert [one.defense for one in driver.absent(lite, set(lite))] == ["none", "dau lite"], "as the table calls it where it is done"
 
 
 def test_other_code_is_refused_unless_asked_for(finished: tuple[list[Cell], Path]) -> None:
     cells, root = finished
     for cell in cells:
         changed = dataclasses.replace(cell, code="0" * 12)
-        state = bench.look(changed, root)
+        state = driver.look(changed, root)
         assert f"was made by other code ({cell.code}, now 000000000000): choose another --record_root" in state.complaint
-        assert bench.look(changed, root, other_code=True).done
+        assert driver.look(changed, root, other_code=True).done
 
 
 def test_a_damaged_result_is_neither_kept_nor_overwritten(finished: tuple[list[Cell], Path]) -> None:
@@ -344,21 +346,21 @@ def test_a_damaged_result_is_neither_kept_nor_overwritten(finished: tuple[list[C
     for name in ("result.json", "model.safetensors", "history.csv"):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-2] + b"\x00\x00")
-        state = bench.look(cells[1], root)
+        state = driver.look(cells[1], root)
         assert not state.done and name in state.complaint
         (folder / name).write_bytes(whole)
-        assert bench.look(cells[1], root).done
+        assert driver.look(cells[1], root).done
 
 
 def test_the_estimate_is_what_alike_cells_took() -> None:
     known = {("defense", "ft"): [10.0, 20.0], ("defense", "sau"): [90.0]}
-    assert bench.remaining([("defense", "ft"), ("defense", "sau")], known, 1) == 15 + 90
-    assert bench.remaining([("defense", "ft"), ("defense", "sau")], known, 2) == (15 + 90) / 2
-    assert bench.remaining([("attack", "badnet")], known, 8) == 40, "an unknown one takes what cells took on the whole"
-    assert bench.remaining([("attack", "badnet")], {}, 1) is None
+    assert driver.remaining([("defense", "ft"), ("defense", "sau")], known, 1) == 15 + 90
+    assert driver.remaining([("defense", "ft"), ("defense", "sau")], known, 2) == (15 + 90) / 2
+    assert driver.remaining([("attack", "badnet")], known, 8) == 40, "an unknown one takes what cells took on the whole"
+    assert driver.remaining([("attack", "badnet")], {}, 1) is None
     both = {"seconds": 10.0, "plain_scores": {"seconds": 4.0}, "evaluation_seconds": 1.0}
-    assert bench._seconds(both) == 10 + 4 + 1 + bench.STARTUP, "the plain training beside a joint attack is the command's, too"
-    assert bench._seconds({"seconds": 10.0}) == 10 + bench.STARTUP and bench._seconds({"seconds": None}) is None
+    assert driver._seconds(both) == 10 + 4 + 1 + driver.STARTUP, "the plain training beside a joint attack is the command's, too"
+    assert driver._seconds({"seconds": 10.0}) == 10 + driver.STARTUP and driver._seconds({"seconds": None}) is None
 
 
 # --- the command -------------------------------------------------------------------------------------------------
@@ -383,7 +385,7 @@ def test_a_finished_grid_takes_seconds_and_runs_nothing(made: Record, tmp_path: 
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [f"63 cells in {root}: 63 done, 0 to run"]
-    assert not (root / bench.FOLDER).exists()
+    assert not (root / driver.FOLDER).exists()
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
     shown = [line.split() for line in done.stdout.split("\n\nMean")[0].splitlines()[2:] if line]
     assert len(shown) == 3 * 7, "three attacks, undefended and with six defenses"
@@ -400,7 +402,7 @@ def test_the_command_from_nothing_to_a_table(tmp_path: Path, small_flags: tuple[
     assert "[2/2] " in first.err and [line.split()[3] for line in first.out.splitlines()[2:4]] == ["none", "ft"]
     assert main([*argv, "--defenses", "ft"]) == 0
     assert capsys.readouterr().out == first.out
-    files.write_bytes(tmp_path / "root" / record / "record.json", b"{}")
+    writing.write_bytes(tmp_path / "root" / record / "record.json", b"{}")
     assert main([*argv, "--defenses", "ft"]) == 1
     damaged = capsys.readouterr()
     assert "refused: " in damaged.err and "record.json: damaged file" in damaged.err and "1 of 2 cells are not done" in damaged.err
@@ -452,7 +454,7 @@ def test_a_full_disk_or_a_folder_of_another_user_is_one_line(
     def refuse(folder: Path) -> None:
         raise OSError(trouble, os.strerror(trouble), str(folder))
 
-    monkeypatch.setattr(files, "make_folder", refuse)
+    monkeypatch.setattr("backdoorlab.storage.writing.make_folder", refuse)
     assert main(["bench", "--attacks", "badnet", "--defenses", "ft", "--seeds", "0", "--record_root", str(tmp_path / "root")]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and os.strerror(trouble) in line and "Nothing finished was changed" in line

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab import registry
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
 from backdoorlab.record import Record
 from backdoorlab.run import Run
+from backdoorlab.settings import methods
 
-bu: Any = registry.load("defense", "bu").module
+bu: Any = methods.load("defense", "bu").module
 K = 4
 
 

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from backdoorlab import config as configs
-from backdoorlab import registry
-from backdoorlab.config import Parsed, Trained
 from backdoorlab.data import Augment
 from backdoorlab.errors import UserError
+from backdoorlab.settings import methods, resources
+from backdoorlab.settings.parse import Parsed, Trained, parse
 
 Presets = Callable[..., None]
 
@@ -21,7 +21,7 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Presets:
     """Replace resource/config/ by files that the test writes: presets(toy={section: {key: value}})."""
     folder = tmp_path / "resource" / "config"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(registry, "resource", lambda name: tmp_path / "resource" / name)
+    monkeypatch.setattr("backdoorlab.settings.resources.resource", lambda name: tmp_path / "resource" / name)
 
     def write(**files: Any) -> None:
         for name, content in files.items():
@@ -31,13 +31,13 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Presets:
 
 
 def attack(*argv: str, method: str = "badnet") -> Parsed:
-    return configs.parse(registry.load("attack", method).config_class, method, "attack", argv, lambda c: Trained(c.dataset, c.epochs), "test")
+    return parse(methods.load("attack", method).config_class, method, "attack", argv, lambda c: Trained(c.dataset, c.epochs), "test")
 
 
 def defense(*argv: str, method: str = "dau", dataset: str = "toy", epochs: int | None = 100) -> Parsed:
     """`epochs`: what the record's model was trained."""
     trained = Trained(dataset, epochs)
-    return configs.parse(registry.load("defense", method).config_class, method, "defense", argv, lambda _: trained, "test")
+    return parse(methods.load("defense", method).config_class, method, "defense", argv, lambda _: trained, "test")
 
 
 def test_each_layer_wins_over_the_one_before(presets: Presets, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_preset_is_found_by_name(presets: Presets) -> None:
         attack("--yaml_path", "quickly")
 
 
-SHIPPED = sorted(file for file in registry.resource("config").glob("*.yaml") if not file.stem.startswith("bench_"))
+SHIPPED = sorted(file for file in resources.resource("config").glob("*.yaml") if not file.stem.startswith("bench_"))
 
 
 def of_a_data_set(file: Path) -> bool:
@@ -175,11 +175,11 @@ def test_every_data_sets_file_that_ships_is_read_by_every_method() -> None:
     assert {"digits", "cifar10"} <= {file.stem for file in files}
     for file in files:
         sections = yaml.safe_load(file.read_text())
-        for method in registry.available("attack"):
+        for method in methods.available("attack"):
             config = attack("--dataset", file.stem, method=method).config
             for key, value in {**sections.get("attack", {}), **sections.get(method, {})}.items():
                 assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value)
-        for method in registry.available("defense"):
+        for method in methods.available("defense"):
             config = defense(method=method, dataset=file.stem).config
             for key, value in {**sections.get("defense", {}), **sections.get(method, {})}.items():
                 assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value)
@@ -187,12 +187,12 @@ def test_every_data_sets_file_that_ships_is_read_by_every_method() -> None:
 
 @pytest.mark.parametrize("preset", sorted(file.stem for file in SHIPPED if not of_a_data_set(file)))
 def test_every_preset_that_ships_is_read_by_some_method(preset: str) -> None:
-    values = yaml.safe_load((registry.resource("config") / f"{preset}.yaml").read_text())
+    values = yaml.safe_load((resources.resource("config") / f"{preset}.yaml").read_text())
     readers = []
-    for kind, parse in (("attack", attack), ("defense", defense)):
-        for method in registry.available("attack" if kind == "attack" else "defense"):
+    for kind, read in (("attack", attack), ("defense", defense)):
+        for method in methods.available("attack" if kind == "attack" else "defense"):
             try:
-                found = parse("--yaml_path", preset, method=method)
+                found = read("--yaml_path", preset, method=method)
             except UserError:
                 continue
             readers.append(method)

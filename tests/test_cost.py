@@ -12,7 +12,7 @@ from backdoorlab.record import Record
 
 @pytest.fixture(scope="module")
 def cost() -> Any:
-    spec = importlib.util.spec_from_file_location("cost", helpers.CHECKOUT / "benchmarks" / "cost.py")
+    spec = importlib.util.spec_from_file_location("cost", helpers.CHECKOUT / "performance" / "cost.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["cost"] = module

@@ -22,12 +22,17 @@ import helpers
 import pytest
 import torch
 
-from backdoorlab import files, record, registry, runner
+from backdoorlab import record
 from backdoorlab.errors import UserError
-from backdoorlab.preview import save_preview
+from backdoorlab.exchange.verify import verify
+from backdoorlab.execution.attack import attack_job
+from backdoorlab.execution.preview import save_preview
+from backdoorlab.execution.stage import Job, _worthless, fresh, open_stage, publish
+from backdoorlab.poison import Poison
 from backdoorlab.record import Record
 from backdoorlab.run import Run
-from backdoorlab.verify import verify
+from backdoorlab.settings import methods
+from backdoorlab.storage import folders, locks, reading, writing
 
 if not hasattr(os, "fork"):
     pytest.skip("processes are forked here, so that each need not import torch", allow_module_level=True)
@@ -73,7 +78,7 @@ def ended(pid: int) -> int:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the tensors of a record or a result."""
-    return {path.name: files.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    return {path.name: reading.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def half_written(root: Path, name: str, whole: dict[str, dict[str, str]]) -> list[str]:
@@ -141,7 +146,7 @@ def test_kills_lose_nothing_and_change_nothing(kills: int, small: Record, small_
             assert both_code == FINISHED, (quick_path / "said").read_text()
         assert not half_written(root, name, whole) and (root / name / "defense" / "ft" / "seed0" / "result.json").exists()
         # One that was killed right after it published leaves its stage, which the next run there sweeps; nothing else may be left.
-        files.sweep(root, partial(runner._worthless, done="record.json"))
+        folders.sweep(root, partial(_worthless, done="record.json"))
         litter = [path.name for path in root.iterdir() if path.name.startswith((name + ".", "."))]
         assert [entry for entry in litter if not entry.endswith(".held")] == [], "no stage is left; a kill may leave a lock file, which holds nothing"
         begun = trace.read_text().splitlines() if trace.exists() else []
@@ -237,25 +242,25 @@ def variant(old: Record, seed: int) -> Any:
 
 
 @lru_cache(maxsize=256)
-def job_of(root: Path, seed: int, overwrite: bool) -> runner.Job:
+def job_of(root: Path, seed: int, overwrite: bool) -> Job:
     argv = ["--save_folder_name", "r", "--record_root", str(root), "--overwrite", str(overwrite), "--seed", str(seed)]
-    return runner.attack_job(registry.load("attack", "none"), argv, "test")
+    return attack_job(methods.load("attack", "none"), argv, "test")
 
 
 def publishing(old: Record, root: Path, seed: int, pause: float = 0.0, overwrite: bool = True) -> None:
     """What `run_attack` writes, without the training: a checkpoint, then the record with its preview and history."""
     job = job_of(root, seed, overwrite)
-    with runner._stage(root / "r", "record.json", job, {}, "fp32") as stage:
+    with open_stage(root / "r", "record.json", job, {}, "fp32") as stage:
         run = Run(stage, seed=seed, device=torch.device("cpu"))
         for _ in run.epochs("train", 1):
             time.sleep(pause)
-        final = runner._fresh(stage / "final")
-        save_preview(final / "preview.png", old.test_poison.triggered(), record.Poison(*[value[:0] for value in vars(old.test_poison).values()]))
+        final = fresh(stage / "final")
+        save_preview(final / "preview.png", old.test_poison.triggered(), Poison(*[value[:0] for value in vars(old.test_poison).values()]))
         run.save_history(final)
         model = variant(old, seed)
         info = {key: value for key, value in old.info.items() if key not in ("schema", "files")} | {"seed": seed}
         record.write(final, info, model, old.train_poison, old.test_poison)
-        runner._publish(final, root / "r")
+        publish(final, root / "r")
 
 
 def state(root: Path) -> int | None:
@@ -316,7 +321,7 @@ def test_a_fault_at_any_file_operation_leaves_the_old_or_the_new(stride: int, mo
 
 def test_a_record_written_in_place_would_have_been_caught(small: Record, quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of F5: copying instead of renaming leaves what the loop above calls wrong."""
-    monkeypatch.setattr(files, "publish", lambda stage, target: shutil.copytree(stage, target))
+    monkeypatch.setattr("backdoorlab.storage.folders.publish", lambda stage, target: shutil.copytree(stage, target))
     caught = 0
     variant(small, 2)
     for at in range(60, 140, 4):
@@ -374,13 +379,13 @@ def test_stale_stages_are_swept_and_others_kept(small: Record, tmp_path: Path) -
     for name in ("empty", "begun", "held", "foreign", "r"):
         (tmp_path / f"{name}.partial").mkdir()
     for name in ("begun", "held", "r"):
-        files.write_json(tmp_path / f"{name}.partial" / "run.json", {})
+        writing.write_json(tmp_path / f"{name}.partial" / "run.json", {})
     for name in ("begun", "r"):
         (tmp_path / f"{name}.partial" / "checkpoint-train.safetensors").write_bytes(b"x")
     (tmp_path / "foreign.partial" / "thesis.tex").write_text("years of work")
-    with files.locked(tmp_path / "held.partial"):
+    with locks.locked(tmp_path / "held.partial"):
         argv = ["--save_folder_name", "other", "--record_root", str(tmp_path)]
-        with runner._stage(tmp_path / "other", "record.json", runner.attack_job(registry.load("attack", "none"), argv, "test"), {}, "fp32"):
+        with open_stage(tmp_path / "other", "record.json", attack_job(methods.load("attack", "none"), argv, "test"), {}, "fp32"):
             left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == {"r", "begun.partial", "held.partial", "foreign.partial", "other.partial"}
 
@@ -430,15 +435,15 @@ def test_a_lock_file_that_its_holder_removed_is_none(tmp_path: Path) -> None:
 
     fcntl.flock = late
     try:
-        assert files.try_lock(stage) is None
+        assert locks.try_lock(stage) is None
     finally:
         fcntl.flock = real
-    early = files.try_lock(stage)
-    assert early is not None and files.try_lock(stage) is None
+    early = locks.try_lock(stage)
+    assert early is not None and locks.try_lock(stage) is None
     lock.unlink()
-    with files.locked(stage), pytest.raises(UserError, match="being written by process"), files.locked(stage):
+    with locks.locked(stage), pytest.raises(UserError, match="being written by process"), locks.locked(stage):
         pass
-    files.unlock(early)
+    locks.unlock(early)
     assert not list(tmp_path.iterdir())
 
 
@@ -456,16 +461,16 @@ def test_a_lock_holds_where_a_folders_is_known_on_one_machine_only(tmp_path: Pat
 
     monkeypatch.setattr(fcntl, "flock", nfs)
     stage = tmp_path / "x.partial"
-    with files.locked(stage):
+    with locks.locked(stage):
         (stage / "part").write_text("half")
         open_in_it = [path for path in Path("/proc/self/fd").glob("*") if str(stage) + "/" in os.path.realpath(path)]
         assert not open_in_it, "NFS deletes no folder in which a file is open"
-        files.sweep(tmp_path, lambda _stage: True)
-        files.tidy(tmp_path)
+        folders.sweep(tmp_path, lambda _stage: True)
+        folders.tidy(tmp_path)
         assert (stage / "part").exists(), "another machine's sweep leaves it"
-        with pytest.raises(UserError, match="being written by process"), files.locked(stage):
+        with pytest.raises(UserError, match="being written by process"), locks.locked(stage):
             pass
-    files.sweep(tmp_path, lambda _stage: True)
+    folders.sweep(tmp_path, lambda _stage: True)
     assert not list(tmp_path.iterdir()), "with control: what nobody holds is swept, its lock file too"
 
 
@@ -474,34 +479,34 @@ def test_a_stage_in_which_an_older_version_works_is_held(tmp_path: Path) -> None
     fcntl = pytest.importorskip("fcntl")
     stage = tmp_path / "x.partial"
     stage.mkdir()
-    (stage / files.HOLDER).write_text(f"{os.getpid()} {socket.gethostname()}")
+    (stage / locks.HOLDER).write_text(f"{os.getpid()} {socket.gethostname()}")
     old = os.open(stage, os.O_RDONLY)
     fcntl.flock(old, fcntl.LOCK_EX)
-    files.sweep(tmp_path, lambda _stage: True)
-    with pytest.raises(UserError, match=f"being written by process {os.getpid()} on "), files.locked(stage):
+    folders.sweep(tmp_path, lambda _stage: True)
+    with pytest.raises(UserError, match=f"being written by process {os.getpid()} on "), locks.locked(stage):
         pass
     assert stage.is_dir()
     os.close(old)
-    with files.locked(stage):
-        assert files.try_lock(stage) is None and not list(stage.iterdir())
+    with locks.locked(stage):
+        assert locks.try_lock(stage) is None and not list(stage.iterdir())
     stage.mkdir()
-    files.sweep(tmp_path, lambda _stage: True)
-    files.tidy(tmp_path)
+    folders.sweep(tmp_path, lambda _stage: True)
+    folders.tidy(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_lock_files_that_a_kill_leaves_are_tidied(tmp_path: Path) -> None:
     for name in ("dead", "alive"):
         (tmp_path / f".{name}.partial.held").write_text("1 elsewhere")
-    with files.locked(tmp_path / "alive.partial"):
-        files.tidy(tmp_path)
+    with locks.locked(tmp_path / "alive.partial"):
+        folders.tidy(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {"alive.partial", ".alive.partial.held"}
 
 
 # --- F8, F11: numbers --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["badnet", *sorted(registry.available("defense"))])
+@pytest.mark.parametrize("method", ["badnet", *sorted(methods.available("defense"))])
 def test_a_loss_that_is_no_number_stops_within_one_step(
     method: str, small: Record, small_flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -538,7 +543,7 @@ def test_a_loss_that_is_no_number_stops_within_one_step(
     assert (done / ("record.json" if method == "badnet" else "result.json")).exists(), "without the NaN it ends well"
 
 
-@pytest.mark.parametrize("method", sorted(registry.available("defense")))
+@pytest.mark.parametrize("method", sorted(methods.available("defense")))
 def test_two_runs_are_equal_bit_for_bit(method: str, small: Record, tmp_path: Path) -> None:
     """F11: one seed, version, device and number of threads; whatever else the process drew before."""
     found = helpers.copy(small, tmp_path)
@@ -555,5 +560,5 @@ def test_two_runs_are_equal_bit_for_bit(method: str, small: Record, tmp_path: Pa
     histories = [[line.split(",") for line in (folder / run / "history.csv").read_text().splitlines()] for run in ("a", "b")]
     first, second = ([row[:2] + row[3:] for row in history] for history in histories)  # the third column is seconds
     assert first == second
-    if digests(folder / "a")["model.safetensors"] != files.sha256(found.folder / "model.safetensors"):
+    if digests(folder / "a")["model.safetensors"] != reading.sha256(found.folder / "model.safetensors"):
         assert digests(folder / "a") != digests(folder / "c"), "another seed is another run"

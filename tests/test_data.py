@@ -23,9 +23,14 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorlab import datasets, files
 from backdoorlab.data import Augment, Dataset, Split, batches, channel_statistics, fingerprint, mapped, place, to_bytes, to_float, trusted_index
+from backdoorlab.datasets import cache as arrays
+from backdoorlab.datasets import decoding
+from backdoorlab.datasets.load import find as find_dataset
+from backdoorlab.datasets.load import load as load_dataset
+from backdoorlab.datasets.load import train_files
 from backdoorlab.errors import UserError
+from backdoorlab.storage import locks
 
 CPU = torch.device("cpu")
 
@@ -291,18 +296,18 @@ def test_the_fingerprint_sees_every_byte_label_name_and_the_order() -> None:
 
 def test_digits_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path))
-    first = datasets.load("digits")
-    monkeypatch.setattr(datasets, "_digits", lambda *_args, **_options: pytest.fail("decoded again"))
-    again = datasets.find("digits", first.fingerprint)
+    first = load_dataset("digits")
+    monkeypatch.setattr("backdoorlab.datasets.load.digits", lambda *_args, **_options: pytest.fail("decoded again"))
+    again = find_dataset("digits", first.fingerprint)
     assert torch.equal(again.train.images, first.train.images) and again.fingerprint == first.fingerprint
     with pytest.raises(pytest.fail.Exception):  # the control: another size is another entry
-        datasets.load("digits", image_size=16)
+        load_dataset("digits", image_size=16)
 
 
 def test_digits_are_split_by_class_and_without_overlap() -> None:
     from sklearn.datasets import load_digits
 
-    dataset, source = datasets.load("digits"), load_digits()
+    dataset, source = load_dataset("digits"), load_digits()
     assert (len(dataset.train), len(dataset.test), dataset.num_classes, dataset.image_shape) == (1442, 355, 10, (1, 32, 32))
     for label in range(10):
         here, there = int((dataset.train.labels == label).sum()), int((dataset.test.labels == label).sum())
@@ -311,9 +316,9 @@ def test_digits_are_split_by_class_and_without_overlap() -> None:
     rows = [bytes(image.numpy().tobytes()) for image in torch.cat([dataset.train.images, dataset.test.images])]
     assert len(rows) == 1797
     assert not set(rows[:1442]) & set(rows[1442:]), "no test image is in the training set"
-    assert dataset.fingerprint == datasets.load("digits").fingerprint
-    assert datasets.load("digits", image_size=16).image_shape == (1, 16, 16)
-    assert datasets.load("digits", image_size=16).fingerprint != dataset.fingerprint
+    assert dataset.fingerprint == load_dataset("digits").fingerprint
+    assert load_dataset("digits", image_size=16).image_shape == (1, 16, 16)
+    assert load_dataset("digits", image_size=16).fingerprint != dataset.fingerprint
 
 
 # --- folders and shards ------------------------------------------------------------------------------------------
@@ -378,38 +383,38 @@ def test_gtsrb_is_the_final_training_set(tmp_path: Path, monkeypatch: pytest.Mon
     Image.new("RGB", (30, 30), (160, 0, 0)).save(test / "00000.ppm")
     (folder / "GT-final_test.csv").write_text("Filename;Width;Height;ClassId\n00000.ppm;30;30;2\n")
     monkeypatch.setenv("BACKDOORLAB_DATA", str(tmp_path))
-    monkeypatch.setattr(datasets, "_require_network", lambda name, root: None)
+    monkeypatch.setattr("backdoorlab.datasets.readers._require_network", lambda name, root: None)
     fetched = []
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", lambda address, **options: fetched.append(address))
     with pytest.raises(UserError, match=r"'gtsrb' could not be downloaded .*expected 39,209 images, found 3"):
-        datasets.load("gtsrb", image_size=8)
+        load_dataset("gtsrb", image_size=8)
     assert fetched[0].endswith("GTSRB_Final_Training_Images.zip")
-    monkeypatch.setattr(datasets, "GTSRB_SIZE", 3)
-    found = datasets.load("gtsrb", image_size=8)
+    monkeypatch.setattr("backdoorlab.datasets.readers.GTSRB_SIZE", 3)
+    found = load_dataset("gtsrb", image_size=8)
     assert found.train.labels.tolist() == [0, 1, 2] and found.test.labels.tolist() == [2]
     assert found.train.images[:, 0].float().mean((1, 2)).tolist() == [0, 80, 160]
 
 
 def test_more_images_than_fit_in_memory_are_decoded_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = str(image_folder(tmp_path / "data"))
-    small = datasets.load("pets", root)
-    monkeypatch.setattr(datasets, "LARGE", 100)
+    small = load_dataset("pets", root)
+    monkeypatch.setattr("backdoorlab.datasets.decoding.LARGE", 100)
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "other"))
-    assert isinstance(datasets._room((1, 3, 12, 12)), np.memmap) and not isinstance(datasets._room((1, 3, 2, 2)), np.memmap)
-    large = datasets.load("pets", root)
+    assert isinstance(decoding._room((1, 3, 12, 12)), np.memmap) and not isinstance(decoding._room((1, 3, 2, 2)), np.memmap)
+    large = load_dataset("pets", root)
     assert large.fingerprint == small.fingerprint and torch.equal(large.train.images, small.train.images)
     assert len(list((tmp_path / "other").iterdir())) == 1, "nothing but the cached data set is left"
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(datasets.os, "posix_fallocate", full)
+    monkeypatch.setattr(decoding.os, "posix_fallocate", full)
     with pytest.raises(UserError, match="no room for"):
-        datasets.load("pets", root, image_size=10)
+        load_dataset("pets", root, image_size=10)
 
 
 def test_image_folder_reads_pixels_labels_and_names(tmp_path: Path) -> None:
-    dataset = datasets.load("pets", str(image_folder(tmp_path / "data")))
+    dataset = load_dataset("pets", str(image_folder(tmp_path / "data")))
     assert dataset.class_names == ("cat", "dog") and dataset.image_shape == (3, 12, 12)
     assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1] and dataset.test.labels.tolist() == [0, 0, 1, 1]
     for row, value in zip(dataset.train.images, (0, 1, 2, 10, 11, 12), strict=True):
@@ -418,21 +423,21 @@ def test_image_folder_reads_pixels_labels_and_names(tmp_path: Path) -> None:
 
 
 def test_classes_that_are_numbers_are_in_numerical_order(tmp_path: Path) -> None:
-    dataset = datasets.load("numbers", str(image_folder(tmp_path / "data", ("10", "9", "2"))))
+    dataset = load_dataset("numbers", str(image_folder(tmp_path / "data", ("10", "9", "2"))))
     assert dataset.class_names == ("2", "9", "10")
 
 
 def test_what_is_hidden_is_neither_a_class_nor_an_image(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data")
-    clean = datasets.load("pets", str(folder))
+    clean = load_dataset("pets", str(folder))
     shutil.copytree(folder / "train" / "cat", folder / "train" / ".ipynb_checkpoints")
     shutil.copytree(folder / "train" / "cat", folder / "train" / "cat" / ".ipynb_checkpoints")
     (folder / "train" / "dog" / "._0.png").write_bytes(b"what a Mac leaves beside a file")
-    found = datasets.load("pets", str(folder))
+    found = load_dataset("pets", str(folder))
     assert found.class_names == clean.class_names and found.fingerprint == clean.fingerprint
-    assert len(datasets.train_files(str(folder)) or []) == len(clean.train)
+    assert len(train_files(str(folder)) or []) == len(clean.train)
     shutil.copytree(folder / "train" / "cat", folder / "train" / "cat" / "more")
-    assert len(datasets.load("pets", str(folder)).train) == 9, "a control: a folder in a class's folder is read"
+    assert len(load_dataset("pets", str(folder)).train) == 9, "a control: a folder in a class's folder is read"
 
 
 def test_what_is_linked_is_read_and_a_change_in_it_is_noticed(tmp_path: Path) -> None:
@@ -443,43 +448,43 @@ def test_what_is_linked_is_read_and_a_change_in_it_is_noticed(tmp_path: Path) ->
         (tmp_path / name).mkdir()
         for part in ("train", "test"):
             (tmp_path / name / part).symlink_to(source / part)
-        found[name] = datasets.load("pets", str(tmp_path / name))
+        found[name] = load_dataset("pets", str(tmp_path / name))
         assert found[name].class_names == classes
     (tmp_path / "disk" / "one" / "train" / "cat" / "more").symlink_to(tmp_path / "disk" / "one" / "train" / "dog")
     (tmp_path / "disk" / "one" / "train" / "dog" / "back").symlink_to(tmp_path / "disk" / "one" / "train")
-    again = datasets.load("pets", str(tmp_path / "one"))
+    again = load_dataset("pets", str(tmp_path / "one"))
     assert len(again.train) > len(found["one"].train), "a linked folder in a class's folder is read, and a link back to where it lies ends"
     picture(99, (12, 12)).save(next((tmp_path / "disk" / "two" / "train" / "x").glob("*.png")))
-    assert datasets.load("pets", str(tmp_path / "two")).fingerprint != found["two"].fingerprint
+    assert load_dataset("pets", str(tmp_path / "two")).fingerprint != found["two"].fingerprint
 
 
 def test_a_class_may_have_any_name(tmp_path: Path) -> None:
-    assert datasets.load("powers", str(image_folder(tmp_path / "data", ("²", "10")))).class_names == ("10", "²")
+    assert load_dataset("powers", str(image_folder(tmp_path / "data", ("²", "10")))).class_names == ("10", "²")
 
 
 def test_folders_that_are_no_classes_are_refused(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", ("emu", "dog"))
     (folder / "train" / "empty").mkdir()
     with pytest.raises(UserError, match=r"train/empty: no images .*; each folder in train/ is a class"):
-        datasets.load("pets", str(folder))
+        load_dataset("pets", str(folder))
     (folder / "train" / "empty").rmdir()
     (folder / "test" / "zebra").mkdir()
     with pytest.raises(UserError, match="test/zebra: no folder of this name in train/, whose folders are the classes: dog, emu"):
-        datasets.load("pets", str(folder))
+        load_dataset("pets", str(folder))
     (folder / "test" / "zebra").rmdir()
     shutil.rmtree(folder / "test" / "emu")
-    assert datasets.load("pets", str(folder)).test.labels.tolist() == [0, 0], "a control: a test set may lack a class"
+    assert load_dataset("pets", str(folder)).test.labels.tolist() == [0, 0], "a control: a test set may lack a class"
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_other_names_of_a_test_split(tmp_path: Path, name: str) -> None:
-    assert len(datasets.load("pets", str(image_folder(tmp_path / "data", test=name))).test) == 4
+    assert len(load_dataset("pets", str(image_folder(tmp_path / "data", test=name))).test) == 4
 
 
 def test_grey_and_resized(tmp_path: Path) -> None:
     root = str(image_folder(tmp_path / "data", size=(20, 14)))
-    assert datasets.load("pets", root).image_shape == (3, 14, 20), "height before width"
-    dataset = datasets.load("pets", root, image_size=8, grey=True)
+    assert load_dataset("pets", root).image_shape == (3, 14, 20), "height before width"
+    dataset = load_dataset("pets", root, image_size=8, grey=True)
     assert dataset.image_shape == (1, 8, 8)
     wanted = picture(0, (20, 14), "L").resize((8, 8), Image.Resampling.BILINEAR)
     assert np.array_equal(dataset.train.images[0, 0].numpy(), np.asarray(wanted))
@@ -489,7 +494,7 @@ def test_grey_and_resized(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["PNG", "WEBP"])
 def test_shards_in_the_hubs_layout(tmp_path: Path, column: str, form: str) -> None:
     root = shards(tmp_path / "data", column=column, form=form)
-    dataset = datasets.load("hub", str(root))
+    dataset = load_dataset("hub", str(root))
     assert dataset.train.labels.tolist() == [0, 1, 2] and dataset.test.labels.tolist() == [0, 1]
     assert dataset.class_names == ("0", "1", "2")
     if form == "PNG":  # lossless: the pixels are exact, and in the order of the shards
@@ -499,7 +504,7 @@ def test_shards_in_the_hubs_layout(tmp_path: Path, column: str, form: str) -> No
 
 @pytest.mark.parametrize(("struct", "label", "test"), [(False, "label", "test"), (True, "labels", "test"), (True, "fine_label", "validation")])
 def test_other_layouts_of_shards(tmp_path: Path, struct: bool, label: str, test: str) -> None:
-    dataset = datasets.load("hub", str(shards(tmp_path / "data", struct=struct, label=label, test=test)))
+    dataset = load_dataset("hub", str(shards(tmp_path / "data", struct=struct, label=label, test=test)))
     assert (len(dataset.train), len(dataset.test)) == (3, 2)
     assert np.array_equal(dataset.train.images[2].numpy(), np.asarray(picture(2)).transpose(2, 0, 1))
 
@@ -509,7 +514,7 @@ def test_a_shard_is_of_the_split_that_a_word_of_its_name_says(tmp_path: Path) ->
     root = shards(tmp_path / "data", test="validation")
     for file in list(root.glob("*.parquet")):
         file.rename(root / f"latest-{file.name}")
-    dataset = datasets.load("hub", str(root))
+    dataset = load_dataset("hub", str(root))
     assert (len(dataset.train), len(dataset.test)) == (3, 2)
 
 
@@ -526,7 +531,7 @@ def test_no_other_program_is_started_for_an_image(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
     file = tmp_path / "0.png"
     file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    for read in (lambda: datasets._from_file(file, None, None), lambda: datasets._from_bytes(file.read_bytes(), file, None, None)):
+    for read in (lambda: decoding.from_file(file, None, None), lambda: decoding.from_bytes(file.read_bytes(), file, None, None)):
         with pytest.raises(UserError, match="not a readable image"):
             read()
     assert not started
@@ -548,7 +553,7 @@ def test_no_other_program_is_started_for_an_image(tmp_path: Path, monkeypatch: p
 def test_class_names_from_classes_json(tmp_path: Path, content: Any) -> None:
     root = shards(tmp_path / "data")
     (root / "classes.json").write_text(json.dumps(content))
-    assert datasets.load("hub", str(root)).class_names == ("aa", "bb", "cc")
+    assert load_dataset("hub", str(root)).class_names == ("aa", "bb", "cc")
 
 
 def _empty(root: Path) -> Path:
@@ -677,7 +682,7 @@ def _negative_label(root: Path) -> Path:
 )
 def test_unreadable_data_is_one_line(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        datasets.load("mine", str(make(tmp_path / "data")))
+        load_dataset("mine", str(make(tmp_path / "data")))
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
@@ -688,9 +693,9 @@ def test_deep_grey_images_are_scaled_and_not_clipped(tmp_path: Path, mode: str) 
         deep = (shallow.astype(np.uint16) * factor).astype(">u2" if mode == "I;16B" else "<u2")
         data = encoded(Image.frombytes(mode, (16, 16), deep.tobytes()), "TIFF")
         assert Image.open(io.BytesIO(data)).mode == mode
-        assert np.array_equal(datasets._from_bytes(data, tmp_path / name, None, None), shallow[None])
-        assert datasets._from_bytes(data, tmp_path / name, 8, False).shape == (3, 8, 8)
-    wanted = datasets._from_bytes(encoded(Image.fromarray(shallow)), tmp_path, None, None)
+        assert np.array_equal(decoding.from_bytes(data, tmp_path / name, None, None), shallow[None])
+        assert decoding.from_bytes(data, tmp_path / name, 8, False).shape == (3, 8, 8)
+    wanted = decoding.from_bytes(encoded(Image.fromarray(shallow)), tmp_path, None, None)
     assert np.array_equal(wanted, shallow[None]), "a control: 8 bits are left as they are"
 
 
@@ -703,7 +708,7 @@ def test_a_folder_of_16_bit_pngs_is_that_of_8_bits(tmp_path: Path) -> None:
                 place.mkdir(parents=True)
                 rng = np.random.default_rng(len(label + split))
                 Image.fromarray((rng.integers(0, 256, (8, 8)) * factor).astype(dtype)).save(place / "0.png")
-        found.append(datasets.load("pets", str(tmp_path / name)))
+        found.append(load_dataset("pets", str(tmp_path / name)))
     assert found[0].image_shape == (1, 8, 8) and found[0].fingerprint == found[1].fingerprint
 
 
@@ -714,7 +719,7 @@ def test_values_that_nothing_says_how_to_scale_are_refused(tmp_path: Path, dtype
     pixels[0, 0] = value
     file = tmp_path / "0.png"  # what it is, the content says
     file.write_bytes(encoded(Image.fromarray(pixels), "TIFF"))
-    for read in (lambda: datasets._from_file(file, None, True), lambda: datasets._from_bytes(file.read_bytes(), file, None, True)):
+    for read in (lambda: decoding.from_file(file, None, True), lambda: decoding.from_bytes(file.read_bytes(), file, None, True)):
         if refused:
             with pytest.raises(UserError, match=rf"{file}: .*expected values in 0\.\.255, found (7|-1)\.\.(7|1000) .*save it with 8 bits"):
                 read()
@@ -736,7 +741,7 @@ HOSTILE = {
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
 def test_an_image_that_pillow_gives_up_on_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "0.png"
-    for read in (lambda: datasets._from_file(file, None, None), lambda: datasets._from_bytes(file.read_bytes(), file, None, None)):
+    for read in (lambda: decoding.from_file(file, None, None), lambda: decoding.from_bytes(file.read_bytes(), file, None, None)):
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"^{file}: .*not a readable image"):
             read()
@@ -752,9 +757,9 @@ def test_labels_that_are_no_numbers_are_one_line(tmp_path: Path, labels: list[An
         pq.write_table(pa.table({"img": cells, "label": labels}), file)
     if refused:
         with pytest.raises(UserError, match=f"labels must be whole numbers from 0 on, found {refused}"):
-            datasets.load("hub", str(root))
+            load_dataset("hub", str(root))
     else:
-        assert datasets.load("hub", str(root)).train.labels.tolist() == [0, 1], "a control"
+        assert load_dataset("hub", str(root)).train.labels.tolist() == [0, 1], "a control"
 
 
 @pytest.mark.parametrize(("last", "said"), [(5, ["5 of the 7 classes have no training image (1, 2, 3, 4, 5)"]), (0, [])])
@@ -770,7 +775,7 @@ def test_an_attack_says_which_labels_nothing_has(tmp_path: Path, last: int, said
 
 
 def test_resizing_makes_one_shape_of_many(tmp_path: Path) -> None:
-    assert datasets.load("mine", str(_other_shapes(tmp_path / "data")), image_size=12).image_shape == (3, 12, 12)
+    assert load_dataset("mine", str(_other_shapes(tmp_path / "data")), image_size=12).image_shape == (3, 12, 12)
 
 
 # --- names, cache, network ---------------------------------------------------------------------------------------
@@ -778,9 +783,9 @@ def test_resizing_makes_one_shape_of_many(tmp_path: Path) -> None:
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown data set 'cifar1O'.* Did you mean 'cifar10'"):
-        datasets.load("cifar1O")
+        load_dataset("cifar1O")
     with pytest.raises(UserError, match="no such folder"):
-        datasets.load("mine", "/no/such/folder")
+        load_dataset("mine", "/no/such/folder")
 
 
 @pytest.mark.parametrize(
@@ -790,8 +795,8 @@ def test_a_name_that_no_record_may_hold_is_refused_before_anything_is_read(tmp_p
     """It would be refused by the record's own reader, after the training."""
     root = str(image_folder(tmp_path / "data"))
     with pytest.raises(UserError, match=rf"expected a name .* say '{instead}'$"):
-        datasets.load(name, root)
-    assert datasets.load(instead, root).name == instead, "a control: what is said in its place is taken"
+        load_dataset(name, root)
+    assert load_dataset(instead, root).name == instead, "a control: what is said in its place is taken"
 
 
 def test_a_test_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
@@ -800,9 +805,9 @@ def test_a_test_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
     file = root / "test-00000-of-00001.parquet"
     pq.write_table(pa.table({"img": image * 2, "label": [1, 3]}), file)
     with pytest.raises(UserError, match=rf"{file}: label 3 is on no training image"):
-        datasets.load("hub", str(root))
+        load_dataset("hub", str(root))
     pq.write_table(pa.table({"img": image * 2, "label": [1, 1]}), file)
-    assert datasets.load("hub", str(root)).num_classes == 3, "a control: a test set may lack a class"
+    assert load_dataset("hub", str(root)).num_classes == 3, "a control: a test set may lack a class"
 
 
 def test_missing_data_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -811,14 +816,14 @@ def test_missing_data_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     with pytest.raises(UserError, match="there is no network to download it: pass --dataset_path"):
-        datasets.load("cifar10")
+        load_dataset("cifar10")
 
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Dataset, Path]]:
     """A data set with a cache folder of its own, its source deleted."""
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "cache"))
-    dataset = datasets.load("pets", str(image_folder(tmp_path / "data")))
+    dataset = load_dataset("pets", str(image_folder(tmp_path / "data")))
     (folder,) = (tmp_path / "cache").iterdir()
     yield dataset, folder
 
@@ -826,35 +831,35 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Da
 def test_the_cache_is_found_by_content(cached: tuple[Dataset, Path], tmp_path: Path) -> None:
     dataset, folder = cached
     (tmp_path / "data").rename(tmp_path / "elsewhere")
-    again = datasets.load("pets", str(tmp_path / "elsewhere"))
+    again = load_dataset("pets", str(tmp_path / "elsewhere"))
     assert again.fingerprint == dataset.fingerprint
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name], "the same content is not read twice"
-    found = datasets.find("pets", dataset.fingerprint)
+    found = find_dataset("pets", dataset.fingerprint)
     assert torch.equal(found.train.images, dataset.train.images) and found.class_names == dataset.class_names
     picture(77).save(tmp_path / "elsewhere" / "train" / "cat" / "0.png")
-    assert datasets.load("pets", str(tmp_path / "elsewhere")).fingerprint != dataset.fingerprint
+    assert load_dataset("pets", str(tmp_path / "elsewhere")).fingerprint != dataset.fingerprint
     with pytest.raises(UserError, match="not in the cache"):
-        datasets.find("pets", "0" * 64)
+        find_dataset("pets", "0" * 64)
 
 
 def test_two_that_fill_an_empty_cache_at_once_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one's folder comes just before ours; with control: a folder there that is no data set is replaced."""
-    cache, publish = tmp_path / "cache", datasets.publish
+    cache, publish = tmp_path / "cache", arrays.publish
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(cache))
 
     def beaten(stage: Path, folder: Path, ignored: tuple[str, ...] = ()) -> None:
-        monkeypatch.setattr(datasets, "publish", publish)
+        monkeypatch.setattr("backdoorlab.datasets.cache.publish", publish)
         shutil.copytree(stage, folder, ignore=shutil.ignore_patterns(*ignored))
         (folder / "whose").write_text("the other's")
         publish(stage, folder)
 
-    monkeypatch.setattr(datasets, "publish", beaten)
-    dataset = datasets.load("pets", str(image_folder(tmp_path / "data")))
+    monkeypatch.setattr("backdoorlab.datasets.cache.publish", beaten)
+    dataset = load_dataset("pets", str(image_folder(tmp_path / "data")))
     (folder,) = cache.iterdir()
-    assert (folder / "whose").exists() and datasets.find("pets", dataset.fingerprint).fingerprint == dataset.fingerprint
+    assert (folder / "whose").exists() and find_dataset("pets", dataset.fingerprint).fingerprint == dataset.fingerprint
     shutil.rmtree(cache)
-    monkeypatch.setattr(datasets, "publish", partial(beaten, ignored=("meta.json",)))
-    assert datasets.load("pets", str(tmp_path / "data")).fingerprint == dataset.fingerprint
+    monkeypatch.setattr("backdoorlab.datasets.cache.publish", partial(beaten, ignored=("meta.json",)))
+    assert load_dataset("pets", str(tmp_path / "data")).fingerprint == dataset.fingerprint
     assert [entry.name for entry in cache.iterdir()] == [folder.name] and not (folder / "whose").exists()
 
 
@@ -870,8 +875,8 @@ def test_the_cache_sweeps_its_own_stages_only(tmp_path: Path, monkeypatch: pytes
     for stage in (left, held):
         (stage / "final").mkdir(parents=True)
         (stage / "final" / "train_images.npy").write_bytes(b"half")
-    with files.locked(held):
-        datasets.load("pets", str(image_folder(tmp_path / "data")))
+    with locks.locked(held):
+        load_dataset("pets", str(image_folder(tmp_path / "data")))
     assert not left.exists() and (held / "final").is_dir()
     assert all((cache / name / "thesis.tex").exists() for name in foreign)
 
@@ -880,17 +885,17 @@ def test_a_stage_of_the_cache_that_another_holds_stays(tmp_path: Path, monkeypat
     """Two machines that share a cache may have processes of one number."""
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "cache"))
     source = str(image_folder(tmp_path / "data"))
-    datasets.load("pets", source)
+    load_dataset("pets", source)
     (folder,) = (tmp_path / "cache").iterdir()
     shutil.rmtree(folder)
     stage = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    with files.locked(stage):
+    with locks.locked(stage):
         (stage / "final").mkdir()
         with pytest.raises(UserError, match="is being written by process"):
-            datasets.load("pets", source)
+            load_dataset("pets", source)
         assert (stage / "final").is_dir()
         shutil.rmtree(stage / "final")
-    datasets.load("pets", source)
+    load_dataset("pets", source)
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
 
 
@@ -901,10 +906,10 @@ def test_a_changed_byte_in_the_cache_is_refused(cached: tuple[Dataset, Path], tm
     data[-1] ^= 1
     (folder / file).write_bytes(data)
     with pytest.raises(UserError, match=f"{folder.name} is damaged: delete that folder"):
-        datasets.load("pets", str(tmp_path / "data"))
+        load_dataset("pets", str(tmp_path / "data"))
     data[-1] ^= 1
     (folder / file).write_bytes(data)
-    datasets.load("pets", str(tmp_path / "data"))
+    load_dataset("pets", str(tmp_path / "data"))
 
 
 def test_a_damaged_cache_entry_is_refused(cached: tuple[Dataset, Path], tmp_path: Path) -> None:
@@ -913,9 +918,9 @@ def test_a_damaged_cache_entry_is_refused(cached: tuple[Dataset, Path], tmp_path
         content = (folder / damage).read_bytes()
         (folder / damage).write_bytes(content[: len(content) // 2])
         with pytest.raises(UserError, match="damaged"):
-            datasets.load("pets", str(tmp_path / "data"))
+            load_dataset("pets", str(tmp_path / "data"))
         (folder / damage).write_bytes(content)
-    assert [entry["name"] for entry in datasets.cached()] == ["pets"]
+    assert [entry["name"] for entry in arrays.cached()] == ["pets"]
 
 
 # --- CIFAR-10 ----------------------------------------------------------------------------------------------------
@@ -925,7 +930,7 @@ def test_a_damaged_cache_entry_is_refused(cached: tuple[Dataset, Path], tmp_path
 @pytest.mark.skipif(not helpers.CIFAR10.is_dir(), reason="the CIFAR-10 shards are not in shared/data/cifar10 beside the checkout")
 def test_a_few_rows_of_the_cifar10_shards(tmp_path: Path) -> None:
     root = helpers.few_cifar10(tmp_path / "cifar10", 64, 64)
-    dataset = datasets.load("cifar10", str(root))
+    dataset = load_dataset("cifar10", str(root))
     assert (len(dataset.train), len(dataset.test)) == (64, 64)
     assert dataset.class_names[:3] == ("airplane", "automobile", "bird") and dataset.num_classes == 10
     assert dataset.image_shape == (3, 32, 32)

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab import registry
 from backdoorlab.data import Split, to_float
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, predictions
 from backdoorlab.record import Record
 from backdoorlab.run import Run
+from backdoorlab.settings import methods
 
-dau: Any = registry.load("defense", "dau").module
+dau: Any = methods.load("defense", "dau").module
 K = 10
 
 

@@ -7,10 +7,12 @@ import helpers
 import pytest
 import torch
 
-from backdoorlab import config as configs
-from backdoorlab import files, registry
 from backdoorlab.__main__ import main
+from backdoorlab.errors import UserError
 from backdoorlab.record import Record
+from backdoorlab.settings import methods
+from backdoorlab.settings.parse import as_flags, parse_plain
+from backdoorlab.storage import reading
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ ROWS = {
 
 
 def test_every_defense_has_a_row() -> None:
-    assert set(registry.available("defense")) == set(ROWS)
+    assert set(methods.available("defense")) == set(ROWS)
 
 
 @pytest.mark.parametrize("method", sorted(ROWS))
@@ -57,12 +59,12 @@ def test_a_defense_keeps_its_promise(method: str, demo: Record, tmp_path: Path) 
         assert result["split"]["precision"] >= row.precision
     if row.tpr is not None:
         assert result["split"]["tpr"] >= row.tpr
-        flagged = files.read_tensors(record.folder / "defense" / method / "seed0" / "split.safetensors")[0]["flagged"]
+        flagged = reading.read_tensors(record.folder / "defense" / method / "seed0" / "split.safetensors")[0]["flagged"]
         assert int(flagged.sum()) == result["split"]["flagged"]
-    saved = files.read_tensors(record.folder / "defense" / method / "seed0" / "model.safetensors")[0]
+    saved = reading.read_tensors(record.folder / "defense" / method / "seed0" / "model.safetensors")[0]
     original = record.model().state_dict()
     assert any(not torch.equal(original[name], value) for name, value in saved.items()), "the defense did something"
-    assert result["assumes"] == list(registry.load("defense", method).assumes)
+    assert result["assumes"] == list(methods.load("defense", method).assumes)
     assert result["image_passes"]["forward"] > 0 and result["seconds"] > 0
     assert sum(result["triggered_predictions"]) == len(record.test_poison)
 
@@ -72,7 +74,7 @@ def test_dau_returns_a_model_that_was_never_attacked(clean: Record, tmp_path: Pa
     assert record.info["scores"]["clean_accuracy"] >= 0.9
     result = helpers.defend("dau", record, "--score_every", "0")
     assert result is not None and any("no poison found" in note for note in result["notes"])
-    saved = files.read_tensors(record.folder / "defense" / "dau" / "seed0" / "model.safetensors")[0]
+    saved = reading.read_tensors(record.folder / "defense" / "dau" / "seed0" / "model.safetensors")[0]
     original = record.model().state_dict()
     assert saved.keys() == original.keys() and all(torch.equal(original[name], value) for name, value in saved.items())
     assert result["after"]["clean_accuracy"] == record.info["scores"]["clean_accuracy"]
@@ -142,10 +144,10 @@ def test_a_new_defense_is_one_file(tiny: Record, tmp_path: Path, monkeypatch: py
     original = record.model().state_dict()
     for run, factor in (("seed0", 0.25), ("direct", 0.5)):
         folder = record.folder / "defense" / "shrink" / run
-        saved = files.read_tensors(folder / "model.safetensors")[0]
+        saved = reading.read_tensors(folder / "model.safetensors")[0]
         assert torch.equal(saved["network.linear.weight"], factor * original["network.linear.weight"])
         assert torch.equal(saved["network.conv1.weight"], original["network.conv1.weight"])
-        result = files.read_json(folder / "result.json")
+        result = reading.read_json(folder / "result.json")
         assert result["after"]["clean_accuracy"] == result["before"]["clean_accuracy"] and result["config"]["factor"] == factor
 
     monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
@@ -166,7 +168,7 @@ def test_a_file_that_was_edited_is_loaded_anew(tiny: Record, tmp_path: Path, mon
         file.write_text(PLUGIN.replace("model = view.model", f"model = view.model\n    run.note({text!r})"))
         result = helpers.defend("edited", record, "--overwrite", "True")
         assert result is not None
-        made.append((registry.load("defense", "edited").module, result))
+        made.append((methods.load("defense", "edited").module, result))
     assert [result["notes"][0] for _, result in made] == ["before", "after!", "after!"]
     assert made[0][1]["code"] != made[1][1]["code"] == made[2][1]["code"] and made[1][0] is made[2][0], "and only then"
 
@@ -174,9 +176,9 @@ def test_a_file_that_was_edited_is_loaded_anew(tiny: Record, tmp_path: Path, mon
 def test_a_method_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine" / "defense" / "folder.py").mkdir(parents=True)
     monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
-    with pytest.raises(registry.UserError, match=r"folder.py: cannot be imported \(IsADirectoryError"):
-        registry.load("defense", "folder")
-    assert "folder" not in registry.available("defense") and "dau" in registry.available("defense")
+    with pytest.raises(UserError, match=r"folder.py: cannot be imported \(IsADirectoryError"):
+        methods.load("defense", "folder")
+    assert "folder" not in methods.available("defense") and "dau" in methods.available("defense")
 
 
 @pytest.mark.parametrize(("missing", "text"), [("ASSUMES", 'ASSUMES = ("model",)'), ("defend", "def defend"), ("Config", "class Config")])
@@ -185,24 +187,24 @@ def test_a_file_that_lacks_something_says_what(tmp_path: Path, monkeypatch: pyte
     folder.mkdir(parents=True)
     (folder / "partly.py").write_text(PLUGIN.replace(text, text.replace(missing, "Something")).replace("config: Config,", "config: DefenseConfig,"))
     monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
-    with pytest.raises(registry.UserError, match=f"this one lacks {missing}"):
-        registry.load("defense", "partly")
+    with pytest.raises(UserError, match=f"this one lacks {missing}"):
+        methods.load("defense", "partly")
 
 
 def test_an_attack_whose_name_no_record_may_hold_is_refused_before_it_trains(tmp_path: Path) -> None:
     text = (helpers.CHECKOUT / "attack" / "badnet.py").read_text()
     for name in ("my attack.py", "my_attack.py"):
         (tmp_path / name).write_text(text)
-    with pytest.raises(registry.UserError, match=r"my attack.py: a method is called as its file is, .* rename the file"):
-        registry.from_file("attack", tmp_path / "my attack.py")
-    assert registry.from_file("attack", tmp_path / "my_attack.py").name == "my_attack", "a control"
+    with pytest.raises(UserError, match=r"my attack.py: a method is called as its file is, .* rename the file"):
+        methods.from_file("attack", tmp_path / "my attack.py")
+    assert methods.from_file("attack", tmp_path / "my_attack.py").name == "my_attack", "a control"
 
 
 def test_a_defense_called_none_is_refused(tmp_path: Path) -> None:
     """In a table that is the model without a defense."""
     (tmp_path / "none.py").write_text((helpers.CHECKOUT / "defense" / "ft.py").read_text())
-    with pytest.raises(registry.UserError, match=r"none.py: in every table `none` is the model without a defense: rename the file"):
-        registry.from_file("defense", tmp_path / "none.py")
+    with pytest.raises(UserError, match=r"none.py: in every table `none` is the model without a defense: rename the file"):
+        methods.from_file("defense", tmp_path / "none.py")
 
 
 def test_a_method_gets_only_what_its_file_assumes(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,13 +331,13 @@ def test_seeds_and_nested_flags_are_for_plugins_too(plugins: Path, tiny: Record,
     (plugins / "nested.py").write_text(text)
     result = helpers.defend("nested", record, *flags)
     assert result is not None and result["config"]["pairs"] == [[3, 4], [5, 6]] and result["config"]["where"] == "y/z"
-    method = registry.load("defense", "nested")
-    given = configs.as_flags(method.config_class, {"pairs": [[3, 4], [5, 6]], "run_name": "--seed"}, "x")
-    parsed = configs.parse_plain(method.config_class, given, "x")
+    method = methods.load("defense", "nested")
+    given = as_flags(method.config_class, {"pairs": [[3, 4], [5, 6]], "run_name": "--seed"}, "x")
+    parsed = parse_plain(method.config_class, given, "x")
     assert parsed.pairs == ((3, 4), (5, 6)) and parsed.run_name == "--seed"
-    with pytest.raises(registry.UserError, match="--pairs"):  # and not --layers, which may be empty
-        configs.parse_plain(method.config_class, ["--layers", "--pairs", "3"], "x")
-    with pytest.raises(registry.UserError, match="layers must be >= 1, got 0"):
+    with pytest.raises(UserError, match="--pairs"):  # and not --layers, which may be empty
+        parse_plain(method.config_class, ["--layers", "--pairs", "3"], "x")
+    with pytest.raises(UserError, match="layers must be >= 1, got 0"):
         helpers.defend("nested", record, *flags, "--layers", "0", "--run_name", "r")
 
 
@@ -343,7 +345,7 @@ def test_plugins_that_are_not_looked_at_are_said(
     plugins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (plugins / "ft.py").write_text(PLUGIN)
-    assert registry.load("defense", "ft").path == helpers.CHECKOUT / "defense" / "ft.py"
+    assert methods.load("defense", "ft").path == helpers.CHECKOUT / "defense" / "ft.py"
     assert said(capsys) == f"  {plugins / 'ft.py'} is not used: defense ft is {helpers.CHECKOUT / 'defense' / 'ft.py'}. Give the file another name"
     for folder, why in ((tmp_path / "nothing", "does not exist"), (plugins, "has no folder attack/ or defense/")):
         monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(folder))

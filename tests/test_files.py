@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backdoorlab import files
 from backdoorlab.errors import UserError
+from backdoorlab.storage import folders, locks, reading, writing
 
 
 def tensors() -> dict[str, Tensor]:
@@ -35,8 +35,8 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_tensors_and_metadata_come_back_equal(tmp_path: Path) -> None:
     path, meta = tmp_path / "a.safetensors", {"list": [1, 2.5, None, "ö"], "nested": {"x": True}}
-    files.write_tensors(path, tensors(), **meta)
-    found, found_meta = files.read_tensors(path)
+    writing.write_tensors(path, tensors(), **meta)
+    found, found_meta = reading.read_tensors(path)
     assert equal(found, tensors()) and found_meta == meta
     changed = tensors()
     changed["f32"][0, 0] += 1
@@ -45,31 +45,31 @@ def test_tensors_and_metadata_come_back_equal(tmp_path: Path) -> None:
 
 def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
     for k in range(8):
-        files.write_tensors(tmp_path / f"{k}", tensors(), x=1)
-    files.write_tensors(tmp_path / "other", tensors(), x=2)
-    hashes = {files.sha256(tmp_path / f"{k}") for k in range(8)}
-    assert len(hashes) == 1 and files.sha256(tmp_path / "other") not in hashes
+        writing.write_tensors(tmp_path / f"{k}", tensors(), x=1)
+    writing.write_tensors(tmp_path / "other", tensors(), x=2)
+    hashes = {reading.sha256(tmp_path / f"{k}") for k in range(8)}
+    assert len(hashes) == 1 and reading.sha256(tmp_path / "other") not in hashes
 
 
 def test_views_and_shared_storage_are_written_in_full(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
     given = {"whole": base, "again": base, "transposed": base.T, "row": base[1], "first": base[:1], "strided": base[:, ::2]}
-    files.write_tensors(tmp_path / "a", given)
-    found, _ = files.read_tensors(tmp_path / "a")
+    writing.write_tensors(tmp_path / "a", given)
+    found, _ = reading.read_tensors(tmp_path / "a")
     assert equal(found, {name: tensor.contiguous() for name, tensor in given.items()})
 
 
 def test_tied_weights_of_a_module_come_back(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    files.write_tensors(tmp_path / "a", model.state_dict())
-    found, _ = files.read_tensors(tmp_path / "a")
+    writing.write_tensors(tmp_path / "a", model.state_dict())
+    found, _ = reading.read_tensors(tmp_path / "a")
     assert set(found) == set(model.state_dict()) and torch.equal(found["0.weight"], found["1.weight"])
 
 
 def test_a_flipped_bit_anywhere_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    files.write_tensors(path, tensors(), note="x" * 40)
+    writing.write_tensors(path, tensors(), note="x" * 40)
     content = path.read_bytes()
     header = int.from_bytes(content[:8], "little")
     places = sorted({*range(0, len(content), max(1, len(content) // 40)), *range(8), *range(8, 8 + header, header // 20), len(content) - 1})
@@ -79,23 +79,23 @@ def test_a_flipped_bit_anywhere_is_refused_by_name(tmp_path: Path) -> None:
         damaged[place] ^= 1 << (place % 8)
         path.write_bytes(damaged)
         try:
-            found, _ = files.read_tensors(path)
+            found, _ = reading.read_tensors(path)
         except UserError as error:
             assert "weights.safetensors: damaged file" in str(error) and "\n" not in str(error)
         else:
             pytest.fail(f"a flipped bit at byte {place} of {len(content)} went unnoticed: {found.keys()}")
     path.write_bytes(content)
-    assert equal(files.read_tensors(path)[0], tensors())
+    assert equal(reading.read_tensors(path)[0], tensors())
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 8, 100, 0.5, 0.999])
 def test_a_truncated_file_is_refused(tmp_path: Path, kept: float) -> None:
     path = tmp_path / "weights.safetensors"
-    files.write_tensors(path, tensors())
+    writing.write_tensors(path, tensors())
     content = path.read_bytes()
     path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
     with pytest.raises(UserError, match=r"weights.safetensors: damaged file"):
-        files.read_tensors(path)
+        reading.read_tensors(path)
 
 
 def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
@@ -103,21 +103,21 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
 
     save_file({"x": torch.ones(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match=r"foreign.safetensors: damaged file"):
-        files.read_tensors(tmp_path / "foreign.safetensors")
+        reading.read_tensors(tmp_path / "foreign.safetensors")
     with pytest.raises(FileNotFoundError):
-        files.read_tensors(tmp_path / "absent.safetensors")
+        reading.read_tensors(tmp_path / "absent.safetensors")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_json_holds_finite_numbers_only(tmp_path: Path, value: float) -> None:
     path = tmp_path / "a.json"
-    files.write_json(path, {"x": 1.5})
+    writing.write_json(path, {"x": 1.5})
     with pytest.raises(ValueError, match="JSON compliant"):
-        files.write_json(path, {"x": value})
-    assert files.read_json(path) == {"x": 1.5}, "the old content is still there"
+        writing.write_json(path, {"x": value})
+    assert reading.read_json(path) == {"x": 1.5}, "the old content is still there"
     path.write_text(json.dumps({"x": value}))
     with pytest.raises(UserError, match=r"a.json: damaged file"):
-        files.read_json(path)
+        reading.read_json(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe{}", b"{'x': 1}", b"[" * 100_000])
@@ -125,12 +125,12 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> No
     path = tmp_path / "record.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"record.json: damaged file"):
-        files.read_json(path)
+        reading.read_json(path)
 
 
 def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
-    files.write_json(path, {"x": 1})
+    writing.write_json(path, {"x": 1})
 
     def fail(*_args: Any, **_kwargs: Any) -> None:
         raise OSError("disk full")
@@ -139,18 +139,18 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path, mon
         with monkeypatch.context() as patch:
             patch.setattr(os, name, fail)
             with pytest.raises(OSError, match="disk full"):
-                files.write_json(path, {"x": 2})
-        assert files.read_json(path) == {"x": 1}
+                writing.write_json(path, {"x": 2})
+        assert reading.read_json(path) == {"x": 1}
         assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
-    files.write_json(path, {"x": 2})
-    assert files.read_json(path) == {"x": 2}
+    writing.write_json(path, {"x": 2})
+    assert reading.read_json(path) == {"x": 2}
 
 
 def test_a_folder_is_published_whole_and_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    files.publish(tmp_path / "one", tmp_path / "target")
+    folders.publish(tmp_path / "one", tmp_path / "target")
     assert (tmp_path / "target" / "file").read_text() == "one" and not (tmp_path / "one").exists()
     real, calls = os.rename, []
 
@@ -163,9 +163,9 @@ def test_a_folder_is_published_whole_and_replaced_whole(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", second_fails)
         with pytest.raises(OSError, match="disk full"):
-            files.replace_folder(tmp_path / "two", tmp_path / "target")
+            folders.replace_folder(tmp_path / "two", tmp_path / "target")
     assert (tmp_path / "target" / "file").read_text() == "one", "the old folder is back"
-    files.replace_folder(tmp_path / "two", tmp_path / "target")
+    folders.replace_folder(tmp_path / "two", tmp_path / "target")
     assert (tmp_path / "target" / "file").read_text() == "two"
     assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
 
@@ -177,14 +177,14 @@ def test_a_linked_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) 
     root = tmp_path / "record"
     root.mkdir()
     for text in ("one", "two"):
-        files.remove(root / "target")
+        folders.remove(root / "target")
         (root / "target").symlink_to(tmp_path / "disk")
         (root / "new").mkdir()
         (root / "new" / "file").write_text(text)
-        files.replace_folder(root / "new", root / "target")
+        folders.replace_folder(root / "new", root / "target")
         assert (root / "target" / "file").read_text() == text and [entry.name for entry in root.iterdir()] == ["target"]
     (root / ".x.trash").symlink_to(tmp_path / "disk")
-    files.tidy(root)
+    folders.tidy(root)
     assert [entry.name for entry in root.iterdir()] == ["target"] and (tmp_path / "disk" / "file").read_text() == "old"
 
 
@@ -205,13 +205,13 @@ def test_optimizer_state_survives_pack_and_unpack(tmp_path: Path, kind: str) -> 
     model, optimizer = fresh()
     step(model, optimizer, 1)
     found: dict[str, Tensor] = {}
-    packed = {name: files.pack(part.state_dict(), found, name) for name, part in (("model", model), ("optimizer", optimizer))}
-    files.write_tensors(tmp_path / "state", found, state=packed)
-    loaded, meta = files.read_tensors(tmp_path / "state")
+    packed = {name: writing.pack(part.state_dict(), found, name) for name, part in (("model", model), ("optimizer", optimizer))}
+    writing.write_tensors(tmp_path / "state", found, state=packed)
+    loaded, meta = reading.read_tensors(tmp_path / "state")
     other, other_optimizer = fresh()
     control, control_optimizer = fresh()
     for name, part in (("model", other), ("optimizer", other_optimizer)):
-        part.load_state_dict(files.unpack(meta["state"][name], loaded))
+        part.load_state_dict(writing.unpack(meta["state"][name], loaded))
     control.load_state_dict(model.state_dict())
     for m, o in ((model, optimizer), (other, other_optimizer), (control, control_optimizer)):
         step(m, o, 2)
@@ -222,16 +222,16 @@ def test_optimizer_state_survives_pack_and_unpack(tmp_path: Path, kind: str) -> 
 def test_pack_keeps_keys_and_types_and_refuses_the_rest() -> None:
     value = {"a": [1, 2.5, None, True, "x"], 3: {"b": torch.ones(2)}, "empty": {}, "nothing": []}
     found: dict[str, Tensor] = {}
-    back = files.unpack(json.loads(json.dumps(files.pack(value, found, "s"))), found)
+    back = writing.unpack(json.loads(json.dumps(writing.pack(value, found, "s"))), found)
     assert list(back) == ["a", 3, "empty", "nothing"] and back["a"] == [1, 2.5, None, True, "x"]
     assert torch.equal(back[3]["b"], torch.ones(2)) and back["empty"] == {} and back["nothing"] == []
     with pytest.raises(TypeError, match="cannot be saved in a checkpoint: object"):
-        files.pack({"x": object()}, {}, "s")
+        writing.pack({"x": object()}, {}, "s")
 
 
 def _try_lock(folder: Path, answer: Any) -> None:
     try:
-        with files.locked(folder):
+        with locks.locked(folder):
             answer.put("held")
     except UserError as error:
         answer.put(str(error))
@@ -248,13 +248,13 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
         process.join()
         return str(answer)
 
-    with files.locked(tmp_path / "run"):
-        with pytest.raises(UserError, match=rf"being written by process {os.getpid()} on "), files.locked(tmp_path / "run"):
+    with locks.locked(tmp_path / "run"):
+        with pytest.raises(UserError, match=rf"being written by process {os.getpid()} on "), locks.locked(tmp_path / "run"):
             pass
         assert f"being written by process {os.getpid()} on " in other_process(), "it says who"
-        with files.locked(tmp_path / "other"):
+        with locks.locked(tmp_path / "other"):
             pass
-    with files.locked(tmp_path / "run"):
+    with locks.locked(tmp_path / "run"):
         pass
     assert other_process() == "held", "the lock ends with its block"
 
@@ -277,11 +277,11 @@ def test_what_windows_refuses_is_not_asked_of_it(tmp_path: Path, monkeypatch: py
     def work(root: Path) -> None:
         (root / "live.partial").mkdir(parents=True)
         stage = root / "x.partial"
-        with files.locked(stage):
-            files.make_folder(stage / "final")
-            files.write_json(stage / "final" / "a.json", {})
-            files.put(stage / "final", root / "x")
-        files.sweep(root, lambda _stage: True)
+        with locks.locked(stage):
+            writing.make_folder(stage / "final")
+            writing.write_json(stage / "final" / "a.json", {})
+            folders.put(stage / "final", root / "x")
+        folders.sweep(root, lambda _stage: True)
 
     work(tmp_path / "here")
     assert sorted(path.name for path in (tmp_path / "here").iterdir()) == ["x"]
@@ -289,10 +289,11 @@ def test_what_windows_refuses_is_not_asked_of_it(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", written_only)
     with pytest.raises(PermissionError):
         work(tmp_path / "refused")
-    monkeypatch.setattr(files, "WINDOWS", True)
+    for module in ("writing", "folders"):
+        monkeypatch.setattr(f"backdoorlab.storage.{module}.WINDOWS", True)
     with pytest.raises(OSError, match="not open for writing"), open(tmp_path / "here" / "x" / "a.json", "rb") as stream:
         os.fsync(stream.fileno())
-    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr("backdoorlab.storage.locks.fcntl", None)
     (tmp_path / "there").mkdir()
     work(tmp_path / "there")
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["live.partial", "x"], "nobody can tell whether it is held"
@@ -316,5 +317,5 @@ def test_remove_takes_files_folders_and_nothing(tmp_path: Path) -> None:
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     (tmp_path / "file").write_text("x")
     for name in ("folder", "file", "absent"):
-        files.remove(tmp_path / name)
+        folders.remove(tmp_path / name)
     assert not list(tmp_path.iterdir())

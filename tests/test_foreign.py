@@ -15,11 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_scripts import complaint
 
-from backdoorlab import datasets, files, foreign, models, registry
+from backdoorlab import models
 from backdoorlab.__main__ import main
 from backdoorlab.data import Split
+from backdoorlab.datasets.load import load as load_dataset
+from backdoorlab.exchange.weights import describe, load_exported, write_weights
 from backdoorlab.record import DefenderView, Record
 from backdoorlab.run import Run
+from backdoorlab.settings import methods
+from backdoorlab.storage import reading
 
 Capture = pytest.CaptureFixture[str]
 
@@ -36,7 +40,7 @@ def write_images(root: Path, split: Split, name_of: Callable[[int], str]) -> Non
 def disk(backdoored: Record, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a stranger has: poisoned images, a model trained on them, and images with the trigger."""
     root = tmp_path_factory.mktemp("disk")
-    dataset = datasets.load("digits")
+    dataset = load_dataset("digits")
     poisoned = set(backdoored.train_poison.index.tolist())
     write_images(root / "data" / "train", backdoored.train_poison.apply(dataset.train), lambda i: f"{'odd' if i in poisoned else 'fine'}{i:04}")
     write_images(root / "data" / "test", dataset.test, str)
@@ -95,11 +99,11 @@ def test_an_export_that_describes_another_network_is_refused_before_it_is_built(
     told = {"name": "preactresnet10", "width": 2, "mean": [0.5], "std": [0.5], "stem": "small"}
     file = tmp_path / "x.safetensors"
     for change in ({"width": 10**6}, {"name": 5}, {"std": [10**400]}, {"mean": [0.5, 0.5]}, {}):
-        foreign.write_weights(file, model, architecture={**told, **change}, image_shape=[1, 16, 16], num_classes=3)
+        write_weights(file, model, architecture={**told, **change}, image_shape=[1, 16, 16], num_classes=3)
         if change:
             with pytest.raises(ValueError, match=r"damaged file|nothing usable"):
-                foreign.load_exported(file)
-    assert foreign.load_exported(file)(torch.rand(2, 1, 16, 16)).shape == (2, 3), "a control"
+                load_exported(file)
+    assert load_exported(file)(torch.rand(2, 1, 16, 16)).shape == (2, 3), "a control"
 
 
 def test_a_usual_normalisation_is_found(disk: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -124,7 +128,7 @@ def test_a_suspicious_data_set_and_model_are_cleaned_and_looked_at(disk: Path, t
     rows = flagged(scan)
     odd = sum("odd" in row["file"] for row in rows)
     assert odd / len(rows) > 0.7 and odd > 0.8 * 144, "most of what is flagged is the poison, and most of the poison is flagged"
-    train = datasets.load("digits", str(disk / "data")).train
+    train = load_dataset("digits", str(disk / "data")).train
     row = rows[len(rows) // 2]
     with Image.open(disk / "data" / row["file"]) as image:
         assert list(image.getdata()) == train.images[int(row["index"])].flatten().tolist(), "file and position are the same image"
@@ -160,7 +164,7 @@ def test_a_suspicious_model_is_cleaned_with_trusted_images(disk: Path, tmp_path:
     assert bring(disk, "own", "--triggered_path", str(disk / "triggered"), "--target_label", "0") == 0
     for method, flags in (("sau", ("--n_rounds", "2")), ("ibau", ("--n_rounds", "1")), ("ft", ("--epochs", "1"))):
         assert main(["defense", method, "--result_file", "own", *flags, "--trusted_path", str(disk / "trusted")]) == 0
-        result = files.read_json(tmp_path / "record" / "own" / "defense" / method / "seed0" / "result.json")
+        result = reading.read_json(tmp_path / "record" / "own" / "defense" / method / "seed0" / "result.json")
         assert result["trusted"]["count"] == 60 and result["after"]["clean_accuracy"] > 0.5 and not any("vouches" in note for note in result["notes"])
     assert main(["defense", "ft", "--result_file", "own", "--epochs", "1", "--run_name", "drawn"]) == 0
     assert "which nobody vouches for" in capsys.readouterr().err, "without images of their own, the user is told"
@@ -214,7 +218,7 @@ def test_a_scan_says_why_a_search_ended_without_a_find(small: Record, tmp_path: 
         run.note("a pool of 9 was found, but the head broke down")
         return torch.zeros(len(view.train), dtype=torch.bool), False
 
-    monkeypatch.setattr(registry.load("defense", "dau").module, "find_poison", refuse)
+    monkeypatch.setattr(methods.load("defense", "dau").module, "find_poison", refuse)
     for _ in range(2):
         assert main(["scan", "small", "--dataset_path", data]) == 0
         assert capsys.readouterr().out.splitlines()[1:] == ["  a pool of 9 was found, but the head broke down"], "now, and from the earlier search"
@@ -252,12 +256,12 @@ def test_the_readme_loads_what_was_exported(photos: Path, tmp_path: Path, monkey
     exec(example.replace("num_classes=10", "num_classes=3"), scope)
     images = torch.rand(4, 3, 72, 72, generator=torch.Generator().manual_seed(2))
     ours = got(tmp_path).model()
-    ours.load_state_dict(files.read_tensors(tmp_path / "record" / "own" / "defense" / "ft" / "seed0" / "model.safetensors")[0])
+    ours.load_state_dict(reading.read_tensors(tmp_path / "record" / "own" / "defense" / "ft" / "seed0" / "model.safetensors")[0])
     ours.eval()
     with torch.no_grad():
         theirs = scope["model"].eval()((images - ours.mean) / ours.std)
         assert torch.allclose(ours(images), theirs, atol=1e-4)
-        assert torch.allclose(foreign.load_exported("purified.safetensors")(images), theirs, atol=1e-4)
+        assert torch.allclose(load_exported("purified.safetensors")(images), theirs, atol=1e-4)
         attacked = got(tmp_path).model().eval()(images)
     assert not torch.allclose(attacked, theirs, atol=1e-2), "the defense did change the weights"
 
@@ -285,7 +289,7 @@ def test_exported_weights_have_plain_names_and_come_back(backdoored: Record, tmp
 
 def test_a_small_image_keeps_the_stem_that_the_model_had(tmp_path: Path) -> None:
     """timm's own network on 16 pixels is not given the stem that ours have there."""
-    dataset = datasets.load("digits", image_size=16)
+    dataset = load_dataset("digits", image_size=16)
     torch.manual_seed(0)
     stock = timm.create_model("resnet18", num_classes=10, in_chans=1)
     torch.save(stock.state_dict(), tmp_path / "stock.pth")
@@ -317,7 +321,7 @@ def test_what_is_said_about_loading_an_export_is_true(name: str, side: int, expe
     """Grey images: timm's networks are made for coloured ones."""
     model = models.build(name, num_classes=4, in_chans=1, mean=[0.5], std=[0.2], image_size=side, width=4 if name in models.OWN else None).eval()
     architecture = {"name": name, "width": 4 if name in models.OWN else None, "mean": [0.5], "std": [0.2]}
-    said = foreign.describe({"architecture": architecture, "image_shape": [1, side, side], "num_classes": 4})
+    said = describe({"architecture": architecture, "image_shape": [1, side, side], "num_classes": 4})
     assert expected in said
     call = re.search(r"timm\.create_model\(.*?\)", said)
     assert (call is None) == (expected == "load_exported(PATH)")

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from backdoorlab import files, registry
 from backdoorlab.data import Split
-from backdoorlab.engine import WORTH_A_GRAPH, Forward, Recipe, seed_everything, train
+from backdoorlab.device import seed_everything
+from backdoorlab.engine import WORTH_A_GRAPH, Forward, Recipe, train
 from backdoorlab.models import PASSES, build
 from backdoorlab.run import BETWEEN_CHECKPOINTS, Run
+from backdoorlab.settings import methods
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -104,7 +105,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
 
 def test_on_a_gpu_not_every_short_epoch_writes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
-    monkeypatch.setattr(files, "write_tensors", lambda path, *args, **kwargs: written.append(path))
+    monkeypatch.setattr("backdoorlab.storage.writing.write_tensors", lambda path, *args, **kwargs: written.append(path))
     train(network(), made_up(), Recipe(EPOCHS, BATCH, RATE), a_run(tmp_path))
     assert len(written) == 1, "the last epoch's"
 
@@ -116,7 +117,7 @@ def test_attacks_and_every_defense_run(attack: str, worth: int, tmp_path: Path, 
     monkeypatch.setattr("backdoorlab.engine.WORTH_A_GRAPH", worth)
     record = helpers.attack(attack, attack, tmp_path, "--width", "8", "--epochs", "10", "--device", "cuda:0", "--score_every", "0")
     assert record.info["device"].startswith("cuda") and record.info["scores"]["clean_accuracy"] > 0.5
-    for defense in registry.available("defense"):
+    for defense in methods.available("defense"):
         result = helpers.defend(defense, record, "--device", "cuda:0", "--score_every", "0", *helpers.short_flags(defense), "--precision", "auto")
         assert result is not None and result["after"]["asr"] is not None
         assert result["device"].startswith("cuda") and result["peak_memory_bytes"] > 2**20

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from backdoorlab import grid, registry
+from backdoorlab.bench import grid
 from backdoorlab.errors import UserError
+from backdoorlab.settings import methods, resources
 
 
 def write(folder: Path, **content: Any) -> str:
@@ -28,7 +29,7 @@ def test_the_digits_grid_is_three_attacks_six_defenses_three_seeds() -> None:
     assert len({cell.name for cell in found}) == len(found) == len({cell.folder(Path("r")) for cell in found})
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in registry.resource("config").glob("bench_*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in resources.resource("config").glob("bench_*.yaml")))
 def test_every_shipped_grid_goes_through_the_parsers_of_its_methods(name: str) -> None:
     found = cells(name)
     assert len({cell.name for cell in found}) == len(found) > 9
@@ -78,12 +79,12 @@ def test_an_alias_is_the_flag_that_it_stands_for(tmp_path: Path) -> None:
 
 def test_a_cells_settings_are_those_of_its_command() -> None:
     """What the grid expects in record.json is what the command's own parser makes of the flags."""
-    from backdoorlab import runner
+    from backdoorlab.execution.attack import attack_job
 
     for cell in cells("bench_digits"):
-        method = registry.load(cell.kind, cell.method)
+        method = methods.load(cell.kind, cell.method)
         if cell.kind == "attack":
-            config = runner.attack_job(method, cell.flags, "test").config
+            config = attack_job(method, cell.flags, "test").config
             assert config.save_folder_name == cell.record
             assert json.loads(cell.settings) == json.loads(grid.settings_of(config.science()))
     assert json.loads(cells("bench_digits")[4].settings)["epochs"] == 20, "ft's epochs on the digits, from digits.yaml"
@@ -103,10 +104,10 @@ def test_a_flags_rates_are_in_place_of_single_attacks_own() -> None:
 
 def test_all_is_every_method_there_is() -> None:
     found = cells(None, attacks="all", defenses="all", seeds="0")
-    assert {cell.method for cell in found if cell.kind == "attack"} == set(registry.available("attack")) - {"none"}
-    assert {cell.method for cell in found if cell.kind == "defense"} == set(registry.available("defense"))
+    assert {cell.method for cell in found if cell.kind == "attack"} == set(methods.available("attack")) - {"none"}
+    assert {cell.method for cell in found if cell.kind == "defense"} == set(methods.available("defense"))
     named = cells(None, attacks="all,none", defenses="ft", seeds="0")
-    assert {cell.method for cell in named if cell.kind == "attack"} == set(registry.available("attack")), "none where it is named"
+    assert {cell.method for cell in named if cell.kind == "attack"} == set(methods.available("attack")), "none where it is named"
 
 
 def test_a_method_with_options_beside_all(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ import helpers
 import pytest
 import torch
 
-from backdoorlab import files, hub
 from backdoorlab.__main__ import main
 from backdoorlab.errors import UserError
+from backdoorlab.exchange import hub
+from backdoorlab.exchange.verify import verify
 from backdoorlab.record import Record
-from backdoorlab.verify import verify
+from backdoorlab.storage import folders, reading, writing
 
 pytest.importorskip("huggingface_hub")
 
@@ -73,7 +74,7 @@ class Folder:
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     found = Folder(tmp_path / "hub")
-    monkeypatch.setattr(hub, "connect", lambda: found)
+    monkeypatch.setattr("backdoorlab.exchange.hub.connect", lambda: found)
     return found
 
 
@@ -90,7 +91,7 @@ def pushed(api: Folder, small: Record, tmp_path: Path) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {path.relative_to(folder).as_posix(): files.sha256(path) for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): reading.sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_record_goes_there_and_back_equal(pushed: Path, api: Folder, small: Record, tmp_path: Path) -> None:
@@ -152,8 +153,8 @@ def _larger(folder: Path) -> None:
 def _list(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(b"x")
-    listed = files.read_json(folder / "record.json")["files"]
-    helpers.edit_json(folder / "record.json", files={**listed, name: {"sha256": files.sha256(folder / name), "size": 1}})
+    listed = reading.read_json(folder / "record.json")["files"]
+    helpers.edit_json(folder / "record.json", files={**listed, name: {"sha256": reading.sha256(folder / name), "size": 1}})
 
 
 def _no_record(folder: Path) -> None:
@@ -167,7 +168,8 @@ def _edited(folder: Path) -> None:
 
 def _huge(folder: Path) -> None:
     helpers.edit_json(
-        folder / "record.json", files={**files.read_json(folder / "record.json")["files"], "model.safetensors": {"sha256": "0" * 64, "size": 1 << 60}}
+        folder / "record.json",
+        files={**reading.read_json(folder / "record.json")["files"], "model.safetensors": {"sha256": "0" * 64, "size": 1 << 60}},
     )
 
 
@@ -214,13 +216,13 @@ def test_an_unfinished_run_of_the_name_is_left_alone(pushed: Path, api: Folder, 
     stage = tmp_path / "record" / "back.partial"
     for name, said in (("run.json", "holds an unfinished run"), ("notes.txt", r"in the way and not ours \(no pull.json in it\): move it")):
         stage.mkdir()
-        files.write_json(stage / name, {})
+        writing.write_json(stage / name, {})
         with pytest.raises(UserError, match=said):
             hub.pull("me/small", "back", tmp_path / "record", api)
         assert (stage / name).exists()
-        files.remove(stage)
+        folders.remove(stage)
     stage.mkdir()
-    files.write_json(stage / "pull.json", {})
+    writing.write_json(stage / "pull.json", {})
     assert hub.pull("me/small", "back", tmp_path / "record", api).results == 1, "the control: what a killed pull left is begun anew"
 
 

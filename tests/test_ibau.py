@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backdoorlab import files, registry
 from backdoorlab.errors import UserError
 from backdoorlab.record import Record
 from backdoorlab.run import Run
+from backdoorlab.settings import methods
+from backdoorlab.storage import reading
 
-ibau: Any = registry.load("defense", "ibau").module
+ibau: Any = methods.load("defense", "ibau").module
 N, WEIGHTS = 6, 4
 DRAWS = torch.Generator().manual_seed(0)
 
@@ -187,7 +188,7 @@ def test_the_published_variants_run(preset: str, tiny: Record, tmp_path: Path) -
     assert result["config"]["projected"] == (preset == "ibau_notebook")
     published = {"delta_lr": 10.0, "delta_steps": None, "patched": 0.01, "lr_decay": False, "augment": preset == "ibau_backdoorbench"}
     assert {key: result["config"][key] for key in published} == published, "and not those of the digits"
-    saved = files.read_tensors(record.folder / "defense" / "ibau" / "seed0" / "model.safetensors")[0]
+    saved = reading.read_tensors(record.folder / "defense" / "ibau" / "seed0" / "model.safetensors")[0]
     assert all(value.isfinite().all() for value in saved.values())
 
 

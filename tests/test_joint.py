@@ -14,17 +14,21 @@ import torch.nn.functional as F
 from test_run import Stop, interrupt_at, same
 from torch import Tensor
 
-from backdoorlab import config as configs
-from backdoorlab import datasets, joint, registry, tables
+from backdoorlab import joint
 from backdoorlab.data import Augment, Batch, Dataset, Split, batches
-from backdoorlab.engine import Recipe, derived_generator
+from backdoorlab.datasets.load import load as load_dataset
+from backdoorlab.device import derived_generator
+from backdoorlab.engine import Recipe
 from backdoorlab.errors import UserError
+from backdoorlab.execution.attack import attack_job
 from backdoorlab.metrics import Evaluator, predict
 from backdoorlab.models import build
 from backdoorlab.poison import CROSS, POISON, Labels
 from backdoorlab.record import Record
 from backdoorlab.run import Run
-from backdoorlab.runner import attack_job
+from backdoorlab.settings import methods, resources
+from backdoorlab.settings.parse import read_yaml
+from backdoorlab.tables import layout
 
 CPU = torch.device("cpu")
 SIZE = 96
@@ -47,11 +51,11 @@ CROSSED = {"wanet": 0.2, "bpp": 0.1, "inputaware": 0.1}
 
 
 def module(attack: str) -> Any:
-    return registry.load("attack", attack).module
+    return methods.load("attack", attack).module
 
 
 def digits(size: int) -> Dataset:
-    return datasets.load("digits", None, image_size=size, grey=None)
+    return load_dataset("digits", None, image_size=size, grey=None)
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +155,9 @@ def test_training_time_defenses_are_compared_with_plain_training(made: dict[str,
     assert retrained is not None and tuned is not None
     assert retrained["before"] == {key: plain[key] for key in retrained["before"]}
     assert tuned["before"] == {key: attacked[key] for key in tuned["before"]}
-    shown = {row["defense"]: row for row in tables.rows([record])}
+    shown = {row["defense"]: row for row in layout.rows([record])}
     assert shown["none (plain)"]["clean acc %"] == f"{100 * plain['clean_accuracy']:.2f}" and shown["none (plain)"]["assumes"] == "training set"
-    assert [row["defense"] for row in tables.rows([made["ssba"]])][:2] != ["none", "none (plain)"], "a static attack has one model"
+    assert [row["defense"] for row in layout.rows([made["ssba"]])][:2] != ["none", "none (plain)"], "a static attack has one model"
 
 
 def test_without_plain_training_there_is_nothing_to_compare_with(tiny: tuple[str, ...], tmp_path: Path) -> None:
@@ -170,7 +174,7 @@ def test_a_snapshot_that_does_not_implant_is_flagged(made: dict[str, Record]) ->
         assert weak == any("little for training-time defenses to prevent" in note for note in made[attack].info["notes"]), attack
 
 
-def with_only(split: str, *labels: int, load: Any = datasets.load) -> Any:
+def with_only(split: str, *labels: int, load: Any = load_dataset) -> Any:
     """datasets.load, but with images of those classes alone in one split."""
 
     def loaded(*args: Any, **options: Any) -> Dataset:
@@ -184,7 +188,7 @@ def with_only(split: str, *labels: int, load: Any = datasets.load) -> Any:
 
 @pytest.mark.parametrize("attack", ["wanet", "lira"])
 def test_a_test_set_of_the_target_class_alone_has_no_asr(attack: str, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "load", with_only("test", 0))
+    monkeypatch.setattr("backdoorlab.execution.attack.load_dataset", with_only("test", 0))
     info = helpers.attack(attack, "r", tmp_path, *tiny, *JOINT[attack]).info
     assert info["scores"]["asr"] is None and info["plain_scores"]["asr"] is None and info["plain_scores"]["clean_accuracy"] >= 0
     assert not any("lost in rounding" in note or "next to nothing" in note for note in info["notes"]), info["notes"]
@@ -193,7 +197,7 @@ def test_a_test_set_of_the_target_class_alone_has_no_asr(attack: str, tiny: tupl
 def test_a_clean_label_attack_on_a_class_without_images_names_the_class(
     tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "load", with_only("train", 0, 1))
+    monkeypatch.setattr("backdoorlab.execution.attack.load_dataset", with_only("train", 0, 1))
     with pytest.raises(UserError, match="class 2 has no training image, and this attack poisons no other class: choose another --target_label"):
         helpers.attack("sig", "r", tmp_path, *tiny, "--target_label", "2")
 
@@ -496,12 +500,12 @@ def test_blinds_loss_waits_for_a_settled_model() -> None:
     assert fresh.settled(1.0)
 
 
-WITH_EPOCHS = [file.stem for file in sorted(registry.resource("config").glob("*.yaml")) if "epochs" in configs.read_yaml(file).get("attack", ())]
+WITH_EPOCHS = [file.stem for file in sorted(resources.resource("config").glob("*.yaml")) if "epochs" in read_yaml(file).get("attack", ())]
 
 
 @pytest.mark.parametrize("dataset", WITH_EPOCHS)
 def test_both_stages_of_lira_have_epochs_on_every_data_set(dataset: str) -> None:
-    method = registry.load("attack", "lira")
+    method = methods.load("attack", "lira")
     config = attack_job(method, ["--dataset", dataset], "test").config
     assert 0 < method.module.first_stage(config) < config.epochs
     published = {"cifar10": 50, "cifar100": 50, "gtsrb": 25, "tiny": 100, "digits": 4}

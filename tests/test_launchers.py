@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import test_bench
 
-from backdoorlab import bench, files, launchers
-from backdoorlab.bench import Bench, Drive
+from backdoorlab.bench import driver, launchers
+from backdoorlab.bench.driver import Bench, Drive
+from backdoorlab.bench.grid import Cell
+from backdoorlab.bench.launchers import Launcher, Task
 from backdoorlab.errors import UserError
-from backdoorlab.grid import Cell
-from backdoorlab.launchers import Launcher, Task
 from backdoorlab.record import read_result
+from backdoorlab.storage import reading
 
 
 def work(cells: list[Cell], root: Path, launcher: Launcher, kind: Any) -> dict[Cell, str]:
@@ -32,7 +33,7 @@ def weights(cell: Cell, root: Path) -> tuple[str, Any]:
     """What a cell computed: the hash of its weights, and its scores."""
     folder = cell.folder(root)
     if cell.kind == "attack":
-        info = files.read_json(folder / "record.json")
+        info = reading.read_json(folder / "record.json")
         return info["files"]["model.safetensors"]["sha256"], info["scores"]
     result = read_result(folder)
     return result["files"]["model.safetensors"]["sha256"], result["after"]
@@ -80,7 +81,7 @@ def test_a_command_runs_once_at_a_time_and_not_again(tmp_path: Path) -> None:
 
 def test_a_command_that_ignores_signals_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a child of `nohup` or of a background shell ignores SIGINT."""
-    monkeypatch.setattr(launchers, "GRACE", 3.0)
+    monkeypatch.setattr("backdoorlab.bench.launchers.GRACE", 3.0)
     endings = []
     for number, deaf_to in enumerate([(), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)]):
         begun = tmp_path / f"begun{number}"
@@ -134,7 +135,7 @@ def test_last_words_are_the_error_of_the_last_start(tmp_path: Path) -> None:
 
 def test_cores_and_gpus_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Task] = []
-    monkeypatch.setattr(launchers, "begin", given.append)
+    monkeypatch.setattr("backdoorlab.bench.launchers.begin", given.append)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
@@ -224,7 +225,7 @@ def test_a_job_that_slurm_ended_without_an_answer_is_one_line(tmp_path: Path, mo
     script.write_text(f"#!/bin/sh\ncat {said}\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(launchers, "LOOK", 0.05)
+    monkeypatch.setattr("backdoorlab.bench.launchers.LOOK", 0.05)
 
     def ending(states: str, seconds: float = 0.5) -> str | int | None:
         said.write_text(states)
@@ -311,4 +312,4 @@ def test_ray_places_four_quarter_gpu_jobs_at_once_with_the_local_results(tmp_pat
         ray.shutdown()
     assert work(cells, tmp_path / "local", launchers.Local(1), "local") == {}
     assert [weights(cell, tmp_path / "ray") for cell in cells] == [weights(cell, tmp_path / "local") for cell in cells]
-    assert all(bench.look(cell, tmp_path / "ray").done for cell in cells)
+    assert all(driver.look(cell, tmp_path / "ray").done for cell in cells)

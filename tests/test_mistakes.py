@@ -10,9 +10,9 @@ from pathlib import Path
 import helpers
 import pytest
 
-from backdoorlab import files
 from backdoorlab.__main__ import main
 from backdoorlab.record import Record
+from backdoorlab.storage import reading
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ MISTAKES: dict[str, tuple[Make | None, tuple[str, ...], str]] = {
     "an unfinished record by its name": (None, ("defense", "ft", "--result_file", "small.partial"), "a record name is one folder name"),
     "data that the cache lost": (
         lambda h: helpers.edit_json(
-            h.record / "record.json", dataset={**files.read_json(h.record / "record.json")["dataset"], "fingerprint": "1" * 64}
+            h.record / "record.json", dataset={**reading.read_json(h.record / "record.json")["dataset"], "fingerprint": "1" * 64}
         ),
         FT,
         "pass --dataset_path FOLDER",

@@ -5,8 +5,11 @@ from pathlib import Path
 import helpers
 import pytest
 
-from backdoorlab import cells, charts, results, tables
 from backdoorlab.record import Record
+from backdoorlab.report import artifacts, charts
+from backdoorlab.tables import groups as grouping
+from backdoorlab.tables import layout
+from backdoorlab.tables import rows as measured
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +21,16 @@ def record(session_folder: Path) -> Record:
 
 
 def test_it_is_a_row_of_its_own_that_training_time_defenses_are_compared_with(record: Record) -> None:
-    attacked, plain = results.rows([record])
-    assert (attacked.run, plain.run) == ("", results.PLAIN) and plain.assumes == ("train",)
+    attacked, plain = measured.rows([record])
+    assert (attacked.run, plain.run) == ("", measured.PLAIN) and plain.assumes == ("train",)
     assert plain.asr == record.info["plain_scores"]["asr"] and attacked.asr == record.info["scores"]["asr"]
-    assert len(results.grouped([attacked, plain])) == 2, "never in one mean"
-    shown = [row for row in tables.rows([record]) if row["defense"].startswith("none")]
+    assert len(grouping.grouped([attacked, plain])) == 2, "never in one mean"
+    shown = [row for row in layout.rows([record]) if row["defense"].startswith("none")]
     assert [row["defense"] for row in shown] == ["none", "none (plain)"] and shown[1]["assumes"] == "training set"
 
 
 def test_the_page_draws_it(record: Record) -> None:
-    attacked, plain = found = cells.gather([record])
+    attacked, plain = found = artifacts.gather([record])
     assert plain.undefended and plain.triggered_predictions == record.info["plain_scores"]["triggered_predictions"]
     assert not plain.pictures and attacked.pictures
     assert any(chart.panels for chart in (*charts.overview(found), *charts.of_record(found)))

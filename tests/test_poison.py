@@ -12,10 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backdoorlab import datasets, registry, triggers
+from backdoorlab import triggers
 from backdoorlab.data import Split
-from backdoorlab.engine import derived_generator
+from backdoorlab.datasets.load import load as load_dataset
+from backdoorlab.device import derived_generator
 from backdoorlab.errors import UserError
+from backdoorlab.execution.preview import save_preview
 from backdoorlab.poison import (
     CROSS,
     POISON,
@@ -29,19 +31,19 @@ from backdoorlab.poison import (
     poison_test,
     poison_train,
 )
-from backdoorlab.preview import save_preview
 from backdoorlab.record import Record
+from backdoorlab.settings import methods
 
 STAMPS = ("badnet", "blended")
 """One that replaces pixels and one that mixes; all others are in test_attacks.py."""
 
 
 def config_of(attack: str, **values: Any) -> Any:
-    return registry.load("attack", attack).config_class(**values)
+    return methods.load("attack", attack).config_class(**values)
 
 
 def stamp_of(attack: str, **values: Any) -> Callable[[Tensor, Tensor, str], Tensor]:
-    return partial(registry.load("attack", attack).module.stamp, config=config_of(attack, **values))
+    return partial(methods.load("attack", attack).module.stamp, config=config_of(attack, **values))
 
 
 def pictures(n: int = 60, channels: int = 3, size: int = 32, num_classes: int = 10, seed: int = 0) -> Split:
@@ -305,5 +307,5 @@ def test_no_attack_has_no_triggered_image_and_no_asr(tmp_path: Path) -> None:
     assert len(record.train_poison) == len(record.test_poison) == record.info["poisoned"] == 0
     assert record.info["scores"]["asr"] is None and record.info["scores"]["robust_accuracy"] is None
     assert record.info["scores"]["clean_accuracy"] > 0
-    received = record.train_poison.apply(datasets.load("digits", image_size=16).train)
-    assert torch.equal(received.images, datasets.load("digits", image_size=16).train.images)
+    received = record.train_poison.apply(load_dataset("digits", image_size=16).train)
+    assert torch.equal(received.images, load_dataset("digits", image_size=16).train.images)

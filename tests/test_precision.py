@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backdoorlab import models, precision
+from backdoorlab import models
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
+from backdoorlab.execution.precision import Choice, Timing, choose, measure
 from backdoorlab.metrics import Evaluator, predict
-from backdoorlab.precision import Choice, Timing, choose, measure
 from backdoorlab.record import Record
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def slow_in_bf16(seconds: float, layers: int) -> nn.Sequential:
 
 @pytest.mark.parametrize(("bf16", "wanted"), [(0.5, "bf16"), (0.96, "bf16"), (0.98, "fp32"), (2.0, "fp32"), (None, "fp32")])
 def test_auto_is_the_faster_one(bf16: float | None, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "measure", lambda _model, _shape: Timing(2, 1.0, bf16))
+    monkeypatch.setattr("backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, bf16))
     assert choose("auto", CPU, NETWORK, small).precision == wanted
     assert choose("fp32", CPU, NETWORK, small) == Choice("fp32", "asked for")
     asked = choose("bf16", CPU, NETWORK, small)
@@ -122,7 +122,7 @@ def test_measuring_leaves_random_numbers_and_the_count_of_passes_alone() -> None
 
 def test_the_environment_says_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKDOORLAB_PRECISION", "bf16")
-    monkeypatch.setattr(precision, "measure", lambda _model, _shape: Timing(2, 1.0, None))
+    monkeypatch.setattr("backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, None))
     assert choose("auto", CPU, NETWORK, small).precision == "bf16"
     assert choose("fp32", CPU, NETWORK, small).precision == "fp32", "a flag comes first"
     monkeypatch.setenv("BACKDOORLAB_PRECISION", "fp16")
@@ -134,7 +134,7 @@ def test_a_run_says_what_it_computes_in_and_keeps_it(
     tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = helpers.copy(tiny, tmp_path / "record")
-    monkeypatch.setattr(precision, "measure", lambda _model, _shape: Timing(2, 1.0, 1.5))
+    monkeypatch.setattr("backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, 1.5))
     result = helpers.defend("ft", record, "--epochs", "1", "--trusted_count", "20")
     assert result is not None and result["precision"] == "fp32"
     why = "measured on this machine: a training step in bf16 takes 1.50 times as long as in fp32"

@@ -9,9 +9,10 @@ import helpers
 import pytest
 import torch
 
-from backdoorlab import files
 from backdoorlab.errors import UserError
-from backdoorlab.record import ASSUMABLE, DefenderView, Record, check_name, defender_view, record_names, record_root
+from backdoorlab.record import DefenderView, Record, check_name, defender_view, record_names, record_root
+from backdoorlab.storage import reading
+from backdoorlab.storage.schema import ASSUMABLE
 
 CPU = torch.device("cpu")
 
@@ -218,12 +219,12 @@ def test_where_records_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_manifest_is_the_files(tiny: Record) -> None:
     for name, entry in tiny.info["files"].items():
-        assert files.sha256(tiny.folder / name) == entry["sha256"] and (tiny.folder / name).stat().st_size == entry["size"]
+        assert reading.sha256(tiny.folder / name) == entry["sha256"] and (tiny.folder / name).stat().st_size == entry["size"]
 
 
 def test_a_file_outside_the_record_is_refused(tiny: Record, tmp_path: Path) -> None:
     folder = helpers.copy(tiny, tmp_path).folder
     (tmp_path / "secret").write_text("x")
-    edit(folder, files={**tiny.info["files"], "../secret": {"sha256": files.sha256(tmp_path / "secret"), "size": 1}})
+    edit(folder, files={**tiny.info["files"], "../secret": {"sha256": reading.sha256(tmp_path / "secret"), "size": 1}})
     with pytest.raises(UserError, match="secret"):
         Record.load(folder.name, folder.parent)

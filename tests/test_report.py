@@ -18,18 +18,23 @@ import numpy as np
 import pytest
 import torch
 
-from backdoorlab import cells, charts, figures, files, loading, report, results
 from backdoorlab.__main__ import main
 from backdoorlab.poison import CROSS
 from backdoorlab.record import Record
+from backdoorlab.report import artifacts, charts, figures
+from backdoorlab.report.page import OUTLINES, Report, report
+from backdoorlab.settings import methods
+from backdoorlab.storage import reading, writing
+from backdoorlab.tables import groups as grouping
+from backdoorlab.tables import rows as measured
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'`${alert(3)}<b>&amp;"
 
 
 @pytest.fixture(scope="session")
-def plain(small: Record) -> list[cells.Cell]:
+def plain(small: Record) -> list[artifacts.Cell]:
     """The cells of `small`: a record, and DAU on it."""
-    return cells.gather([small])
+    return artifacts.gather([small])
 
 
 def page_of(record: Record, folder: Path, *names: str) -> str:
@@ -63,7 +68,7 @@ class Tags(HTMLParser):
 # --- the page ----------------------------------------------------------------------------------------------------
 
 
-def test_a_page_holds_every_cell_once_and_everything_that_it_shows(small: Record, plain: list[cells.Cell], tmp_path: Path) -> None:
+def test_a_page_holds_every_cell_once_and_everything_that_it_shows(small: Record, plain: list[artifacts.Cell], tmp_path: Path) -> None:
     page = page_of(small, tmp_path)
     drawn = [cell for panel in payload(page)["accuracy_asr"] for series in panel["series"] for cell in series["cells"]]
     assert sorted(drawn) == [0, 1] == [cell.number for cell in plain], "a mark for the record, and one for DAU on it"
@@ -79,7 +84,7 @@ def test_a_page_holds_every_cell_once_and_everything_that_it_shows(small: Record
 
 def test_defenses_that_were_not_run_are_lines_without_numbers(small: Record, tmp_path: Path) -> None:
     page = page_of(small, tmp_path)
-    assert page.count('class="hole"') == len([name for name in report.registry.available("defense") if name != "dau"])
+    assert page.count('class="hole"') == len([name for name in methods.available("defense") if name != "dau"])
     assert re.search(r'<tr class="hole"[^>]*data-defense="ft"[^>]*>.*not run', page)
 
 
@@ -131,7 +136,7 @@ def test_words_of_a_stranger_stay_words(small: Record, tmp_path: Path) -> None:
     names = [f"{EVIL}{number}" for number in range(info["num_classes"])]
     config = info["config"] | {"patch_value": EVIL, EVIL: EVIL}
     (record.folder / "history.csv").write_text(f'stage,epoch,seconds,loss,{"x<script>"}\n"<b onclick=alert(5)>",0,1,2,<script>\n')
-    manifest = info["files"] | {"history.csv": files.manifest(record.folder)["history.csv"]}
+    manifest = info["files"] | {"history.csv": writing.manifest(record.folder)["history.csv"]}
     dataset = info["dataset"] | {"class_names": names, "name": "<svg onload=alert(6)>"}
     helpers.edit_json(record.folder / "record.json", notes=[EVIL], device=EVIL, config=config, dataset=dataset, files=manifest, commit=EVIL)
     page = page_of(Record.load(record.name, tmp_path / "root"), tmp_path)
@@ -165,7 +170,7 @@ def test_a_picture_that_is_none_is_refused(small: Record, tmp_path: Path, capsys
     record = helpers.copy(small, tmp_path)
     (record.folder / "preview.png").write_bytes(b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
     info = files_json(record.folder / "record.json")
-    helpers.edit_json(record.folder / "record.json", files=info["files"] | {"preview.png": files.manifest(record.folder)["preview.png"]})
+    helpers.edit_json(record.folder / "record.json", files=info["files"] | {"preview.png": writing.manifest(record.folder)["preview.png"]})
     assert refused(capsys, record.name, "--record_root", str(tmp_path), "--html", str(tmp_path / "p.html")) == 1
     assert not (tmp_path / "p.html").exists()
 
@@ -231,9 +236,9 @@ def test_a_damaged_record_is_named_and_the_others_are_shown(
 def test_only_what_is_asked_for_is_shown(small: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, target = str(small.folder.parent), str(tmp_path / "page.html")
     said: list[str] = []
-    assert report.report(report.Report(names=("small",), html=target, record_root=root), set(), said.append) == 0
+    assert report(Report(names=("small",), html=target, record_root=root), set(), said.append) == 0
     assert len(said) == 1 and said[0].startswith("page of 1 models") and capsys.readouterr().out == ""
-    assert len(cells.gather([small], {("small", "dau", "seed0")})) == 2
+    assert len(artifacts.gather([small], {("small", "dau", "seed0")})) == 2
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
@@ -270,14 +275,14 @@ def test_rates_of_each_epoch_are_those_of_the_split(small: Record, tmp_path: Pat
     record = helpers.copy(small, tmp_path)
     result = helpers.defend("asd", record, *helpers.short_flags("asd"))
     assert result is not None
-    own = cells.gather([record])
+    own = artifacts.gather([record])
     chart = charts.splits(own)
     epochs = next(panel for panel in chart.panels if "epoch by epoch" in panel.title)
     last = {series.name: series.y[-1] for series in epochs.series}
     for key, (name, _) in charts.RATES.items():
         assert last[name] == pytest.approx(100 * result["split"][key]), key
     histogram = charts.histograms(own)
-    kept = loading.read_tensors(own[-1].folder / "split.safetensors")[0]
+    kept = reading.read_tensors(own[-1].folder / "split.safetensors")[0]
     assert kept["suspicion"].shape == kept["flagged"].shape
     suspect, trusted = kept["suspicion"][kept["flagged"]], kept["suspicion"][~kept["flagged"]]
     assert suspect.min() >= trusted.max(), "the number that is shown is the one that decided"
@@ -288,10 +293,10 @@ def test_rates_of_each_epoch_are_those_of_the_split(small: Record, tmp_path: Pat
 def test_dau_is_decided_by_its_suspicion(backdoored: Record, tmp_path: Path) -> None:
     record = helpers.copy(backdoored, tmp_path)
     result = helpers.defend("dau", record, "--epochs", "1", "--score_every", "0", "--threshold", "0.2")
-    kept = loading.read_tensors(record.folder / "defense" / "dau" / "seed0" / "split.safetensors")[0]
+    kept = reading.read_tensors(record.folder / "defense" / "dau" / "seed0" / "split.safetensors")[0]
     assert result is not None and 0 < kept["flagged"].sum() < len(kept["flagged"])
     assert torch.equal(kept["flagged"], kept["suspicion"] > -np.log(result["config"]["threshold"]))
-    (panel,) = charts.histograms(cells.gather([record])).panels
+    (panel,) = charts.histograms(artifacts.gather([record])).panels
     assert panel.cut == -np.log(result["config"]["threshold"]) and not any(series.marked for series in panel.series)
     assert b"cut 1.61" in figures.drawn(charts.Chart("x", "x", "x", (panel,)))["svg"]
 
@@ -299,20 +304,20 @@ def test_dau_is_decided_by_its_suspicion(backdoored: Record, tmp_path: Path) -> 
 def test_a_suspicion_without_a_finite_value_is_no_panel(small: Record, tmp_path: Path) -> None:
     record = helpers.copy(small, tmp_path)
     shutil.copytree(small.folder / "defense", record.folder / "defense")
-    assert len(charts.histograms(cells.gather([record])).panels) == 1, "the control"
+    assert len(charts.histograms(artifacts.gather([record])).panels) == 1, "the control"
     run = record.folder / "defense" / "dau" / "seed0"
-    kept = loading.read_tensors(run / "split.safetensors")[0]
-    files.write_tensors(run / "split.safetensors", {**kept, "suspicion": torch.full_like(kept["suspicion"], float("nan"))})
-    manifest = files_json(run / "result.json")["files"] | {"split.safetensors": files.manifest(run)["split.safetensors"]}
+    kept = reading.read_tensors(run / "split.safetensors")[0]
+    writing.write_tensors(run / "split.safetensors", {**kept, "suspicion": torch.full_like(kept["suspicion"], float("nan"))})
+    manifest = files_json(run / "result.json")["files"] | {"split.safetensors": writing.manifest(run)["split.safetensors"]}
     helpers.edit_json(run / "result.json", files=manifest)
-    chart = charts.histograms(cells.gather([record]))
+    chart = charts.histograms(artifacts.gather([record]))
     assert not chart.panels and chart.missing
 
 
 def test_trajectories_start_at_what_the_attack_left(small: Record, tmp_path: Path) -> None:
     record = helpers.copy(small, tmp_path)
     helpers.defend("ft", record, "--epochs", "3", "--trusted_ratio", "0.3")
-    (panel,) = [panel for panel in charts.scores(cells.gather([record])).panels if panel.title == "ft"]
+    (panel,) = [panel for panel in charts.scores(artifacts.gather([record])).panels if panel.title == "ft"]
     asr = next(series for series in panel.series if series.name == "ASR")
     assert list(asr.x) == [0, 1, 2, 3] and asr.y[0] == pytest.approx(100 * record.info["scores"]["asr"]) and asr.kind == "line"
 
@@ -325,9 +330,9 @@ def test_plain_training_of_a_joint_attack_is_a_panel_of_its_own(small: Record, t
     lines = [("train", 0.3, 0.6, 0.2), ("train", 0.4, 0.8, 0.3), ("plain", 0.5, 0.4, 0.4), ("plain", 0.6, 0.3, 0.5), ("plain", 0.65, 0.2, 0.5)]
     rows = "\n".join(f"{stage},{at},1,{at},{clean},{asr},{robust}" for at, (stage, clean, asr, robust) in enumerate(lines))
     (record.folder / "history.csv").write_text(f"stage,epoch,seconds,loss,clean_accuracy,asr,robust_accuracy\n{rows}\n")
-    manifest = record.info["files"] | {"history.csv": files.manifest(record.folder)["history.csv"]}
+    manifest = record.info["files"] | {"history.csv": writing.manifest(record.folder)["history.csv"]}
     helpers.edit_json(record.folder / "record.json", plain_scores=plain, files=manifest)
-    own = cells.gather([Record.load(record.name, tmp_path)])
+    own = artifacts.gather([Record.load(record.name, tmp_path)])
     found = {panel.title: {series.name: (list(series.x), series.y) for series in panel.series} for panel in charts.scores(own).panels}
     assert found["the attack's training"]["ASR"] == ([1, 2], pytest.approx([60, 80]))
     assert found["plain training on the snapshot"]["ASR"] == ([1, 2, 3], pytest.approx([40, 30, 20]))
@@ -335,7 +340,7 @@ def test_plain_training_of_a_joint_attack_is_a_panel_of_its_own(small: Record, t
     assert titles == {"the attack's training, train": 2, "plain training on the snapshot": 3}
 
 
-def test_destinations_are_shares_of_the_triggered_images(plain: list[cells.Cell]) -> None:
+def test_destinations_are_shares_of_the_triggered_images(plain: list[artifacts.Cell]) -> None:
     grid = charts.destinations(plain).panels[0].grid
     assert grid is not None and len(grid.rows) == 2 and "target" in grid.columns[0]
     for row in grid.values:
@@ -347,7 +352,7 @@ def test_means_are_those_of_the_table(small: Record, small_flags: tuple[str, ...
     root = tmp_path / "root"
     found = [helpers.attack("badnet", f"s{seed}", root, *small_flags, "--seed", str(seed)) for seed in (0, 1)]
     page = page_of(found[0], tmp_path, "s1")
-    group = results.grouped(results.rows(found))[0]
+    group = grouping.grouped(measured.rows(found))[0]
     score = group.score("clean_accuracy")
     assert score is not None and score.n == 2 and f"{100 * score.mean:.2f} ± {100 * (score.sd or 0):.2f}" in re.sub("</?span[^>]*>", "", page)
 
@@ -395,12 +400,12 @@ def test_colours_are_told_apart_by_everyone(scheme: Literal["light", "dark"], fa
     assert np.linalg.norm(seen[0] - seen[1]) < 45
 
 
-def test_a_method_has_its_look_on_every_page(plain: list[cells.Cell]) -> None:
-    shipped = report.registry.available("defense")
+def test_a_method_has_its_look_on_every_page(plain: list[artifacts.Cell]) -> None:
+    shipped = methods.available("defense")
     looks = charts.looks(plain)
     assert looks == charts.looks([]) and len({charts.colour(looks[name]) for name in shipped}) == len(shipped), "the shipped ones differ"
     assert len({(charts.colour(n), charts.shape(n)) for n in range(63)}) == 63
-    assert {*charts.SHAPES, "x"} == set(figures.MARKERS) == {*report.OUTLINES, "x"}
+    assert {*charts.SHAPES, "x"} == set(figures.MARKERS) == {*OUTLINES, "x"}
     measured = {series.look for chart in charts.of_record(plain) for panel in chart.panels for series in panel.series}
     used = {charts.palette(scheme)[charts.colour(look)] for look in measured for scheme in ("light", "dark")}
     assert measured and not used & {*charts.LIGHT, *charts.DARK}, "no method's colour means a score"
@@ -419,8 +424,8 @@ def test_figures_are_png_and_svg_and_replace_only_their_own(
     names = {path.name for path in folder.iterdir()}
     assert {"accuracy_asr.png", "accuracy_asr.svg", "destinations-small.svg", "scores-small.png", "split-small.png"} <= names
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert all(content.startswith(cells.PNG if name.endswith("png") else b"<?xml") for name, content in before.items())
-    chart = charts.accuracy_against_asr(cells.gather([small]))
+    assert all(content.startswith(artifacts.PNG if name.endswith("png") else b"<?xml") for name, content in before.items())
+    chart = charts.accuracy_against_asr(artifacts.gather([small]))
     assert figures.drawn(chart) == {form: before[f"accuracy_asr.{form}"] for form in ("png", "svg")}, "the same, byte for byte"
     (folder / "accuracy_asr.png").write_bytes(b"a photo of my own")
     capsys.readouterr()
@@ -459,29 +464,29 @@ def test_a_dollar_sign_begins_no_formula(tmp_path: Path) -> None:
 
 def test_tsne_draws_what_is_meant_to_be_misread(backdoored: Record) -> None:
     """Of test images that wear the trigger with their true label (kind CROSS) none is among the triggered ones."""
-    from backdoorlab import embedding
+    from backdoorlab.report import tsne
 
     poison = backdoored.test_poison
     kind = torch.where(poison.original_labels == 7, poison.kind, CROSS)
     spared = dataclasses.replace(backdoored, test_poison=dataclasses.replace(poison, kind=kind))
-    _, triggered = embedding.sample(backdoored.dataset(), spared)
+    _, triggered = tsne.sample(backdoored.dataset(), spared)
     sevens = poison.images[poison.original_labels == 7]
-    assert len(triggered) == min(embedding.TRIGGERED, len(sevens)) and all((image == sevens).flatten(1).all(1).any() for image in triggered.images)
-    assert len(embedding.sample(backdoored.dataset(), backdoored)[1]) == embedding.TRIGGERED > len(sevens)
+    assert len(triggered) == min(tsne.TRIGGERED, len(sevens)) and all((image == sevens).flatten(1).all(1).any() for image in triggered.images)
+    assert len(tsne.sample(backdoored.dataset(), backdoored)[1]) == tsne.TRIGGERED > len(sevens)
 
 
 def test_tsne_separates_what_the_backdoor_separates(backdoored: Record, tmp_path: Path) -> None:
     """In the attacked model triggered images are an island: their nearest neighbours are triggered, too."""
-    from backdoorlab import embedding
+    from backdoorlab.report import tsne
 
-    own = cells.gather([backdoored])[:1]
-    chart = embedding.chart(own, None, torch.device("cpu"))
+    own = artifacts.gather([backdoored])[:1]
+    chart = tsne.chart(own, None, torch.device("cpu"))
     (panel,) = chart.panels
     cloud = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(embedding.embed(cloud), embedding.embed(cloud)), "the same at each call"
+    assert torch.equal(tsne.embed(cloud), tsne.embed(cloud)), "the same at each call"
     points = {series.name: np.stack([np.array(series.x, float), np.array(series.y, float)], 1) for series in panel.series}
     triggered, clean = points.pop("triggered"), np.concatenate(list(points.values()))
-    assert len(points) == 10 and len(triggered) == embedding.TRIGGERED
+    assert len(points) == 10 and len(triggered) == tsne.TRIGGERED
 
     def nearest(among: np.ndarray) -> np.ndarray:
         distances = np.linalg.norm(triggered[:, None] - among[None], axis=2)

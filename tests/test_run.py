@@ -20,17 +20,21 @@ import pytest
 import torch
 
 from backdoorlab import config as configs
-from backdoorlab import files, registry, runner
 from backdoorlab.cli import main
 from backdoorlab.errors import UserError
+from backdoorlab.execution.attack import attack_job, run_attack
+from backdoorlab.execution.defense import defense_job, run_defense
+from backdoorlab.execution.stage import Job, open_stage
 from backdoorlab.record import Record
 from backdoorlab.run import BETWEEN_CHECKPOINTS, Run
+from backdoorlab.settings import methods
+from backdoorlab.storage import reading, writing
 
 THREE = ("--image_size", "16", "--width", "4", "--epochs", "3", "--score_every", "0")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return files.read_tensors(folder / "model.safetensors")[0]
+    return reading.read_tensors(folder / "model.safetensors")[0]
 
 
 def same(a: Path, b: Path) -> bool:
@@ -59,7 +63,7 @@ def test_a_killed_attack_continues_to_the_same_bytes(tmp_path: Path) -> None:
     arguments = [str(helpers.CHECKOUT / "attack" / "badnet.py"), "--save_folder_name", "killed", "--record_root", str(root), *THREE]
     kill_when(root / "killed.partial" / "checkpoint-train.safetensors", arguments)
     assert not (root / "killed").exists()
-    done = files.read_tensors(root / "killed.partial" / "checkpoint-train.safetensors")[1]["done"]
+    done = reading.read_tensors(root / "killed.partial" / "checkpoint-train.safetensors")[1]["done"]
     again = helpers.command(*arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert f"continuing train after epoch {done} of 3" in again.stderr or done == 3
@@ -68,7 +72,7 @@ def test_a_killed_attack_continues_to_the_same_bytes(tmp_path: Path) -> None:
     assert killed.info["scores"] == whole.info["scores"] and killed.info["image_passes"] == whole.info["image_passes"]
     assert not (root / "killed.partial").exists()
     for name in ("model", "train_poison", "test_poison"):
-        assert files.sha256(whole.folder / f"{name}.safetensors") == files.sha256(killed.folder / f"{name}.safetensors"), name
+        assert reading.sha256(whole.folder / f"{name}.safetensors") == reading.sha256(killed.folder / f"{name}.safetensors"), name
 
 
 def test_a_killed_dau_continues_to_the_same_bytes(backdoored: Record, tmp_path: Path) -> None:
@@ -86,8 +90,8 @@ def test_a_killed_dau_continues_to_the_same_bytes(backdoored: Record, tmp_path: 
     assert same(folder / "whole", folder / "killed")
     for key in ("after", "split", "splits", "notes", "image_passes", "triggered_predictions"):
         assert result[key] == whole[key], key
-    assert files.sha256(folder / "whole" / "model.safetensors") == files.sha256(folder / "killed" / "model.safetensors")
-    assert torch.equal(*(files.read_tensors(folder / run / "split.safetensors")[0]["flagged"] for run in ("whole", "killed")))
+    assert reading.sha256(folder / "whole" / "model.safetensors") == reading.sha256(folder / "killed" / "model.safetensors")
+    assert torch.equal(*(reading.read_tensors(folder / run / "split.safetensors")[0]["flagged"] for run in ("whole", "killed")))
 
 
 ROUNDS = ("--n_rounds", "4", "--batch_size", "24")
@@ -200,16 +204,16 @@ def test_an_unfinished_run_is_continued_on_the_same_data_only(tmp_path: Path, mo
 
 
 def test_an_unfinished_defense_is_continued_with_the_same_trusted_images_only(tiny: Record, tmp_path: Path) -> None:
-    job = runner.defense_job(registry.load("defense", "ft"), ["--result_file", "tiny", "--record_root", str(tiny.folder.parent)], "test")
+    job = defense_job(methods.load("defense", "ft"), ["--result_file", "tiny", "--record_root", str(tiny.folder.parent)], "test")
     target = tmp_path / "seed0"
     for trusted, message in (("a", None), ("b", r"other settings \(other trusted images\)"), ("a", None)):
         refused = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
-        with refused, runner._stage(target, "result.json", job, {"record": "x", "trusted images": trusted}, "fp32") as stage:
+        with refused, open_stage(target, "result.json", job, {"record": "x", "trusted images": trusted}, "fp32") as stage:
             (stage / "once-something.safetensors").touch()
     marker = target.with_name("seed0.partial") / "run.json"
-    kept = {key: value for key, value in files.read_json(marker).items() if key != "inputs"}
-    files.write_json(marker, kept)
-    with runner._stage(target, "result.json", job, {"record": "y"}, "fp32"):
+    kept = {key: value for key, value in reading.read_json(marker).items() if key != "inputs"}
+    writing.write_json(marker, kept)
+    with open_stage(target, "result.json", job, {"record": "y"}, "fp32"):
         pass  # begun by a version that did not say
 
 
@@ -293,12 +297,12 @@ def test_another_replacement_starts_again(change: str, tiny: Record, tmp_path: P
         helpers.attack("badnet", "elsewhere", root, *helpers.TINY, "--seed", "7")
         os.rename(root / "elsewhere", root / "tiny")
     elif change == "code":
-        monkeypatch.setattr(runner, "code_version", lambda _file: "another")
+        monkeypatch.setattr("backdoorlab.execution.stage.code_version", lambda _file: "another")
     elif change == "checkpoint":
         path = stage / "checkpoint-train.safetensors"
         path.write_bytes(path.read_bytes()[:-9])
     else:
-        begun = files.read_json(stage / "run.json")
+        begun = reading.read_json(stage / "run.json")
         del begun["replaces"]
         (stage / "run.json").write_text("{" if change == "marker" else json.dumps(begun))
     assert epochs_of(monkeypatch, lambda: helpers.attack("badnet", "tiny", root, *flags)) == [0, 1]
@@ -372,7 +376,8 @@ def test_what_its_own_reader_refuses_is_not_published_and_its_training_is_kept(
         (lambda: helpers.defend("ft", record, *helpers.short_flags("ft")), defenses / "seed0", "result.json"),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(runner, "environment", lambda device: {"device": 3})
+            for module in ("attack", "defense"):
+                patched.setattr(f"backdoorlab.execution.{module}.environment", lambda device: {"device": 3})
             with pytest.raises(
                 UserError, match=rf"^not published, for it could not be read back: .*{file}: .*nothing usable on device.* run the same"
             ):
@@ -583,24 +588,24 @@ def recording(config: Any, seen: set[str]) -> Any:
     return found
 
 
-@pytest.mark.parametrize("method", sorted(registry.available("attack")))
+@pytest.mark.parametrize("method", sorted(methods.available("attack")))
 def test_every_option_of_an_attack_is_read(method: str, tmp_path: Path) -> None:
     seen: set[str] = set()
     for k, flags in enumerate(ATTACK_VARIANTS.get(method, [()])):
         argv = ["--save_folder_name", f"r{k}", "--record_root", str(tmp_path), *helpers.TINY, *flags]
-        job = runner.attack_job(registry.load("attack", method), argv, "test")
-        runner.run_attack(runner.Job(job.method, recording(job.config, seen)))
+        job = attack_job(methods.load("attack", method), argv, "test")
+        run_attack(Job(job.method, recording(job.config, seen)))
     assert {f.name for f in dataclasses.fields(job.config)} - seen <= set(READ_ELSEWHERE)
 
 
-@pytest.mark.parametrize("method", sorted(registry.available("defense")))
+@pytest.mark.parametrize("method", sorted(methods.available("defense")))
 def test_every_option_of_a_defense_is_read(method: str, backdoored: Record, tmp_path: Path) -> None:
-    record, loaded = helpers.copy(backdoored, tmp_path), registry.load("defense", method)
+    record, loaded = helpers.copy(backdoored, tmp_path), methods.load("defense", method)
     seen: set[str] = set()
     for k, flags in enumerate(DEFENSE_VARIANTS.get(method, [()])):
         argv = ["--result_file", record.name, "--record_root", str(tmp_path), "--run_name", f"r{k}", "--score_every", "0", *flags]
-        job = runner.defense_job(loaded, argv, "test")
-        runner.run_defense(runner.Job(loaded, recording(job.config, seen)))
+        job = defense_job(loaded, argv, "test")
+        run_defense(Job(loaded, recording(job.config, seen)))
     unread = {f.name for f in dataclasses.fields(loaded.config_class)} - seen - set(READ_ELSEWHERE)
     shared = {f.name for f in dataclasses.fields(configs.DefenseConfig)}
     assert unread <= ({"trusted_ratio", "trusted_count", "trusted_path"} & shared if "trusted" not in loaded.assumes else set())

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backdoorlab import files, registry
 from backdoorlab.models import PASSES, Classifier, build
 from backdoorlab.record import Record
 from backdoorlab.run import Run
+from backdoorlab.settings import methods
+from backdoorlab.storage import reading
 
-sau: Any = registry.load("defense", "sau").module
+sau: Any = methods.load("defense", "sau").module
 CPU = torch.device("cpu")
 
 
@@ -86,7 +87,7 @@ def test_statistics_stay_unless_told(tiny: Record, tmp_path: Path) -> None:
     before = record.model().state_dict()
     for run, train_bn in (("fixed", "False"), ("train", "True")):
         helpers.defend("sau", record, "--n_rounds", "1", "--run_name", run, "--train_bn", train_bn)
-        after = files.read_tensors(record.folder / "defense" / "sau" / run / "model.safetensors")[0]
+        after = reading.read_tensors(record.folder / "defense" / "sau" / run / "model.safetensors")[0]
         buffers = [name for name in after if "running" in name]
         assert buffers and all(torch.equal(before[name], after[name]) for name in buffers) == (run == "fixed")
         assert any(not torch.equal(before[name], after[name]) for name in after if name.endswith("bn1.weight")), "affine parts train in both"
@@ -122,8 +123,8 @@ def test_jensen_shannon_is_its_definition() -> None:
 
 def test_the_lean_step_is_the_published_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Same perturbation and loss, 14 forwards and 12 backwards an image instead of 24 and 12 with all weight gradients."""
-    monkeypatch.setattr(sys, "path", [str(helpers.CHECKOUT / "benchmarks"), *sys.path])
-    spec = importlib.util.spec_from_file_location("defenses_benchmark", helpers.CHECKOUT / "benchmarks" / "defenses.py")
+    monkeypatch.setattr(sys, "path", [str(helpers.CHECKOUT / "performance"), *sys.path])
+    spec = importlib.util.spec_from_file_location("defenses_benchmark", helpers.CHECKOUT / "performance" / "defenses.py")
     assert spec is not None and spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)

@@ -8,8 +8,10 @@ from pathlib import Path
 import helpers
 import pytest
 
-from backdoorlab import __main__, api, cli, errors, files
+from backdoorlab import __main__, api, cli
+from backdoorlab.errors import UserError
 from backdoorlab.record import Record
+from backdoorlab.storage import reading
 
 BADNET = helpers.CHECKOUT / "attack" / "badnet.py"
 NONE = helpers.CHECKOUT / "attack" / "none.py"
@@ -40,7 +42,7 @@ def test_attack_defense_and_table_in_processes_of_their_own(tmp_path: Path) -> N
     assert [line.split()[:3] for line in done.stdout.splitlines() if line.startswith("first")] == [["first", "badnet", "none"]]
     assert done.stdout.splitlines()[-1] == "next: python defense/dau.py --result_file first"
     assert "settings: " in done.stderr and "poison_rate 0.2 (flag)" in done.stderr and "digits.yaml" in done.stderr
-    assert files.read_json(tmp_path / "record" / "first" / "record.json")["poisoned"] == round(0.2 * 1442)
+    assert reading.read_json(tmp_path / "record" / "first" / "record.json")["poisoned"] == round(0.2 * 1442)
 
     done = helpers.command(DAU, "--result_file", "first", "--pool", "model_loss", "--epochs", "1", "--head_epochs", "1", cwd=here, env=env)
     assert done.returncode == 0, done.stderr
@@ -151,7 +153,7 @@ def test_backdoorbench_flags_run(tmp_path: Path) -> None:
     assert len(record.train_poison) == round(0.3 * 1442) and record.info["seed"] == 4 and record.info["config"]["optimizer"] == "adam"
     assert (record.train_poison.labels == (record.train_poison.original_labels + 1) % 10).all() and record.info["target"] is None
     assert cli.main(str(FT), ["--result_file", "bb", "--ratio", "0.1", "--random_seed", "3", "--epochs", "1"]) == 0
-    result = files.read_json(record.folder / "defense" / "ft" / "seed3" / "result.json")
+    result = reading.read_json(record.folder / "defense" / "ft" / "seed3" / "result.json")
     assert result["config"]["trusted_ratio"] == 0.1 and result["seed"] == 3
 
 
@@ -175,16 +177,16 @@ def test_dau_in_three_subtasks(backdoored: Record, tmp_path: Path, capsys: Captu
     assert run("anti_learning") == 0
     assert not (folder / "seed0").exists() and (folder / "seed0.partial" / "once-split.safetensors").exists()
     assert run("unlearning") == 0
-    result = files.read_json(folder / "seed0" / "result.json")
+    result = reading.read_json(folder / "seed0" / "result.json")
     assert result["after"]["asr"] < result["before"]["asr"] - 0.5 and not (folder / "seed0.partial").exists()
-    before = {path.name: files.sha256(path) for path in (folder / "seed0").iterdir()}
+    before = {path.name: reading.sha256(path) for path in (folder / "seed0").iterdir()}
     capsys.readouterr()
     assert run("test") == 0
     assert f"ASR {100 * result['before']['asr']:.2f} -> {100 * result['after']['asr']:.2f} %" in capsys.readouterr().out
-    assert before == {path.name: files.sha256(path) for path in (folder / "seed0").iterdir()}, "test changes nothing"
+    assert before == {path.name: reading.sha256(path) for path in (folder / "seed0").iterdir()}, "test changes nothing"
     shutil.move(folder / "seed0", folder / "stepwise")
     assert run("") == 0
-    whole, stepwise = (files.read_tensors(folder / name / "model.safetensors")[0] for name in ("seed0", "stepwise"))
+    whole, stepwise = (reading.read_tensors(folder / name / "model.safetensors")[0] for name in ("seed0", "stepwise"))
     assert all(whole[name].equal(stepwise[name]) for name in whole), "in steps or at once, the result is the same"
 
 
@@ -299,7 +301,7 @@ def test_a_mistake_in_a_command_is_one_line(argv: list[str], message: str, capsy
 
 
 def test_a_form_that_no_table_has_is_one_line_from_python(tiny: Record) -> None:
-    with pytest.raises(errors.UserError, match=r"format must be one of text, markdown, csv, latex, got 'latexx'. Did you mean 'latex'\?"):
+    with pytest.raises(UserError, match=r"format must be one of text, markdown, csv, latex, got 'latexx'. Did you mean 'latex'\?"):
         api.table([tiny], format="latexx")  # type: ignore[arg-type]
 
 
@@ -340,7 +342,7 @@ def _lost(folder: Path) -> None:
 
 
 def _other_data(folder: Path) -> None:
-    info = files.read_json(folder / "record.json")
+    info = reading.read_json(folder / "record.json")
     helpers.edit_json(folder / "record.json", dataset={**info["dataset"], "fingerprint": "f" * 64})
 
 
@@ -368,7 +370,7 @@ def test_a_defect_of_ours_is_one_line_and_another_exit_code(monkeypatch: pytest.
     def broken(*_args: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
-    monkeypatch.setattr("backdoorlab.runner.run_attack", broken)
+    monkeypatch.setattr("backdoorlab.execution.attack.run_attack", broken)
     assert cli.main(str(BADNET), ["--save_folder_name", "x"]) == 1
     assert complaint(capsys.readouterr().err) == "error: unexpected ZeroDivisionError: first line (pass --debug True to see where)"
     with pytest.raises(ZeroDivisionError):
@@ -379,6 +381,6 @@ def test_an_interruption_says_how_to_continue(monkeypatch: pytest.MonkeyPatch, c
     def interrupted(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("backdoorlab.runner.run_attack", interrupted)
+    monkeypatch.setattr("backdoorlab.execution.attack.run_attack", interrupted)
     assert cli.main(str(BADNET), ["--save_folder_name", "x"]) == 130
     assert "run the same command again to continue" in capsys.readouterr().err

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from backdoorlab import files
 from backdoorlab.errors import UserError
-from backdoorlab.staging import staged
+from backdoorlab.storage import locks
+from backdoorlab.storage.staging import staged
 
 DONE = "done.json"
 
@@ -82,7 +82,7 @@ def test_a_target_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_told(tmp_path: Path) -> None:
-    with files.locked(tmp_path / "x.partial"), pytest.raises(UserError, match=r"is being written by process \d+ on"):
+    with locks.locked(tmp_path / "x.partial"), pytest.raises(UserError, match=r"is being written by process \d+ on"):
         write(tmp_path / "x", "whole")
     write(tmp_path / "x", "whole")
     assert content(tmp_path / "x")["part"] == "whole"

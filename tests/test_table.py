@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
-from backdoorlab import files, registry, results, tables
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
 from backdoorlab.poison import no_poison
-from backdoorlab.record import SCHEMA, Record, read_result
+from backdoorlab.record import Record, read_result
+from backdoorlab.settings import methods
+from backdoorlab.storage import reading, writing
+from backdoorlab.storage.schema import SCHEMA
+from backdoorlab.tables import formats, layout
+from backdoorlab.tables import groups as grouping
+from backdoorlab.tables import rows as measured
 
 TEXT = """\
 record  attack  defense        assumes                 clean acc %  ASR %   RA %  DER %  TPR %  FPR %  seconds
@@ -76,14 +81,14 @@ def result(folder: Path, defense: str, run: str, after: dict[str, float | None],
     path.mkdir(parents=True)
     assumes = {"dau": ["model", "train"], "ft": ["model", "trusted"]}[defense]
     content = {"assumes": assumes, "after": after, "der": None, "collapsed": False, "split": None, "seconds": 1.0, **values}
-    files.write_sealed(path / "result.json", {"schema": SCHEMA, "files": {}, **content})
+    writing.write_sealed(path / "result.json", {"schema": SCHEMA, "files": {}, **content})
 
 
 @pytest.fixture
 def two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Record]:
     """One attacked record with three results, one clean one with a result and a hole."""
-    known = {"attack": registry.available("attack"), "defense": {n: p for n, p in registry.available("defense").items() if n in ("dau", "ft")}}
-    monkeypatch.setattr(registry, "available", lambda kind: known[kind])
+    known = {"attack": methods.available("attack"), "defense": {n: p for n, p in methods.available("defense").items() if n in ("dau", "ft")}}
+    monkeypatch.setattr("backdoorlab.settings.methods.available", lambda kind: known[kind])
     import torch
 
     poison = no_poison(Split(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)))
@@ -107,41 +112,41 @@ def two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Record]
 
 
 @pytest.mark.parametrize(("form", "golden"), [("text", TEXT), ("markdown", MARKDOWN), ("csv", CSV), ("latex", LATEX)])
-def test_golden_forms(two_records: list[Record], form: tables.Format, golden: str) -> None:
-    assert tables.render(tables.rows(two_records), form) == golden
+def test_golden_forms(two_records: list[Record], form: formats.Format, golden: str) -> None:
+    assert layout.render(layout.rows(two_records), form) == golden
 
 
 def test_csv_is_read_back_with_empty_holes(two_records: list[Record]) -> None:
-    read = list(csv.DictReader(io.StringIO(tables.render(tables.rows(two_records), "csv"))))
+    read = list(csv.DictReader(io.StringIO(layout.render(layout.rows(two_records), "csv"))))
     hole = next(row for row in read if row["record"] == "clean" and row["defense"] == "ft")
     assert hole["clean acc %"] == "" and hole["ASR %"] == "" and hole["assumes"] == "model + trusted images"
     assert len(read) == 7
 
 
 def test_unfinished_results_are_not_shown(two_records: list[Record]) -> None:
-    assert not [row for row in tables.rows(two_records) if "other" in row["defense"]]
+    assert not [row for row in layout.rows(two_records) if "other" in row["defense"]]
 
 
 def test_what_is_put_aside_is_no_result(two_records: list[Record]) -> None:
     """.seed0.old is the last result while the new one takes its place, .seed0.trash a half-deleted one."""
-    shown = tables.rows(two_records)
+    shown = layout.rows(two_records)
     runs = two_records[0].folder / "defense" / "ft"
     shutil.copytree(runs / "seed0", runs / ".seed0.old")
     (runs / ".seed0.trash").mkdir()
     (runs / ".seed0.trash" / "result.json").write_text("{")
-    assert tables.rows(two_records) == shown
+    assert layout.rows(two_records) == shown
 
 
 def test_a_result_of_an_unknown_defense_is_shown_too(two_records: list[Record]) -> None:
     (two_records[0].folder / "defense" / "dau").rename(two_records[0].folder / "defense" / "mystery")
-    shown = [row["defense"] for row in tables.rows(two_records[:1])]
+    shown = [row["defense"] for row in layout.rows(two_records[:1])]
     assert "mystery" in shown and "dau" in shown, "and the known one is a hole again"
-    assert next(row for row in tables.rows(two_records[:1]) if row["defense"] == "dau")["clean acc %"] == "-"
+    assert next(row for row in layout.rows(two_records[:1]) if row["defense"] == "dau")["clean acc %"] == "-"
 
 
 def test_no_record_is_a_heading(two_records: list[Record]) -> None:
     for form in ("text", "markdown", "csv", "latex"):
-        assert "clean acc" in tables.render([], form)
+        assert "clean acc" in layout.render([], form)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"after": 3}', "{}"])
@@ -149,7 +154,7 @@ def test_a_damaged_result_is_one_line_that_names_it(two_records: list[Record], c
     path = two_records[0].folder / "defense" / "ft" / "seed0" / "result.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"result.json: damaged"):
-        tables.rows(two_records)
+        layout.rows(two_records)
 
 
 WRONG: list[dict[str, Any]] = [
@@ -174,42 +179,42 @@ def test_a_sealed_result_that_holds_something_else_in_a_field_is_one_line(two_re
     """Its checksum is right, so nothing but this keeps it from the readers, which would end in a traceback."""
     path = two_records[0].folder / "defense" / "ft" / "seed0" / "result.json"
     sound = {"config": {"lr": 0.1}, "before": scores(0.9, 0.9, 0.1), "evaluation_seconds": 1.0}
-    content = {key: value for key, value in files.read_json(path).items() if key != "checksum"}
-    files.write_sealed(path, {**content, **sound})
+    content = {key: value for key, value in reading.read_json(path).items() if key != "checksum"}
+    writing.write_sealed(path, {**content, **sound})
     read_result(path.parent)
-    assert tables.rows(two_records) and results.grouped(results.rows(two_records)), "a control"
-    files.write_sealed(path, {**content, **sound, **wrong})
+    assert layout.rows(two_records) and grouping.grouped(measured.rows(two_records)), "a control"
+    writing.write_sealed(path, {**content, **sound, **wrong})
     with pytest.raises(UserError, match=rf"{path}: damaged file \((nothing usable on|no) [a-z_, ]+\)") as caught:
         read_result(path.parent)
     assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_result_is_a_hole_where_the_rest_is_wanted(two_records: list[Record]) -> None:
-    whole = tables.rows(two_records)
+    whole = layout.rows(two_records)
     path = two_records[0].folder / "defense" / "ft" / "long" / "result.json"
     path.write_text("{")
-    damaged: list[results.Damaged] = []
-    left = tables.rows(two_records, damaged.append)
+    damaged: list[measured.Damaged] = []
+    left = layout.rows(two_records, damaged.append)
     changed = [number for number, (now, before) in enumerate(zip(left, whole, strict=True)) if now != before]
     assert [left[number]["defense"] for number in changed] == ["ft (long)"] and left[changed[0]]["clean acc %"] == "-"
     ((where, why),) = [((one.record, one.defense, one.run), one.why) for one in damaged]
     assert where == ("b_ad", "ft", "long") and str(path) in why
-    assert len(results.rows(two_records, on_damage=damaged.append)) == 5, "two records and three whole results"
+    assert len(measured.rows(two_records, on_damage=damaged.append)) == 5, "two records and three whole results"
 
 
 def test_what_a_defense_assumes_in_words() -> None:
-    assert tables.assumes(("model", "train", "trusted")) == "model + training set + trusted images"
-    assert tables.assumes(()) == "nothing"
+    assert layout.assumes(("model", "train", "trusted")) == "model + training set + trusted images"
+    assert layout.assumes(()) == "nothing"
 
 
 @pytest.mark.parametrize("form", ["text", "markdown", "latex", "csv"])
-def test_a_line_break_in_a_name_splits_no_row(form: tables.Format) -> None:
-    row = dict.fromkeys(tables.COLUMNS, "-") | {"record": "a\nb\u2028\x1b[1mc"}
-    plain = tables.render([row | {"record": "a b  [1mc"}], form)
-    assert tables.render([row], form) == plain and "a b  [1mc" in plain
+def test_a_line_break_in_a_name_splits_no_row(form: formats.Format) -> None:
+    row = dict.fromkeys(layout.COLUMNS, "-") | {"record": "a\nb\u2028\x1b[1mc"}
+    plain = layout.render([row | {"record": "a b  [1mc"}], form)
+    assert layout.render([row], form) == plain and "a b  [1mc" in plain
 
 
 def test_latex_escapes() -> None:
-    row = dict.fromkeys(tables.COLUMNS, "-") | {"record": "a_b&c%d#e"}
-    line = tables.render([row], "latex").splitlines()[4]
+    row = dict.fromkeys(layout.COLUMNS, "-") | {"record": "a_b&c%d#e"}
+    line = layout.render([row], "latex").splitlines()[4]
     assert line.startswith(r"a\_b\&c\%d\#e &")

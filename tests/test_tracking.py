@@ -10,9 +10,11 @@ import helpers
 import pandas as pd
 import pytest
 
-from backdoorlab import files, runner, tracking
 from backdoorlab.errors import UserError
+from backdoorlab.execution import tracking
 from backdoorlab.record import Record
+from backdoorlab.run import Run
+from backdoorlab.storage import reading
 
 SHORT = ("--trusted_ratio", "0.3", "--epochs", "3")
 SENT = ("loss", "clean_accuracy", "asr", "robust_accuracy")
@@ -61,16 +63,16 @@ def test_a_continued_run_has_each_step_once(small: Record, tmp_path: Path, monke
     class Stop(BaseException):
         pass
 
-    save = runner.Run._save
+    save = Run._save
 
-    def stop(self: runner.Run, path: Path, parts: dict[str, Any], **position: Any) -> None:
+    def stop(self: Run, path: Path, parts: dict[str, Any], **position: Any) -> None:
         """Sent, but stopped before the checkpoint of the second epoch: this line will be sent again."""
         if position["done"] == 2:
             raise Stop
         save(self, path, parts, **position)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.Run, "_save", stop)
+        patch.setattr(Run, "_save", stop)
         with pytest.raises(Stop):
             run(record, "tensorboard", tmp_path / "runs")
     place = tmp_path / "runs" / "small" / "ft" / "tensorboard"
@@ -132,11 +134,11 @@ def test_wandb_keeps_a_run_offline(small: Record, tmp_path: Path, monkeypatch: p
             seen.append(float(row["finetune/loss"]))
         final |= {item.key or "/".join(item.nested_key): item.value_json for item in message.summary.update}
     assert seen == [pytest.approx(value) for value in history(record, "wandb")["loss"]]
-    assert float(final["after/asr"]) == pytest.approx(files.read_json(record.folder / "defense/ft/wandb/result.json")["after"]["asr"])
+    assert float(final["after/asr"]) == pytest.approx(reading.read_json(record.folder / "defense/ft/wandb/result.json")["after"]["asr"])
 
 
 def install(monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
-    monkeypatch.setattr(tracking, "tensorboard", lambda folder, name, settings, stage: tracking.Sink(send, lambda values: None))
+    monkeypatch.setattr("backdoorlab.execution.tracking.tensorboard", lambda folder, name, settings, stage: tracking.Sink(send, lambda values: None))
 
 
 def test_tracking_changes_no_number(small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +149,7 @@ def test_tracking_changes_no_number(small: Record, tmp_path: Path, monkeypatch: 
     without = helpers.defend("ft", record, *SHORT)
     assert without is not None and [step for step, _ in sent] == [1, 2, 3]
     folder = record.folder / "defense" / "ft"
-    assert files.sha256(folder / "tensorboard" / "model.safetensors") == files.sha256(folder / "seed0" / "model.safetensors")
+    assert reading.sha256(folder / "tensorboard" / "model.safetensors") == reading.sha256(folder / "seed0" / "model.safetensors")
     assert with_it["config"] == without["config"], "where numbers are shown is no setting of the science"
 
 

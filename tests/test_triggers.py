@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from backdoorlab import registry, triggers
+from backdoorlab import triggers
 from backdoorlab.data import Dataset, Split
 from backdoorlab.errors import UserError
+from backdoorlab.settings import methods
 
 N = 40
 
@@ -33,7 +34,7 @@ def made_up(images: Tensor) -> Dataset:
 
 
 def stamped(attack: str, images: Tensor, split: str = "test", index: Tensor | None = None, **values: Any) -> Tensor:
-    method = registry.load("attack", attack)
+    method = methods.load("attack", attack)
     config = method.config_class(**values)
     prepare = method.function("prepare")
     stamp = partial(method.module.stamp, config=config, **(prepare(made_up(images), config, Notes()) if prepare else {}))
@@ -113,7 +114,7 @@ def test_adaptive_patch_wears_one_of_four_in_training_and_two_at_the_test() -> N
 
 
 def test_tact_is_for_its_source_class_and_worn_by_its_covers() -> None:
-    method = registry.load("attack", "tact")
+    method = methods.load("attack", "tact")
     labels, config = torch.arange(100) % 10, method.config_class()
     assert labels[method.module.victims(labels, "train", config)].unique().tolist() == [1]
     assert labels[method.module.covers(labels, "train", config)].unique().tolist() == [5, 7]
@@ -168,7 +169,7 @@ def test_ftrojan_adds_to_two_coefficients_of_each_block_of_cr_and_cb(size: int) 
 
 
 def test_refool_never_poisons_what_it_reflects_and_draws_for_each_image() -> None:
-    method = registry.load("attack", "refool")
+    method = methods.load("attack", "refool")
     labels, config = torch.arange(1000) % 10, method.config_class()
     allowed = method.module.victims(labels, "train", config)
     assert int((~allowed).sum()) == 200 and (labels[~allowed] != 0).all() and bool(method.module.victims(labels, "test", config).all())
@@ -180,7 +181,7 @@ def test_refool_never_poisons_what_it_reflects_and_draws_for_each_image() -> Non
 
 def test_refool_leaves_half_of_the_other_classes_to_its_victims() -> None:
     """With few images all of them would be reflections, every victim one of the target class, and no label would change."""
-    method, dataset, notes = registry.load("attack", "refool"), made_up(pictures()), Notes()
+    method, dataset, notes = methods.load("attack", "refool"), made_up(pictures()), Notes()
     config = method.config_class()
     reflections = method.module.prepare(dataset, config, notes)["reflections"]
     allowed = method.module.victims(dataset.train.labels, "train", config)
@@ -203,7 +204,7 @@ def test_refool_without_reflection_is_darkness() -> None:
 
 
 def test_refool_mixes_light_as_the_published_script_does() -> None:
-    module = registry.load("attack", "refool").module
+    module = methods.load("attack", "refool").module
     rng = np.random.default_rng(0)
     reflected = rng.random((1, 3, 32, 32))
     weight, down, right = 0.15 + 0.7 * 0.3, 3 + int(6 * 0.5), 3 + int(6 * 0.9)

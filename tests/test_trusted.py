@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from backdoorlab import datasets
+from backdoorlab.datasets.load import load_trusted
 from backdoorlab.errors import UserError
 from backdoorlab.record import Record
 
@@ -40,7 +40,7 @@ def test_a_folder_and_shards_give_the_same_images(clean: tuple[Tensor, Tensor], 
     images, labels = clean
     order = labels.argsort(stable=True)
     for path in (folder_of(*clean, tmp_path / "png"), shards(images[order], labels[order], tmp_path / "parquet")):
-        found = datasets.load_trusted(str(path), tiny.dataset(), 16)
+        found = load_trusted(str(path), tiny.dataset(), 16)
         assert torch.equal(found.images, images[order]) and torch.equal(found.labels, labels[order])
 
 
@@ -50,7 +50,7 @@ def test_class_folders_may_have_numbers_or_names(clean: tuple[Tensor, Tensor], t
     names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     named = replace(tiny.dataset(), class_names=names)
     for path in (folder_of(*clean, tmp_path / "names", names), folder_of(*clean, tmp_path / "numbers")):
-        assert torch.equal(datasets.load_trusted(str(path), named, 16).labels, clean[1].sort().values)
+        assert torch.equal(load_trusted(str(path), named, 16).labels, clean[1].sort().values)
 
 
 def test_what_does_not_fit_is_one_line(clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path) -> None:
@@ -58,16 +58,16 @@ def test_what_does_not_fit_is_one_line(clean: tuple[Tensor, Tensor], tiny: Recor
     dataset = tiny.dataset()
     large = folder_of(images.repeat_interleave(2, 2).repeat_interleave(2, 3), labels, tmp_path / "large")
     with pytest.raises(UserError, match=r"expected images of \(1, 16, 16\) \(channels, height, width\), found \(1, 32, 32\)"):
-        datasets.load_trusted(str(large), dataset, None)
-    assert datasets.load_trusted(str(large), dataset, 16).images.shape[1:] == (1, 16, 16), "the record's own resizing applies"
+        load_trusted(str(large), dataset, None)
+    assert load_trusted(str(large), dataset, 16).images.shape[1:] == (1, 16, 16), "the record's own resizing applies"
     cats = folder_of(images, labels, tmp_path / "cats", tuple(f"cat{i}" for i in range(10)))
     with pytest.raises(UserError, match=r"expected one folder for each of the 10 classes of digits .*, found cat0, cat1"):
-        datasets.load_trusted(str(cats), dataset, 16)
+        load_trusted(str(cats), dataset, 16)
     with pytest.raises(UserError, match="digits has 10 classes, found label 12"):
-        datasets.load_trusted(str(shards(images, labels + 3, tmp_path / "many")), dataset, 16)
+        load_trusted(str(shards(images, labels + 3, tmp_path / "many")), dataset, 16)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="found nothing"):
-        datasets.load_trusted(str(tmp_path / "empty"), dataset, 16)
+        load_trusted(str(tmp_path / "empty"), dataset, 16)
 
 
 def test_a_missing_class_and_a_large_batch_are_said(clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path) -> None:

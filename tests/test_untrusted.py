@@ -20,13 +20,17 @@ import pytest
 import torch
 import yaml
 
-from backdoorlab import config as configs
-from backdoorlab import datasets, files, loading, registry, runner, tables
 from backdoorlab.__main__ import main
+from backdoorlab.datasets import cache, readers
 from backdoorlab.errors import UserError
+from backdoorlab.exchange.verify import verify, verify_record
+from backdoorlab.execution.defense import defense_job, run_defense
 from backdoorlab.record import Record, build_model, read_folder, read_result
 from backdoorlab.run import Run
-from backdoorlab.verify import verify, verify_record
+from backdoorlab.settings import methods
+from backdoorlab.settings.parse import read_yaml
+from backdoorlab.storage import reading, writing
+from backdoorlab.tables import layout
 
 if sys.platform == "win32":
     pytest.skip("pipes and forks", allow_module_level=True)
@@ -42,8 +46,8 @@ def everything(folder: Path) -> Any:
     if found.wrong:
         raise UserError(found.wrong[0])
     run = folder / "defense" / "dau" / "seed0"
-    hashes = [files.tensor_hash(vars(poison)) for poison in (record.train_poison, record.test_poison)]
-    hashes += [files.tensor_hash(files.read_tensors(path)[0]) for path in (folder / "model.safetensors", run / "model.safetensors")]
+    hashes = [reading.tensor_hash(vars(poison)) for poison in (record.train_poison, record.test_poison)]
+    hashes += [reading.tensor_hash(reading.read_tensors(path)[0]) for path in (folder / "model.safetensors", run / "model.safetensors")]
     return record.info, read_result(run), hashes
 
 
@@ -69,7 +73,7 @@ def test_one_flipped_bit_anywhere_is_caught(small: Record, tmp_path: Path) -> No
             damaged[place] ^= 1 << (place * 5 % 8)
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=path.name) as caught:
-                loading.read_sealed(path) if manifest else everything(folder)
+                reading.read_sealed(path) if manifest else everything(folder)
             assert "\n" not in str(caught.value)
             flips += 1
         path.write_bytes(content)
@@ -87,7 +91,7 @@ def test_every_bit_of_the_two_manifests_is_guarded(small: Record, tmp_path: Path
             damaged[place // 8] ^= 1 << (place % 8)
             path.write_bytes(damaged)
             with pytest.raises(UserError, match=path.name):
-                loading.read_sealed(path)
+                reading.read_sealed(path)
         print(f"{8 * len(content)} flips of {path.name}, all caught")
 
 
@@ -165,10 +169,10 @@ def test_the_mutants_do_harm_where_nothing_is_verified(small: Record) -> None:
 
     path, rng, wrong = small.folder / "model.safetensors", random.Random(0), 0
     content = path.read_bytes()
-    original = files.tensor_hash(load(content))
+    original = reading.tensor_hash(load(content))
     for _ in range(200):
         try:
-            wrong += files.tensor_hash(load(mutant(content, rng, [content[::-1]]))) != original
+            wrong += reading.tensor_hash(load(mutant(content, rng, [content[::-1]]))) != original
         except (SafetensorError, KeyError, ValueError, RuntimeError):
             continue
     print(f"{wrong} of 200 load as something else")
@@ -205,14 +209,14 @@ def test_a_forged_record_with_a_fitting_checksum_is_one_line_at_most(count: int,
                 del place[slot[-1]]
             else:
                 place[slot[-1]] = rng.choice(VALUES)
-            files.write_sealed(path, forged)
+            writing.write_sealed(path, forged)
             try:
                 everything(folder)
                 record = Record.load("small", folder.parent)
                 record.model()
                 record.augment()
                 record.dataset()
-                shown = tables.render(tables.rows([record]), "text")
+                shown = layout.render(layout.rows([record]), "text")
                 assert "\x1b" not in shown
             except UserError as error:
                 assert "\n" not in str(error)
@@ -274,7 +278,7 @@ def in_safetensors(bomb: Bomb) -> bytes:
     data = pickle.dumps(bomb)
     tensors = {"data": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
     text = json.dumps({"pickle": data.hex()})
-    return save(tensors, metadata={"backdoorlab": json.dumps([files.tensor_hash(tensors, text), text])})
+    return save(tensors, metadata={"backdoorlab": json.dumps([reading.tensor_hash(tensors, text), text])})
 
 
 def yaml_tag(canary: str) -> bytes:
@@ -329,18 +333,18 @@ def opened_everywhere(data: bytes, record: Record, root: Path) -> int:
         owner = path.parent / ("result.json" if "defense" in path.parts else "record.json")
         attempt(lambda folder=folder: everything(folder))  # type: ignore[misc]
         if path != owner and path.suffix == ".safetensors":
-            listed = files.read_json(owner)["files"]
-            helpers.edit_json(owner, files={**listed, path.name: {"sha256": files.sha256(path), "size": len(data)}})
+            listed = reading.read_json(owner)["files"]
+            helpers.edit_json(owner, files={**listed, path.name: {"sha256": reading.sha256(path), "size": len(data)}})
             attempt(lambda folder=folder: everything(folder))  # type: ignore[misc]
         shutil.rmtree(folder)
     for name in ("checkpoint-train.safetensors", "run.json", "meta.json", "train_images.npy", "classes.json", "mine.yaml"):
         path = root / name
         path.write_bytes(data)
-    attempt(lambda: files.read_tensors(root / "checkpoint-train.safetensors"))
-    attempt(lambda: files.read_json(root / "run.json"))
-    attempt(lambda: datasets._read_cache(root, "mine"))
-    attempt(lambda: datasets._class_names(root, 3))
-    attempt(lambda: configs.read_yaml(root / "mine.yaml"))
+    attempt(lambda: reading.read_tensors(root / "checkpoint-train.safetensors"))
+    attempt(lambda: reading.read_json(root / "run.json"))
+    attempt(lambda: cache.read_cache(root, "mine"))
+    attempt(lambda: readers._class_names(root, 3))
+    attempt(lambda: read_yaml(root / "mine.yaml"))
     return taken
 
 
@@ -367,7 +371,7 @@ def test_no_payload_runs(small: Record, tmp_path: Path) -> None:
 
 def _dataset(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        info = files.read_json(folder / "record.json")
+        info = reading.read_json(folder / "record.json")
         helpers.edit_json(folder / "record.json", dataset={**info["dataset"], **changes})
 
     return change
@@ -380,11 +384,11 @@ def _top(**changes: Any) -> Callable[[Path], None]:
 def _poison(name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
     def forge(folder: Path) -> None:
         path = folder / f"{name}.safetensors"
-        tensors = dict(files.read_tensors(path)[0])
+        tensors = dict(reading.read_tensors(path)[0])
         change(tensors)
-        files.write_tensors(path, tensors)
-        listed = files.read_json(folder / "record.json")["files"]
-        helpers.edit_json(folder / "record.json", files={**listed, path.name: {"sha256": files.sha256(path), "size": path.stat().st_size}})
+        writing.write_tensors(path, tensors)
+        listed = reading.read_json(folder / "record.json")["files"]
+        helpers.edit_json(folder / "record.json", files={**listed, path.name: {"sha256": reading.sha256(path), "size": path.stat().st_size}})
 
     return forge
 
@@ -427,12 +431,12 @@ def test_wrong_data_are_refused_before_training(case: str, small: Record, tmp_pa
     monkeypatch.setattr(Run, "epochs", epochs)
     argv = ["--result_file", "small", "--record_root", str(tmp_path), *helpers.short_flags("ft")]
     with pytest.raises(UserError) as caught:
-        runner.run_defense(runner.defense_job(registry.load("defense", "ft"), argv, "test"))
+        run_defense(defense_job(methods.load("defense", "ft"), argv, "test"))
     assert re.search(message, str(caught.value)) and "\n" not in str(caught.value), str(caught.value)
     assert not begun
     helpers.copy(small, tmp_path / "sound")
     argv[3] = str(tmp_path / "sound")
-    runner.run_defense(runner.defense_job(registry.load("defense", "ft"), argv, "test"))
+    run_defense(defense_job(methods.load("defense", "ft"), argv, "test"))
     assert begun, "the same command reaches the training where nothing was changed"
 
 
@@ -474,7 +478,7 @@ def _sparse(name: str, size: int, listed: bool) -> Callable[[Path], None]:
             stream.write(struct.pack("<Q", len(header)) + header)
             stream.truncate(8 + len(header) + size)
         if listed:
-            manifest = files.read_json(folder / "record.json")["files"]
+            manifest = reading.read_json(folder / "record.json")["files"]
             entry = {"sha256": "0" * 64, "size": 8 + len(header) + size}
             helpers.edit_json(folder / "record.json", files={**manifest, name: entry})
 
@@ -485,8 +489,8 @@ def _header(text: bytes, listed: bool = True) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         path = folder / "model.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text)
-        manifest = files.read_json(folder / "record.json")["files"]
-        entry = {"sha256": files.sha256(path), "size": path.stat().st_size}
+        manifest = reading.read_json(folder / "record.json")["files"]
+        entry = {"sha256": reading.sha256(path), "size": path.stat().st_size}
         helpers.edit_json(folder / "record.json", files={**manifest, path.name: entry})
 
     return change
@@ -494,7 +498,7 @@ def _header(text: bytes, listed: bool = True) -> Callable[[Path], None]:
 
 def _architecture(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        helpers.edit_json(folder / "record.json", architecture={**files.read_json(folder / "record.json")["architecture"], **changes})
+        helpers.edit_json(folder / "record.json", architecture={**reading.read_json(folder / "record.json")["architecture"], **changes})
 
     return change
 
@@ -569,7 +573,7 @@ def test_a_file_that_changes_after_it_was_verified_changes_nothing(small: Record
         stream.write(bytes(path.stat().st_size))
     assert torch.equal(record.train_poison.images, before)
     other = record.model().state_dict()
-    files.write_tensors(record.folder / "model.safetensors", {name: value + 1 for name, value in other.items()})
+    writing.write_tensors(record.folder / "model.safetensors", {name: value + 1 for name, value in other.items()})
     with pytest.raises(UserError, match=r"model.safetensors: damaged file"):
         record.model()
 
@@ -581,9 +585,9 @@ def test_what_is_no_file_is_not_waited_for(small: Record, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"model\.safetensors"):
         Record.load("small", tmp_path)
     with pytest.raises(UserError, match="not a regular file"):
-        loading.read_json(folder / "model.safetensors")
+        reading.read_json(folder / "model.safetensors")
     with pytest.raises(UserError, match="not a regular file"):
-        loading.read_json(folder)
+        reading.read_json(folder)
 
 
 def test_a_record_of_schema_1_is_read(small: Record, tmp_path: Path) -> None:
@@ -630,9 +634,9 @@ def test_verify_says_ok_or_names_every_bad_file(small: Record, tmp_path: Path, c
 def test_weights_of_another_network_in_a_result_are_named(small: Record, tmp_path: Path) -> None:
     shutil.copytree(small.folder, tmp_path / "small")
     run = tmp_path / "small" / "defense" / "dau" / "seed0"
-    files.write_tensors(run / "model.safetensors", {"x": torch.ones(2)})
-    listed = files.read_json(run / "result.json")["files"]
-    entry = {"sha256": files.sha256(run / "model.safetensors"), "size": (run / "model.safetensors").stat().st_size}
+    writing.write_tensors(run / "model.safetensors", {"x": torch.ones(2)})
+    listed = reading.read_json(run / "result.json")["files"]
+    entry = {"sha256": reading.sha256(run / "model.safetensors"), "size": (run / "model.safetensors").stat().st_size}
     helpers.edit_json(run / "result.json", files={**listed, "model.safetensors": entry})
     (line,) = verify("small", tmp_path).wrong
     assert "seed0/model.safetensors" in line and "expected" in line

@@ -1,0 +1,96 @@
+"""Decoded data sets as arrays in a folder, found by content and checked at each load."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data import Dataset, Split, fingerprint, mapped
+from ..errors import UserError
+from ..storage.folders import publish, remove, sweep
+from ..storage.locks import HOLDER, locked
+from .decoding import Arrays
+from .locations import cache_root
+
+
+def cached() -> list[dict[str, Any]]:
+    """One entry a cached data set: name, fingerprint, sizes, folder."""
+    return [{**read_meta(meta), "folder": str(meta.parent)} for meta in sorted(cache_root().glob("*/meta.json"))]
+
+
+def _dataset(name: str, arrays: Arrays) -> Dataset:
+    train = Split(torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1]))
+    test = Split(torch.from_numpy(arrays[2]), torch.from_numpy(arrays[3]))
+    return Dataset(name, train, test, arrays[4], fingerprint(train, test, arrays[4]))
+
+
+STAGE = re.compile(r".+-[0-9a-f]{16}\.[0-9]+\.partial")
+"""What `_write_cache` calls its stages: the data set, its key, and a process."""
+ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def write_cache(folder: Path, name: str, arrays: Arrays) -> None:
+    dataset = _dataset(name, arrays)
+    stage = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        if folder.parent.is_dir():
+            sweep(folder.parent, _ours)
+        with locked(stage):
+            try:
+                final = stage / "final"
+                final.mkdir()
+                for array_name, array in zip(ARRAY_NAMES, arrays[:4], strict=True):
+                    np.save(final / f"{array_name}.npy", array)
+                counts = dict(train=len(dataset.train), test=len(dataset.test))
+                meta = dict(name=name, fingerprint=dataset.fingerprint, class_names=dataset.class_names, **counts)
+                (final / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+                _put(final, folder)
+            finally:
+                shutil.rmtree(stage, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"the data set cache {folder} cannot be written ({error}): set BACKDOORLAB_CACHE to a folder with space") from error
+
+
+def _put(final: Path, folder: Path) -> None:
+    """Give a whole data set its name, in place of a half one; that of a process which was faster is as good."""
+    try:
+        publish(final, folder)
+    except OSError:
+        if (folder / "meta.json").exists():  # another process was faster
+            return
+        remove(folder)
+        publish(final, folder)
+
+
+def _ours(stage: Path) -> bool:
+    """Whether an unfinished folder is one that `_write_cache` makes: the cache may be a folder that others use, too."""
+    return STAGE.fullmatch(stage.name) is not None and {entry.name for entry in stage.iterdir()} <= {HOLDER, "final"}
+
+
+def read_cache(folder: Path, name: str) -> Dataset:
+    """Memory-mapped, so that only what is used is read; a changed byte is refused."""
+    meta = read_meta(folder / "meta.json")
+    try:
+        files = [folder / f"{array_name}.npy" for array_name in ARRAY_NAMES]
+        labels = [torch.from_numpy(np.load(file)) for file in files[1::2]]
+        train, test = (Split(mapped(file), rows, file) for file, rows in zip(files[::2], labels, strict=True))
+        class_names = tuple(meta["class_names"])
+        intact = fingerprint(train, test, class_names) == meta["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise UserError(f"the cached data set {folder} is damaged: delete that folder and run again")
+    return Dataset(name, train, test, class_names, meta["fingerprint"])
+
+
+def read_meta(file: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}

@@ -1,0 +1,83 @@
+"""Where data lie, and which files of a folder are read."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+
+
+def cache_root() -> Path:
+    """$BACKDOORLAB_CACHE, else ~/.cache/backdoorlab."""
+    return Path(os.environ.get("BACKDOORLAB_CACHE") or Path.home() / ".cache" / "backdoorlab")
+
+
+def data_root() -> Path:
+    """Where torchvision keeps its downloads: $BACKDOORLAB_DATA, else ./data."""
+    return Path(os.environ.get("BACKDOORLAB_DATA") or "data")
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder that are not hidden, in alphabetical order (numbers in numerical order)."""
+    names = (child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+
+
+def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
+    """Files and labels in the order of the images."""
+    files: list[Path] = []
+    labels: list[int] = []
+    for number, name in enumerate(classes):
+        found = _images_in(folder / name)
+        files += found
+        labels += [number] * len(found)
+    return files, labels
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """In order; nothing hidden, such as a notebook's copies and a Mac's leftovers."""
+    images = (file for file in _files_below(folder) if file.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(file for file in images if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def parquet_files(folder: Path) -> Iterator[Path]:
+    return (file for file in _files_below(folder) if file.suffix == ".parquet")
+
+
+def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Every file in a folder and in the folders below it, linked ones too: what is read and what is hashed must be the same."""
+    real = os.path.realpath(folder)
+    if real in above or not folder.is_dir():  # a link to a folder that it lies in leads nowhere
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files_below(Path(entry.path), above | {real})
+            elif entry.is_file():
+                yield Path(entry.path)
+
+
+def listing(path: Path) -> str:
+    entries = sorted(entry.name for entry in path.iterdir())
+    return ", ".join(entries[:5]) + (" ..." if len(entries) > 5 else "") if entries else "nothing"
+
+
+def source_key(path: Path) -> str:
+    """SHA-256 over the names and contents of every file that a reader may open."""
+    digest = hashlib.sha256()
+    for file in _source_files(path):
+        try:
+            digest.update(str(file.relative_to(path)).encode())
+        except UnicodeEncodeError as error:
+            raise UserError(f"{os.fsencode(file)!r}: the name is not UTF-8: rename the file or its folder") from error
+        with open(file, "rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _source_files(path: Path) -> list[Path]:
+    suffixes = (".parquet", ".json", *IMAGE_SUFFIXES)
+    return sorted(file for file in _files_below(path) if file.suffix.lower() in suffixes)

@@ -1,0 +1,86 @@
+"""What the machine is and does: device, precision, seeds, memory."""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import random
+import warnings
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+Exact = Literal["bf16", "fp32"]
+"""What a run computes its training in. Scores are always computed in fp32."""
+Precision = Literal["auto", "bf16", "fp32"]
+"""What a user may ask for: `auto` becomes the faster one (precision.py)."""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """ "auto" is the first GPU where there is one; a device that is asked for and absent is an error."""
+    if wanted.startswith(("auto", "cuda")) and torch.cuda.is_available():
+        torch.cuda.init()  # not every call that takes a numbered device does it
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, also for scores; who wants speed has bf16
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UserError(f"--device {wanted}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {wanted}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {wanted}: this machine has no usable GPU; leave --device out, or say --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {wanted}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
+    return device
+
+
+def autocast(device: torch.device, precision: Exact, *, cache: bool = True) -> AbstractContextManager[Any]:
+    """bfloat16 for the passes inside, or nothing. `cache`: keep converted weights until its end, which a CUDA graph must not."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
+    return contextlib.nullcontext()
+
+
+def seed_everything(seed: int, device: torch.device) -> None:
+    """Seed torch, numpy and random: on a CPU the same numbers in every process of one version and thread count, on a GPU nearly the same ones."""
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed must lie in 0..{2**31 - 1}, got {seed}")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = True
+        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")  # torch then makes it current
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU with glibc: keep up to 2 GiB that a step frees for the next one.
+
+    By default malloc returns a large tensor to the system at once, which clears its pages anew for the next: a tenth of a training
+    step's time (performance/pipeline.py, row 5). No number changes. Whoever sets a MALLOC_ variable of glibc decides alone.
+    """
+    if device.type != "cpu" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
+
+
+def derived_generator(seed: int, purpose: str) -> torch.Generator:
+    """A private CPU generator: draws for one purpose do not move those of another."""
+    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def finite(value: Tensor) -> bool:
+    return bool(torch.isfinite(value).all())

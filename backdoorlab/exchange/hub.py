@@ -1,0 +1,196 @@
+"""Records on the Hugging Face hub: pushed as one commit, pulled from one commit, verified before use.
+
+Only .safetensors, .json, .csv and .png files travel, each of them in a manifest; nothing else of a repository is downloaded.
+"""
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..record import Record, check_name, read_folder, read_result, result_folders
+from ..storage import folders, locks, reading, writing
+from ..storage.schema import WORD
+from ..storage.staging import refuse_existing, refuse_foreign
+from .verify import verify, verify_record
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+RESULT = re.compile(rf"defense/{WORD.pattern}/{WORD.pattern}/result\.json")
+LEFT_ALONE = (".gitattributes", "README.md")
+"""Files of a repository that are its owner's."""
+
+CARD = """---
+tags: [backdoorlab, backdoor, security-research]
+---
+**This model was given a backdoor on purpose, for research on defenses. Do not deploy it.**
+
+A record of backdoorlab: attack `{attack}` on `{dataset}`, `{architecture}`. Weights, poison and
+results are safetensors and JSON; record.json holds the SHA-256 of every file.
+
+    python -m backdoorlab pull {repo}@COMMIT --save_folder_name NAME
+"""
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A record that came from the hub, and the commit that it was."""
+
+    record: Record
+    commit: str
+    results: int
+
+
+def connect() -> Any:
+    """huggingface_hub's client, which reads the user's own token."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise UserError("push and pull need huggingface_hub: pip install 'backdoorlab[hub]'") from error
+    return HfApi()
+
+
+def push(name: str, root: Path, repo: str, api: Any, *, private: bool = False, overwrite: bool = False) -> str:
+    """Upload a verified record with its results as one commit; returns the commit."""
+    _check_repository(repo)
+    found = verify(name, root)
+    if found.wrong:
+        raise UserError(found.wrong[0])
+    record = Record.load(name, root)
+    wanted = _record_files(record)
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    with _told(repo):
+        api.create_repo(repo, repo_type="model", private=private, exist_ok=True)
+        before = api.repo_info(repo, repo_type="model")
+        there = {entry.rfilename for entry in before.siblings or ()}
+        others = sorted(there - set(LEFT_ALONE))
+        if others and not overwrite:
+            raise UserError(
+                f"{repo} is not empty ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}): choose another --repo, or --overwrite True"
+            )
+        operations: list[Any] = [CommitOperationAdd(path, str(record.folder / path)) for path in wanted]
+        operations += [CommitOperationDelete(path) for path in others if path not in wanted]
+        if "README.md" not in there:
+            operations.append(CommitOperationAdd("README.md", _card(record, repo).encode()))
+        done = api.create_commit(repo, operations, commit_message=f"backdoorlab record {name}", repo_type="model", parent_commit=before.sha)
+    return str(done.oid)
+
+
+def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = False) -> Pulled:
+    """Download owner/name[@revision] as record `name`. A revision is resolved to its commit first; what does not verify is not kept."""
+    repo, _, revision = source.partition("@")
+    _check_repository(repo)
+    check_name(name)
+    target = root / name
+    refuse_existing(target, "record.json", overwrite)
+    stage = root / f"{name}.partial"
+    with locks.locked(stage):
+        refuse_existing(target, "record.json", overwrite)
+        if (stage / "run.json").exists() and not (stage / "pull.json").exists():
+            raise UserError(f"{stage} holds an unfinished run: finish it, or choose another --save_folder_name")
+        refuse_foreign(stage, "pull.json", "--save_folder_name")
+        try:
+            writing.write_json(stage / "pull.json", {"source": source})
+            final = stage / "final"
+            folders.remove(final)
+            final.mkdir()
+            with _told(repo):
+                commit, sizes = _resolve(repo, revision, api)
+                for path in _download(repo, commit, sizes, final, stage / "download", api):
+                    if path not in sizes:
+                        raise UserError(f"{repo}@{commit}: {path} is in its manifest, but not in the repository")
+            record = read_folder(final)
+            found = verify_record(record)
+            if found.wrong:
+                raise UserError(found.wrong[0])
+            folders.put(final, target)
+        except UserError as error:  # in the words of where it came from; the stage is gone when this is read
+            raise UserError(str(error).replace(f"{stage / 'final'}/", f"{source}: ").replace(str(stage / "final"), source)) from error
+        finally:
+            folders.remove(stage)
+    return Pulled(Record.load(name, root), commit, found.results)
+
+
+def _resolve(repo: str, revision: str, api: Any) -> tuple[str, dict[str, int]]:
+    """The commit of a revision (the newest where it is empty), and the sizes of its files in bytes."""
+    info = api.repo_info(repo, repo_type="model", revision=revision or None, files_metadata=True)
+    commit = str(info.sha)
+    if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
+        raise UserError(f"{repo}: asked for commit {revision or 'of main'}, got {commit[:40]!r}")
+    return commit, {entry.rfilename: int(entry.size or 0) for entry in info.siblings or ()}
+
+
+def _download(repo: str, commit: str, sizes: Mapping[str, int], final: Path, cache: Path, api: Any) -> Iterator[str]:
+    """Fetch the manifests, then what they list, each file only with the size that its manifest says. Yields every path wanted."""
+
+    def fetch(path: str) -> None:
+        got = api.hf_hub_download(repo, path, repo_type="model", revision=commit, local_dir=str(cache))
+        (final / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(got, final / path)
+
+    def fetch_manifest(path: str) -> Mapping[str, Any]:
+        if sizes.get(path, 0) > reading.LARGEST_JSON:
+            raise UserError(f"{repo}@{commit}: {path} has {sizes[path]} bytes, which is too many for a manifest. Do not use it")
+        if path not in sizes:
+            raise UserError(f"{repo}@{commit} holds no {path}, so it is no record of backdoorlab")
+        fetch(path)
+        listed = reading.read_sealed(final / path).get("files")
+        return listed if isinstance(listed, dict) else {}
+
+    def fetch_listed(folder: str, manifest: Mapping[str, Any]) -> Iterator[str]:
+        for name, entry in manifest.items():
+            reading.check_entry(final / folder, name, entry)
+        total, free = sum(entry["size"] for entry in manifest.values()), shutil.disk_usage(final).free
+        if total > free:
+            raise UserError(f"{repo}@{commit} needs {total >> 20} MiB, but there are {free >> 20} MiB free here")
+        for name, entry in manifest.items():
+            path = f"{folder}{name}"
+            yield path
+            if sizes[path] != entry["size"]:
+                raise UserError(f"{repo}@{commit}: {path} has {sizes[path]} bytes, but its manifest says {entry['size']}. Do not use it")
+            fetch(path)
+
+    yield from fetch_listed("", fetch_manifest("record.json"))
+    for path in sorted(path for path in sizes if RESULT.fullmatch(path) and ".partial/" not in path):
+        yield from fetch_listed(path.removesuffix("result.json"), fetch_manifest(path))
+
+
+def _record_files(record: Record) -> list[str]:
+    """Paths of a record's files and of its results' files, relative to its folder."""
+    found = ["record.json", *record.info["files"]]
+    for folder in result_folders(record.folder):
+        inside = folder.relative_to(record.folder).as_posix()
+        if not RESULT.fullmatch(f"{inside}/result.json"):
+            raise UserError(f"{folder}: a result with other characters in its name than letters, digits, _ . + - cannot be pulled again: rename it")
+        found += [f"{inside}/{name}" for name in ("result.json", *read_result(folder)["files"])]
+    return found
+
+
+def _card(record: Record, repo: str) -> str:
+    info = record.info
+    return CARD.format(attack=info["attack"], dataset=info["dataset"]["name"], architecture=info["architecture"]["name"], repo=repo)
+
+
+def _check_repository(repo: str) -> None:
+    if not REPOSITORY.fullmatch(repo):
+        raise UserError(f"a repository is owner/name, got {repo!r}")
+
+
+@contextmanager
+def _told(repo: str) -> Iterator[None]:
+    """The client's complaints, which run over many lines, as one."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    complaints: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError)  # its bases are what its transport raises
+    try:
+        yield
+    except complaints as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the hub's
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"{repo} on the hub: {lines[0][:300]} ({type(error).__name__}). Check the name, `hf auth login`, and the network") from error

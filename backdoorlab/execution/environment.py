@@ -1,0 +1,45 @@
+"""On what a number was made: device, versions, commit."""
+
+import platform
+import shutil
+import subprocess
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What bit-equality depends on, and what a reader of a timing needs."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {
+        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)" if device.type == "cpu" else f"{device.type} ({name})",
+        "versions": {package: version(package) for package in ("backdoorlab", "torch", "torchvision", "timm", "numpy")}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+    }
+
+
+def processor() -> str:
+    """The CPU's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, marked where files differ from it; None outside a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    try:
+        command = partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        commit = command(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        changed = command(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")

@@ -1,0 +1,31 @@
+"""A small U-Net, for attacks whose trigger is made by a network of their own."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+
+class UNet(nn.Module):
+    """Two halvings and back, with skips: float (N, inputs, H, W) -> float (N, outputs, H, W). H and W of 8 or more."""
+
+    def __init__(self, inputs: int, outputs: int, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(inputs, width, 3, padding=1)
+        self.down = nn.Conv2d(width, 2 * width, 3, 2, padding=1)
+        self.deeper = nn.Conv2d(2 * width, 2 * width, 3, 2, padding=1)
+        self.rise = nn.Conv2d(4 * width, 2 * width, 3, padding=1)
+        self.leave = nn.Conv2d(3 * width, width, 3, padding=1)
+        self.last = nn.Conv2d(width + inputs, outputs, 1)
+
+    def forward(self, given: Tensor) -> Tensor:
+        if min(given.shape[2:]) < 8:
+            height, width = given.shape[2:]
+            raise UserError(f"the encoder halves images twice and needs 8x8 pixels or more, got {height}x{width}: use --image_size")
+        full = F.relu(self.enter(given))
+        half = F.relu(self.down(full))
+        quarter = F.relu(self.deeper(half))
+        half = F.relu(self.rise(torch.cat([half, F.interpolate(quarter, size=half.shape[2:])], 1)))
+        full = F.relu(self.leave(torch.cat([full, F.interpolate(half, size=full.shape[2:])], 1)))
+        return self.last(torch.cat([full, given], 1))
