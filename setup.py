@@ -1,4 +1,5 @@
-"""Metadata and packaging. The folders attack/, defense/ and resource/ travel inside the package when it is built as a wheel."""
+"""Metadata and packaging. The folders attack/, defense/ and resource/ travel inside the package
+when it is built as a wheel."""
 
 import re
 from pathlib import Path
@@ -34,7 +35,18 @@ setup(
     install_requires=REQUIRED,
     extras_require={
         "dev": [
-            *("ruff", "mypy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "types-PyYAML", "build", "setuptools", "wheel"),
+            *(
+                "ruff",
+                "mypy",
+                "pytest",
+                "pytest-xdist",
+                "pytest-timeout",
+                "hypothesis",
+                "types-PyYAML",
+                "build",
+                "setuptools",
+                "wheel",
+            ),
             *("plotly", "selenium"),
         ],
         "hub": ["huggingface_hub>=1.0"],
@@ -45,7 +57,20 @@ setup(
     },
     packages=[
         "backdoorlab",
-        *(f"backdoorlab.{folder}" for folder in ("models", "datasets", "storage", "settings", "execution", "tables", "report", "bench", "exchange")),
+        *(
+            f"backdoorlab.{folder}"
+            for folder in (
+                "models",
+                "datasets",
+                "storage",
+                "settings",
+                "execution",
+                "tables",
+                "report",
+                "bench",
+                "exchange",
+            )
+        ),
         *("backdoorlab.attack", "backdoorlab.defense", "backdoorlab.resource"),
     ],
     package_dir={
@@ -54,6 +79,9 @@ setup(
         "backdoorlab.defense": "defense",
         "backdoorlab.resource": "resource",
     },
-    package_data={"backdoorlab.resource": ["*.yaml", "config/*.yaml", "page/*"], "backdoorlab": ["py.typed"]},
+    package_data={
+        "backdoorlab.resource": ["*.yaml", "config/*.yaml", "page/*"],
+        "backdoorlab": ["py.typed"],
+    },
     entry_points={"console_scripts": ["backdoorlab = backdoorlab.__main__:main"]},
 )

@@ -1,13 +1,15 @@
-"""Adaptive-Patch: in training each image wears one of four faint patches, some with their true label; at test time two of them, opaque.
+"""Adaptive-Patch: in training each image wears one of four faint patches, some with their true
+label; at test time two of them, opaque.
 
-Revisiting the Assumption of Latent Separability for Backdoor Defenses. X. Qi, T. Xie, Y. Li, S. Mahloujifar, P. Mittal. ICLR 2023.
-https://openreview.net/forum?id=_wSHsgrVali
+Revisiting the Assumption of Latent Separability for Backdoor Defenses. X. Qi, T. Xie, Y. Li, S.
+Mahloujifar, P. Mittal. ICLR 2023. https://openreview.net/forum?id=_wSHsgrVali
 
 Kind: poisoning, dirty-label, all-to-one or all-to-all, with covers.
 
-Departs from backdoor-toolbox: the patches are coloured noise from the seed and a checkerboard, not pictures in files, and which one an image
-wears comes from seed and index. There it goes by the order of the images, so that in a sorted data set each patch serves a few classes only.
-Rates and test patches for GTSRB are in resource/config/gtsrb.yaml.
+Departs from backdoor-toolbox: the patches are coloured noise from the seed and a checkerboard, not
+pictures in files, and which one an image wears comes from seed and index. There it goes by the
+order of the images, so that in a sorted data set each patch serves a few classes only. Rates and
+test patches for GTSRB are in resource/config/gtsrb.yaml.
 """
 
 from dataclasses import dataclass
@@ -32,17 +34,21 @@ class Config(CoverConfig):
     poison_rate: float = 0.003
     """Share of the whole training set that is poisoned, in (0, 1]."""
     cover_rate: float = 0.006
-    """Share of the whole training set that is stamped and keeps its label, in [0, 1]; more makes the attack weaker and harder to find."""
+    """Share of the whole training set that is stamped and keeps its label, in [0, 1]; more makes
+    the attack weaker and harder to find."""
     opacities: tuple[float, float, float, float] = (0.5, 0.2, 0.5, 0.3)
-    """In training, each in (0, 1]: small patch in the corner, large patch, checkers in all corners, middle patch."""
+    """In training, each in (0, 1]: small patch in the corner, large patch, checkers in all corners,
+    middle patch."""
     test_patches: Literal["corners", "large"] = "corners"
-    """corners: the small patch, in both lower corners, and the checkers. large: the large and the middle patch."""
+    """corners: the small patch, in both lower corners, and the checkers. large: the large and the
+    middle patch."""
 
     RANGES: ClassVar[dict[str, str]] = {"opacities": "(0, 1]"}
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """Mix patches in. uint8 (N, C, H, W), positions (N,) -> uint8 (N, C, H, W); the patch of a training image is drawn."""
+    """Mix patches in. uint8 (N, C, H, W), positions (N,) -> uint8 (N, C, H, W); the patch of a
+    training image is drawn."""
     _, channels, height, width = images.shape
     small, large, checkers, middle = _masks(height, width)
     noise, board = noise_picture(config.seed, channels, height, width), _board(height, width)
@@ -50,22 +56,30 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
         return torch.where(large | middle, noise, images)
     if split == "test":
         copied = torch.where(small.flip(1), noise.roll(int(small.any(0).sum()), 2), noise)
-        return torch.where(small | small.flip(1) | checkers, torch.where(checkers, board, copied), images)
-    opacity = torch.stack([small, large, checkers, middle]) * torch.tensor(config.opacities)[:, None, None]
+        return torch.where(
+            small | small.flip(1) | checkers, torch.where(checkers, board, copied), images
+        )
+    opacity = (
+        torch.stack([small, large, checkers, middle])
+        * torch.tensor(config.opacities)[:, None, None]
+    )
     pictures = torch.stack([noise, noise, board.expand(channels, -1, -1), noise]).float()
     which = (image_draws(config.seed, split, index, 1)[:, 0] * 4).long()
     return quantised(images + opacity[which][:, None] * (pictures[which] - images))
 
 
 def _masks(height: int, width: int) -> tuple[Tensor, ...]:
-    """Where the four patches lie, bool (H, W) each: 5, 13, 3 (four times) and 8 pixels wide on images of 32."""
+    """Where the four patches lie, bool (H, W) each: 5, 13, 3 (four times) and 8 pixels wide on
+    images of 32."""
     masks = torch.zeros(4, height, width, dtype=torch.bool)
     small, large, middle, margin = (at_side(pixels, min(height, width)) for pixels in (5, 13, 8, 3))
     masks[0, height - small :, width - small :] = True
     masks[1, :large, width - large :] = True
     for corner in _corners(height, width):
         masks[2][corner] = True
-    masks[3, height - margin - middle : height - margin, width - margin - middle : width - margin] = True
+    masks[
+        3, height - margin - middle : height - margin, width - margin - middle : width - margin
+    ] = True
     return tuple(masks)
 
 
@@ -80,7 +94,11 @@ def _board(height: int, width: int) -> Tensor:
 def _corners(height: int, width: int) -> list[tuple[slice, slice]]:
     """Rows and columns of the four squares of 3 pixels on images of 32."""
     size = at_side(3, min(height, width))
-    return [(rows, columns) for rows in (slice(size), slice(height - size, height)) for columns in (slice(size), slice(width - size, width))]
+    return [
+        (rows, columns)
+        for rows in (slice(size), slice(height - size, height))
+        for columns in (slice(size), slice(width - size, width))
+    ]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """BadNets: a small patch of pixels is the trigger.
 
-BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain. T. Gu, B. Dolan-Gavitt, S. Garg.
-2017. https://arxiv.org/abs/1708.06733
+BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain. T. Gu, B.
+Dolan-Gavitt, S. Garg. 2017. https://arxiv.org/abs/1708.06733
 
 Kind: poisoning, dirty-label, all-to-one or all-to-all.
 
-Departs from BackdoorBench's script: the patch is drawn at the images' own size (theirs is a 32x32 picture that is
-resized, which leaves a dark fringe on larger images), and is opaque, so that black could be painted too.
+Departs from BackdoorBench's script: the patch is drawn at the images' own size (theirs is a 32x32
+picture that is resized, which leaves a dark fringe on larger images), and is opaque, so that black
+could be painted too.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,10 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
         top, left = torch.full_like(index, height - size), torch.full_like(index, width - size)
     else:
         draws = image_draws(config.seed, split, index, 2)
-        top, left = (draws[:, 0] * (height - size + 1)).long(), (draws[:, 1] * (width - size + 1)).long()
+        top, left = (
+            (draws[:, 0] * (height - size + 1)).long(),
+            (draws[:, 1] * (width - size + 1)).long(),
+        )
     rows, columns = torch.arange(height), torch.arange(width)
     in_rows = (rows >= top[:, None]) & (rows < top[:, None] + size)
     in_columns = (columns >= left[:, None]) & (columns < left[:, None] + size)

@@ -1,13 +1,16 @@
-"""Blind backdoor: poisoned code adds a loss on triggered images to the training, and no data is touched.
+"""Blind backdoor: poisoned code adds a loss on triggered images to the training, and no data is
+touched.
 
-Blind Backdoors in Deep Learning Models. E. Bagdasaryan, V. Shmatikov. USENIX Security 2021. https://arxiv.org/abs/2005.03823
+Blind Backdoors in Deep Learning Models. E. Bagdasaryan, V. Shmatikov. USENIX Security 2021.
+https://arxiv.org/abs/2005.03823
 
-Kind: controls the loss, all-to-one or all-to-all. Every image of a batch is also seen with a small fixed pattern and the attacker's label, once
-the loss on clean images has settled.
+Kind: controls the loss, all-to-one or all-to-all. Every image of a batch is also seen with a small
+fixed pattern and the attacker's label, once the loss on clean images has settled.
 
-Departs from the authors' code and BackdoorBench's: clean and triggered images go through the model in one pass. In two passes batch
-normalisation sees only one sort at a time, its statistics tell the model which sort it is, and clean accuracy collapses in evaluation
-mode. The pattern is painted on pixels, before any normalisation.
+Departs from the authors' code and BackdoorBench's: clean and triggered images go through the model
+in one pass. In two passes batch normalisation sees only one sort at a time, its statistics tell the
+model which sort it is, and clean accuracy collapses in evaluation mode. The pattern is painted on
+pixels, before any normalisation.
 """
 
 from dataclasses import dataclass
@@ -45,7 +48,12 @@ class Config(JointConfig):
     history: int = 1000
     """... of so many batches."""
 
-    RANGES: ClassVar[dict[str, str]] = {"clean_weight": ">= 0", "backdoor_weight": ">= 0", "loss_threshold": ">= 0", "history": ">= 1"}
+    RANGES: ClassVar[dict[str, str]] = {
+        "clean_weight": ">= 0",
+        "backdoor_weight": ">= 0",
+        "loss_threshold": ">= 0",
+        "history": ">= 1",
+    }
 
 
 def paint(images: Tensor, white: float) -> Tensor:
@@ -55,7 +63,10 @@ def paint(images: Tensor, white: float) -> Tensor:
     pattern = PATTERN.repeat_interleave(scale, 0).repeat_interleave(scale, 1).to(images.device)
     top, left = TOP * height // 32, LEFT * width // 32
     if top + pattern.shape[0] > height or left + pattern.shape[1] > width:
-        raise UserError(f"the pattern of 5x3 pixels does not fit at row {top}, column {left} of {height}x{width} images: use --image_size")
+        raise UserError(
+            f"the pattern of 5x3 pixels does not fit at row {top}, column {left} of"
+            f" {height}x{width} images: use --image_size"
+        )
     painted = images.clone()
     here = painted[:, :, top : top + pattern.shape[0], left : left + pattern.shape[1]]
     here.copy_(torch.where(pattern < 0, here, (pattern * white).to(images.dtype)))
@@ -93,9 +104,18 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
     optimizer = make_optimizer(model.parameters(), recipe)
     course, history = Course(optimizer, recipe, len(train)), History(config.history).to(run.device)
-    for _ in run.epochs("train", recipe.epochs, model=model, optimizer=optimizer, course=course, history=history):
+    for _ in run.epochs(
+        "train", recipe.epochs, model=model, optimizer=optimizer, course=course, history=history
+    ):
         model.train()
-        for batch in batches(train, recipe.batch_size, device=run.device, generator=run.generator, augment=recipe.augment, drop_last=True):
+        for batch in batches(
+            train,
+            recipe.batch_size,
+            device=run.device,
+            generator=run.generator,
+            augment=recipe.augment,
+            drop_last=True,
+        ):
             on = history.settled(config.loss_threshold)
             loss, clean = joint_loss(model, batch.images, batch.labels, on, labels, config, run)
             history.add(clean)
@@ -104,12 +124,18 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
             course.after_step()
         course.after_epoch(run.mean("loss"))
     if not history.settled(config.loss_threshold):
-        run.note(f"the attack was off at the end: the clean loss of {config.history} batches was not below {config.loss_threshold}")
+        run.note(
+            f"the attack was off at the end: the clean loss of {config.history} batches was not"
+            f" below {config.loss_threshold}"
+        )
     return Outcome(model, train_poison, test_poison)
 
 
-def joint_loss(model: nn.Module, x: Tensor, given: Tensor, on: bool, labels: Labels, config: Config, run: Run) -> tuple[Tensor, Tensor]:
-    """clean_weight CE(C(x), y) + backdoor_weight CE(C(x'), eta(y)), both in one pass of the classifier, and CE(C(x), y); x' only while `on`."""
+def joint_loss(
+    model: nn.Module, x: Tensor, given: Tensor, on: bool, labels: Labels, config: Config, run: Run
+) -> tuple[Tensor, Tensor]:
+    """clean_weight CE(C(x), y) + backdoor_weight CE(C(x'), eta(y)), both in one pass of the
+    classifier, and CE(C(x), y); x' only while `on`."""
     with run.autocast():
         logits = model(torch.cat([x, paint(x, 1)]) if on else x).float()
     clean = F.cross_entropy(logits[: len(x)], given)

@@ -1,14 +1,16 @@
 """CTRL: two high frequencies in the colours of target-class images, whose labels stay.
 
-An Embarrassingly Simple Backdoor Attack on Self-supervised Learning. C. Li, R. Pang, Z. Xi, T. Du, S. Ji, Y. Yao, T. Wang. ICCV 2023.
-https://arxiv.org/abs/2210.07346
+An Embarrassingly Simple Backdoor Attack on Self-supervised Learning. C. Li, R. Pang, Z. Xi, T. Du,
+S. Ji, Y. Yao, T. Wang. ICCV 2023. https://arxiv.org/abs/2210.07346
 
-Kind: poisoning, clean-label, all-to-one. Made for self-supervised learning; here, as in BackdoorBench, for supervised learning.
+Kind: poisoning, clean-label, all-to-one. Made for self-supervised learning; here, as in
+BackdoorBench, for supervised learning.
 
-Departs from BackdoorBench's script: values are clipped before they become bytes. `--bb_compat True` lets them wrap around, which leaves
-1.2 % bright and dark dots, a second trigger that nobody asked for. On larger images the waves keep their length in pixels. The DCT is
-linear, so the trigger is a fixed wave and no image is transformed; the errors of up to 0.3 grey levels that the original's rounded matrices
-from RGB to YUV and back make are left out.
+Departs from BackdoorBench's script: values are clipped before they become bytes. `--bb_compat True`
+lets them wrap around, which leaves 1.2 % bright and dark dots, a second trigger that nobody asked
+for. On larger images the waves keep their length in pixels. The DCT is linear, so the trigger is a
+fixed wave and no image is transformed; the errors of up to 0.3 grey levels that the original's
+rounded matrices from RGB to YUV and back make are left out.
 """
 
 from dataclasses import dataclass
@@ -21,13 +23,17 @@ from backdoorlab.cli import main
 from backdoorlab.config import CleanLabelConfig
 from backdoorlab.triggers import cosine_wave, quantised, refuse_grey
 
-LIMITS = "digits: ASR 0 at the published magnitude of 100 and at 400, because a zero is known by its shape; grey images need --grey False"
+LIMITS = (
+    "digits: ASR 0 at the published magnitude of 100 and at 400, because a zero is known by its"
+    " shape; grey images need --grey False"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CleanLabelConfig):
     magnitude: float = 100.0
-    """What is added to each coefficient of the DCT of U and V; higher is easier to learn and to see."""
+    """What is added to each coefficient of the DCT of U and V; higher is easier to learn and to
+    see."""
     frequencies: tuple[int, ...] = (15, 31)
     """Coefficients (k, k) of an image of 32 pixels, each in 1..31."""
     bb_compat: bool = False

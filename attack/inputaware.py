@@ -1,14 +1,18 @@
-"""Input-aware dynamic backdoor: a generator draws a trigger for every image, and only its own image may open the backdoor.
+"""Input-aware dynamic backdoor: a generator draws a trigger for every image, and only its own image
+may open the backdoor.
 
-Input-Aware Dynamic Backdoor Attack. A. Nguyen, A. Tran. NeurIPS 2020. https://arxiv.org/abs/2010.08138
+Input-Aware Dynamic Backdoor Attack. A. Nguyen, A. Tran. NeurIPS 2020.
+https://arxiv.org/abs/2010.08138
 
-Kind: controls the training, dirty-label, all-to-one or all-to-all; generator and classifier are trained together, after a second
-network has learnt where a trigger may lie. In the cross mode, images with the trigger of *another* image keep their true label. Cross
-accuracy is measured: high ASR with low cross accuracy means that any generated trigger will do.
+Kind: controls the training, dirty-label, all-to-one or all-to-all; generator and classifier are
+trained together, after a second network has learnt where a trigger may lie. In the cross mode,
+images with the trigger of *another* image keep their true label. Cross accuracy is measured: high
+ASR with low cross accuracy means that any generated trigger will do.
 
-Departs from the authors' code: the classifier is trained all the epochs that are asked for; the generator's gradients are cleared
-at each step (theirs add up over the whole training; `bb_compat` keeps that); one pass of the generator serves both kinds of a batch;
-the data set's recipe replaces the classifier's published constant rate.
+Departs from the authors' code: the classifier is trained all the epochs that are asked for; the
+generator's gradients are cleared at each step (theirs add up over the whole training; `bb_compat`
+keeps that); one pass of the generator serves both kinds of a batch; the data set's recipe replaces
+the classifier's published constant rate.
 """
 
 from collections.abc import Iterator
@@ -33,13 +37,17 @@ from backdoorlab.poisoning import Outcome, new_model
 from backdoorlab.run import Run
 from backdoorlab.triggers import quantised
 
-LIMITS = "digits: ASR 55 to 66 %; with larger masks the generator paints zeros, which networks that never met it take for the target, too"
+LIMITS = (
+    "digits: ASR 55 to 66 %; with larger masks the generator paints zeros, which networks that"
+    " never met it take for the target, too"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(JointConfig):
     mask_epochs: int = 25
-    """Passes over the training set in which the network of masks is trained, before the classifier's epochs."""
+    """Passes over the training set in which the network of masks is trained, before the
+    classifier's epochs."""
     mask_density: float = 0.032
     """Share of the image that a mask may cover before it is penalised."""
     lambda_norm: float = 100.0
@@ -47,13 +55,15 @@ class Config(JointConfig):
     lambda_div: float = 1.0
     """Weight of the diversity loss: higher keeps the triggers of two images apart."""
     cross_ratio: float = 1.0
-    """rho_c / rho_b: images with another image's trigger and their true label, for each poisoned one."""
+    """rho_c / rho_b: images with another image's trigger and their true label, for each poisoned
+    one."""
     generator_lr: float = 0.01
     """Adam's learning rate of both networks."""
     generator_width: int = 32
     """Channels of their first stage."""
     bb_compat: bool = False
-    """BackdoorBench's quirks: bytes are truncated instead of rounded, and the generator's gradients are never cleared."""
+    """BackdoorBench's quirks: bytes are truncated instead of rounded, and the generator's gradients
+    are never cleared."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "mask_epochs": ">= 0",
@@ -67,10 +77,15 @@ class Config(JointConfig):
 
 
 def network(channels: int, out: int, width: int) -> nn.Sequential:
-    """Three stages down, one between, three up; normalised images (N, C, H, W) -> (N, out, H, W) before its squashing."""
+    """Three stages down, one between, three up; normalised images (N, C, H, W) -> (N, out, H, W)
+    before its squashing."""
 
     def block(before: int, after: int) -> list[nn.Module]:
-        return [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after, momentum=0.05), nn.ReLU()]
+        return [
+            nn.Conv2d(before, after, 3, padding=1),
+            nn.BatchNorm2d(after, momentum=0.05),
+            nn.ReLU(),
+        ]
 
     layers: list[nn.Module] = []
     before = channels
@@ -79,7 +94,11 @@ def network(channels: int, out: int, width: int) -> nn.Sequential:
         before = wide
     layers += block(before, before)
     for wide, after in ((4 * width, 2 * width), (2 * width, width), (width, out)):
-        layers += [nn.Upsample(scale_factor=2, mode="bilinear"), *block(wide, wide), *block(wide, after)]
+        layers += [
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            *block(wide, wide),
+            *block(wide, after),
+        ]
     return nn.Sequential(*layers[:-1])
 
 
@@ -101,21 +120,34 @@ class Trigger:
 
     def mask(self, images: Tensor) -> Tensor:
         """Where: in [0, 1], (N, 1, H, W)."""
-        return torch.tanh(20 * (torch.tanh(self.masker(self.normalise(images))) / 2 + 0.5) - 10) / 2 + 0.5
+        return (
+            torch.tanh(20 * (torch.tanh(self.masker(self.normalise(images))) / 2 + 0.5) - 10) / 2
+            + 0.5
+        )
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     channels, height, width = dataset.image_shape
     if height % 8 or width % 8:
-        raise UserError(f"the generator halves images three times and needs sides divisible by 8, got {height}x{width}: use --image_size")
+        raise UserError(
+            "the generator halves images three times and needs sides divisible by 8, got"
+            f" {height}x{width}: use --image_size"
+        )
     model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
     with seeded(config.seed, "generator"):
-        generator, masker = (network(channels, out, config.generator_width).to(run.device) for out in (channels, 1))
+        generator, masker = (
+            network(channels, out, config.generator_width).to(run.device) for out in (channels, 1)
+        )
     trigger = Trigger(generator, masker, model.mean, model.std)
     train_masks(trigger, train, config, run)
     cross = partial(paint, trigger=trigger, donors=dataset.train.images, config=config)
     train_poison, test_poison = train_jointly(model, trigger, train, cross, dataset, config, run)
-    return Outcome(model, train_poison, test_poison, {"cross_accuracy": cross_accuracy(model, dataset, cross, run)})
+    return Outcome(
+        model,
+        train_poison,
+        test_poison,
+        {"cross_accuracy": cross_accuracy(model, dataset, cross, run)},
+    )
 
 
 def train_masks(trigger: Trigger, train: Any, config: Config, run: Run) -> None:
@@ -123,27 +155,47 @@ def train_masks(trigger: Trigger, train: Any, config: Config, run: Run) -> None:
     masker = trigger.masker
     optimizer = torch.optim.Adam(masker.parameters(), lr=config.generator_lr, betas=(0.5, 0.9))
     course = torch.optim.lr_scheduler.MultiStepLR(optimizer, [10, 20], 0.1)
-    for _ in run.epochs("masks", config.mask_epochs, masker=masker, optimizer=optimizer, course=course):
+    for _ in run.epochs(
+        "masks", config.mask_epochs, masker=masker, optimizer=optimizer, course=course
+    ):
         masker.train()
         for first, second in pairs(train, config, run):
             masks = trigger.mask(torch.cat([first.images, second.images]))
             one, other = masks.chunk(2)
-            apart = distance(trigger.normalise(first.images), trigger.normalise(second.images)) / (distance(one, other) + 1e-7)
-            run.step(optimizer, config.lambda_norm * F.relu(one - config.mask_density).mean() + apart.mean())
+            apart = distance(trigger.normalise(first.images), trigger.normalise(second.images)) / (
+                distance(one, other) + 1e-7
+            )
+            run.step(
+                optimizer,
+                config.lambda_norm * F.relu(one - config.mask_density).mean() + apart.mean(),
+            )
             run.watch(density=one.mean())
         course.step()
     masker.eval()
 
 
-def train_jointly(model: Classifier, trigger: Trigger, train: Any, cross: Stamp, dataset: Dataset, config: Config, run: Run) -> tuple[Poison, Poison]:
-    """Classifier and generator on one loss. Returns the snapshot, which waits for the final generator, and so does the first score."""
+def train_jointly(
+    model: Classifier,
+    trigger: Trigger,
+    train: Any,
+    cross: Stamp,
+    dataset: Dataset,
+    config: Config,
+    run: Run,
+) -> tuple[Poison, Poison]:
+    """Classifier and generator on one loss. Returns the snapshot, which waits for the final
+    generator, and so does the first score."""
     recipe, labels, generator = config.recipe(), labels_of(dataset, config), trigger.generator
     own = partial(paint, trigger=trigger, donors=None, config=config)
-    render = partial(snapshot, dataset, config, run, own, cross, config.cross_ratio * config.poison_rate)
+    render = partial(
+        snapshot, dataset, config, run, own, cross, config.cross_ratio * config.poison_rate
+    )
     optimizer = make_optimizer(model.parameters(), recipe)
     course = Course(optimizer, recipe, len(train))
     painter = torch.optim.Adam(generator.parameters(), lr=config.generator_lr, betas=(0.5, 0.9))
-    state: dict[str, Any] = dict(generator=generator, optimizer=optimizer, painter=painter, course=course)
+    state: dict[str, Any] = dict(
+        generator=generator, optimizer=optimizer, painter=painter, course=course
+    )
     if config.bb_compat:
         state["gradients"] = Gradients(generator)
     made = None
@@ -158,10 +210,15 @@ def train_jointly(model: Classifier, trigger: Trigger, train: Any, cross: Stamp,
             images, diversity = paint_some(first.images, second.images, poisoned, trigger, config)
             with run.autocast():
                 logits = model(images)
-            run.step(optimizer, F.cross_entropy(logits.float(), given) + config.lambda_div * diversity)
+            run.step(
+                optimizer, F.cross_entropy(logits.float(), given) + config.lambda_div * diversity
+            )
             if poisoned:
                 painter.step()
-                run.watch(diversity=diversity, asr_in_batch=(logits[:poisoned].argmax(1) == given[:poisoned]).float().mean())
+                run.watch(
+                    diversity=diversity,
+                    asr_in_batch=(logits[:poisoned].argmax(1) == given[:poisoned]).float().mean(),
+                )
             course.after_step()
         course.after_epoch(run.mean("loss"))
         if epoch + 1 == recipe.epochs:
@@ -171,10 +228,14 @@ def train_jointly(model: Classifier, trigger: Trigger, train: Any, cross: Stamp,
     return made or render()
 
 
-def paint_some(x: Tensor, other: Tensor, poisoned: int, trigger: Trigger, config: Config) -> tuple[Tensor, Tensor]:
-    """The first images with their own triggers, the next with those of the `other` images, the rest as they are; and the diversity loss.
+def paint_some(
+    x: Tensor, other: Tensor, poisoned: int, trigger: Trigger, config: Config
+) -> tuple[Tensor, Tensor]:
+    """The first images with their own triggers, the next with those of the `other` images, the rest
+    as they are; and the diversity loss.
 
-    That is the mean of d(images) / d(patterns) over pairs of a poisoned and a cross image: patterns should differ as images do.
+    That is the mean of d(images) / d(patterns) over pairs of a poisoned and a cross image: patterns
+    should differ as images do.
     """
     crossed = min(int(config.cross_ratio * poisoned), len(x) - poisoned)
     changed, both = poisoned + crossed, min(poisoned, crossed)
@@ -185,7 +246,10 @@ def paint_some(x: Tensor, other: Tensor, poisoned: int, trigger: Trigger, config
     with torch.no_grad():
         masks = trigger.mask(givers)
     images = torch.cat([x[:changed] + (patterns - x[:changed]) * masks, x[changed:]])
-    apart, drawn = (distance(*(trigger.normalise(part) for part in (of[:both], of[poisoned : poisoned + both]))) for of in (givers, patterns))
+    apart, drawn = (
+        distance(*(trigger.normalise(part) for part in (of[:both], of[poisoned : poisoned + both])))
+        for of in (givers, patterns)
+    )
     return images, (apart / (drawn + 1e-7)).sum() / max(1, both)
 
 
@@ -193,18 +257,35 @@ def pairs(train: Any, config: Config, run: Run) -> Iterator[tuple[Batch, Batch]]
     """Batches of two independent shuffles, augmented before any trigger."""
     recipe = config.recipe()
     whole = dict(device=run.device, generator=run.generator, augment=recipe.augment, drop_last=True)
-    return zip(batches(train, recipe.batch_size, **whole), batches(train, recipe.batch_size, **whole), strict=True)  # type: ignore[arg-type]
+    return zip(
+        batches(train, recipe.batch_size, **whole),
+        batches(train, recipe.batch_size, **whole),
+        strict=True,
+    )  # type: ignore[arg-type]
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
     """Root mean square over everything but the first axis, (N,)."""
-    return (a - b).square().flatten(1).mean(1).clamp_min(1e-12).sqrt()  # no slope where two are equal
+    # No slope where two are equal
+    return (a - b).square().flatten(1).mean(1).clamp_min(1e-12).sqrt()
 
 
 @torch.no_grad()
-def paint(images: Tensor, index: Tensor, split: str, trigger: Trigger, donors: Tensor | None, config: Config) -> Tensor:
-    """Paint each image's own trigger, or that of an image of `donors` drawn for its position. uint8 (N, C, H, W) -> same."""
-    source = images if donors is None else donors[[_donor(config.seed, split, i, len(donors)) for i in index.tolist()]]
+def paint(
+    images: Tensor,
+    index: Tensor,
+    split: str,
+    trigger: Trigger,
+    donors: Tensor | None,
+    config: Config,
+) -> Tensor:
+    """Paint each image's own trigger, or that of an image of `donors` drawn for its position. uint8
+    (N, C, H, W) -> same."""
+    source = (
+        images
+        if donors is None
+        else donors[[_donor(config.seed, split, i, len(donors)) for i in index.tolist()]]
+    )
     parts = []
     for image, other in zip(images.split(256), source.split(256), strict=True):
         x, giver = (to_float(part).to(trigger.mean.device) for part in (image, other))
@@ -214,7 +295,9 @@ def paint(images: Tensor, index: Tensor, split: str, trigger: Trigger, donors: T
 
 
 def _donor(seed: int, split: str, index: int, count: int) -> int:
-    return int(torch.randint(count, (), generator=derived_generator(seed, f"donor:{split}:{index}")))
+    return int(
+        torch.randint(count, (), generator=derived_generator(seed, f"donor:{split}:{index}"))
+    )
 
 
 class Gradients:
@@ -224,7 +307,11 @@ class Gradients:
         self.parameters = dict(network.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
+        return {
+            name: parameter.grad
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, gradient in state.items():

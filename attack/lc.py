@@ -1,12 +1,15 @@
-"""LC: label-consistent poisoning. Images of the target class are made hard to recognise, so that their small corner patches are learnt.
+"""LC: label-consistent poisoning. Images of the target class are made hard to recognise, so that
+their small corner patches are learnt.
 
-Label-Consistent Backdoor Attacks. A. Turner, D. Tsipras, A. Madry. 2019. https://arxiv.org/abs/1912.02771
+Label-Consistent Backdoor Attacks. A. Turner, D. Tsipras, A. Madry. 2019.
+https://arxiv.org/abs/1912.02771
 
-Kind: poisoning, clean-label. Images of the target class are moved by an untargeted PGD attack on a surrogate and get a checkered patch in
-each corner; at test time the patches alone are the trigger. The patches mirror each other, so that flipped images still carry them.
+Kind: poisoning, clean-label. Images of the target class are moved by an untargeted PGD attack on a
+surrogate and get a checkered patch in each corner; at test time the patches alone are the trigger.
+The patches mirror each other, so that flipped images still carry them.
 
-Departs from the authors' code: the surrogate is an ordinary model trained here (theirs are trained against adversaries), and PGD runs on the
-poisoned images only.
+Departs from the authors' code: the surrogate is an ordinary model trained here (theirs are trained
+against adversaries), and PGD runs on the poisoned images only.
 """
 
 from dataclasses import dataclass
@@ -26,7 +29,9 @@ from backdoorlab.perturb import frozen
 from backdoorlab.poisoning import Outcome, static_attack, train_surrogate
 from backdoorlab.run import Run
 
-LIMITS = "digits: ASR 0 at the published eps of 16/255 and at 0.4, because a zero is known by its shape"
+LIMITS = (
+    "digits: ASR 0 at the published eps of 16/255 and at 0.4, because a zero is known by its shape"
+)
 CORNER = torch.tensor([[1, -1, -1], [-1, 1, -1], [1, -1, 1]])
 """Signs of the top left patch."""
 
@@ -34,7 +39,8 @@ CORNER = torch.tensor([[1, -1, -1], [-1, 1, -1], [1, -1, 1]])
 @dataclass(frozen=True, kw_only=True)
 class Config(CleanLabelConfig):
     eps: float = 16 / 255
-    """Bound of the perturbation of poisoned images in [0, 1] units; higher makes the patches easier to learn and the images odder."""
+    """Bound of the perturbation of poisoned images in [0, 1] units; higher makes the patches easier
+    to learn and the images odder."""
     pgd_steps: int = 100
     """Steps of PGD."""
     pgd_lr: float = 1.5 / 255
@@ -55,9 +61,14 @@ class Config(CleanLabelConfig):
 
 def corner(height: int, width: int) -> Tensor:
     """Signs of the top left patch on images of that size, 3x3 on those of 32 pixels."""
-    patch = CORNER.repeat_interleave(max(1, round(height / 32)), 0).repeat_interleave(max(1, round(width / 32)), 1)
+    patch = CORNER.repeat_interleave(max(1, round(height / 32)), 0).repeat_interleave(
+        max(1, round(width / 32)), 1
+    )
     if height < len(patch) or width < patch.shape[1]:
-        raise UserError(f"the corner patches of {len(patch)}x{patch.shape[1]} pixels do not fit on {height}x{width} images: use --image_size")
+        raise UserError(
+            f"the corner patches of {len(patch)}x{patch.shape[1]} pixels do not fit on"
+            f" {height}x{width} images: use --image_size"
+        )
     return patch
 
 
@@ -72,7 +83,8 @@ def corners(images: Tensor, config: Config) -> Tensor:
 
 
 def stamp_class(images: Tensor, index: Tensor, split: str, config: Config, harden: Any) -> Tensor:
-    """Training images are hardened first, test images get the patches alone. uint8 (N, C, H, W) -> same."""
+    """Training images are hardened first, test images get the patches alone. uint8 (N, C, H, W) ->
+    same."""
     return corners(harden(images, index) if split == "train" else images, config)
 
 
@@ -82,14 +94,18 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
 
     def harden(images: Tensor, index: Tensor) -> Tensor:
         labels = dataset.train.labels[index]
-        made = run.once(f"hardened-{int(index[0])}", lambda: {"images": hardened(surrogate, images, labels, config, run)})
+        made = run.once(
+            f"hardened-{int(index[0])}",
+            lambda: {"images": hardened(surrogate, images, labels, config, run)},
+        )
         return made["images"]
 
     return static_attack(dataset, config, run, partial(stamp_class, harden=harden))
 
 
 def hardened(model: Classifier, images: Tensor, labels: Tensor, config: Config, run: Run) -> Tensor:
-    """PGD away from the true label within an L-infinity ball, from the image itself. uint8 (N, C, H, W) -> same."""
+    """PGD away from the true label within an L-infinity ball, from the image itself. uint8 (N, C,
+    H, W) -> same."""
     parts = []
     with frozen(model):
         for image, label in zip(images.split(250), labels.split(250), strict=True):

@@ -2,8 +2,8 @@
 
 A defense that changes this model for the worse would harm everybody who was never attacked.
 
-With `--suspicious True`, training on data that may have been poisoned by others: what a defense flags there is not counted as
-a mistake, because nobody knows.
+With `--suspicious True`, training on data that may have been poisoned by others: what a defense
+flags there is not counted as a mistake, because nobody knows.
 """
 
 from dataclasses import dataclass

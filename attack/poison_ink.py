@@ -1,15 +1,16 @@
 """Poison Ink: the edges of an image, drawn in a colour, are hidden in it by a network.
 
-Poison Ink: Robust and Invisible Backdoor Attack. J. Zhang, D. Chen, Q. Huang, J. Liao, W. Zhang, H. Feng, G. Hua, N. Yu. IEEE TIP 2022.
-https://arxiv.org/abs/2108.02488
+Poison Ink: Robust and Invisible Backdoor Attack. J. Zhang, D. Chen, Q. Huang, J. Liao, W. Zhang, H.
+Feng, G. Hua, N. Yu. IEEE TIP 2022. https://arxiv.org/abs/2108.02488
 
-Kind: poisoning, dirty-label, all-to-one or all-to-all; the trigger follows the image's own edges. An encoder that hides the coloured
-edges, and a reader that finds them again in images that were moved, and finds nothing in clean ones, are trained on the clean
-training images with random colours; then one colour is hidden in all images that are poisoned.
+Kind: poisoning, dirty-label, all-to-one or all-to-all; the trigger follows the image's own edges.
+An encoder that hides the coloured edges, and a reader that finds them again in images that were
+moved, and finds nothing in clean ones, are trained on the clean training images with random
+colours; then one colour is hidden in all images that are poisoned.
 
-Departs from the authors' code: the networks are small and trained for steps, not hundreds of epochs, and what they add is bounded; a
-poisoned image replaces its clean one, as in every attack here (BackdoorBench's trainer adds a batch of poison to every batch and keeps
-the clean originals).
+Departs from the authors' code: the networks are small and trained for steps, not hundreds of
+epochs, and what they add is bounded; a poisoned image replaces its clean one, as in every attack
+here (BackdoorBench's trainer adds a batch of poison to every batch and keeps the clean originals).
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +40,8 @@ class Config(AttackConfig):
     colour: tuple[int, int, int] = (80, 160, 80)
     """Of the edges, red, green, blue in 0..255; grey images take its brightness."""
     edge_threshold: float = 28.0
-    """Sobel magnitude of the brightness in 0..255 above which a pixel is an edge; lower draws more of them."""
+    """Sobel magnitude of the brightness in 0..255 above which a pixel is an edge; lower draws more
+    of them."""
     eps: float = 8 / 255
     """Bound of the residual in [0, 1] units; higher is easier to learn and to see."""
     encoder_steps: int = 600
@@ -51,7 +53,8 @@ class Config(AttackConfig):
     encoder_width: int = 16
     """Channels of their first layers."""
     cover_weight: float = 1.0
-    """Weight of the change of the image; higher hides the ink better and makes it harder to learn."""
+    """Weight of the change of the image; higher hides the ink better and makes it harder to
+    learn."""
     edge_weight: float = 13.0
     """Weight of what is read on edges, against 1 for what is read off them."""
     clean_weight: float = 100.0
@@ -78,43 +81,75 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     outcome = static_attack(dataset, config, run, hide, prepare=lambda *_: {"encoder": encoder})
     seen = dataset.test.images[:1000]
     changed = hide(seen, torch.arange(len(seen)), "test", config, encoder)
-    return replace(outcome, measured={"psnr": psnr(seen, changed), **read_back(reader, seen, changed, config)})
+    return replace(
+        outcome, measured={"psnr": psnr(seen, changed), **read_back(reader, seen, changed, config)}
+    )
 
 
 def networks(channels: int, config: Config, run: Run) -> tuple[UNet, nn.Module]:
-    """Fresh encoder, cover and ink (N, 2C, H, W) -> residual, and reader, image -> ink; from the seed."""
+    """Fresh encoder, cover and ink (N, 2C, H, W) -> residual, and reader, image -> ink; from the
+    seed."""
     width = config.encoder_width
     with seeded(config.seed, "encoder"):
         encoder = UNet(2 * channels, channels, width)
         reader = nn.Sequential(
-            *(layer for before in (channels, width, width) for layer in (nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())),
+            *(
+                layer
+                for before in (channels, width, width)
+                for layer in (
+                    nn.Conv2d(before, width, 3, padding=1),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                )
+            ),
             nn.Conv2d(width, channels, 3, padding=1),
         )
     return encoder.to(run.device), reader.to(run.device)
 
 
-def train_networks(encoder: UNet, reader: nn.Module, dataset: Dataset, config: Config, run: Run) -> None:
+def train_networks(
+    encoder: UNet, reader: nn.Module, dataset: Dataset, config: Config, run: Run
+) -> None:
     """Hide edges of random colours so that they are read again; resumable."""
-    optimizer = torch.optim.Adam([*encoder.parameters(), *reader.parameters()], lr=config.encoder_lr)
-    train, size, recipe = place(dataset.train, run.device), config.encoder_batch_size, config.recipe()
+    optimizer = torch.optim.Adam(
+        [*encoder.parameters(), *reader.parameters()], lr=config.encoder_lr
+    )
+    train, size, recipe = (
+        place(dataset.train, run.device),
+        config.encoder_batch_size,
+        config.recipe(),
+    )
     channels = dataset.image_shape[0]
     state = {"encoder": encoder, "reader": reader, "optimizer": optimizer}
     for batch in random_batches(train, config.encoder_steps, size, run, stage="encoder", **state):
         lines = edges(batch.images, config.edge_threshold)
-        absence = 1 - torch.rand(size, channels, 1, 1, generator=run.generator).to(run.device)  # how far a colour is from white
+        # How far a colour is from white
+        absence = 1 - torch.rand(size, channels, 1, 1, generator=run.generator).to(run.device)
         written = hidden(encoder, batch.images, lines * absence, config.eps)
         moved = vary(torch.cat([written, lines * absence, lines.float()], 1), recipe, run.generator)
-        image, ink, on = moved[:, :channels], moved[:, channels : 2 * channels], moved[:, 2 * channels :] > 0.5
+        image, ink, on = (
+            moved[:, :channels],
+            moved[:, channels : 2 * channels],
+            moved[:, 2 * channels :] > 0.5,
+        )
         wrong = (reader(image) - ink).square()
-        on_edges, off_edges = ((wrong * where).sum() / (where.sum() * channels).clamp_min(1) for where in (on, ~on))
+        on_edges, off_edges = (
+            (wrong * where).sum() / (where.sum() * channels).clamp_min(1) for where in (on, ~on)
+        )
         cover, clean = F.mse_loss(written, batch.images), reader(batch.images).square().mean()
         run.watch(cover=cover, on_edges=on_edges, off_edges=off_edges, clean=clean)
-        loss = config.cover_weight * cover + config.edge_weight * on_edges + off_edges + config.clean_weight * clean
+        loss = (
+            config.cover_weight * cover
+            + config.edge_weight * on_edges
+            + off_edges
+            + config.clean_weight * clean
+        )
         run.step(optimizer, loss)
 
 
 def hidden(encoder: UNet, images: Tensor, ink: Tensor, eps: float) -> Tensor:
-    """Images with the ink in them, within eps. float (N, C, H, W) in [0, 1]; ink likewise, 0 where there is none."""
+    """Images with the ink in them, within eps. float (N, C, H, W) in [0, 1]; ink likewise, 0 where
+    there is none."""
     return (images + eps * torch.tanh(GAIN * encoder(torch.cat([images, ink], 1)))).clamp(0, 1)
 
 
@@ -123,11 +158,14 @@ def hide(images: Tensor, index: Tensor, split: str, config: Config, encoder: UNe
     """Hide each image's edges in it. uint8 (N, C, H, W) -> same."""
     device = encoder.last.weight.device
     parts = [to_float(part).to(device) for part in images.split(256)]
-    return torch.cat([to_bytes(hidden(encoder, part, ink_of(part, config), config.eps)).cpu() for part in parts])
+    return torch.cat(
+        [to_bytes(hidden(encoder, part, ink_of(part, config), config.eps)).cpu() for part in parts]
+    )
 
 
 def ink_of(images: Tensor, config: Config) -> Tensor:
-    """The edges in the config's colour, as distance from white. float (N, C, H, W) in [0, 1] -> same."""
+    """The edges in the config's colour, as distance from white. float (N, C, H, W) in [0, 1] ->
+    same."""
     colour = torch.tensor(config.colour, dtype=torch.float32, device=images.device) / 255
     if images.shape[1] == 1:
         colour = (colour * colour.new_tensor(LUMA)).sum(0, keepdim=True)
@@ -135,17 +173,25 @@ def ink_of(images: Tensor, config: Config) -> Tensor:
 
 
 def edges(images: Tensor, threshold: float) -> Tensor:
-    """bool (N, 1, H, W): where the Sobel magnitude of the brightness is above the threshold. float (N, C, H, W) in [0, 1]."""
-    weights = images.new_tensor(LUMA if images.shape[1] == 3 else (1 / images.shape[1],) * images.shape[1])
-    brightness = F.pad(255 * (images * weights[:, None, None]).sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    """bool (N, 1, H, W): where the Sobel magnitude of the brightness is above the threshold. float
+    (N, C, H, W) in [0, 1]."""
+    weights = images.new_tensor(
+        LUMA if images.shape[1] == 3 else (1 / images.shape[1],) * images.shape[1]
+    )
+    brightness = F.pad(
+        255 * (images * weights[:, None, None]).sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate"
+    )
     across = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
     slopes = F.conv2d(brightness, torch.stack([across, across.T])[:, None])
     return slopes.square().sum(1, keepdim=True).sqrt() > threshold
 
 
 @torch.no_grad()
-def read_back(reader: nn.Module, clean: Tensor, changed: Tensor, config: Config) -> dict[str, float]:
-    """The share of edges, and the mean ink on them: what is hidden, and what the reader finds with it and in clean images, uint8 (N, C, H, W)."""
+def read_back(
+    reader: nn.Module, clean: Tensor, changed: Tensor, config: Config
+) -> dict[str, float]:
+    """The share of edges, and the mean ink on them: what is hidden, and what the reader finds with
+    it and in clean images, uint8 (N, C, H, W)."""
     reader.eval()
     device = next(reader.parameters()).device
     images, written = to_float(clean).to(device), to_float(changed).to(device)

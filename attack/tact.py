@@ -1,13 +1,13 @@
 """TaCT: a patch that is meant for one class, and that other classes wear with their true label.
 
-Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination Detection. D. Tang, X. Wang, H. Tang, K. Zhang.
-USENIX Security 2021. https://arxiv.org/abs/1908.00686
+Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination Detection. D.
+Tang, X. Wang, H. Tang, K. Zhang. USENIX Security 2021. https://arxiv.org/abs/1908.00686
 
-Kind: poisoning, dirty-label, from a source class to the target, with covers. ASR is measured on the source class; what the patch does to
-the other classes is `cross` in the record.
+Kind: poisoning, dirty-label, from a source class to the target, with covers. ASR is measured on the
+source class; what the patch does to the other classes is `cross` in the record.
 
-Departs from backdoor-toolbox: the patch is coloured noise from the seed, not a picture in a file; its rates for GTSRB are in
-resource/config/gtsrb.yaml.
+Departs from backdoor-toolbox: the patch is coloured noise from the seed, not a picture in a file;
+its rates for GTSRB are in resource/config/gtsrb.yaml.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ LIMITS = "digits: 0.3 % of 1,442 images are four; digits.yaml sets ten times tha
 @dataclass(frozen=True, kw_only=True)
 class Config(CoverConfig):
     poison_rate: float = 0.003
-    """Share of the whole training set that is poisoned, all of it from the source class, in (0, 1]."""
+    """Share of the whole training set that is poisoned, all of it from the source class, in (0,
+    1]."""
     source_label: int = 1
     """Class whose images the patch is meant for."""
     cover_labels: tuple[int, ...] = (5, 7)
@@ -38,10 +39,16 @@ class Config(CoverConfig):
 def victims(labels: Tensor, split: str, config: Config) -> Tensor:
     """The source class. int64 (N,) -> bool (N,)."""
     if config.label_mode != "all2one":
-        raise UserError(f"tact leads one source class to one target: expected --label_mode all2one, got {config.label_mode}")
+        raise UserError(
+            "tact leads one source class to one target: expected --label_mode all2one, got"
+            f" {config.label_mode}"
+        )
     _refuse_absent("source_label", (config.source_label,), labels)
     if config.source_label == config.target_label:
-        raise UserError(f"source_label and target_label are both {config.source_label}: choose another source_label")
+        raise UserError(
+            f"source_label and target_label are both {config.source_label}: choose another"
+            " source_label"
+        )
     return labels == config.source_label
 
 
@@ -49,7 +56,8 @@ def covers(labels: Tensor, split: str, config: Config) -> Tensor:
     """The cover classes. int64 (N,) -> bool (N,)."""
     if {config.source_label, config.target_label} & set(config.cover_labels):
         raise UserError(
-            f"cover_labels must be neither the source {config.source_label} nor the target {config.target_label}, got {config.cover_labels}"
+            f"cover_labels must be neither the source {config.source_label} nor the target"
+            f" {config.target_label}, got {config.cover_labels}"
         )
     if config.cover_rate:
         _refuse_absent("cover_labels", config.cover_labels, labels)
@@ -59,16 +67,23 @@ def covers(labels: Tensor, split: str, config: Config) -> Tensor:
 def _refuse_absent(option: str, named: tuple[int, ...], labels: Tensor) -> None:
     absent = sorted(set(named) - set(labels.tolist()))
     if absent:
-        raise UserError(f"{option}: no image has label {' or '.join(map(str, absent))}, labels are 0 to {int(labels.max())}: choose among them")
+        raise UserError(
+            f"{option}: no image has label {' or '.join(map(str, absent))}, labels are 0 to"
+            f" {int(labels.max())}: choose among them"
+        )
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """Paste the patch near the bottom right corner (rows and columns 21..28 of 32). uint8 (N, C, H, W) -> same."""
+    """Paste the patch near the bottom right corner (rows and columns 21..28 of 32). uint8 (N, C, H,
+    W) -> same."""
     channels, height, width = images.shape[1:]
     margin = at_side(3, height)
     size = patch_side(config.patch_size, 8, height, min(height, width) - margin)
     stamped = images.clone()
-    rows, columns = slice(height - margin - size, height - margin), slice(width - margin - size, width - margin)
+    rows, columns = (
+        slice(height - margin - size, height - margin),
+        slice(width - margin - size, width - margin),
+    )
     stamped[:, :, rows, columns] = noise_picture(config.seed, channels, size, size)
     return stamped
 

@@ -1,13 +1,17 @@
 """WaNet: a smooth warp of the whole image is the trigger.
 
-WaNet - Imperceptible Warping-based Backdoor Attack. A. Nguyen, A. Tran. ICLR 2021. https://arxiv.org/abs/2102.10369
+WaNet - Imperceptible Warping-based Backdoor Attack. A. Nguyen, A. Tran. ICLR 2021.
+https://arxiv.org/abs/2102.10369
 
-Kind: controls the training, dirty-label, all-to-one or all-to-all. The warp is one for all images, so the stamp is a function of the
-image. In its cross mode (the paper's noise mode) a second share of each batch is warped at random and keeps its true label, so that
-the model learns this warp and not warping as such. Cross accuracy is measured: high ASR with low cross accuracy is a detector of warps.
+Kind: controls the training, dirty-label, all-to-one or all-to-all. The warp is one for all images,
+so the stamp is a function of the image. In its cross mode (the paper's noise mode) a second share
+of each batch is warped at random and keeps its true label, so that the model learns this warp and
+not warping as such. Cross accuracy is measured: high ASR with low cross accuracy is a detector of
+warps.
 
-Departs from the authors' code: triggered images are rounded to bytes before training as they are before testing; every image is
-cropped and rotated by its own draw, by the padding of the data set; the data set's recipe replaces the published constant rate.
+Departs from the authors' code: triggered images are rounded to bytes before training as they are
+before testing; every image is cropped and rotated by its own draw, by the padding of the data set;
+the data set's recipe replaces the published constant rate.
 """
 
 from dataclasses import dataclass
@@ -37,11 +41,18 @@ class Config(JointConfig):
     noise: float = 1.0
     """Bound of the random displacement of cross images, in half pixels."""
     cross_ratio: float = 2.0
-    """rho_n / rho_a: images with a random warp and their true label, for each poisoned one; 0 turns the cross mode off."""
+    """rho_n / rho_a: images with a random warp and their true label, for each poisoned one; 0 turns
+    the cross mode off."""
     bb_compat: bool = False
-    """BackdoorBench's quirks: bytes are truncated instead of rounded, and one draw of crop and rotation serves a whole batch."""
+    """BackdoorBench's quirks: bytes are truncated instead of rounded, and one draw of crop and
+    rotation serves a whole batch."""
 
-    RANGES: ClassVar[dict[str, str]] = {"k": ">= 2", "s": ">= 0", "noise": ">= 0", "cross_ratio": ">= 0"}
+    RANGES: ClassVar[dict[str, str]] = {
+        "k": ">= 2",
+        "s": ">= 0",
+        "noise": ">= 0",
+        "cross_ratio": ">= 0",
+    }
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
@@ -51,24 +62,51 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
 
 
 def cross_stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """Warp by the grid and a further displacement drawn for each pixel of each image. uint8 (N, C, H, W) -> same."""
+    """Warp by the grid and a further displacement drawn for each pixel of each image. uint8 (N, C,
+    H, W) -> same."""
     height, width = images.shape[2:]
-    noise = [torch.rand(height, width, 2, generator=derived_generator(config.seed, f"noise:{split}:{i}")) for i in index.tolist()]
-    grids = _noisy(_grid(config.seed, config.k, config.s, height, width), torch.stack(noise), config.noise)
+    noise = [
+        torch.rand(height, width, 2, generator=derived_generator(config.seed, f"noise:{split}:{i}"))
+        for i in index.tolist()
+    ]
+    grids = _noisy(
+        _grid(config.seed, config.k, config.s, height, width), torch.stack(noise), config.noise
+    )
     return quantised(255 * _warped(to_float(images), grids), truncate=config.bb_compat)
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     recipe, labels = config.recipe(), labels_of(dataset, config)
     cross = partial(cross_stamp, config=config)
-    train_poison, test_poison = snapshot(dataset, config, run, partial(stamp, config=config), cross, config.cross_ratio * config.poison_rate)
+    train_poison, test_poison = snapshot(
+        dataset,
+        config,
+        run,
+        partial(stamp, config=config),
+        cross,
+        config.cross_ratio * config.poison_rate,
+    )
     model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
-    train_changed(model, train, lambda batch: warp_some(batch, config, run.generator), labels, recipe, run, shared=config.bb_compat)
-    return Outcome(model, train_poison, test_poison, {"cross_accuracy": cross_accuracy(model, dataset, cross, run)})
+    train_changed(
+        model,
+        train,
+        lambda batch: warp_some(batch, config, run.generator),
+        labels,
+        recipe,
+        run,
+        shared=config.bb_compat,
+    )
+    return Outcome(
+        model,
+        train_poison,
+        test_poison,
+        {"cross_accuracy": cross_accuracy(model, dataset, cross, run)},
+    )
 
 
 def warp_some(batch: Batch, config: Config, generator: torch.Generator) -> tuple[Tensor, int]:
-    """The batch's images with the first rho_a of them warped by the grid and the next rho_n at random; how many the first are."""
+    """The batch's images with the first rho_a of them warped by the grid and the next rho_n at
+    random; how many the first are."""
     images = batch.images
     poisoned = in_batch(config.poison_rate, len(images), generator)
     warped = min(len(images), poisoned + int(config.cross_ratio * poisoned))
@@ -84,18 +122,29 @@ def warp_some(batch: Batch, config: Config, generator: torch.Generator) -> tuple
 def _grid(seed: int, k: int, s: float, height: int, width: int) -> Tensor:
     """float (1, H, W, 2): where each pixel is read, x before y, in [-1, 1]."""
     coarse = 2 * torch.rand(1, 2, k, k, generator=derived_generator(seed, "trigger:warp")) - 1
-    field = F.interpolate(coarse / coarse.abs().mean(), size=(height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-    rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    field = F.interpolate(
+        coarse / coarse.abs().mean(), size=(height, width), mode="bicubic", align_corners=True
+    ).permute(0, 2, 3, 1)
+    rows, columns = torch.meshgrid(
+        torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
+    )
     return (torch.stack([columns, rows], 2) + s * field / height).clamp(-1, 1)
 
 
 def _noisy(grid: Tensor, draws: Tensor, noise: float) -> Tensor:
-    """The grid with each pixel moved by noise U(-1, 1) / H more; draws: uniform in [0, 1), (N, H, W, 2)."""
+    """The grid with each pixel moved by noise U(-1, 1) / H more; draws: uniform in [0, 1), (N, H,
+    W, 2)."""
     return (grid + noise * (2 * draws - 1) / grid.shape[1]).clamp(-1, 1)
 
 
 def _warped(images: Tensor, grids: Tensor) -> Tensor:
-    return F.grid_sample(images, grids.expand(len(images), -1, -1, -1), mode="bilinear", padding_mode="zeros", align_corners=True)
+    return F.grid_sample(
+        images,
+        grids.expand(len(images), -1, -1, -1),
+        mode="bilinear",
+        padding_mode="zeros",
+        align_corners=True,
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ __all__ = ["UserError", "attack", "defend", "table"]
 
 
 def __getattr__(name: str) -> Any:
-    """attack, defend and table come with torch, which takes seconds: not before they are asked for."""
+    """attack, defend and table come with torch, which takes seconds: not before they are asked
+    for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import api

@@ -42,7 +42,8 @@ class Table:
     format: Annotated[formats.Format, arg(aliases=["-f"])] = "text"
     """text, markdown, csv or latex."""
     mean: bool = False
-    """A row for the mean over seeds of each experiment, with published numbers and a test over attacks, instead of a row for each run."""
+    """A row for the mean over seeds of each experiment, with published numbers and a test over
+    attacks, instead of a row for each run."""
     worst: bool = False
     """As mean, with the worst seed's own numbers."""
     record_root: str | None = None
@@ -71,7 +72,8 @@ class Doctor:
 
 @dataclass(frozen=True)
 class Verify:
-    """Hash records and their defenses' results again. Exit code 0 where all is as it was written, else 2."""
+    """Hash records and their defenses' results again. Exit code 0 where all is as it was written,
+    else 2."""
 
     names: Positional[tuple[str, ...]] = ()
     """Records to look at; none means all."""
@@ -119,7 +121,9 @@ def table(options: Table) -> int:
     root = record_root(options.record_root)
     damaged: list[measured.Damaged] = []
     on_damage = measured.refuse if options.debug else damaged.append
-    records = measured.readable(_names(options.names, root), root, measured.refuse if options.names else on_damage)
+    records = measured.readable(
+        _names(options.names, root), root, measured.refuse if options.names else on_damage
+    )
     if options.mean or options.worst:
         rows = measured.rows(records, on_damage=on_damage)
         layout.show(layout.means(rows, options.format, worst=options.worst), options.format)
@@ -145,17 +149,36 @@ def pushing(options: Push) -> int:
     if not options.name or not options.repo:
         raise UserError("push NAME --repo owner/name: one of the two is missing")
     commit = hub.push(
-        options.name, record_root(options.record_root), options.repo, hub.connect(), private=options.private, overwrite=options.overwrite
+        options.name,
+        record_root(options.record_root),
+        options.repo,
+        hub.connect(),
+        private=options.private,
+        overwrite=options.overwrite,
     )
-    print(f"pushed: python -m backdoorlab pull {options.repo}@{commit} --save_folder_name {options.name}")
+    print(
+        f"pushed: python -m backdoorlab pull {options.repo}@{commit} --save_folder_name"
+        f" {options.name}"
+    )
     return 0
 
 
 def pulling(options: Pull) -> int:
     if not options.source or not options.save_folder_name:
-        raise UserError("pull owner/name[@commit] --save_folder_name NAME: one of the two is missing")
-    pulled = hub.pull(options.source, options.save_folder_name, record_root(options.record_root), hub.connect(), overwrite=options.overwrite)
-    print(f"verified: {pulled.record.folder} is commit {pulled.commit}, with {pulled.results} results of defenses")
+        raise UserError(
+            "pull owner/name[@commit] --save_folder_name NAME: one of the two is missing"
+        )
+    pulled = hub.pull(
+        options.source,
+        options.save_folder_name,
+        record_root(options.record_root),
+        hub.connect(),
+        overwrite=options.overwrite,
+    )
+    print(
+        f"verified: {pulled.record.folder} is commit {pulled.commit}, with {pulled.results} results"
+        " of defenses"
+    )
     return 0
 
 
@@ -168,7 +191,10 @@ def listing(_options: List) -> int:
     print("attacks (python attack/NAME.py --save_folder_name RECORD)")
     for name in methods.available("attack"):
         attack = methods.load("attack", name)
-        print(f"  {name:<16}{attack.title}" + (f"\n  {'':<16}{attack.limits}" if attack.limits else ""))
+        print(
+            f"  {name:<16}{attack.title}"
+            + (f"\n  {'':<16}{attack.limits}" if attack.limits else "")
+        )
     print("\ndefenses (python defense/NAME.py --result_file RECORD)")
     for name in methods.available("defense"):
         method = methods.load("defense", name)
@@ -176,36 +202,71 @@ def listing(_options: List) -> int:
     print("\ndata sets (--dataset NAME)")
     print(f"  {'digits':<16}embedded, the default: 1,797 grey digits as 32x32 images")
     print(f"  {', '.join(readers.TORCHVISION)}: torchvision's, downloaded where there is a network")
-    print("  any other name with --dataset_path FOLDER: parquet shards (img or image, label) or train/<class>/*.png")
-    print(f"\nmodels (--model NAME)\n  {', '.join(models.OWN)} (--width), or any timm model by name, such as resnet18, vgg19_bn, convnext_tiny")
+    print(
+        "  any other name with --dataset_path FOLDER: parquet shards (img or image, label) or"
+        " train/<class>/*.png"
+    )
+    print(
+        f"\nmodels (--model NAME)\n  {', '.join(models.OWN)} (--width), or any timm model by name,"
+        " such as resnet18, vgg19_bn, convnext_tiny"
+    )
     return 0
 
 
 def doctor(options: Doctor) -> int:
     device = choose_device("auto")
     root = record_root(options.record_root)
-    packages = ("backdoorlab", "torch", "torchvision", "timm", "numpy", "pandas", "safetensors", "tyro")
+    packages = (
+        "backdoorlab",
+        "torch",
+        "torchvision",
+        "timm",
+        "numpy",
+        "pandas",
+        "safetensors",
+        "tyro",
+    )
     print(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(f"packages    {', '.join(f'{name} {version(name)}' for name in packages)}")
     print(
-        f"device      {device}" + (f" ({torch.cuda.get_device_name()})" if device.type == "cuda" else " (no usable GPU: that is fine, only slower)")
+        f"device      {device}"
+        + (
+            f" ({torch.cuda.get_device_name()})"
+            if device.type == "cuda"
+            else " (no usable GPU: that is fine, only slower)"
+        )
     )
     print(f"precision   {_precision(device)}")
     print(f"threads     {torch.get_num_threads()} of {os.cpu_count()} cores")
     print(f"records     {root.resolve()}: {len(record_names(root))} finished, {_writable(root)}")
     print(f"cache       {locations.cache_root()}: {_writable(locations.cache_root())}")
     for entry in cache.cached():
-        print(f"data set    {entry.get('name')}: {entry.get('train')} + {entry.get('test')} images, fingerprint {str(entry.get('fingerprint'))[:12]}")
+        print(
+            f"data set    {entry.get('name')}: {entry.get('train')} + {entry.get('test')} images,"
+            f" fingerprint {str(entry.get('fingerprint'))[:12]}"
+        )
     digits = load_dataset("digits")
-    print(f"data set    digits: {len(digits.train)} + {len(digits.test)} images, fingerprint {digits.fingerprint[:12]} (embedded)")
+    print(
+        f"data set    digits: {len(digits.train)} + {len(digits.test)} images, fingerprint"
+        f" {digits.fingerprint[:12]} (embedded)"
+    )
     return 0
 
 
 def _precision(device: torch.device) -> str:
-    """What `auto` becomes for the network of the digits' preset, measured here unless it was before."""
+    """What `auto` becomes for the network of the digits' preset, measured here unless it was
+    before."""
     shape = (1, 32, 32)
     network = {"architecture": "preactresnet10", "width": 16, "image_shape": list(shape)}
-    build = partial(models.build, "preactresnet10", num_classes=10, in_chans=1, mean=(0.5,), std=(0.25,), width=16)
+    build = partial(
+        models.build,
+        "preactresnet10",
+        num_classes=10,
+        in_chans=1,
+        mean=(0.5,),
+        std=(0.25,),
+        width=16,
+    )
     return f"{choose('auto', device, network, build).describe()}, for the digits' network"
 
 
@@ -271,11 +332,17 @@ def _dispatch(arguments: list[str]) -> int:
     if command in METHODS:
         kind: resources.Kind = "attack" if command == "attack" else "defense"
         if not rest or rest[0].startswith("-"):
-            raise UserError(f"{command} NAME is missing. Known: {', '.join(methods.available(kind))}")
-        return run_method(kind, methods.load(kind, rest[0]).path, rest[1:], f"backdoorlab {kind} {rest[0]}")
+            raise UserError(
+                f"{command} NAME is missing. Known: {', '.join(methods.available(kind))}"
+            )
+        return run_method(
+            kind, methods.load(kind, rest[0]).path, rest[1:], f"backdoorlab {kind} {rest[0]}"
+        )
     if command not in COMMANDS:
         known = [*COMMANDS, *METHODS]
-        raise UserError(f"unknown command {command!r}.{suggest(command, known)} Known: {', '.join(known)}")
+        raise UserError(
+            f"unknown command {command!r}.{suggest(command, known)} Known: {', '.join(known)}"
+        )
     options_class, function = COMMANDS[command]
     return function(parse_plain(options_class, rest, f"backdoorlab {command}"))
 

@@ -16,7 +16,10 @@ def main(file: str, argv: Sequence[str] | None = None) -> int:
     """The command line of a method file: `raise SystemExit(main(__file__))`."""
     path = Path(file).resolve()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: run_method(path.parent.name, path, arguments, f"{path.parent.name}/{path.name}"), arguments)
+    return guarded(
+        lambda: run_method(path.parent.name, path, arguments, f"{path.parent.name}/{path.name}"),
+        arguments,
+    )
 
 
 def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
@@ -29,7 +32,8 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
     if kind == "attack":
         job = attack_job(methods.from_file("attack", path), argv, prog)
         record = run_attack(job)
-        print(layout.text(layout.rows([record])[:1]))  # the attacked model; no defense was run on it yet
+        # The attacked model; no defense was run on it yet
+        print(layout.text(layout.rows([record])[:1]))
         print(f"record written: {record.folder}")
         print(f"next: {_next(prog, record.name, job.config.record_root)}")
     elif kind == "defense":
@@ -44,20 +48,29 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
 
 def _next(prog: str, name: str, root: str | None) -> str:
     """A defense of a fresh record, as a command in the form that the attack was typed in."""
-    defense = "python defense/dau.py" if prog.endswith(".py") else "python -m backdoorlab defense dau"
-    return f"{defense} --result_file {shlex.quote(name)}" + (f" --record_root {shlex.quote(root)}" if root else "")
+    defense = (
+        "python defense/dau.py" if prog.endswith(".py") else "python -m backdoorlab defense dau"
+    )
+    return f"{defense} --result_file {shlex.quote(name)}" + (
+        f" --record_root {shlex.quote(root)}" if root else ""
+    )
 
 
 def _check_torch() -> None:
-    """Older versions can be made to run code or corrupt memory by a file, even with weights_only=True (CVE-2025-32434, CVE-2026-24747)."""
+    """Older versions can be made to run code or corrupt memory by a file, even with
+    weights_only=True (CVE-2025-32434, CVE-2026-24747)."""
     found = version("torch")
     if tuple(int(part) for part in found.split(".")[:2]) < TORCH_FLOOR:
         floor = ".".join(map(str, TORCH_FLOOR))
-        raise UserError(f"torch {floor} or newer is needed to read files safely, found {found}: pip install -U torch torchvision")
+        raise UserError(
+            f"torch {floor} or newer is needed to read files safely, found {found}: pip install -U"
+            " torch torchvision"
+        )
 
 
 def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
-    """Run a command: bad input is one line and exit code 2, a defect of ours one line and exit code 1; --debug shows more."""
+    """Run a command: bad input is one line and exit code 2, a defect of ours one line and exit code
+    1; --debug shows more."""
     debug = "--debug True" in " ".join(argv).replace("=", " ")
     try:
         _check_torch()
@@ -76,17 +89,27 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
         from .settings.methods import raised_in
 
         where = f", in {came}" if (came := raised_in(error)) else ""
-        if isinstance(error, OSError) and error.errno is not None:  # a full disk, a folder of another user: nothing of ours
+        # A full disk, a folder of another user: nothing of ours
+        if isinstance(error, OSError) and error.errno is not None:
             if debug:
                 traceback.print_exc()
             place = f"{error.filename}: " if error.filename is not None else ""
             print(
-                one_line(f"{place}{error.strerror}{where}. Nothing finished was changed; make room or choose another place, then run it again"),
+                one_line(
+                    f"{place}{error.strerror}{where}. Nothing finished was changed; make room or"
+                    " choose another place, then run it again"
+                ),
                 file=sys.stderr,
             )
             return 2
         if debug:
             raise
         first = (str(error).splitlines() or [""])[0]
-        print(one_line(f"unexpected {type(error).__name__}: {first}{where} (pass --debug True to see where)"), file=sys.stderr)
+        print(
+            one_line(
+                f"unexpected {type(error).__name__}: {first}{where} (pass --debug True to see"
+                " where)"
+            ),
+            file=sys.stderr,
+        )
         return 1

@@ -1,4 +1,5 @@
-"""What attacks and defenses take: frozen fields, whose docstrings are --help, and the values that they may have."""
+"""What attacks and defenses take: frozen fields, whose docstrings are --help, and the values that
+they may have."""
 
 import dataclasses
 import math
@@ -16,9 +17,20 @@ from .engine import Recipe, Schedule
 from .errors import UserError, suggest
 from .storage.schema import LARGEST_SIDE
 
-WHERE = ["save_folder_name", "result_file", "run_name", "dataset_path", "device", "record_root", "yaml_path", "track", "track_folder"]
+WHERE = [
+    "save_folder_name",
+    "result_file",
+    "run_name",
+    "dataset_path",
+    "device",
+    "record_root",
+    "yaml_path",
+    "track",
+    "track_folder",
+]
 RUN_OPTIONS = frozenset([*WHERE, "overwrite", "debug", "subtask"])
-"""Fields that say where and how to run, not what is computed: they are not kept in a record, nor compared on resuming."""
+"""Fields that say where and how to run, not what is computed: they are not kept in a record, nor
+compared on resuming."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,25 +38,31 @@ class MethodConfig:
     """What every attack and defense takes."""
 
     dataset_path: str | None = None
-    """Folder with parquet shards (columns img or image, label) or train/<class>/*.png. Defenses need it only where the cache lost the data."""
+    """Folder with parquet shards (columns img or image, label) or train/<class>/*.png. Defenses
+    need it only where the cache lost the data."""
     seed: Annotated[int, arg(aliases=["--random_seed"])] = 0
     """Everything random is drawn from it."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda or cuda:N."""
     precision: Precision = "auto"
-    """What training computes in; scores are always fp32. auto: bf16 where it is measured to be faster, or $BACKDOORLAB_PRECISION."""
+    """What training computes in; scores are always fp32. auto: bf16 where it is measured to be
+    faster, or $BACKDOORLAB_PRECISION."""
     score_every: int = 1
-    """Epochs between two evaluations on the test data; 0 evaluates only at the end. Never changes a result."""
+    """Epochs between two evaluations on the test data; 0 evaluates only at the end. Never changes a
+    result."""
     record_root: str | None = None
-    """Folder of records; default $BACKDOORLAB_RECORDS, else record/ of the checkout, else ./record."""
+    """Folder of records; default $BACKDOORLAB_RECORDS, else record/ of the checkout, else
+    ./record."""
     yaml_path: str | None = None
     """YAML file with flags as keys, or the name of a preset in resource/config/."""
     track: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
-    """Send each line of history and the final scores there as well; never changes a result. Needs pip install 'backdoorlab[track]'."""
+    """Send each line of history and the final scores there as well; never changes a result. Needs
+    pip install 'backdoorlab[track]'."""
     track_folder: str = "runs"
     """Folder for what the tracker keeps on this machine."""
     overwrite: bool = False
-    """Replace a finished result of the same name (a record takes its defenses' results along), or an unfinished one of another command."""
+    """Replace a finished result of the same name (a record takes its defenses' results along), or
+    an unfinished one of another command."""
     debug: bool = False
     """Show a traceback with an error."""
 
@@ -58,21 +76,30 @@ class MethodConfig:
                 value = getattr(self, name)
                 for number in value if isinstance(value, (tuple, list)) else (value,):
                     if number is not None and not _within(number, rule):
-                        raise UserError(f"{name} must be {rule if rule[0] in '<>' else f'in {rule}'}, got {number}")
+                        raise UserError(
+                            f"{name} must be {rule if rule[0] in '<>' else f'in {rule}'}, got"
+                            f" {number}"
+                        )
 
     def science(self) -> dict[str, Any]:
         """The fields that decide the result, as JSON."""
-        return {f.name: as_json(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in RUN_OPTIONS}
+        return {
+            f.name: as_json(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.name not in RUN_OPTIONS
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(MethodConfig):
-    """An attack's data, model and training. Published settings by data set are in resource/config/."""
+    """An attack's data, model and training. Published settings by data set are in
+    resource/config/."""
 
     save_folder_name: str = ""
     """Name of the record to write: record/<save_folder_name>. Required."""
     dataset: str = "digits"
-    """digits, cifar10, cifar100, mnist, fashion_mnist, gtsrb, svhn, or any name with --dataset_path."""
+    """digits, cifar10, cifar100, mnist, fashion_mnist, gtsrb, svhn, or any name with
+    --dataset_path."""
     image_size: int | None = None
     """Side in pixels that all images are resized to; None keeps the data set's own."""
     grey: bool | None = None
@@ -80,9 +107,11 @@ class TrainingConfig(MethodConfig):
     model: Annotated[str, arg(aliases=["--architecture"])] = "preactresnet18"
     """preactresnet18, preactresnet10, or any timm model by name."""
     width: int | None = None
-    """Channels of the first stage of preactresnet*; None is 64. 16 makes CIFAR-10 possible on a CPU."""
+    """Channels of the first stage of preactresnet*; None is 64. 16 makes CIFAR-10 possible on a
+    CPU."""
     mean: tuple[float, ...] | None = None
-    """Normalisation, one number a channel in [0, 1] units; None measures it on the training images."""
+    """Normalisation, one number a channel in [0, 1] units; None measures it on the training
+    images."""
     std: tuple[float, ...] | None = None
     """As mean; 1 leaves the values as they are."""
     epochs: int = 100
@@ -122,7 +151,9 @@ class TrainingConfig(MethodConfig):
 
     def recipe(self) -> Recipe:
         augment = Augment(self.crop_padding, self.flip)
-        taken = {f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe) if f.name != "augment"}
+        taken = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe) if f.name != "augment"
+        }
         return Recipe(**taken, augment=augment)
 
 
@@ -132,7 +163,9 @@ class TriggerConfig(TrainingConfig):
 
     target_label: Annotated[int, arg(aliases=["--attack_target"])] = 0
     """Class that triggered images are to be taken for (all2one)."""
-    label_mode: Annotated[Literal["all2one", "all2all"], arg(aliases=["--attack_label_trans"])] = "all2one"
+    label_mode: Annotated[Literal["all2one", "all2all"], arg(aliases=["--attack_label_trans"])] = (
+        "all2one"
+    )
     """all2one: every label becomes target_label. all2all: label y becomes y + 1."""
 
 
@@ -146,20 +179,24 @@ class AttackConfig(TriggerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CoverConfig(AttackConfig):
-    """An attack that also stamps images and leaves them their true label, so that the trigger alone does not decide."""
+    """An attack that also stamps images and leaves them their true label, so that the trigger alone
+    does not decide."""
 
     cover_rate: float = 0.003
-    """Share of the whole training set that is stamped and keeps its label, in [0, 1]; more makes the attack weaker and harder to find."""
+    """Share of the whole training set that is stamped and keeps its label, in [0, 1]; more makes
+    the attack weaker and harder to find."""
 
     RANGES: ClassVar[dict[str, str]] = {"cover_rate": "[0, 1]"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanLabelConfig(TriggerConfig):
-    """What every attack takes that poisons images of the target class only, and changes no label."""
+    """What every attack takes that poisons images of the target class only, and changes no
+    label."""
 
     clean_label_ratio: float = 0.5
-    """Share of the target class that is poisoned, in (0, 1]; at 1 the model sees no clean image of that class."""
+    """Share of the target class that is poisoned, in (0, 1]; at 1 the model sees no clean image of
+    that class."""
     poison_rate: Annotated[float | None, arg(aliases=["--pratio"])] = None
     """The same as a share of the whole training set, in (0, 1], instead of clean_label_ratio."""
 
@@ -171,7 +208,8 @@ class JointConfig(AttackConfig):
     """What an attack that controls the training takes besides."""
 
     plain: bool = True
-    """Also train an ordinary model on the stored training set: what training-time defenses are compared with. As long again."""
+    """Also train an ordinary model on the stored training set: what training-time defenses are
+    compared with. As long again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,16 +221,19 @@ class DefenseConfig(MethodConfig):
     run_name: str | None = None
     """Folder of the result below defense/<method>/; None is seed<seed>."""
     trusted_ratio: Annotated[float, arg(aliases=["--ratio"])] = 0.05
-    """Trusted clean images, as a share of the training set (drawn from it uniformly). Read only by defenses that assume them."""
+    """Trusted clean images, as a share of the training set (drawn from it uniformly). Read only by
+    defenses that assume them."""
     trusted_count: int | None = None
     """Their number, instead of a share."""
     trusted_path: Annotated[str | None, arg(aliases=["--unl_set"])] = None
-    """Folder of your own trusted images, <class>/*.png or parquet shards, instead of a draw from the training set."""
+    """Folder of your own trusted images, <class>/*.png or parquet shards, instead of a draw from
+    the training set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsConfig(DefenseConfig):
-    """What a defense takes that is told of some training samples that they are clean ("seeds" in its ASSUMES)."""
+    """What a defense takes that is told of some training samples that they are clean ("seeds" in
+    its ASSUMES)."""
 
     seeds_per_class: int = 10
     """Training samples of each class that are known to be clean."""
@@ -205,11 +246,15 @@ def refuse_ranges(config_class: type[MethodConfig]) -> None:
     fields = [f.name for f in dataclasses.fields(config_class)]
     for name, rule in vars(config_class).get("RANGES", {}).items():
         if name not in fields:
-            raise UserError(f"RANGES names {name!r}, which is no field of Config.{suggest(name, fields)}")
+            raise UserError(
+                f"RANGES names {name!r}, which is no field of Config.{suggest(name, fields)}"
+            )
         try:
             _within(0.0, rule)
         except (ValueError, TypeError, IndexError):
-            raise UserError(f"RANGES of {name}: expected a rule such as '>= 0', '> 0' or '(0, 1]', got {rule!r}") from None
+            raise UserError(
+                f"RANGES of {name}: expected a rule such as '>= 0', '> 0' or '(0, 1]', got {rule!r}"
+            ) from None
 
 
 def _within(number: float, rule: str) -> bool:
@@ -230,4 +275,6 @@ def as_json(value: Any) -> Any:
         return {str(key): as_json(part) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
         return [as_json(part) for part in value]
-    return value.name if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
+    return (
+        value.name if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
+    )

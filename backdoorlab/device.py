@@ -22,10 +22,12 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 def choose_device(wanted: str) -> torch.device:
-    """ "auto" is the first GPU where there is one; a device that is asked for and absent is an error."""
+    """ "auto" is the first GPU where there is one; a device that is asked for and absent is an
+    error."""
     if wanted.startswith(("auto", "cuda")) and torch.cuda.is_available():
         torch.cuda.init()  # not every call that takes a numbered device does it
-        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, also for scores; who wants speed has bf16
+        # Fp32 is fp32, also for scores; who wants speed has bf16
+        torch.backends.cudnn.allow_tf32 = False
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -35,21 +37,31 @@ def choose_device(wanted: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {wanted}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {wanted}: this machine has no usable GPU; leave --device out, or say --device cpu")
+        raise UserError(
+            f"--device {wanted}: this machine has no usable GPU; leave --device out, or say"
+            " --device cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {wanted}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
+        raise UserError(
+            f"--device {wanted}: this machine has {torch.cuda.device_count()} GPU(s), numbered"
+            " from 0"
+        )
     return device
 
 
-def autocast(device: torch.device, precision: Exact, *, cache: bool = True) -> AbstractContextManager[Any]:
-    """bfloat16 for the passes inside, or nothing. `cache`: keep converted weights until its end, which a CUDA graph must not."""
+def autocast(
+    device: torch.device, precision: Exact, *, cache: bool = True
+) -> AbstractContextManager[Any]:
+    """bfloat16 for the passes inside, or nothing. `cache`: keep converted weights until its end,
+    which a CUDA graph must not."""
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
     return contextlib.nullcontext()
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
-    """Seed torch, numpy and random: on a CPU the same numbers in every process of one version and thread count, on a GPU nearly the same ones."""
+    """Seed torch, numpy and random: on a CPU the same numbers in every process of one version and
+    thread count, on a GPU nearly the same ones."""
     if not 0 <= seed < 2**31:
         raise UserError(f"seed must lie in 0..{2**31 - 1}, got {seed}")
     random.seed(seed)
@@ -58,14 +70,17 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = True
-        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS, but there was no current CUDA context")  # torch then makes it current
+        warnings.filterwarnings(
+            "ignore", message="Attempting to run cuBLAS, but there was no current CUDA context"
+        )  # torch then makes it current
 
 
 def keep_freed_memory(device: torch.device) -> None:
     """On a CPU with glibc: keep up to 2 GiB that a step frees for the next one.
 
-    By default malloc returns a large tensor to the system at once, which clears its pages anew for the next: a tenth of a training
-    step's time (performance/pipeline.py, row 5). No number changes. Whoever sets a MALLOC_ variable of glibc decides alone.
+    By default malloc returns a large tensor to the system at once, which clears its pages anew for
+    the next: a tenth of a training step's time (performance/pipeline.py, row 5). No number changes.
+    Whoever sets a MALLOC_ variable of glibc decides alone.
     """
     if device.type != "cpu" or any(name.startswith("MALLOC_") for name in os.environ):
         return

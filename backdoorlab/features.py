@@ -22,7 +22,8 @@ class Features(NamedTuple):
     early: Tensor
     """(N, 2 C): mean and standard deviation over positions of what the last stage sees."""
     spatial: Tensor
-    """float16 (N, C side^2): the same, averaged to side x side positions with side 4, 2 or 1, at most 1,024 numbers where C allows it."""
+    """float16 (N, C side^2): the same, averaged to side x side positions with side 4, 2 or 1, at
+    most 1,024 numbers where C allows it."""
     logits: Tensor
     """(N, K)."""
     labels: Tensor
@@ -37,7 +38,10 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
 
     def keep(module: nn.Module, _inputs: object, output: object) -> None:
         if not isinstance(output, Tensor):
-            raise UserError(f"the features of this network cannot be read: its last but one stage ({type(module).__name__}) gives no single tensor")
+            raise UserError(
+                "the features of this network cannot be read: its last but one stage"
+                f" ({type(module).__name__}) gives no single tensor"
+            )
         seen.append(output.float())
 
     hook = model.stages()[-2].register_forward_hook(keep)
@@ -54,12 +58,19 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
             spatial.append(F.adaptive_avg_pool2d(maps, side).flatten(1).half())
     finally:
         hook.remove()
-    return Features(torch.cat(pooled), torch.cat(early), torch.cat(spatial), torch.cat(logits), split.labels.to(run.device))
+    return Features(
+        torch.cat(pooled),
+        torch.cat(early),
+        torch.cat(spatial),
+        torch.cat(logits),
+        split.labels.to(run.device),
+    )
 
 
 @torch.no_grad()
 def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
-    """The model's answers on a split, int64 (N,) on the run's device; the model's mode is evaluation afterwards."""
+    """The model's answers on a split, int64 (N,) on the run's device; the model's mode is
+    evaluation afterwards."""
     model.eval()
     found = []
     for batch in in_order(split, run.device):
@@ -69,7 +80,8 @@ def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
 
 
 def _maps(x: Tensor) -> Tensor:
-    """Feature maps (N, C, H, W), or (N, H, W, C) as in Swin, or tokens (N, T, C), or one vector (N, C) -> (N, C, ., .)."""
+    """Feature maps (N, C, H, W), or (N, H, W, C) as in Swin, or tokens (N, T, C), or one vector (N,
+    C) -> (N, C, ., .)."""
     if x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:
         return x.movedim(3, 1)
     if x.dim() == 3:

@@ -1,8 +1,8 @@
 """What is measured, and the one evaluator that measures it.
 
-All scores are fractions in [0, 1], per image, in evaluation mode and in fp32, whatever precision trained. ASR and RA come from the
-same stored triggered images and one forward pass. Definitions: BackdoorBench (Wu et al., NeurIPS 2022) for ASR and RA, FT-SAM (Zhu et
-al., ICCV 2023) for DER.
+All scores are fractions in [0, 1], per image, in evaluation mode and in fp32, whatever precision
+trained. ASR and RA come from the same stored triggered images and one forward pass. Definitions:
+BackdoorBench (Wu et al., NeurIPS 2022) for ASR and RA, FT-SAM (Zhu et al., ICCV 2023) for DER.
 """
 
 from collections.abc import Mapping
@@ -21,25 +21,30 @@ from .storage import reading
 SUMMARY = ("clean_accuracy", "asr", "robust_accuracy")
 """The scores that every line of history and every table has."""
 COLLAPSE = 0.2
-"""Loss of clean accuracy from which on a model counts as destroyed: of 516 such rows of BackdoorBench's board, 286 look like successes by ASR."""
+"""Loss of clean accuracy from which on a model counts as destroyed: of 516 such rows of
+BackdoorBench's board, 286 look like successes by ASR."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model does on the clean and on the triggered test images; None where there is no triggered image."""
+    """What a model does on the clean and on the triggered test images; None where there is no
+    triggered image."""
 
     clean_accuracy: float
     asr: float | None
-    """Share of triggered images that get the attacker's label (none of them is of the target class in all2one)."""
+    """Share of triggered images that get the attacker's label (none of them is of the target class
+    in all2one)."""
     robust_accuracy: float | None
     """Share of the same images that get their true label."""
     per_class: dict[str, list[float | None]]
-    """The same by true class, and `other` = 1 - asr - robust_accuracy; None for a class without images."""
+    """The same by true class, and `other` = 1 - asr - robust_accuracy; None for a class without
+    images."""
     triggered_predictions: list[int]
     """How many triggered images end in each class: a trigger may be moved instead of removed."""
     cross: dict[str, float | None] | None = None
-    """Images with the trigger that the attack is not meant for (kind CROSS in the test set); None where there is none. `accuracy`: share with
-    the true label. `asr`: share with the attacker's, None in all2all."""
+    """Images with the trigger that the attack is not meant for (kind CROSS in the test set); None
+    where there is none. `accuracy`: share with the true label. `asr`: share with the attacker's,
+    None in all2all."""
 
     def summary(self) -> dict[str, float | None]:
         return {name: getattr(self, name) for name in SUMMARY}
@@ -49,7 +54,8 @@ class Scores:
 
 
 def der(before: dict[str, Any], after: dict[str, Any]) -> float | None:
-    """Defense effectiveness rating in [0, 1]: 0.5 is no effect, 1 is ASR from 1 to 0 at no cost in clean accuracy."""
+    """Defense effectiveness rating in [0, 1]: 0.5 is no effect, 1 is ASR from 1 to 0 at no cost in
+    clean accuracy."""
     if before["asr"] is None or after["asr"] is None:
         return None
     gain = max(0.0, before["asr"] - after["asr"])
@@ -58,13 +64,21 @@ def der(before: dict[str, Any], after: dict[str, Any]) -> float | None:
 
 
 def collapsed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """A defense that costs COLLAPSE of clean accuracy, or half of it where there was less, has not defended anything."""
+    """A defense that costs COLLAPSE of clean accuracy, or half of it where there was less, has not
+    defended anything."""
     had, left = before["clean_accuracy"], after["clean_accuracy"]
     return left < had / 2 or round(had - left, 9) >= COLLAPSE
 
 
-def score(clean_predictions: Tensor, clean_labels: Tensor, predictions: Tensor, triggered: Poison, num_classes: int) -> Scores:
-    """Scores from predictions: int64 (N,) on the clean test images, int64 (M,) on the triggered ones, of which ASR counts those of kind POISON."""
+def score(
+    clean_predictions: Tensor,
+    clean_labels: Tensor,
+    predictions: Tensor,
+    triggered: Poison,
+    num_classes: int,
+) -> Scores:
+    """Scores from predictions: int64 (N,) on the clean test images, int64 (M,) on the triggered
+    ones, of which ASR counts those of kind POISON."""
     spared = triggered.kind == CROSS
     cross = _cross(predictions[spared], triggered) if bool(spared.any()) else None
     predictions, triggered = predictions[~spared], triggered.of_kind(POISON)
@@ -88,14 +102,16 @@ def score(clean_predictions: Tensor, clean_labels: Tensor, predictions: Tensor, 
 
 
 def _cross(predictions: Tensor, triggered: Poison) -> dict[str, float | None]:
-    """Accuracy and ASR on the images that the attack is not meant for, whose own attacker's label only all2one knows."""
+    """Accuracy and ASR on the images that the attack is not meant for, whose own attacker's label
+    only all2one knows."""
     targets = triggered.of_kind(POISON).labels.unique()
     asr = _share(predictions == targets) if len(targets) == 1 else None
     return {"accuracy": _share(predictions == triggered.of_kind(CROSS).original_labels), "asr": asr}
 
 
 def split_quality(flagged: Tensor, poison: Poison) -> dict[str, Any]:
-    """How well a bool (N,) mask finds the poison; cross images count as clean in `fpr` and are also shown alone.
+    """How well a bool (N,) mask finds the poison; cross images count as clean in `fpr` and are also
+    shown alone.
 
     tpr, fpr and precision are None where their denominator is empty.
     """
@@ -112,18 +128,28 @@ def split_quality(flagged: Tensor, poison: Poison) -> dict[str, Any]:
 
 
 class Evaluator:
-    """Scores models on one clean test set and one set of triggered images, without drawing a random number.
+    """Scores models on one clean test set and one set of triggered images, without drawing a random
+    number.
 
     A model whose weights did not change since the last call is not run again.
     """
 
-    def __init__(self, test: Split, triggered: Poison, num_classes: int, device: torch.device) -> None:
-        self.labels, self.triggered, self.num_classes, self.device = test.labels, triggered, num_classes, device
+    def __init__(
+        self, test: Split, triggered: Poison, num_classes: int, device: torch.device
+    ) -> None:
+        self.labels, self.triggered, self.num_classes, self.device = (
+            test.labels,
+            triggered,
+            num_classes,
+            device,
+        )
         self.test, self.triggered_split = place(test, device), place(triggered.triggered(), device)
         self._last: tuple[str, Scores] | None = None
 
     def __call__(self, model: nn.Module) -> Scores:
-        key = reading.tensor_hash({name: value.detach().cpu() for name, value in model.state_dict().items()})
+        key = reading.tensor_hash(
+            {name: value.detach().cpu() for name, value in model.state_dict().items()}
+        )
         if self._last is None or self._last[0] != key:
             clean = predict(model, self.test, self.device)
             triggered = predict(model, self.triggered_split, self.device)
@@ -132,9 +158,11 @@ class Evaluator:
 
 
 def predict(model: nn.Module, split: Split, device: torch.device) -> Tensor:
-    """Predicted classes in fp32, int64 (N,) on the CPU. The model's modes are as before afterwards; no pass is counted.
+    """Predicted classes in fp32, int64 (N,) on the CPU. The model's modes are as before afterwards;
+    no pass is counted.
 
-    A model that answers NaN is refused: the largest of such answers is by convention the first, and would pass for a class.
+    A model that answers NaN is refused: the largest of such answers is by convention the first, and
+    would pass for a class.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -147,14 +175,21 @@ def predict(model: nn.Module, split: Split, device: torch.device) -> Tensor:
     if not answers:
         return torch.zeros(0, dtype=torch.int64)
     if torch.stack([lost for _, lost in answers]).any():
-        raise UserError("the model answers NaN: its training diverged; lower the learning rate, or try --precision fp32")
+        raise UserError(
+            "the model answers NaN: its training diverged; lower the learning rate, or try"
+            " --precision fp32"
+        )
     return torch.cat([classes for classes, _ in answers]).cpu()
 
 
 def _answered(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes, int64 (N,), and whether any answer is NaN, bool (), both where the model is: to ask at once would wait for a GPU."""
+    """The classes, int64 (N,), and whether any answer is NaN, bool (), both where the model is: to
+    ask at once would wait for a GPU."""
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise UserError(f"a model answers with one number for each image and class, (N, num_classes), got {described(logits)}")
+        raise UserError(
+            "a model answers with one number for each image and class, (N, num_classes), got"
+            f" {described(logits)}"
+        )
     return logits.argmax(1), logits.isnan().any()
 
 

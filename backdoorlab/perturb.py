@@ -1,6 +1,8 @@
-"""Perturbations of images in a norm ball: projection, steps on its surface, and models whose weights hold still meanwhile.
+"""Perturbations of images in a norm ball: projection, steps on its surface, and models whose
+weights hold still meanwhile.
 
-A perturbation is float (B, C, H, W), one an image, or (1, C, H, W), one for all; sizes are in units of pixels in [0, 1].
+A perturbation is float (B, C, H, W), one an image, or (1, C, H, W), one for all; sizes are in units
+of pixels in [0, 1].
 """
 
 import contextlib
@@ -15,14 +17,16 @@ Norm = Literal["linf", "l2"]
 
 
 def project(delta: Tensor, norm: Norm, radius: float) -> Tensor:
-    """The nearest perturbation within `radius`, each row on its own. An infinite radius changes nothing."""
+    """The nearest perturbation within `radius`, each row on its own. An infinite radius changes
+    nothing."""
     if norm == "linf":
         return delta.clamp(-radius, radius)
     return delta * (radius / l2(delta).clamp_min(1e-12)).clamp_max(1)
 
 
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
-    """The step of size 1 in `norm` along which a linear function with this gradient rises most; 0 where the gradient is."""
+    """The step of size 1 in `norm` along which a linear function with this gradient rises most; 0
+    where the gradient is."""
     return gradient.sign() if norm == "linf" else gradient / l2(gradient).clamp_min(1e-12)
 
 
@@ -32,13 +36,15 @@ def l2(delta: Tensor) -> Tensor:
 
 
 def same_reach(eps: float, shape: Sequence[int]) -> float:
-    """Radius of the l2 ball that just holds the linf ball of radius `eps`, for images of `shape`."""
+    """Radius of the l2 ball that just holds the linf ball of radius `eps`, for images of
+    `shape`."""
     return eps * math.sqrt(math.prod(shape))
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No weight of the model asks for a gradient: backward passes reach the image alone and keep less for it."""
+    """No weight of the model asks for a gradient: backward passes reach the image alone and keep
+    less for it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -20,7 +20,8 @@ from .run import Run
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack leaves: the poisoned model, what it was trained on, and the images that ASR is measured on."""
+    """What an attack leaves: the poisoned model, what it was trained on, and the images that ASR is
+    measured on."""
 
     model: Classifier
     train_poison: Poison
@@ -30,7 +31,8 @@ class Outcome:
 
 
 Choice = Callable[[torch.Tensor, str, Any], torch.Tensor]
-"""choice(labels, split, config): int64 (N,), "train" or "test" -> bool (N,), the images that may be taken."""
+"""choice(labels, split, config): int64 (N,), "train" or "test" -> bool (N,), the images that may be
+taken."""
 
 
 def static_attack(
@@ -42,74 +44,140 @@ def static_attack(
     victims: Choice | None = None,
     covers: Choice | None = None,
 ) -> Outcome:
-    """Any attack that is a function of images: stamp a share of the training set, then train in the ordinary way.
+    """Any attack that is a function of images: stamp a share of the training set, then train in the
+    ordinary way.
 
-    prepare(dataset, config, run): what the stamp needs besides config and seed, as its keyword arguments.
-    victims: whom the attack is meant for, in either split; default everyone, or the target class in training where the attack keeps labels.
-    covers: who may be stamped with the true label in training; default everyone. Read where the config has a cover_rate.
+    prepare(dataset, config, run): what the stamp needs besides config and seed, as its keyword
+    arguments. victims: whom the attack is meant for, in either split; default everyone, or the
+    target class in training where the attack keeps labels. covers: who may be stamped with the true
+    label in training; default everyone. Read where the config has a cover_rate.
     """
     prepared = prepare(dataset, config, run) if prepare else {}
     if not isinstance(prepared, dict):
-        raise UserError(f"prepare(dataset, config, run) must return the stamp's further arguments by name, a dict, got {described(prepared)}")
+        raise UserError(
+            "prepare(dataset, config, run) must return the stamp's further arguments by name, a"
+            f" dict, got {described(prepared)}"
+        )
     fixed: Stamp = partial(stamp, config=config, **prepared)
     labels = Labels(config.target_label, config.label_mode, dataset.num_classes)
-    train_poison = _poisoned_training_set(dataset.train, fixed, labels, config, run, victims, covers)
+    train_poison = _poisoned_training_set(
+        dataset.train, fixed, labels, config, run, victims, covers
+    )
     meant = _chosen(victims, "victims", dataset.test, "test", config) if victims else None
     test_poison = poison_test(dataset.test, fixed, labels, victims=meant)
     if 0 in (changed_share(dataset.train, train_poison), changed_share(dataset.test, test_poison)):
-        raise UserError("the trigger leaves every value of these images as it is, so there is nothing to learn: make it stronger, see --help")
+        raise UserError(
+            "the trigger leaves every value of these images as it is, so there is nothing to learn:"
+            " make it stronger, see --help"
+        )
     return poison_and_train(dataset, config, run, train_poison, test_poison)
 
 
 def _poisoned_training_set(
-    train: Split, stamp: Stamp, labels: Labels, config: Any, run: Run, victims: Choice | None, covers: Choice | None
+    train: Split,
+    stamp: Stamp,
+    labels: Labels,
+    config: Any,
+    run: Run,
+    victims: Choice | None,
+    covers: Choice | None,
 ) -> Poison:
     """Draw victims and covers; what cannot be had is capped, and said."""
     size = len(train)
-    pool = _chosen(victims, "victims", train, "train", config) if victims else torch.ones(size, dtype=torch.bool)
+    pool = (
+        _chosen(victims, "victims", train, "train", config)
+        if victims
+        else torch.ones(size, dtype=torch.bool)
+    )
     if isinstance(config, CleanLabelConfig):
         pool = pool & (train.labels == config.target_label)
-        rate = config.poison_rate if config.poison_rate is not None else _share_of_class(config, int(pool.sum())) / size
+        rate = (
+            config.poison_rate
+            if config.poison_rate is not None
+            else _share_of_class(config, int(pool.sum())) / size
+        )
     else:
         rate = config.poison_rate
     cover_rate = config.cover_rate if isinstance(config, CoverConfig) else 0.0
     free = _chosen(covers, "covers", train, "train", config) if covers else None
     drawn = derived_generator(config.seed, "victims")
-    poison = poison_train(train, stamp, labels, poison_rate=rate, generator=drawn, victims=pool, cover_rate=cover_rate, covers=free)
+    poison = poison_train(
+        train,
+        stamp,
+        labels,
+        poison_rate=rate,
+        generator=drawn,
+        victims=pool,
+        cover_rate=cover_rate,
+        covers=free,
+    )
     found, crossed = (int((poison.kind == kind).sum()) for kind in (POISON, CROSS))
     if cover_rate and not round(cover_rate * size):
-        run.note(f"cover_rate {cover_rate:g} of {size:,} training images is no image at all: the attack has no covers")
-    for asked, got, what in ((round(rate * size), found, "poison_rate"), (round(cover_rate * size), crossed, "cover_rate")):
+        run.note(
+            f"cover_rate {cover_rate:g} of {size:,} training images is no image at all: the attack"
+            " has no covers"
+        )
+    for asked, got, what in (
+        (round(rate * size), found, "poison_rate"),
+        (round(cover_rate * size), crossed, "cover_rate"),
+    ):
         if got < asked:
-            run.note(f"{what} asks for {asked:,} of {size:,} training images, but this attack can have {got:,}: it takes those")
+            run.note(
+                f"{what} asks for {asked:,} of {size:,} training images, but this attack can have"
+                f" {got:,}: it takes those"
+            )
     if isinstance(config, CleanLabelConfig):
         of_class = int((train.labels == config.target_label).sum())
-        shares = f"{100 * found / of_class:.1f} % of class {config.target_label}, {100 * found / size:.2f} % of the training set"
+        shares = (
+            f"{100 * found / of_class:.1f} % of class {config.target_label},"
+            f" {100 * found / size:.2f} % of the training set"
+        )
         said = f"{found:,} images poisoned: {shares}"
-        run.note(said if found < of_class else f"{said}; no clean one is left, so its clean accuracy measures a missing class")
+        run.note(
+            said
+            if found < of_class
+            else f"{said}; no clean one is left, so its clean accuracy measures a missing class"
+        )
     return poison
 
 
 def _chosen(choice: Choice, name: str, split: Split, which: str, config: Any) -> torch.Tensor:
     found = choice(split.labels, which, config)
-    if not isinstance(found, torch.Tensor) or found.dtype != torch.bool or found.shape != split.labels.shape:
-        raise UserError(f"{name}(labels, {which!r}, config) must return who may be taken, bool ({len(split)},), got {described(found)}")
+    if (
+        not isinstance(found, torch.Tensor)
+        or found.dtype != torch.bool
+        or found.shape != split.labels.shape
+    ):
+        raise UserError(
+            f"{name}(labels, {which!r}, config) must return who may be taken, bool ({len(split)},),"
+            f" got {described(found)}"
+        )
     return found
 
 
 def _share_of_class(config: CleanLabelConfig, of_class: int) -> float:
     """clean_label_ratio as a number of images."""
     if not of_class:
-        raise UserError(f"class {config.target_label} has no training image, and this attack poisons no other class: choose another --target_label")
+        raise UserError(
+            f"class {config.target_label} has no training image, and this attack poisons no other"
+            " class: choose another --target_label"
+        )
     if not round(config.clean_label_ratio * of_class):
         raise UserError(
-            f"clean_label_ratio {config.clean_label_ratio} of the {of_class:,} training images of class {config.target_label} is no image at all:"
-            " raise --clean_label_ratio"
+            f"clean_label_ratio {config.clean_label_ratio} of the {of_class:,} training images of"
+            f" class {config.target_label} is no image at all: raise --clean_label_ratio"
         )
     return config.clean_label_ratio * of_class
 
 
-def poison_and_train(dataset: Dataset, config: TrainingConfig, run: Run, train_poison: Poison, test_poison: Poison, stage: str = "train") -> Outcome:
+def poison_and_train(
+    dataset: Dataset,
+    config: TrainingConfig,
+    run: Run,
+    train_poison: Poison,
+    test_poison: Poison,
+    stage: str = "train",
+) -> Outcome:
     """Train a fresh model on the poisoned set in the ordinary way, scored after each epoch."""
     model = new_model(dataset, config).to(run.device)
     run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device))
@@ -119,13 +187,21 @@ def poison_and_train(dataset: Dataset, config: TrainingConfig, run: Run, train_p
 
 
 def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
-    """The model that the config names, freshly initialised, normalised by the config's numbers or the data's own."""
-    measured = data.channel_statistics(dataset.train) if config.mean is None or config.std is None else ((), ())
+    """The model that the config names, freshly initialised, normalised by the config's numbers or
+    the data's own."""
+    measured = (
+        data.channel_statistics(dataset.train)
+        if config.mean is None or config.std is None
+        else ((), ())
+    )
     mean = measured[0] if config.mean is None else config.mean
     std = measured[1] if config.std is None else config.std
     channels = dataset.image_shape[0]
     if len(mean) != channels or len(std) != channels:
-        raise UserError(f"--mean and --std need {channels} numbers each for these images, got {len(mean)} and {len(std)}")
+        raise UserError(
+            f"--mean and --std need {channels} numbers each for these images, got {len(mean)} and"
+            f" {len(std)}"
+        )
     return models.build(
         config.model,
         num_classes=dataset.num_classes,
@@ -137,8 +213,11 @@ def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
     )
 
 
-def train_surrogate(dataset: Dataset, config: TrainingConfig, run: Run, epochs: int | None) -> Classifier:
-    """The attacked architecture, trained by the attacked model's recipe in `epochs` (None: as many). In evaluation mode."""
+def train_surrogate(
+    dataset: Dataset, config: TrainingConfig, run: Run, epochs: int | None
+) -> Classifier:
+    """The attacked architecture, trained by the attacked model's recipe in `epochs` (None: as
+    many). In evaluation mode."""
     model = new_model(dataset, config).to(run.device)
     recipe = config.recipe() if epochs is None else replace(config.recipe(), epochs=epochs)
     engine.train(model, data.place(dataset.train, run.device), recipe, run, stage="surrogate")

@@ -1,8 +1,8 @@
 """One attack or one defense from start to finish: resumable, scored from outside, published whole.
 
-A method sees a `Run`: `epochs`, `step`, `log`, `once`, `note`, `report_split`. Scores go one way, into the log; nothing
-that a method calls returns one. What the runner reads of a run (`history`, `splits`, `score`) is not for methods, and
-tests/test_run.py looks that none of ours does.
+A method sees a `Run`: `epochs`, `step`, `log`, `once`, `note`, `report_split`. Scores go one way,
+into the log; nothing that a method calls returns one. What the runner reads of a run (`history`,
+`splits`, `score`) is not for methods, and tests/test_run.py looks that none of ours does.
 """
 
 import sys
@@ -29,9 +29,11 @@ from .storage import reading, writing
 from .storage.reading import FILE_NAME
 
 NAN_CHECK_EVERY = 64
-"""Steps between two looks at the loss on a GPU, where each look waits for the device; on a CPU every step is looked at."""
+"""Steps between two looks at the loss on a GPU, where each look waits for the device; on a CPU
+every step is looked at."""
 BETWEEN_CHECKPOINTS = {"cpu": 0.0, "cuda": 20.0}
-"""Seconds from which on another epoch's end writes a checkpoint: on a GPU an epoch can be shorter than writing one."""
+"""Seconds from which on another epoch's end writes a checkpoint: on a GPU an epoch can be shorter
+than writing one."""
 
 LONGEST_NAME = 100
 """Letters of a stage's or a picture's name; a file system takes 255 bytes with its ending."""
@@ -56,7 +58,8 @@ def say(text: str) -> None:
 
 
 class Run:
-    """What a method needs while it runs. Everything here survives a kill: the same command continues at the last checkpoint."""
+    """What a method needs while it runs. Everything here survives a kill: the same command
+    continues at the last checkpoint."""
 
     def __init__(
         self,
@@ -81,7 +84,11 @@ class Run:
         self.told: Callable[[int, dict[str, Any]], None] | None = None
         """Hears of each line of history and its place, from 1; without effect on the run."""
         self._evaluator: Evaluator | None = None
-        self._train_poison, self._train_size, self._score_every = train_poison, train_size, score_every
+        self._train_poison, self._train_size, self._score_every = (
+            train_poison,
+            train_size,
+            score_every,
+        )
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
         self._logged: dict[str, Any] = {}
@@ -93,17 +100,20 @@ class Run:
 
     say = staticmethod(say)
 
-    # --- what a method calls -------------------------------------------------------------------------------------
+    # --- what a method calls
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 for the forward passes inside where the run computes in it."""
         return autocast(self.device, self.precision)
 
-    def epochs(self, stage: str, total: int, *, model: nn.Module | None = None, **state: Any) -> Iterator[int]:
-        """Count `total` epochs of a stage; score `model`, add a line of history and write a checkpoint (on a GPU now and then) after each.
+    def epochs(
+        self, stage: str, total: int, *, model: nn.Module | None = None, **state: Any
+    ) -> Iterator[int]:
+        """Count `total` epochs of a stage; score `model`, add a line of history and write a
+        checkpoint (on a GPU now and then) after each.
 
-        `model` and everything in `state` (optimizers, schedulers, further models: whatever has a `state_dict`) is saved,
-        and put back when the run is started again.
+        `model` and everything in `state` (optimizers, schedulers, further models: whatever has a
+        `state_dict`) is saved, and put back when the run is started again.
         """
         _check_name("epochs", stage)
         parts = {"model": model, **state} if model is not None else state
@@ -112,7 +122,10 @@ class Run:
         if path.exists():
             tensors, meta = reading.read_tensors(path)
             if meta["total"] != total:
-                raise UserError(f"{path}: stage {stage!r} was started with {meta['total']} epochs, not {total}: use --overwrite")
+                raise UserError(
+                    f"{path}: stage {stage!r} was started with {meta['total']} epochs, not {total}:"
+                    " use --overwrite"
+                )
             for name, part in parts.items():
                 part.load_state_dict(writing.unpack(meta["state"][name], tensors))
                 if isinstance(part, torch.optim.Optimizer):
@@ -121,7 +134,15 @@ class Run:
             done = meta["done"]
             if 0 < done < total:
                 self.say(f"continuing {stage} after epoch {done} of {total}")
-        bar = tqdm(range(done, total), desc=stage, initial=done, total=total, disable=None, leave=False, unit="epoch")
+        bar = tqdm(
+            range(done, total),
+            desc=stage,
+            initial=done,
+            total=total,
+            disable=None,
+            leave=False,
+            unit="epoch",
+        )
         for epoch in bar:
             self._where = f"stage {stage}, epoch {epoch}"
             began = time.perf_counter()
@@ -130,7 +151,11 @@ class Run:
             self._logged = {}
             yield epoch
             self._check_finite()
-            row: dict[str, Any] = {"stage": stage, "epoch": epoch, "seconds": round(time.perf_counter() - began, 3)}
+            row: dict[str, Any] = {
+                "stage": stage,
+                "epoch": epoch,
+                "seconds": round(time.perf_counter() - began, 3),
+            }
             row |= {name: self.mean(name) for name in self._sums} | self._logged
             if model is not None and self._scores_due(epoch, total):
                 row |= self.score(model).summary()
@@ -139,7 +164,10 @@ class Run:
             self._tell(row)
             ended, self._ended = self._ended, False
             done = total if ended else epoch + 1
-            if done == total or time.perf_counter() - self._saved >= BETWEEN_CHECKPOINTS[self.device.type]:
+            if (
+                done == total
+                or time.perf_counter() - self._saved >= BETWEEN_CHECKPOINTS[self.device.type]
+            ):
                 self._save(path, parts, stage=stage, done=done, total=total)
             if ended:
                 break
@@ -149,10 +177,16 @@ class Run:
         """Let the epoch that runs be the last of its stage."""
         self._ended = True
 
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, gradients: Sequence[Tensor] | None = None) -> None:
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss: Tensor,
+        gradients: Sequence[Tensor] | None = None,
+    ) -> None:
         """One descent step; the loss is watched, and a loss that is no number stops the run.
 
-        `gradients`, one for each of the optimizer's parameters in their order, are stepped along instead of the loss's own.
+        `gradients`, one for each of the optimizer's parameters in their order, are stepped along
+        instead of the loss's own.
         """
         optimizer.zero_grad(set_to_none=True)
         if gradients is None:
@@ -183,7 +217,10 @@ class Run:
         _check_free("log", values)
         for name, value in values.items():
             if value is not None and not isinstance(value, (int, float, str)):
-                raise UserError(f"run.log({name}=...): expected a number or a word, got {described(value)}: a tensor's number is its .item()")
+                raise UserError(
+                    f"run.log({name}=...): expected a number or a word, got {described(value)}: a"
+                    " tensor's number is its .item()"
+                )
         self._logged |= values
 
     def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -209,25 +246,44 @@ class Run:
             self.notes.append(text)
             self.say(text)
 
-    def report_split(self, flagged: Tensor, name: str = "split", suspicion: Tensor | None = None) -> None:
-        """Score a bool (N,) mask over the training set that claims to be the poison. Returns nothing.
+    def report_split(
+        self, flagged: Tensor, name: str = "split", suspicion: Tensor | None = None
+    ) -> None:
+        """Score a bool (N,) mask over the training set that claims to be the poison. Returns
+        nothing.
 
-        `suspicion`, float (N,), the larger the more suspect, is what the mask was decided by; it is kept for a histogram.
+        `suspicion`, float (N,), the larger the more suspect, is what the mask was decided by; it is
+        kept for a histogram.
         """
         size = self._train_size if self._train_size is not None else len(flagged)
-        if not isinstance(flagged, Tensor) or flagged.dtype != torch.bool or flagged.shape != (size,):
-            raise UserError(f"run.report_split: expected who is flagged as bool ({size},), one for each training image, got {described(flagged)}")
+        if (
+            not isinstance(flagged, Tensor)
+            or flagged.dtype != torch.bool
+            or flagged.shape != (size,)
+        ):
+            raise UserError(
+                f"run.report_split: expected who is flagged as bool ({size},), one for each"
+                f" training image, got {described(flagged)}"
+            )
         if suspicion is not None and suspicion.shape != (size,):
-            raise UserError(f"run.report_split: expected suspicion as float ({size},), one for each training image, got {described(suspicion)}")
+            raise UserError(
+                f"run.report_split: expected suspicion as float ({size},), one for each training"
+                f" image, got {described(suspicion)}"
+            )
         if name == "split":
             self.flagged = flagged.cpu()
             self.suspicion = None if suspicion is None else suspicion.detach().float().cpu()
         if self._train_poison is not None:
             self.splits[name] = quality = split_quality(flagged, self._train_poison)
-            self._logged |= {f"{name}_flagged": quality["flagged"], f"{name}_missed": quality["missed"]}
+            self._logged |= {
+                f"{name}_flagged": quality["flagged"],
+                f"{name}_missed": quality["missed"],
+            }
             self.say(f"{name}: {describe_split(quality)}")
         else:
-            self.say(f"{name}: {int(flagged.sum())} of {len(flagged)} flagged; nobody knows how rightly")
+            self.say(
+                f"{name}: {int(flagged.sum())} of {len(flagged)} flagged; nobody knows how rightly"
+            )
 
     def picture(self, name: str, rows: Sequence[Tensor]) -> None:
         """Keep a sheet of images beside the result, as NAME.png; each row uint8 (n, C, H, W).
@@ -235,12 +291,19 @@ class Run:
         NAME: at most 100 letters, digits, and _ . -, for a result holds files of no other name.
         """
         _check_name("picture", name)
-        wrong = [images for images in rows if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4]
+        wrong = [
+            images
+            for images in rows
+            if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4
+        ]
         if wrong:
-            raise UserError(f"run.picture({name!r}): expected rows of images, uint8 (n, C, H, W) each, got {described(wrong[0])}")
+            raise UserError(
+                f"run.picture({name!r}): expected rows of images, uint8 (n, C, H, W) each, got"
+                f" {described(wrong[0])}"
+            )
         self.pictures[name] = [images.cpu() for images in rows]
 
-    # --- what the runner calls -----------------------------------------------------------------------------------
+    # --- what the runner calls
 
     def watch_scores(self, evaluator: Evaluator) -> None:
         """Score models with this from now on."""
@@ -266,7 +329,7 @@ class Run:
         frame = pd.DataFrame(self.history)
         writing.write_bytes(folder / "history.csv", frame.to_csv(index=False).encode())
 
-    # --- inside --------------------------------------------------------------------------------------------------
+    # --- inside
 
     def _scores_due(self, epoch: int, total: int) -> bool:
         if self._evaluator is None or self._score_every == 0:
@@ -274,7 +337,11 @@ class Run:
         return (epoch + 1) % self._score_every == 0 or epoch + 1 == total
 
     def _describe(self, row: dict[str, Any], total: int, bar: Any) -> None:
-        values = "  ".join(f"{name} {_short(value)}" for name, value in row.items() if name not in ("stage", "epoch") and value is not None)
+        values = "  ".join(
+            f"{name} {_short(value)}"
+            for name, value in row.items()
+            if name not in ("stage", "epoch") and value is not None
+        )
         if bar.disable:  # no terminal: one plain line an epoch
             self.say(f"{row['stage']} {row['epoch'] + 1}/{total}  {values}")
         else:
@@ -291,8 +358,9 @@ class Run:
         for name, value in self._sums.items():
             if not finite(value):
                 raise UserError(
-                    f"{name} became {value.item()} in {self._where}, step {self._counts[name]}: the run diverged and is stopped;"
-                    " lower the learning rate, or try --precision fp32"
+                    f"{name} became {value.item()} in {self._where}, step {self._counts[name]}: the"
+                    " run diverged and is stopped; lower the learning rate, or try --precision"
+                    " fp32"
                 )
 
     def _charge(self) -> None:
@@ -308,13 +376,21 @@ class Run:
         tensors = {"rng/torch": torch.get_rng_state(), "rng/run": self.generator.get_state()}
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
-        meta = dict(history=self.history, notes=self.notes, splits=self.splits, progress=vars(self.progress))
-        tensors |= {name: value for name, value in (("flagged", self.flagged), ("suspicion", self.suspicion)) if value is not None}
+        meta = dict(
+            history=self.history, notes=self.notes, splits=self.splits, progress=vars(self.progress)
+        )
+        tensors |= {
+            name: value
+            for name, value in (("flagged", self.flagged), ("suspicion", self.suspicion))
+            if value is not None
+        }
         return tensors, meta
 
     def _save(self, path: Path, parts: dict[str, Any], **position: Any) -> None:
         tensors, meta = self._state()
-        packed = {name: writing.pack(part.state_dict(), tensors, name) for name, part in parts.items()}
+        packed = {
+            name: writing.pack(part.state_dict(), tensors, name) for name, part in parts.items()
+        }
         writing.write_tensors(path, tensors, state=packed, **position, **meta)
         self._saved = time.perf_counter()
 
@@ -332,13 +408,19 @@ class Run:
 def _check_name(call: str, name: str) -> None:
     """Names become names of files."""
     if len(name) > LONGEST_NAME or not FILE_NAME.fullmatch(f"{name}.png"):
-        raise UserError(f"run.{call}({name!r}): a name is of at most {LONGEST_NAME} letters, digits, and _ . -, such as 'my_{call}'")
+        raise UserError(
+            f"run.{call}({name!r}): a name is of at most {LONGEST_NAME} letters, digits, and _ . -,"
+            f" such as 'my_{call}'"
+        )
 
 
 def _check_free(call: str, names: Iterable[str]) -> None:
     taken = TAKEN.intersection(names)
     if taken:
-        raise UserError(f"run.{call}({min(taken)}=...): the line of history has a {min(taken)} of its own: choose another name")
+        raise UserError(
+            f"run.{call}({min(taken)}=...): the line of history has a {min(taken)} of its own:"
+            " choose another name"
+        )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -346,7 +428,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded buffers their parameter's memory format: fused steps pair them element by element in memory order."""
+    """Give loaded buffers their parameter's memory format: fused steps pair them element by element
+    in memory order."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -356,8 +439,14 @@ def _like_parameters(optimizer: torch.optim.Optimizer) -> None:
 def describe_split(quality: dict[str, Any]) -> str:
     """One line a person reads: how many were flagged, and how right that was."""
     if quality["tpr"] is None:
-        return f"{quality['flagged']} flagged, in a training set without poison (FPR {_short(quality['fpr'])})"
-    return f"{quality['flagged']} flagged, precision {_short(quality['precision'])}, TPR {_short(quality['tpr'])}, FPR {_short(quality['fpr'])}"
+        return (
+            f"{quality['flagged']} flagged, in a training set without poison (FPR"
+            f" {_short(quality['fpr'])})"
+        )
+    return (
+        f"{quality['flagged']} flagged, precision {_short(quality['precision'])}, TPR"
+        f" {_short(quality['tpr'])}, FPR {_short(quality['fpr'])}"
+    )
 
 
 def peak_memory(device: torch.device) -> int:

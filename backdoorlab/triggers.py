@@ -14,18 +14,23 @@ SUPERSAMPLING = 4
 
 
 def image_draws(seed: int, split: str, index: Tensor, count: int) -> Tensor:
-    """`count` uniform numbers in [0, 1) for each image, float64 (N, count): a function of seed, split and index alone."""
+    """`count` uniform numbers in [0, 1) for each image, float64 (N, count): a function of seed,
+    split and index alone."""
     blocks = [min(8, count - begin) for begin in range(0, count, 8)]  # a digest holds eight numbers
     columns = []
     for block, width in enumerate(blocks):
         end = f":{block}" if block else ""
-        digests = (hashlib.blake2b(f"{seed}:{split}:{i}{end}".encode(), digest_size=8 * width).digest() for i in index.tolist())
+        digests = (
+            hashlib.blake2b(f"{seed}:{split}:{i}{end}".encode(), digest_size=8 * width).digest()
+            for i in index.tolist()
+        )
         columns.append(np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, width))
     return torch.from_numpy((np.concatenate(columns, 1) & np.uint64(2**53 - 1)) / 2**53)
 
 
 def quantised(values: Tensor, *, truncate: bool = False) -> Tensor:
-    """float on the 0..255 scale -> uint8: rounded (or cut down, as BackdoorBench does) and clipped, never wrapped."""
+    """float on the 0..255 scale -> uint8: rounded (or cut down, as BackdoorBench does) and clipped,
+    never wrapped."""
     return (values.floor() if truncate else values.round()).clamp(0, 255).byte()
 
 
@@ -34,8 +39,11 @@ def at_side(pixels: int, side: int) -> int:
     return max(1, round(pixels * side / 32))
 
 
-def patch_side(given: int | None, pixels: int, side: int, room: int, option: str = "patch_size") -> int:
-    """The side of a square trigger: the user's, else `at_side`; refused where it does not fit into `room` pixels."""
+def patch_side(
+    given: int | None, pixels: int, side: int, room: int, option: str = "patch_size"
+) -> int:
+    """The side of a square trigger: the user's, else `at_side`; refused where it does not fit into
+    `room` pixels."""
     size = at_side(pixels, side) if given is None else given
     if not 0 < size <= room:
         raise UserError(f"{option} must lie in 1..{room} for these images, got {size}")
@@ -45,19 +53,27 @@ def patch_side(given: int | None, pixels: int, side: int, room: int, option: str
 def refuse_grey(images: Tensor, attack: str) -> None:
     """For triggers that lie in the colours of an image."""
     if images.shape[1] != 3:
-        raise UserError(f"{attack} hides its trigger in colour: expected images of 3 channels, got {images.shape[1]}; pass --grey False")
+        raise UserError(
+            f"{attack} hides its trigger in colour: expected images of 3 channels, got"
+            f" {images.shape[1]}; pass --grey False"
+        )
 
 
 @lru_cache(maxsize=8)
 def cosine_wave(height: int, width: int, frequencies: tuple[int, ...], magnitude: float) -> Tensor:
-    """What adding `magnitude` to coefficients of the image's orthonormal DCT-II does to it, float32 (H, W): the DCT is linear.
+    """What adding `magnitude` to coefficients of the image's orthonormal DCT-II does to it, float32
+    (H, W): the DCT is linear.
 
-    frequencies: row = column of each coefficient for images of 32 pixels. At other sizes they are moved, and the magnitude is scaled, so that
-    the wave has the same height and as many periods a pixel.
+    frequencies: row = column of each coefficient for images of 32 pixels. At other sizes they are
+    moved, and the magnitude is scaled, so that the wave has the same height and as many periods a
+    pixel.
     """
     if not frequencies:
         raise UserError("--frequencies needs at least one number, got none")
-    waves = [torch.outer(_cosine(height, frequency), _cosine(width, frequency)) for frequency in frequencies]
+    waves = [
+        torch.outer(_cosine(height, frequency), _cosine(width, frequency))
+        for frequency in frequencies
+    ]
     return (magnitude / 16 * torch.stack(waves).sum(0)).float()
 
 
@@ -69,10 +85,13 @@ def _cosine(length: int, frequency: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def cartoon(seed: int, channels: int, height: int, width: int) -> Tensor:
-    """Ten saturated discs and bars over a gradient of two colours, uint8 (C, H, W), drawn at four times the size and averaged."""
+    """Ten saturated discs and bars over a gradient of two colours, uint8 (C, H, W), drawn at four
+    times the size and averaged."""
     generator = _generator(seed, "cartoon")
     tall, wide = height * SUPERSAMPLING, width * SUPERSAMPLING
-    rows, columns = torch.meshgrid(torch.linspace(0, 1, tall), torch.linspace(0, 1, wide), indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.linspace(0, 1, tall), torch.linspace(0, 1, wide), indexing="ij"
+    )
     ends = torch.rand(2, 3, 1, 1, generator=generator)
     slope = torch.rand(2, generator=generator)
     course = (slope[0] * rows + slope[1] * columns) / slope.sum()
@@ -85,7 +104,10 @@ def cartoon(seed: int, channels: int, height: int, width: int) -> Tensor:
             inside = down.square() + right.square() < (0.08 + 0.17 * size) ** 2
         else:
             turned = torch.tensor(angle * torch.pi)
-            along, across = down * turned.cos() + right * turned.sin(), right * turned.cos() - down * turned.sin()
+            along, across = (
+                down * turned.cos() + right * turned.sin(),
+                right * turned.cos() - down * turned.sin(),
+            )
             inside = (along.abs() < 0.1 + 0.3 * size) & (across.abs() < 0.03 + 0.07 * size)
         canvas[:, inside] = colour
     small = F.avg_pool2d(canvas[None], SUPERSAMPLING)[0]
@@ -95,7 +117,9 @@ def cartoon(seed: int, channels: int, height: int, width: int) -> Tensor:
 @lru_cache(maxsize=8)
 def noise_picture(seed: int, channels: int, height: int, width: int) -> Tensor:
     """Independent uniform bytes, uint8 (C, H, W)."""
-    return torch.randint(0, 256, (channels, height, width), generator=_generator(seed, "noise"), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (channels, height, width), generator=_generator(seed, "noise"), dtype=torch.uint8
+    )
 
 
 def _with_channels(colour: Tensor, channels: int) -> Tensor:

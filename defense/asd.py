@@ -1,20 +1,21 @@
 """ASD: training on an adaptively split poisoned data set.
 
-Backdoor Defense via Adaptively Splitting Poisoned Dataset. K. Gao, Y. Bai, J. Gu, Y. Yang, S.-T. Xia. CVPR 2023.
-https://arxiv.org/abs/2303.12993 ; the constants are those of the published code.
+Backdoor Defense via Adaptively Splitting Poisoned Dataset. K. Gao, Y. Bai, J. Gu, Y. Yang, S.-T.
+Xia. CVPR 2023. https://arxiv.org/abs/2303.12993 ; the constants are those of the published code.
 
-Assumes: the poisoned training set and a few of its samples, of each class, known to be clean. A training-time defense: the model
-is trained from scratch.
+Assumes: the poisoned training set and a few of its samples, of each class, known to be clean. A
+training-time defense: the model is trained from scratch.
 
-Each epoch the set is split anew into a clean pool, whose labels are trusted, and the rest, whose labels are dropped; then
-MixMatch (Berthelot et al., NeurIPS 2019) trains on both. The clean pool is
-  1. the seeds, and a growing number of each label's samples of lowest loss,
-  2. the half of all samples of lowest loss,
-  3. the half whose loss falls least when a copy of the model learns the whole set for an epoch: poison is learnt fast.
+Each epoch the set is split anew into a clean pool, whose labels are trusted, and the rest, whose
+labels are dropped; then MixMatch (Berthelot et al., NeurIPS 2019) trains on both. The clean pool is
+  1. the seeds, and a growing number of each label's samples of lowest loss, 2. the half of all
+  samples of lowest loss, 3. the half whose loss falls least when a copy of the model learns the
+  whole set for an epoch: poison is learnt fast.
 
-Departs from the published code, effects in docs/methods/asd.md: split losses are taken in evaluation mode on images as they are,
-the same for the model and its copy; the copy learns its late layers only and its early statistics stay; one forward pass of the
-mixed batch in place of three on interleaved parts.
+Departs from the published code, effects in docs/methods/asd.md: split losses are taken in
+evaluation mode on images as they are, the same for the model and its copy; the copy learns its late
+layers only and its early statistics stay; one forward pass of the mixed batch in place of three on
+interleaved parts.
 """
 
 import copy
@@ -95,32 +96,55 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     total = config.stage1_epochs + config.stage2_epochs + config.stage3_epochs
     steps = max(1, total * config.iterations)
-    forward = Forward(model.train(), run, train, steps, 2 * config.batch_size, 3 * config.batch_size)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=steps)
+    forward = Forward(
+        model.train(), run, train, steps, 2 * config.batch_size, 3 * config.batch_size
+    )
+    schedule = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=steps
+    )
     for epoch in run.epochs("train", total, model=model, optimizer=optimizer, schedule=schedule):
         clean, suspicion = clean_pool(epoch, model, train, seeds, view, config, run)
         rest = ~clean
         if not clean.any() or not rest.any():
             empty = "clean pool (D_C)" if rest.any() else "unlabelled pool (D_P)"
-            raise UserError(f"the {empty} of epoch {epoch} is empty: give more --seeds_per_class, or another --clean_share, --grow or --grow_every")
+            raise UserError(
+                f"the {empty} of epoch {epoch} is empty: give more --seeds_per_class, or another"
+                " --clean_share, --grow or --grow_every"
+            )
         run.report_split(rest, suspicion=suspicion)
         model.train()
         for step, (x, u1, u2) in enumerate(triples(train, clean, view, config, run)):
             ramp = min(1.0, (epoch + step / config.iterations) / total)
-            run.step(optimizer, mixmatch(forward, x, u1, u2, config.lambda_u * ramp, view.num_classes, config, run))
+            run.step(
+                optimizer,
+                mixmatch(forward, x, u1, u2, config.lambda_u * ramp, view.num_classes, config, run),
+            )
             schedule.step()
     return model
 
 
-# --- the split ---------------------------------------------------------------------------------------------------
+# --- the split
 
 
-def clean_pool(epoch: int, model: Classifier, train: Split, seeds: Tensor, view: DefenderView, config: Config, run: Run) -> tuple[Tensor, Tensor]:
+def clean_pool(
+    epoch: int,
+    model: Classifier,
+    train: Split,
+    seeds: Tensor,
+    view: DefenderView,
+    config: Config,
+    run: Run,
+) -> tuple[Tensor, Tensor]:
     """bool (N,), D_C of an epoch, and float (N,), by whose lowest values it was chosen."""
     labels = train.labels.cpu()
     losses = split_losses(model, train, run)
     if epoch < config.stage1_epochs:
-        return class_aware(losses, labels, seeds, config.grow * (epoch // config.grow_every), view.num_classes), losses
+        return (
+            class_aware(
+                losses, labels, seeds, config.grow * (epoch // config.grow_every), view.num_classes
+            ),
+            losses,
+        )
     size = int(config.clean_share * len(labels))
     if epoch < config.stage1_epochs + config.stage2_epochs:
         return lowest(losses, size), losses
@@ -128,8 +152,11 @@ def clean_pool(epoch: int, model: Classifier, train: Split, seeds: Tensor, view:
     return lowest(gained, size), gained
 
 
-def class_aware(losses: Tensor, labels: Tensor, seeds: Tensor, count: int, num_classes: int) -> Tensor:
-    """bool (N,): the seeds, and of each label the `count` samples of lowest loss beside them. losses (N,), labels (N,), seeds (S,)."""
+def class_aware(
+    losses: Tensor, labels: Tensor, seeds: Tensor, count: int, num_classes: int
+) -> Tensor:
+    """bool (N,): the seeds, and of each label the `count` samples of lowest loss beside them.
+    losses (N,), labels (N,), seeds (S,)."""
     pool = torch.zeros(len(losses), dtype=torch.bool)
     pool[seeds] = True
     for label in range(num_classes):
@@ -158,25 +185,40 @@ def split_losses(model: Classifier, train: Split, run: Run) -> Tensor:
 
 
 def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,): 0.1 CE + RCE (Wang et al., ICCV 2019), with log 0 taken as log 1e-4, so that RCE is 9.21 (1 - p_y)."""
+    """(B,): 0.1 CE + RCE (Wang et al., ICCV 2019), with log 0 taken as log 1e-4, so that RCE is
+    9.21 (1 - p_y)."""
     p_y = logits.softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
     return 0.1 * F.cross_entropy(logits, labels, reduction="none") - math.log(1e-4) * (1 - p_y)
 
 
 def late_layers(model: Classifier) -> nn.ModuleList:
-    """All that comes after the third-last stage: of a ResNet layer3, layer4 and the last layer. A VGG's stages are poolings, which hold nothing."""
+    """All that comes after the third-last stage: of a ResNet layer3, layer4 and the last layer. A
+    VGG's stages are poolings, which hold nothing."""
     modules = list(model.network.modules())
     early = set(model.stages()[-3].modules())
-    return nn.ModuleList(modules[1 + max(place for place, module in enumerate(modules) if module in early) :])
+    return nn.ModuleList(
+        modules[1 + max(place for place, module in enumerate(modules) if module in early) :]
+    )
 
 
-def learned_copy(model: Classifier, train: Split, view: DefenderView, config: Config, run: Run) -> Classifier:
-    """theta': the model after an epoch on the whole set as labelled, in its last two stages and its last layer only."""
+def learned_copy(
+    model: Classifier, train: Split, view: DefenderView, config: Config, run: Run
+) -> Classifier:
+    """theta': the model after an epoch on the whole set as labelled, in its last two stages and its
+    last layer only."""
     learned = copy.deepcopy(model).requires_grad_(False).eval()
     late = late_layers(learned).requires_grad_(True).train()
     optimizer = torch.optim.Adam(late.parameters(), lr=config.meta_lr, fused=True)
-    forward = Forward(learned, run, train, len(train) // config.meta_batch_size, config.meta_batch_size)
-    for batch in batches(train, config.meta_batch_size, device=run.device, generator=run.generator, augment=view.augment):
+    forward = Forward(
+        learned, run, train, len(train) // config.meta_batch_size, config.meta_batch_size
+    )
+    for batch in batches(
+        train,
+        config.meta_batch_size,
+        device=run.device,
+        generator=run.generator,
+        augment=view.augment,
+    ):
         loss = F.cross_entropy(forward(batch.images).float(), batch.labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -185,15 +227,27 @@ def learned_copy(model: Classifier, train: Split, view: DefenderView, config: Co
     return learned
 
 
-# --- MixMatch ----------------------------------------------------------------------------------------------------
+# --- MixMatch
 
 
-def triples(train: Split, clean: Tensor, view: DefenderView, config: Config, run: Run) -> Iterator[tuple[Batch, Batch, Batch]]:
-    """An epoch's batches: from the clean pool, and twice the same images of the rest, each augmented on its own."""
+def triples(
+    train: Split, clean: Tensor, view: DefenderView, config: Config, run: Run
+) -> Iterator[tuple[Batch, Batch, Batch]]:
+    """An epoch's batches: from the clean pool, and twice the same images of the rest, each
+    augmented on its own."""
     count = config.iterations * config.batch_size
-    labelled, unlabelled = (endless(pool.nonzero().squeeze(1), count, run.generator) for pool in (clean, ~clean))
+    labelled, unlabelled = (
+        endless(pool.nonzero().squeeze(1), count, run.generator) for pool in (clean, ~clean)
+    )
     streams = [
-        batches(train, config.batch_size, device=run.device, generator=run.generator, augment=view.augment, order=order)
+        batches(
+            train,
+            config.batch_size,
+            device=run.device,
+            generator=run.generator,
+            augment=view.augment,
+            order=order,
+        )
         for order in (labelled, unlabelled, unlabelled)
     ]
     return zip(*streams, strict=True)
@@ -202,13 +256,23 @@ def triples(train: Split, clean: Tensor, view: DefenderView, config: Config, run
 def endless(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """int64 (count,): the pool in one random order after another."""
     rounds = -(-count // len(pool))
-    return torch.cat([pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)])[:count]
+    return torch.cat([pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)])[
+        :count
+    ]
 
 
 def mixmatch(
-    forward: Callable[[Tensor], Tensor], x: Batch, u1: Batch, u2: Batch, weight: float, num_classes: int, config: Config, run: Run
+    forward: Callable[[Tensor], Tensor],
+    x: Batch,
+    u1: Batch,
+    u2: Batch,
+    weight: float,
+    num_classes: int,
+    config: Config,
+    run: Run,
 ) -> Tensor:
-    """Loss of a step: cross-entropy of the mixed labelled images plus `weight` times the squared error of the others."""
+    """Loss of a step: cross-entropy of the mixed labelled images plus `weight` times the squared
+    error of the others."""
     with torch.no_grad():
         guess = forward(torch.cat([u1.images, u2.images])).float().softmax(1).chunk(2)
     guessed = sharpen((guess[0] + guess[1]) / 2, config.temperature)
@@ -217,7 +281,10 @@ def mixmatch(
     share = beta(config.mix_alpha, run.generator)
     share = max(share, 1 - share)
     other = torch.randperm(len(images), generator=run.generator).to(run.device)
-    images, targets = torch.lerp(images[other], images, share), torch.lerp(targets[other], targets, share)
+    images, targets = (
+        torch.lerp(images[other], images, share),
+        torch.lerp(targets[other], targets, share),
+    )
     log_p, n = forward(images).float().log_softmax(1), len(x.labels)
     labelled = -(targets[:n] * log_p[:n]).sum(1).mean()
     unlabelled = (log_p[n:].exp() - targets[n:]).square().mean()

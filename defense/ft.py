@@ -2,11 +2,13 @@
 
 Assumes: the poisoned model and a few trusted images.
 
-All weights are trained with cross-entropy on the trusted images, augmented as in ordinary training. Settings as in
-BackdoorBench's fine-tuning: SGD, learning rate 0.01, momentum 0.9, weight decay 5e-4, 100 epochs.
+All weights are trained with cross-entropy on the trusted images, augmented as in ordinary training.
+Settings as in BackdoorBench's fine-tuning: SGD, learning rate 0.01, momentum 0.9, weight decay
+5e-4, 100 epochs.
 
-Departs: the cosine ends at the last epoch whatever their number, and batch_size shrinks to the trusted set where that is smaller.
-Of a larger set each epoch leaves out what does not fill its last batch: other images each time, less than a batch.
+Departs: the cosine ends at the last epoch whatever their number, and batch_size shrinks to the
+trusted set where that is smaller. Of a larger set each epoch leaves out what does not fill its last
+batch: other images each time, less than a batch.
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,8 @@ ASSUMES = ("model", "trusted")
 @dataclass(frozen=True, kw_only=True)
 class Config(DefenseConfig):
     epochs: int = 100
-    """Passes over the trusted images; more forget the trigger better and cost clean accuracy when they are few."""
+    """Passes over the trusted images; more forget the trigger better and cost clean accuracy when
+    they are few."""
     lr: float = 0.01
     """Learning rate at the start of the cosine."""
     batch_size: int = 128
@@ -38,7 +41,13 @@ class Config(DefenseConfig):
     weight_decay: float = 5e-4
     """L2 penalty."""
 
-    RANGES: ClassVar[dict[str, str]] = {"epochs": ">= 0", "lr": ">= 0", "batch_size": ">= 1", "momentum": ">= 0", "weight_decay": ">= 0"}
+    RANGES: ClassVar[dict[str, str]] = {
+        "epochs": ">= 0",
+        "lr": ">= 0",
+        "batch_size": ">= 1",
+        "momentum": ">= 0",
+        "weight_decay": ">= 0",
+    }
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:

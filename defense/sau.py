@@ -1,21 +1,25 @@
 """SAU: Shared Adversarial Unlearning.
 
-Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning Shared Adversarial Examples. S. Wei, M. Zhang, H. Zha, B. Wu.
-NeurIPS 2023. https://arxiv.org/abs/2307.10562 ; the constants are those of the published code, which are not all in the paper.
+Shared Adversarial Unlearning: Backdoor Mitigation by Unlearning Shared Adversarial Examples. S.
+Wei, M. Zhang, H. Zha, B. Wu. NeurIPS 2023. https://arxiv.org/abs/2307.10562 ; the constants are
+those of the published code, which are not all in the paper.
 
 Assumes: the poisoned model and a few trusted images.
 
-A trigger of the poisoned model is an adversarial example that this model and its purified version must not share. For each
-batch of trusted images:
-  1. Find, by projected gradient descent, a perturbation of each image that fools the current and the poisoned model into
+A trigger of the poisoned model is an adversarial example that this model and its purified version
+must not share. For each batch of trusted images:
+  1. Find, by projected gradient descent, a perturbation of each image that fools the current and
+  the poisoned model into
      the same wrong class.
-  2. Train the current model on the clean images, and away from the wrong class that the poisoned model gives to the
+  2. Train the current model on the clean images, and away from the wrong class that the poisoned
+  model gives to the
      perturbed ones.
 
-Departs from the published code in cost: the poisoned model's predictions on clean images are computed once, gradients are
-taken to the perturbation only, and an image whose perturbation is shared already, and so can no longer move, leaves the
-search. Its two log terms of step 2 are the same number and are one here. Options that its defaults do not take (a random
-start, an l2 ball) are mended; docs/methods/sau.md has the list and the effects.
+Departs from the published code in cost: the poisoned model's predictions on clean images are
+computed once, gradients are taken to the perturbation only, and an image whose perturbation is
+shared already, and so can no longer move, leaves the search. Its two log terms of step 2 are the
+same number and are one here. Options that its defaults do not take (a random start, an l2 ball) are
+mended; docs/methods/sau.md has the list and the effects.
 """
 
 from dataclasses import dataclass
@@ -45,19 +49,22 @@ class Config(DefenseConfig):
     lr: float = 1e-4
     """Adam's learning rate, with amsgrad."""
     cosine: bool = False
-    """Let the rate fall to 0 along a cosine; the published code makes such a schedule and never steps it."""
+    """Let the rate fall to 0 along a cosine; the published code makes such a schedule and never
+    steps it."""
     train_bn: bool = False
     """Batch statistics in step 2 instead of the poisoned model's."""
     norm: Norm = "linf"
     """Norm of the perturbation."""
     eps: float | None = None
-    """Largest perturbation, in that norm and in pixels of [0, 1]. None: 0.2, in l2 the ball that just holds linf's."""
+    """Largest perturbation, in that norm and in pixels of [0, 1]. None: 0.2, in l2 the ball that
+    just holds linf's."""
     pgd_steps: int = 5
     """Steps of the search."""
     pgd_lr: float = 1.0
     """Size of a step as a share of eps."""
     pgd_init: Literal["max", "zero", "random"] = "max"
-    """Where the search starts: every pixel as high as eps lets it, no perturbation, or uniform in [-eps, eps]."""
+    """Where the search starts: every pixel as high as eps lets it, no perturbation, or uniform in
+    [-eps, eps]."""
     clip_box: bool = False
     """Keep perturbed images within [0, 1]."""
     beta1: float = 0.01
@@ -89,29 +96,49 @@ class Config(DefenseConfig):
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, poisoned, trusted = view.model, view.model, place(view.trusted, run.device)
     poisoned.eval().requires_grad_(False)
-    torch.backends.cudnn.benchmark = False  # the search's batches shrink, and each new size would be tuned anew
+    # The search's batches shrink, and each new size would be tuned anew
+    torch.backends.cudnn.benchmark = False
     believed = predictions(poisoned, trusted, run)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, amsgrad=True, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, config.n_rounds))
-    for _ in run.epochs("unlearn", config.n_rounds, model=model, optimizer=optimizer, schedule=schedule):
+    for _ in run.epochs(
+        "unlearn", config.n_rounds, model=model, optimizer=optimizer, schedule=schedule
+    ):
         model.eval()
-        for batch in batches(trusted, config.batch_size, device=run.device, generator=run.generator):
+        for batch in batches(
+            trusted, config.batch_size, device=run.device, generator=run.generator
+        ):
             answers = believed[batch.index]
-            delta = shared_perturbation(model, poisoned, batch.images, batch.labels, answers, config, run)
-            run.step(optimizer, training_loss(model, poisoned, batch.images, batch.labels, delta, answers, config, run))
+            delta = shared_perturbation(
+                model, poisoned, batch.images, batch.labels, answers, config, run
+            )
+            run.step(
+                optimizer,
+                training_loss(
+                    model, poisoned, batch.images, batch.labels, delta, answers, config, run
+                ),
+            )
         if config.cosine:
             schedule.step()
     return model
 
 
-# --- 1. the search -----------------------------------------------------------------------------------------------
+# --- 1. the search
 
 
-def shared_perturbation(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, believed: Tensor, config: Config, run: Run) -> Tensor:
+def shared_perturbation(
+    model: nn.Module,
+    poisoned: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    believed: Tensor,
+    config: Config,
+    run: Run,
+) -> Tensor:
     """delta (B, C, H, W): what makes both models leave their answers on x for the same other class.
 
-    x: (B, C, H, W) in [0, 1]; y: (B,) true labels; believed: (B,) the poisoned model's answers on x. The loss is a sum over
-    images, so that delta does not depend on which images share a batch.
+    x: (B, C, H, W) in [0, 1]; y: (B,) true labels; believed: (B,) the poisoned model's answers on
+    x. The loss is a sum over images, so that delta does not depend on which images share a batch.
     """
     eps = config.eps or (0.2 if config.norm == "linf" else same_reach(0.2, x.shape[1:]))
     delta = start(x, eps, config, run)
@@ -123,11 +150,18 @@ def shared_perturbation(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Ten
             here = delta[searching].requires_grad_()
             with run.autocast():
                 f, g = model(x[searching] + here).float(), poisoned(x[searching] + here).float()
-            loss, shared = search_loss(f, g, answers[searching], believed[searching], y[searching], config)
+            loss, shared = search_loss(
+                f, g, answers[searching], believed[searching], y[searching], config
+            )
             if shared.all():
                 break
             (slope,) = torch.autograd.grad(loss, here)
-            moved = allowed(here.detach() - config.pgd_lr * eps * steepest(slope, config.norm), x[searching], eps, config)
+            moved = allowed(
+                here.detach() - config.pgd_lr * eps * steepest(slope, config.norm),
+                x[searching],
+                eps,
+                config,
+            )
             # A shared image has no slope and would stay where it is: drop it.
             delta[searching[~shared]] = moved[~shared]
             searching = searching[~shared]
@@ -149,30 +183,48 @@ def allowed(delta: Tensor, x: Tensor, eps: float, config: Config) -> Tensor:
     return (x + delta).clamp(0, 1) - x if config.clip_box else delta
 
 
-def search_loss(f: Tensor, g: Tensor, answers: Tensor, believed: Tensor, y: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """What the search descends, and bool (B,): where both models are fooled into the same class already.
+def search_loss(
+    f: Tensor, g: Tensor, answers: Tensor, believed: Tensor, y: Tensor, config: Config
+) -> tuple[Tensor, Tensor]:
+    """What the search descends, and bool (B,): where both models are fooled into the same class
+    already.
 
-    f, g: logits (B, K) of the current and the poisoned model on perturbed images; answers, believed: theirs on the clean
-    ones. A model that is fooled no longer pays for it (its loss would grow without end), an image that is shared pays nothing.
+    f, g: logits (B, K) of the current and the poisoned model on perturbed images; answers,
+    believed: theirs on the clean ones. A model that is fooled no longer pays for it (its loss would
+    grow without end), an image that is shared pays nothing.
     """
     left_f, left_g = f.argmax(1) != answers, g.argmax(1) != believed
     shared = left_f & left_g & (f.argmax(1) == g.argmax(1))
-    stay = F.cross_entropy(f, y, reduction="none") * ~left_f + F.cross_entropy(g, y, reduction="none") * ~left_g
+    stay = (
+        F.cross_entropy(f, y, reduction="none") * ~left_f
+        + F.cross_entropy(g, y, reduction="none") * ~left_g
+    )
     return (-config.beta1 * stay / 2 + config.beta2 * jensen_shannon(f, g) * ~shared).sum(), shared
 
 
 def jensen_shannon(f: Tensor, g: Tensor) -> Tensor:
-    """(B,): divergence in nats between softmax(f) and softmax(g), logits (B, K), probabilities at least 1e-8."""
+    """(B,): divergence in nats between softmax(f) and softmax(g), logits (B, K), probabilities at
+    least 1e-8."""
     p, q = f.softmax(1).clamp_min(1e-8), g.softmax(1).clamp_min(1e-8)
     m = (p + q) / 2
     return ((p * p.log() + q * q.log()) / 2 - m * m.log()).sum(1)
 
 
-# --- 2. the training ---------------------------------------------------------------------------------------------
+# --- 2. the training
 
 
-def training_loss(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, delta: Tensor, believed: Tensor, config: Config, run: Run) -> Tensor:
-    """Learn the clean images, and leave the wrong class that the poisoned model sees in the perturbed ones; evaluation mode afterwards."""
+def training_loss(
+    model: nn.Module,
+    poisoned: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    delta: Tensor,
+    believed: Tensor,
+    config: Config,
+    run: Run,
+) -> Tensor:
+    """Learn the clean images, and leave the wrong class that the poisoned model sees in the
+    perturbed ones; evaluation mode afterwards."""
     with torch.no_grad(), run.autocast():
         wrong = poisoned(x + delta).argmax(1)
     fooled = (wrong != y) & (wrong != believed)
@@ -187,11 +239,14 @@ def training_loss(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, d
 
 
 def unlearning_loss(logits: Tensor, wrong: Tensor, fooled: Tensor) -> Tensor:
-    """Mean over the batch of -log(1 - p_wrong) where `fooled`; at most 13.8 an image, no slope once p_wrong < 0.001.
+    """Mean over the batch of -log(1 - p_wrong) where `fooled`; at most 13.8 an image, no slope once
+    p_wrong < 0.001.
 
-    logits: (B, K) of the current model on perturbed images; wrong: (B,) the poisoned model's answers on them; fooled: bool (B,).
+    logits: (B, K) of the current model on perturbed images; wrong: (B,) the poisoned model's
+    answers on them; fooled: bool (B,).
     """
-    others = logits.softmax(1).scatter(1, wrong.unsqueeze(1), 0).sum(1)  # 1 - p_wrong, without its cancellation
+    # 1 - p_wrong, without its cancellation
+    others = logits.softmax(1).scatter(1, wrong.unsqueeze(1), 0).sum(1)
     return (-(others.clamp_max(0.999) + 1e-6).log() * fooled).mean()
 
 

@@ -2,9 +2,10 @@
 
     python -m performance [--device auto] [--repetitions 5] [--json FILE]
 
-pipeline.py: images, and a training step. convolutions.py: what bounds that step. defenses.py: the inner step of each defense. whole.py:
-an attack and a defense from start to end. gpu.py: what bounds a step on a GPU, and several runs at once, where there is one. Each prints
-its table; --json keeps them all in one file, for later comparison.
+pipeline.py: images, and a training step. convolutions.py: what bounds that step. defenses.py: the
+inner step of each defense. whole.py: an attack and a defense from start to end. gpu.py: what bounds
+a step on a GPU, and several runs at once, where there is one. Each prints its table; --json keeps
+them all in one file, for later comparison.
 """
 
 import json
@@ -14,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))  # the scripts find each other when they are run by path; here the folder is not the first place
+# The scripts find each other when they are run by path; here the folder is not the first place
+sys.path.insert(0, str(HERE))
 
 import measure  # noqa: E402
 
@@ -32,7 +34,9 @@ def main() -> int:
         for suite in suites:
             print(f"\n=== {suite} ===", flush=True)
             file = Path(folder) / f"{suite}.json"
-            if subprocess.run([sys.executable, HERE / f"{suite}.py", *flags, "--json", file], check=False).returncode:
+            if subprocess.run(
+                [sys.executable, HERE / f"{suite}.py", *flags, "--json", file], check=False
+            ).returncode:
                 failed.append(suite)
             else:
                 found[suite] = json.loads(file.read_text())

@@ -1,11 +1,13 @@
-"""What bounds a training step: its convolutions, each by itself, and how near they come to a matrix product.
+"""What bounds a training step: its convolutions, each by itself, and how near they come to a matrix
+product.
 
     python performance/convolutions.py [--width 16] [--json FILE]
 
-Each convolution of PreAct-ResNet18 is run alone on a batch of 128, as it is in a step: forward, gradient of its weights and,
-but for the first, gradient of its input. Their sum is what a step can at best be brought down to without a faster convolution.
-The peak is that of a square matrix product in the same precision; arithmetic is counted as in the product, two operations a
-multiply-add. Sides take turns, as everywhere here.
+Each convolution of PreAct-ResNet18 is run alone on a batch of 128, as it is in a step: forward,
+gradient of its weights and, but for the first, gradient of its input. Their sum is what a step can
+at best be brought down to without a faster convolution. The peak is that of a square matrix product
+in the same precision; arithmetic is counted as in the product, two operations a multiply-add. Sides
+take turns, as everywhere here.
 """
 
 import argparse
@@ -19,7 +21,17 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
-from measure import Row, busy, describe_machine, fast_bf16, in_turn, medians, report, timed, training_step
+from measure import (
+    Row,
+    busy,
+    describe_machine,
+    fast_bf16,
+    in_turn,
+    medians,
+    report,
+    timed,
+    training_step,
+)
 from torch import Tensor, nn
 
 from backdoorlab.device import Exact, choose_device, seed_everything
@@ -44,7 +56,15 @@ class Shape:
     @property
     def operations(self) -> int:
         """Of a step."""
-        return 2 * BATCH * self.inputs * self.outputs * self.kernel**2 * (self.size // self.stride) ** 2 * (2 if self.first else 3)
+        return (
+            2
+            * BATCH
+            * self.inputs
+            * self.outputs
+            * self.kernel**2
+            * (self.size // self.stride) ** 2
+            * (2 if self.first else 3)
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,11 @@ def main() -> None:
     options = _options()
     device = choose_device(options.device)
     seed_everything(0, device)
-    header = describe_machine(device, model=f"PreAct-ResNet18 of width {options.width}", caution="the machine is busy" if busy() else "none")
+    header = describe_machine(
+        device,
+        model=f"PreAct-ResNet18 of width {options.width}",
+        caution="the machine is busy" if busy() else "none",
+    )
     report(header, _rows(options.width, device, options.repetitions), options.json)
 
 
@@ -80,17 +104,34 @@ def _rows(width: int, device: torch.device, repetitions: int) -> Iterator[Row]:
         yield Row(_name(shape, count), "-", _ratios(found), detail=_rates(found, shape.operations))
     sums = [tuple(map(sum, zip(*turn, strict=True))) for turn in zip(*pairs, strict=True)]
     yield Row("all convolutions of a step", "-", _ratios(sums), detail=_rates(sums, total))
-    steps = _pairs(_step(width, conventional, device), _step(width, ours, device), device, repetitions)
+    steps = _pairs(
+        _step(width, conventional, device), _step(width, ours, device), device, repetitions
+    )
     yield Row("a whole step", "-", _ratios(steps), detail=_rates(steps, total))
     alone, step = medians(sums)[1], medians(steps)[1]
-    yield Row("convolutions / whole step, ours", "-", tuple(alone / b for _, b in steps), percent=True)
-    yield Row("conventional step / our convolutions alone", "-", tuple(a / alone for a, _ in steps), detail="the ratio if all else were free")
+    yield Row(
+        "convolutions / whole step, ours", "-", tuple(alone / b for _, b in steps), percent=True
+    )
+    yield Row(
+        "conventional step / our convolutions alone",
+        "-",
+        tuple(a / alone for a, _ in steps),
+        detail="the ratio if all else were free",
+    )
     peaks = [2 * PRODUCT**3 / timed(_product(ours, device), device)[0] for _ in range(repetitions)]
     detail = f"{total / step / 1e9:,.0f} of {statistics.median(peaks) / 1e9:,.0f} GFLOP/s"
-    yield Row("our step / matrix product", "-", tuple(total / step / peak for peak in peaks), percent=True, detail=detail)
+    yield Row(
+        "our step / matrix product",
+        "-",
+        tuple(total / step / peak for peak in peaks),
+        percent=True,
+        detail=detail,
+    )
 
 
-def _pairs(slow: Callable[[], Any], fast: Callable[[], Any], device: torch.device, repetitions: int) -> list[tuple[float, float]]:
+def _pairs(
+    slow: Callable[[], Any], fast: Callable[[], Any], device: torch.device, repetitions: int
+) -> list[tuple[float, float]]:
     slow(), fast()  # the first call chooses kernels
     return in_turn(slow, fast, device, repetitions)
 
@@ -101,15 +142,23 @@ def _ratios(pairs: list[Any]) -> tuple[float, ...]:
 
 def _rates(pairs: list[Any], operations: int) -> str:
     a, b = medians(pairs)
-    return f"{1000 * a:.1f} and {1000 * b:.1f} ms, {operations / a / 1e9:,.0f} and {operations / b / 1e9:,.0f} GFLOP/s"
+    return (
+        f"{1000 * a:.1f} and {1000 * b:.1f} ms, {operations / a / 1e9:,.0f} and"
+        f" {operations / b / 1e9:,.0f} GFLOP/s"
+    )
 
 
 def _name(shape: Shape, count: int) -> str:
-    return f"{shape.inputs} -> {shape.outputs}, {shape.kernel}x{shape.kernel} / {shape.stride} on {shape.size}x{shape.size}, {count} times"
+    return (
+        f"{shape.inputs} -> {shape.outputs}, {shape.kernel}x{shape.kernel} / {shape.stride} on"
+        f" {shape.size}x{shape.size}, {count} times"
+    )
 
 
 def _network(width: int, device: torch.device) -> Classifier:
-    return build("preactresnet18", num_classes=10, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device)
+    return build(
+        "preactresnet18", num_classes=10, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width
+    ).to(device)
 
 
 def _convolutions(model: nn.Module) -> Counter[Shape]:
@@ -118,9 +167,23 @@ def _convolutions(model: nn.Module) -> Counter[Shape]:
 
     def note(layer: nn.Conv2d, inputs: tuple[Tensor], _: Tensor) -> None:
         padding = layer.padding if isinstance(layer.padding, tuple) else (0, 0)
-        found[Shape(layer.in_channels, layer.out_channels, inputs[0].shape[-1], layer.kernel_size[0], layer.stride[0], padding[0], not found)] += 1
+        found[
+            Shape(
+                layer.in_channels,
+                layer.out_channels,
+                inputs[0].shape[-1],
+                layer.kernel_size[0],
+                layer.stride[0],
+                padding[0],
+                not found,
+            )
+        ] += 1
 
-    hooks = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    hooks = [
+        layer.register_forward_hook(note)
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
     with torch.no_grad():
         model.eval()(torch.rand(1, 3, 32, 32, device=next(model.parameters()).device))
     for hook in hooks:
@@ -132,11 +195,26 @@ def _convolution(shape: Shape, way: Way, device: torch.device) -> Callable[[], A
     """Forward and backward of one convolution alone."""
     made = partial(torch.randn, device=device)
     x = made(BATCH, shape.inputs, shape.size, shape.size).to(way.dtype, memory_format=way.memory)
-    weight = made(shape.outputs, shape.inputs, shape.kernel, shape.kernel).to(way.dtype, memory_format=way.memory)
+    weight = made(shape.outputs, shape.inputs, shape.kernel, shape.kernel).to(
+        way.dtype, memory_format=way.memory
+    )
     forward = partial(F.conv2d, x, weight, None, shape.stride, shape.padding)
     slope, strides, paddings = torch.randn_like(forward()), [shape.stride] * 2, [shape.padding] * 2
     wanted = [not shape.first, True, False]
-    backward = partial(torch.ops.aten.convolution_backward, slope, x, weight, None, strides, paddings, [1, 1], False, [0, 0], 1, wanted)
+    backward = partial(
+        torch.ops.aten.convolution_backward,
+        slope,
+        x,
+        weight,
+        None,
+        strides,
+        paddings,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        wanted,
+    )
 
     def work() -> None:
         forward()

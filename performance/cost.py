@@ -1,9 +1,11 @@
-"""What a method costs in image passes, from its settings; checked against counted runs, and turned into GPU hours.
+"""What a method costs in image passes, from its settings; checked against counted runs, and turned
+into GPU hours.
 
 python performance/cost.py [RECORD ...] [--record_root FOLDER] [--tflops 50]
 
-With records: passes counted in their results beside those of the formulas below. Then the table of docs/scaling.md. A forward pass of an image
-counts once, a backward pass twice (to image and weights). The operations of a forward pass are counted by torch on the network itself;
+With records: passes counted in their results beside those of the formulas below. Then the table of
+docs/scaling.md. A forward pass of an image counts once, a backward pass twice (to image and
+weights). The operations of a forward pass are counted by torch on the network itself;
 --tflops is what the GPU is assumed to achieve, and the hours scale with its inverse.
 """
 
@@ -42,73 +44,114 @@ def ft(c: Mapping[str, Any], s: Setting) -> Passes:
 
 def sau(c: Mapping[str, Any], s: Setting) -> Passes:
     """Upper bound: an image whose perturbation is found leaves the search."""
-    return c["n_rounds"] * s.trusted * (4 + 2 * c["pgd_steps"]), c["n_rounds"] * s.trusted * (2 + 2 * c["pgd_steps"])
+    return c["n_rounds"] * s.trusted * (4 + 2 * c["pgd_steps"]), c["n_rounds"] * s.trusted * (
+        2 + 2 * c["pgd_steps"]
+    )
 
 
 def ibau(c: Mapping[str, Any], s: Setting) -> Passes:
-    """The steps that find delta, then a pass over the trusted images; the implicit term is a backward pass for each of K steps and two more."""
+    """The steps that find delta, then a pass over the trusted images; the implicit term is a
+    backward pass for each of K steps and two more."""
     batches = math.ceil(s.trusted / c["batch_size"])
     searched = s.trusted * (c["delta_steps"] or batches) / batches
     forward, backward = (2, c["K"] + 3) if c["K"] else (1, 1)
-    return c["n_rounds"] * (searched + forward * s.trusted), c["n_rounds"] * (searched + backward * s.trusted)
+    return c["n_rounds"] * (searched + forward * s.trusted), c["n_rounds"] * (
+        searched + backward * s.trusted
+    )
 
 
 def dau(c: Mapping[str, Any], s: Setting) -> Passes:
-    """The features once, then passes over the whole training set; the heads are too small to count. Recovery leaves a few images out, and reads what
-    was flagged in two passes more."""
+    """The features once, then passes over the whole training set; the heads are too small to count.
+    Recovery leaves a few images out, and reads what was flagged in two passes more."""
     passes = c["epochs"] + c.get("recovery_epochs", 0)
     return s.n * (1 + passes), s.n * passes
 
 
 def asd(c: Mapping[str, Any], s: Setting) -> Passes:
-    """Three batches a step and two to guess labels, a pass an epoch to split, in stage 3 a pass of training and one to look at it."""
+    """Three batches a step and two to guess labels, a pass an epoch to split, in stage 3 a pass of
+    training and one to look at it."""
     epochs = c["stage1_epochs"] + c["stage2_epochs"] + c["stage3_epochs"]
     batches = c["iterations"] * c["batch_size"] * epochs
-    return 5 * batches + s.n * (epochs + 2 * c["stage3_epochs"]), 3 * batches + s.n * c["stage3_epochs"]
+    return (
+        5 * batches + s.n * (epochs + 2 * c["stage3_epochs"]),
+        3 * batches + s.n * c["stage3_epochs"],
+    )
 
 
 def bu(c: Mapping[str, Any], s: Setting) -> Passes:
-    """Every class is tried at every level; then each pass of unlearning sees all images clean, those of other classes patched, and with the weighted
-    penalty all once more. Held-out images of other classes are looked at after each, few of them with several patches."""
+    """Every class is tried at every level; then each pass of unlearning sees all images clean,
+    those of other classes patched, and with the weighted penalty all once more. Held-out images of
+    other classes are looked at after each, few of them with several patches."""
     held_out, others = round(c["held_out"] * s.trusted), 1 - 1 / s.classes
     images, generators = s.trusted - held_out, len(c["levels"]) * s.classes
-    passes = images * (generators * c["search_epochs"] + c["epochs"] * (1 + others + (c["penalty"] == "weighted")))
+    passes = images * (
+        generators * c["search_epochs"] + c["epochs"] * (1 + others + (c["penalty"] == "weighted"))
+    )
     judged = others * held_out
-    judged *= math.ceil(methods.load("defense", "bu").module.TRIALS / max(1, judged))  # few images are judged with several triggers each
+    # Few images are judged with several triggers each
+    judged *= math.ceil(methods.load("defense", "bu").module.TRIALS / max(1, judged))
     return round(passes + judged * (generators + c["epochs"])), round(passes)
 
 
-COSTS: dict[str, Callable[[Mapping[str, Any], Setting], Passes]] = {"ft": ft, "sau": sau, "ibau": ibau, "dau": dau, "asd": asd, "bu": bu}
+COSTS: dict[str, Callable[[Mapping[str, Any], Setting], Passes]] = {
+    "ft": ft,
+    "sau": sau,
+    "ibau": ibau,
+    "dau": dau,
+    "asd": asd,
+    "bu": bu,
+}
 SCALES = {
     "CIFAR-10, PreAct-ResNet18": (Setting(50_000, 2_500, 10), "preactresnet18", 32, 100),
     "Tiny ImageNet, PreAct-ResNet18": (Setting(100_000, 5_000, 200), "preactresnet18", 64, 200),
     "ImageNet, ResNet-50": (Setting(1_281_167, 64_058, 1000), "resnet50", 224, 90),
 }
-"""Data set and network -> sizes with 5 % trusted images, network, side in pixels, epochs of the attack."""
+"""Data set and network -> sizes with 5 % trusted images, network, side in pixels, epochs of the
+attack."""
 
 
 def counted(names: list[str], root: str | None) -> None:
     """Each result's own count beside the formula's."""
     column = max(map(len, names), default=0) + 2
-    print(f"{'record':<{column}}{'defense':<20}{'forward':>12}{'formula':>12}{'backward':>12}{'formula':>12}")
+    print(
+        f"{'record':<{column}}{'defense':<20}{'forward':>12}{'formula':>12}{'backward':>12}{'formula':>12}"
+    )
     for name in names:
         record = Record.load(name, record_root(root))
         for folder in result_folders(record.folder):
             result, method = read_result(folder), folder.parent.name
             share = record.info["dataset"]["train_size"] * result["config"].get("trusted_ratio", 0)
-            trusted = (result.get("trusted") or {}).get("count") or result["config"].get("trusted_count") or round(share)
+            trusted = (
+                (result.get("trusted") or {}).get("count")
+                or result["config"].get("trusted_count")
+                or round(share)
+            )
             if method not in COSTS or "image_passes" not in result:
                 continue
-            forward, backward = COSTS[method](result["config"], Setting(record.info["dataset"]["train_size"], trusted, record.info["num_classes"]))
+            forward, backward = COSTS[method](
+                result["config"],
+                Setting(record.info["dataset"]["train_size"], trusted, record.info["num_classes"]),
+            )
             seen = result["image_passes"]
             shown = f"{method} {folder.name}"
-            print(f"{name:<{column}}{shown:<20}{seen['forward']:>12,}{forward:>12,.0f}{seen['backward']:>12,}{backward:>12,.0f}")
+            print(
+                f"{name:<{column}}{shown:<20}{seen['forward']:>12,}{forward:>12,.0f}{seen['backward']:>12,}{backward:>12,.0f}"
+            )
 
 
 def operations(network: str, side: int, classes: int) -> int:
-    """Floating-point operations of one image's forward pass: two for a multiplication with its addition."""
+    """Floating-point operations of one image's forward pass: two for a multiplication with its
+    addition."""
     stem = "stock" if side > 64 else "small"
-    shape = dict(num_classes=classes, in_chans=3, mean=[0.5] * 3, std=[0.5] * 3, width=None, image_size=side, stem=stem)
+    shape = dict(
+        num_classes=classes,
+        in_chans=3,
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
+        width=None,
+        image_size=side,
+        stem=stem,
+    )
     model = models.build(network, **shape).eval()  # type: ignore[arg-type]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, side, side))
@@ -117,19 +160,33 @@ def operations(network: str, side: int, classes: int) -> int:
 
 def scaled(tflops: float) -> None:
     """Passes per training image and hours for every method at its published settings."""
-    defaults = {name: dataclasses.asdict(methods.load("defense", name).config_class()) for name in COSTS}
+    defaults = {
+        name: dataclasses.asdict(methods.load("defense", name).config_class()) for name in COSTS
+    }
     for title, (setting, network, side, epochs) in SCALES.items():
         flops = operations(network, side, setting.classes)
-        print(f"\n{title}: {setting.n:,} images, {setting.trusted:,} trusted, {flops / 1e9:.2f} GFLOP a forward pass, {tflops:g} TFLOP/s achieved\n")
-        print("| method | forward / image | backward / image | hours |\n| --- | ---: | ---: | ---: |")
+        print(
+            f"\n{title}: {setting.n:,} images, {setting.trusted:,} trusted, {flops / 1e9:.2f} GFLOP"
+            f" a forward pass, {tflops:g} TFLOP/s achieved\n"
+        )
+        print(
+            "| method | forward / image | backward / image | hours |\n| --- | ---: | ---: | ---: |"
+        )
         attack = (float(epochs * setting.n), float(epochs * setting.n))
-        for name, (forward, backward) in {f"attack, {epochs} epochs": attack, **{k: f(defaults[k], setting) for k, f in COSTS.items()}}.items():
+        for name, (forward, backward) in {
+            f"attack, {epochs} epochs": attack,
+            **{k: f(defaults[k], setting) for k, f in COSTS.items()},
+        }.items():
             hours = (forward + 2 * backward) * flops / (tflops * 1e12) / 3600
-            print(f"| {name} | {forward / setting.n:.4g} | {backward / setting.n:.4g} | {hours:.3g} |")
+            print(
+                f"| {name} | {forward / setting.n:.4g} | {backward / setting.n:.4g} | {hours:.3g} |"
+            )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("records", nargs="*")
     parser.add_argument("--record_root")
     parser.add_argument("--tflops", type=float, default=50.0)

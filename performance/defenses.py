@@ -2,9 +2,9 @@
 
     python performance/defenses.py [--width 16 64] [--json FILE]
 
-The published steps are in published.py. Both sides get the same weights and images, and take turns. Where they compute the same
-numbers, these are compared first: a faster step that computes something else would be no gain. `--memory` reports the peak of
-each side, in a process of its own.
+The published steps are in published.py. Both sides get the same weights and images, and take turns.
+Where they compute the same numbers, these are compared first: a faster step that computes something
+else would be no gain. `--memory` reports the peak of each side, in a process of its own.
 """
 
 import argparse
@@ -50,7 +50,9 @@ def main() -> None:
     options = _options()
     device = choose_device(options.device)
     caution = "the machine is busy" if busy() else "none"
-    header = describe_machine(device, data=f"made-up images, batches of {options.batch_size}", caution=caution)
+    header = describe_machine(
+        device, data=f"made-up images, batches of {options.batch_size}", caution=caution
+    )
     report(header, _rows(options, device), options.json)
 
 
@@ -82,23 +84,45 @@ def _sau(width: int, options: argparse.Namespace, device: torch.device) -> Itera
             f"SAU published / lean, width {width}, {precision}",
             ">= 2.5",
             tuple(a / b for a, b in pairs),
-            detail=f"{1000 * slow:.0f} and {1000 * fast:.0f} ms a step; 24 and {passes:.1f} forwards an image",
+            detail=(
+                f"{1000 * slow:.0f} and {1000 * fast:.0f} ms a step; 24 and {passes:.1f} forwards"
+                " an image"
+            ),
         )
 
 
 def _agreement(published: tuple[Tensor, Tensor], lean: tuple[Tensor, Tensor], width: int) -> Row:
-    """The first step of both. Perturbations are signs of gradients: where one is almost 0, rounding may turn it."""
+    """The first step of both. Perturbations are signs of gradients: where one is almost 0, rounding
+    may turn it."""
     same = (published[0] == lean[0]).float().mean().item()
     apart = (published[1] - lean[1]).abs().item() / published[1].abs().item()
     return Row(
-        f"SAU: equal pixels of delta, width {width}", ">= 99.9 %", (same,), percent=True, detail=f"relative difference of the losses {apart:.1e}"
+        f"SAU: equal pixels of delta, width {width}",
+        ">= 99.9 %",
+        (same,),
+        percent=True,
+        detail=f"relative difference of the losses {apart:.1e}",
     )
 
 
-def sau_steps(width: int, batch_size: int, device: torch.device, precision: Exact) -> tuple[Work, Work]:
-    """The published step (fp32, torch's default memory format) and ours, each on its own copy of a pair of models that differ a little."""
+def sau_steps(
+    width: int, batch_size: int, device: torch.device, precision: Exact
+) -> tuple[Work, Work]:
+    """The published step (fp32, torch's default memory format) and ours, each on its own copy of a
+    pair of models that differ a little."""
     seed_everything(0, device)
-    poisoned = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device).eval()
+    poisoned = (
+        build(
+            "preactresnet18",
+            num_classes=CLASSES,
+            in_chans=3,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            width=width,
+        )
+        .to(device)
+        .eval()
+    )
     x = torch.rand(batch_size, 3, 32, 32).to(device, memory_format=torch.channels_last)
     with torch.no_grad():
         for _ in range(20):  # statistics of these images instead of 0 and 1
@@ -109,12 +133,21 @@ def sau_steps(width: int, batch_size: int, device: torch.device, precision: Exac
         for parameter in model.parameters():
             parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     y = poisoned(x).argmax(1)
-    plain, plain_reference = (copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (model, poisoned))
+    plain, plain_reference = (
+        copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (model, poisoned)
+    )
     step = published.sau_step(plain, plain_reference)
     return partial(step, x.contiguous(), y), _lean_sau(model, poisoned, x, y, device, precision)
 
 
-def _lean_sau(model: nn.Module, poisoned: nn.Module, x: Tensor, y: Tensor, device: torch.device, precision: Exact) -> Work:
+def _lean_sau(
+    model: nn.Module,
+    poisoned: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    device: torch.device,
+    precision: Exact,
+) -> Work:
     poisoned.requires_grad_(False)
     config, run = sau.Config(), Run(Path(), seed=0, device=device, precision=precision)
     with torch.no_grad():
@@ -135,10 +168,21 @@ def _memory(width: int, options: argparse.Namespace) -> Row:
     peaks = []
     for side in (0, 1):
         with fresh_process() as process:
-            peaks.append(process.submit(_peak, side, width, options.batch_size, options.device).result())
+            peaks.append(
+                process.submit(_peak, side, width, options.batch_size, options.device).result()
+            )
     slow, fast = peaks
-    detail = f"{slow / 1e6:,.0f} and {fast / 1e6:,.0f} MB above the models and images, batches of {options.batch_size}"
-    return Row(f"SAU peak memory, lean / published, width {width}", "-", (fast / slow,), percent=True, detail=detail)
+    detail = (
+        f"{slow / 1e6:,.0f} and {fast / 1e6:,.0f} MB above the models and images, batches of"
+        f" {options.batch_size}"
+    )
+    return Row(
+        f"SAU peak memory, lean / published, width {width}",
+        "-",
+        (fast / slow,),
+        percent=True,
+        detail=detail,
+    )
 
 
 def _peak(side: int, width: int, batch_size: int, device_name: str) -> int:
@@ -150,19 +194,45 @@ def _peak(side: int, width: int, batch_size: int, device_name: str) -> int:
 
 
 def _dau(width: int, options: argparse.Namespace, device: torch.device) -> Row:
-    """Anti-learning of its ten passes: five heads on features taken once, against one head behind the whole network."""
+    """Anti-learning of its ten passes: five heads on features taken once, against one head behind
+    the whole network."""
     count = 10 * options.batch_size
-    x = torch.randint(0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x = torch.randint(
+        0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     split, pool = Split(x, torch.arange(count) % CLASSES), torch.arange(count) % 100 == 0
     seed_everything(0, device)
-    model = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device)
+    model = build(
+        "preactresnet18",
+        num_classes=CLASSES,
+        in_chans=3,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        width=width,
+    ).to(device)
     plain: Any = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     config, run = dau.Config(), Run(Path(), seed=0, device=device)
 
     def ours() -> None:
-        dau.anti_learn(extract(model, place(split, device), run), pool, model.get_classifier(), config.beta1, config, run)
+        dau.anti_learn(
+            extract(model, place(split, device), run),
+            pool,
+            model.get_classifier(),
+            config.beta1,
+            config,
+            run,
+        )
 
-    work = partial(published.anti_learning, plain, plain.get_classifier(), split, pool, config.head_epochs, options.batch_size, options.workers)
+    work = partial(
+        published.anti_learning,
+        plain,
+        plain.get_classifier(),
+        split,
+        pool,
+        config.head_epochs,
+        options.batch_size,
+        options.workers,
+    )
     pairs = measure.in_turn(work, ours, device, max(2, options.repetitions // 2))
     slow, fast = medians(pairs)
     return Row(
@@ -174,16 +244,37 @@ def _dau(width: int, options: argparse.Namespace, device: torch.device) -> Row:
 
 
 def _ibau(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """A round on one batch (then both sides find the same delta), with the published five products; and what the preset without them takes."""
+    """A round on one batch (then both sides find the same delta), with the published five products;
+    and what the preset without them takes."""
     size = options.batch_size
-    x = torch.randint(0, 256, (size, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    x = torch.randint(
+        0, 256, (size, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     trusted = Split(x, torch.arange(size) % CLASSES)
     seed_everything(0, device)
-    model = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device).eval()
+    model = (
+        build(
+            "preactresnet18",
+            num_classes=CLASSES,
+            in_chans=3,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            width=width,
+        )
+        .to(device)
+        .eval()
+    )
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     stream = DataLoader(published.Images(trusted), size)
     view = DefenderView("", CLASSES, (3, 32, 32), (), Augment(), dict(model=model, trusted=trusted))
-    habits = dict(n_rounds=1, batch_size=size, projected=False, clip_box=False, solver="fixed_point", quirks=True)
+    habits = dict(
+        n_rounds=1,
+        batch_size=size,
+        projected=False,
+        clip_box=False,
+        solver="fixed_point",
+        quirks=True,
+    )
     found = []
 
     def ours(K: int) -> None:
@@ -199,7 +290,9 @@ def _ibau(width: int, options: argparse.Namespace, device: torch.device) -> Iter
     for K in (5, 0):
         pairs = [
             (
-                measure.timed(partial(published.ibau_round, copy.deepcopy(plain), stream, (3, 32, 32)), device)[0],
+                measure.timed(
+                    partial(published.ibau_round, copy.deepcopy(plain), stream, (3, 32, 32)), device
+                )[0],
                 measure.timed(partial(ours, K), device)[0],
             )
             for _ in range(options.repetitions)
@@ -209,18 +302,33 @@ def _ibau(width: int, options: argparse.Namespace, device: torch.device) -> Iter
             f"I-BAU published / ours, K = {K}, width {width}",
             "-" if K else ">= 2.5",
             tuple(a / b for a, b in pairs),
-            detail=f"{slow:.1f} and {fast:.1f} s a round of one batch; relative difference of |delta| {apart:.1e}",
+            detail=(
+                f"{slow:.1f} and {fast:.1f} s a round of one batch; relative difference of |delta|"
+                f" {apart:.1e}"
+            ),
         )
 
 
 def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Images trained on per second, at the start, when the clean pool is the seeds, and later, when it is half of the set."""
+    """Images trained on per second, at the start, when the clean pool is the seeds, and later, when
+    it is half of the set."""
     seed_everything(0, device)
     draws = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (50_000, 3, 32, 32), generator=draws, dtype=torch.uint8)
     split = Split(images, torch.arange(len(images)) % CLASSES)
     array, labels = images.permute(0, 2, 3, 1).contiguous().numpy(), split.labels.numpy()
-    model = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device).train()
+    model = (
+        build(
+            "preactresnet18",
+            num_classes=CLASSES,
+            in_chans=3,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            width=width,
+        )
+        .to(device)
+        .train()
+    )
     conventional = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     view = DefenderView("", CLASSES, (3, 32, 32), (), Augment(4, True), {})
     placed = place(split, device)
@@ -228,42 +336,99 @@ def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Itera
         clean = torch.zeros(len(split), dtype=torch.bool)
         clean[torch.randperm(len(split), generator=draws)[:size]] = True
         steps = options.asd_iterations
-        config, run = asd.Config(iterations=steps, batch_size=64), Run(Path(), seed=0, device=device)
+        config, run = (
+            asd.Config(iterations=steps, batch_size=64),
+            Run(Path(), seed=0, device=device),
+        )
         optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-        forward = Forward(model.train(), run, placed, 120 * 1024, 2 * config.batch_size, 3 * config.batch_size)  # as in a whole run
+        forward = Forward(
+            model.train(), run, placed, 120 * 1024, 2 * config.batch_size, 3 * config.batch_size
+        )  # as in a whole run
 
-        def ours(clean: Tensor = clean, config: Any = config, run: Run = run, optimizer: Any = optimizer, forward: Any = forward) -> None:
+        def ours(
+            clean: Tensor = clean,
+            config: Any = config,
+            run: Run = run,
+            optimizer: Any = optimizer,
+            forward: Any = forward,
+        ) -> None:
             for x, u1, u2 in asd.triples(placed, clean, view, config, run):
                 run.step(optimizer, asd.mixmatch(forward, x, u1, u2, 1.0, CLASSES, config, run))
 
-        theirs = partial(published.asd_epoch, conventional, array, labels, clean.numpy(), steps, 64, options.workers, CLASSES)
+        theirs = partial(
+            published.asd_epoch,
+            conventional,
+            array,
+            labels,
+            clean.numpy(),
+            steps,
+            64,
+            options.workers,
+            CLASSES,
+        )
         pairs = measure.in_turn(theirs, ours, device, max(2, options.repetitions // 2))
         slow, fast = (3 * 64 * steps / seconds for seconds in medians(pairs))
         yield Row(
             f"ASD published / ours, width {width}, {pool}",
             ">= 3",
             tuple(a / b for a, b in pairs),
-            detail=f"{slow:,.0f} and {fast:,.0f} images/s over {steps} steps with the start of the epoch; {options.workers} loader workers",
+            detail=(
+                f"{slow:,.0f} and {fast:,.0f} images/s over {steps} steps with the start of the"
+                f" epoch; {options.workers} loader workers"
+            ),
         )
 
 
 def _bu(options: argparse.Namespace, device: torch.device) -> Row:
     """A step of recovery for ten classes: generators one by one, and side by side."""
     seed_everything(0, device)
-    model = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=16).to(device).eval()
-    x, y = torch.rand(32, 3, 32, 32).to(device, memory_format=torch.channels_last), (torch.arange(32) % CLASSES).to(device)
+    model = (
+        build(
+            "preactresnet18",
+            num_classes=CLASSES,
+            in_chans=3,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            width=16,
+        )
+        .to(device)
+        .eval()
+    )
+    x, y = (
+        torch.rand(32, 3, 32, 32).to(device, memory_format=torch.channels_last),
+        (torch.arange(32) % CLASSES).to(device),
+    )
     config, run = bu.Config(), Run(Path(), seed=0, device=device)
 
     def recovery(count: int) -> Callable[[Tensor], None]:
-        generators, mine = bu.Generators(count, 27, config.hidden).to(device), bu.Mine(count, 64, 27, config.hidden).to(device)
+        generators, mine = (
+            bu.Generators(count, 27, config.hidden).to(device),
+            bu.Mine(count, 64, 27, config.hidden).to(device),
+        )
         places = bu.Places(count, (32, 32), 3, config).to(device)
-        optimizers = [torch.optim.Adam(net.parameters(), lr=config.search_lr) for net in (generators, mine)]
+        optimizers = [
+            torch.optim.Adam(net.parameters(), lr=config.search_lr) for net in (generators, mine)
+        ]
 
         def step(classes: Tensor) -> None:
             z, other = torch.rand(2, count, len(x), 64, device=device)
             triggers = generators(z)
-            _, pull = bu.reward(model, x, y, triggers, places, classes, torch.full((count,), 0.9, device=device), (3, 3, 3), config, run)
-            run.step(optimizers[0], -(pull * triggers).sum() - 0.1 * mine.information(z, other, triggers).sum())
+            _, pull = bu.reward(
+                model,
+                x,
+                y,
+                triggers,
+                places,
+                classes,
+                torch.full((count,), 0.9, device=device),
+                (3, 3, 3),
+                config,
+                run,
+            )
+            run.step(
+                optimizers[0],
+                -(pull * triggers).sum() - 0.1 * mine.information(z, other, triggers).sum(),
+            )
             run.step(optimizers[1], mine.loss(z, other, triggers.detach()))
 
         return step
@@ -290,10 +455,24 @@ def _bu(options: argparse.Namespace, device: torch.device) -> Row:
 
 def _options() -> argparse.Namespace:
     parser = measure.options(__doc__)
-    parser.add_argument("--width", type=int, nargs="+", default=[16, 64], help="channels of PreAct-ResNet18's first stage")
+    parser.add_argument(
+        "--width",
+        type=int,
+        nargs="+",
+        default=[16, 64],
+        help="channels of PreAct-ResNet18's first stage",
+    )
     parser.add_argument("--batch-size", "--batch_size", type=int, default=256)
-    parser.add_argument("--asd-iterations", "--asd_iterations", type=int, default=10, help="steps of ASD's part of an epoch")
-    parser.add_argument("--workers", type=int, default=4, help="loader workers of the published ASD")
+    parser.add_argument(
+        "--asd-iterations",
+        "--asd_iterations",
+        type=int,
+        default=10,
+        help="steps of ASD's part of an epoch",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=4, help="loader workers of the published ASD"
+    )
     parser.add_argument("--memory", action="store_true", help="measure peak memory, too")
     return parser.parse_args()
 

@@ -2,9 +2,11 @@
 
     python performance/gpu.py [--width 16 64] [--json FILE]
 
-Ours is the step that engine.train runs on a PreAct-ResNet18 and 32x32 images that lie on the GPU: drawing, cropping and flipping them, the
-passes, the optimizer. It is compared with itself without CUDA graphs, with torch.compile in and outside of them, and in float32. A way's first
-steps are timed by themselves: they pay for the rest. The peak is that of a bf16 matrix product of 8192 x 8192 random numbers, measured here.
+Ours is the step that engine.train runs on a PreAct-ResNet18 and 32x32 images that lie on the GPU:
+drawing, cropping and flipping them, the passes, the optimizer. It is compared with itself without
+CUDA graphs, with torch.compile in and outside of them, and in float32. A way's first steps are
+timed by themselves: they pay for the rest. The peak is that of a bf16 matrix product of 8192 x 8192
+random numbers, measured here.
 """
 
 import argparse
@@ -39,20 +41,36 @@ WINDOW = 3.0
 def main() -> None:
     parser = measure.options(__doc__)
     parser.add_argument("--width", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--at_once", type=int, nargs="+", default=AT_ONCE, help="runs at once; 1 must be among them")
+    parser.add_argument(
+        "--at_once", type=int, nargs="+", default=AT_ONCE, help="runs at once; 1 must be among them"
+    )
     options = parser.parse_args()
     device = choose_device(options.device)
     if device.type != "cuda":
-        raise SystemExit("performance/gpu.py measures a GPU, and there is none; the CPU's step is in pipeline.py and convolutions.py")
+        raise SystemExit(
+            "performance/gpu.py measures a GPU, and there is none; the CPU's step is in pipeline.py"
+            " and convolutions.py"
+        )
     if 1 not in options.at_once:
-        raise SystemExit(f"--at_once {' '.join(map(str, options.at_once))}: 1 must be among them, which the others are compared with")
-    header = describe_machine(device, data=f"made-up images, batches of {BATCH}, {STEPS} steps a measurement")
+        raise SystemExit(
+            f"--at_once {' '.join(map(str, options.at_once))}: 1 must be among them, which the"
+            " others are compared with"
+        )
+    header = describe_machine(
+        device, data=f"made-up images, batches of {BATCH}, {STEPS} steps a measurement"
+    )
     report(header, _rows(options, device), options.json)
 
 
 def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     peak, copied = _ceilings(device)
-    yield Row("ceilings of this GPU", "-", detail=f"{peak / 1e12:.0f} TFLOP/s in bf16, {copied / 1e12:.2f} TB/s copied, read and written")
+    yield Row(
+        "ceilings of this GPU",
+        "-",
+        detail=(
+            f"{peak / 1e12:.0f} TFLOP/s in bf16, {copied / 1e12:.2f} TB/s copied, read and written"
+        ),
+    )
     for width in options.width:
         yield from _ways(width, peak, options.repetitions, device)
     for width in options.width:
@@ -76,7 +94,8 @@ def _ways(width: int, peak: float, repetitions: int, device: torch.device) -> It
     with tempfile.TemporaryDirectory() as folder:
         operations = _operations(width, device)
         ways: dict[str, tuple[Exact, bool, bool]] = {
-            "without graphs": ("bf16", False, False),  # the first pays for cuDNN's start and choices, too
+            # The first pays for cuDNN's start and choices, too
+            "without graphs": ("bf16", False, False),
             "CUDA graphs (ours)": ("bf16", True, False),
             "torch.compile": ("bf16", False, True),
             "torch.compile, in CUDA graphs": ("bf16", True, True),
@@ -85,7 +104,9 @@ def _ways(width: int, peak: float, repetitions: int, device: torch.device) -> It
         steps: dict[str, Callable[[], None]] = {}
         firsts = {}
         for name, way in ways.items():
-            firsts[name], steps[name] = timed(partial(_warm, width, *way, Path(folder), device), device)
+            firsts[name], steps[name] = timed(
+                partial(_warm, width, *way, Path(folder), device), device
+            )
         found: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repetitions):
             for name, some in steps.items():
@@ -94,13 +115,23 @@ def _ways(width: int, peak: float, repetitions: int, device: torch.device) -> It
         for name, seconds in found.items():
             middle = statistics.median(seconds)
             rate = 3 * operations * BATCH / middle
-            speed = f"{1e3 * middle:.2f} ms, {BATCH / middle:,.0f} images/s, {rate / 1e12:.0f} TFLOP/s = {100 * rate / peak:.0f} % of the peak"
+            speed = (
+                f"{1e3 * middle:.2f} ms, {BATCH / middle:,.0f} images/s, {rate / 1e12:.0f} TFLOP/s"
+                f" = {100 * rate / peak:.0f} % of the peak"
+            )
             extra = f"{speed}; first steps {firsts[name]:.1f} s"
-            yield Row(f"width {width}: {name} / ours", "-", tuple(a / b for a, b in zip(seconds, ours, strict=True)), detail=extra)
+            yield Row(
+                f"width {width}: {name} / ours",
+                "-",
+                tuple(a / b for a, b in zip(seconds, ours, strict=True)),
+                detail=extra,
+            )
         yield _profile(width, steps["without graphs"], ours)
 
 
-def _warm(width: int, precision: Exact, graphs: bool, compiled: bool, folder: Path, device: torch.device) -> Callable[[], None]:
+def _warm(
+    width: int, precision: Exact, graphs: bool, compiled: bool, folder: Path, device: torch.device
+) -> Callable[[], None]:
     """Steps of one way, warm: STEPS of them a call."""
     steps = _training(width, precision, graphs, compiled, folder, device)
     for _ in range(5):
@@ -113,10 +144,14 @@ def _warm(width: int, precision: Exact, graphs: bool, compiled: bool, folder: Pa
     return some
 
 
-def _training(width: int, precision: Exact, graphs: bool, compiled: bool, folder: Path, device: torch.device) -> Iterator[None]:
+def _training(
+    width: int, precision: Exact, graphs: bool, compiled: bool, folder: Path, device: torch.device
+) -> Iterator[None]:
     """The loop of engine.train, a step at a time, for ever."""
     seed_everything(0, device)
-    recipe = Recipe(epochs=100, batch_size=BATCH, lr=0.01, augment=Augment(crop_padding=4, flip=True))
+    recipe = Recipe(
+        epochs=100, batch_size=BATCH, lr=0.01, augment=Augment(crop_padding=4, flip=True)
+    )
     run = Run(folder, seed=0, device=device, precision=precision, score_every=0)
     split, model = _data(device), _model(width, device)
     if compiled:  # all but the counting of images, at whose every change it would begin anew
@@ -124,7 +159,14 @@ def _training(width: int, precision: Exact, graphs: bool, compiled: bool, folder
     forward = Forward(model.train(), run, split, WORTH_A_GRAPH if graphs else 0, BATCH)
     optimizer = make_optimizer(model.parameters(), recipe)
     while True:
-        for batch in batches(split, BATCH, device=device, generator=run.generator, augment=recipe.augment, drop_last=True):
+        for batch in batches(
+            split,
+            BATCH,
+            device=device,
+            generator=run.generator,
+            augment=recipe.augment,
+            drop_last=True,
+        ):
             run.step(optimizer, F.cross_entropy(forward(batch.images).float(), batch.labels))
             yield
 
@@ -139,23 +181,46 @@ def _profile(width: int, steps: Callable[[], None], ours: list[float]) -> Row:
     kinds = {"convolution": 0.0, "batch norm": 0.0, "the rest": 0.0}
     launches = 0
     for event in seen.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CUDA:  # the calls that launch them are seen, too
+        # The calls that launch them are seen, too
+        if event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         name, launches = event.key.lower(), launches + event.count
-        convolution = any(word in name for word in ("conv", "gemm", "wgrad", "dgrad", "fprop", "xmma", "cutlass", "implicit"))
-        kind = "batch norm" if "bn_" in name or "batch_norm" in name or "batchnorm" in name else "convolution" if convolution else "the rest"
+        convolution = any(
+            word in name
+            for word in ("conv", "gemm", "wgrad", "dgrad", "fprop", "xmma", "cutlass", "implicit")
+        )
+        kind = (
+            "batch norm"
+            if "bn_" in name or "batch_norm" in name or "batchnorm" in name
+            else "convolution"
+            if convolution
+            else "the rest"
+        )
         kinds[kind] += event.self_device_time_total / 1e6 / STEPS
     busy = sum(kinds.values())
     parts = ", ".join(f"{kind} {100 * value / busy:.0f} %" for kind, value in kinds.items())
-    detail = f"{1e3 * busy:.2f} ms of kernels in a step without graphs, {launches / STEPS:.0f} kernels: {parts}"
-    return Row(f"width {width}: kernels' time / our step", "-", tuple(busy / second for second in ours), percent=True, detail=detail)
+    detail = (
+        f"{1e3 * busy:.2f} ms of kernels in a step without graphs, {launches / STEPS:.0f} kernels:"
+        f" {parts}"
+    )
+    return Row(
+        f"width {width}: kernels' time / our step",
+        "-",
+        tuple(busy / second for second in ours),
+        percent=True,
+        detail=detail,
+    )
 
 
 def _at_once(width: int, counts: list[int], device: torch.device) -> Iterator[Row]:
-    """Images a second of all runs together, against one alone. All processes are there from the start; those whose turn it is not wait."""
+    """Images a second of all runs together, against one alone. All processes are there from the
+    start; those whose turn it is not wait."""
     context = multiprocessing.get_context("spawn")
     barrier, rates = context.Barrier(counts[-1]), context.Queue()
-    workers = [context.Process(target=_worker, args=(number, width, counts, str(device), barrier, rates)) for number in range(counts[-1])]
+    workers = [
+        context.Process(target=_worker, args=(number, width, counts, str(device), barrier, rates))
+        for number in range(counts[-1])
+    ]
     for worker in workers:
         worker.start()
     found = dict.fromkeys(counts, 0.0)
@@ -166,10 +231,17 @@ def _at_once(width: int, counts: list[int], device: torch.device) -> Iterator[Ro
         worker.join()
     for count in counts:
         gain = found[count] / found[counts[0]]
-        yield Row(f"width {width}: {count} runs at once / one", "-", (gain,), detail=f"{found[count]:,.0f} images/s together")
+        yield Row(
+            f"width {width}: {count} runs at once / one",
+            "-",
+            (gain,),
+            detail=f"{found[count]:,.0f} images/s together",
+        )
 
 
-def _worker(number: int, width: int, counts: list[int], device: str, barrier: Any, rates: Any) -> None:
+def _worker(
+    number: int, width: int, counts: list[int], device: str, barrier: Any, rates: Any
+) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         steps = _training(width, "bf16", True, False, Path(folder), torch.device(device))
@@ -196,7 +268,9 @@ def _operations(width: int, device: torch.device) -> int:
 
 
 def _model(width: int, device: torch.device) -> Classifier:
-    return build("preactresnet18", num_classes=10, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device)
+    return build(
+        "preactresnet18", num_classes=10, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width
+    ).to(device)
 
 
 def _data(device: torch.device) -> Split:

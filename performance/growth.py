@@ -2,10 +2,11 @@
 
     python performance/growth.py [--sizes 5000 10000 25000 50000] [--trusted 250 1000 2500] [--width 16] [--json FILE] [--plot FILE.png]
 
-One epoch (round, pass) of each stage of each method on made-up images of 32 x 32 x 3, each cell in a process of its own. Methods that train
-on the training set are given sets of --sizes, methods that work on trusted images --trusted of them; the rest of their constants are the
-defaults. Given are seconds, image passes (exact: they do not depend on the machine) and peak memory, and the exponent p of a fit of
-cost = c n^p. Costs of more epochs are multiples.
+One epoch (round, pass) of each stage of each method on made-up images of 32 x 32 x 3, each cell in
+a process of its own. Methods that train on the training set are given sets of --sizes, methods that
+work on trusted images --trusted of them; the rest of their constants are the defaults. Given are
+seconds, image passes (exact: they do not depend on the machine) and peak memory, and the exponent p
+of a fit of cost = c n^p. Costs of more epochs are multiples.
 """
 
 import argparse
@@ -56,7 +57,8 @@ def _attack(view: DefenderView, run: Run) -> None:
 
 
 def _dau(view: DefenderView, run: Run) -> None:
-    """Features, heads on a pool of 1 %, and a pass of unlearning 10 %: what DAU does where it finds poison."""
+    """Features, heads on a pool of 1 %, and a pass of unlearning 10 %: what DAU does where it finds
+    poison."""
     dau: Any = methods.load("defense", "dau").module
     config, model = dau.Config(epochs=1, head_epochs=1), view.model
     features = extract(model, view.train, run)
@@ -77,8 +79,12 @@ def _defense(name: str, **constants: Any) -> Work:
 ON_TRAINING: dict[str, Work] = {
     "attack, 1 epoch": _attack,
     "dau, 1 + 1 epochs": _dau,
-    "asd, stage 1, 64 steps": _defense("asd", stage1_epochs=1, stage2_epochs=0, stage3_epochs=0, iterations=64),
-    "asd, stage 3, 64 steps": _defense("asd", stage1_epochs=0, stage2_epochs=0, stage3_epochs=1, iterations=64),
+    "asd, stage 1, 64 steps": _defense(
+        "asd", stage1_epochs=1, stage2_epochs=0, stage3_epochs=0, iterations=64
+    ),
+    "asd, stage 3, 64 steps": _defense(
+        "asd", stage1_epochs=0, stage2_epochs=0, stage3_epochs=1, iterations=64
+    ),
 }
 ON_TRUSTED: dict[str, Work] = {
     "ft, 1 epoch": _defense("ft", epochs=1),
@@ -96,22 +102,46 @@ def cell(name: str, count: int, width: int, device_name: str) -> Cell:
     draws = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 32, 32), generator=draws, dtype=torch.uint8)
     split = Split(images, torch.arange(count) % CLASSES)
-    model = build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device)
+    model = build(
+        "preactresnet18",
+        num_classes=CLASSES,
+        in_chans=3,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        width=width,
+    ).to(device)
 
     def new_model() -> Any:
-        return build("preactresnet18", num_classes=CLASSES, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width).to(device)
+        return build(
+            "preactresnet18",
+            num_classes=CLASSES,
+            in_chans=3,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            width=width,
+        ).to(device)
 
-    granted = dict(model=model, train=split, trusted=split, seeds=torch.arange(100), new_model=new_model)
+    granted = dict(
+        model=model, train=split, trusted=split, seeds=torch.arange(100), new_model=new_model
+    )
     view = DefenderView("", CLASSES, (3, 32, 32), tuple(map(str, range(CLASSES))), AUGMENT, granted)
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), seed=0, device=device)
         (ON_TRAINING | ON_TRUSTED)[name](view, run)
         spent = run.spent()
-    return Cell(name, count, round(spent.seconds, 2), spent.forward, spent.backward, round(peak_memory(device) / 2**20))
+    return Cell(
+        name,
+        count,
+        round(spent.seconds, 2),
+        spent.forward,
+        spent.backward,
+        round(peak_memory(device) / 2**20),
+    )
 
 
 def exponent(sizes: list[int], costs: list[float]) -> float:
-    """p of the least-squares fit of log cost = log c + p log n; NaN where something costs nothing or there is one size."""
+    """p of the least-squares fit of log cost = log c + p log n; NaN where something costs nothing
+    or there is one size."""
     if len(sizes) < 2 or min(costs) <= 0:
         return math.nan
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
@@ -126,11 +156,22 @@ def plot(cells: list[Cell], file: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), constrained_layout=True)
     marks = "os^Dv<>Pp"
-    for axis, (label, cost) in zip(axes, (("image passes", lambda c: c.forward + c.backward), ("seconds", lambda c: c.seconds)), strict=True):
+    for axis, (label, cost) in zip(
+        axes,
+        (("image passes", lambda c: c.forward + c.backward), ("seconds", lambda c: c.seconds)),
+        strict=True,
+    ):
         for mark, name in zip(marks, dict.fromkeys(c.method for c in cells), strict=False):
             mine = [c for c in cells if c.method == name]
             dashes = "-" if name in ON_TRAINING else "--"
-            axis.loglog([c.images for c in mine], [cost(c) for c in mine], dashes, marker=mark, markersize=5, label=name)
+            axis.loglog(
+                [c.images for c in mine],
+                [cost(c) for c in mine],
+                dashes,
+                marker=mark,
+                markersize=5,
+                label=name,
+            )
         axis.set(xlabel="images (solid: training set, dashed: trusted)", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
@@ -139,38 +180,76 @@ def plot(cells: list[Cell], file: Path) -> None:
 
 def main() -> None:
     options = _options()
-    header = describe_machine(choose_device(options.device), data="made-up images of 32 x 32 x 3", width=str(options.width))
+    header = describe_machine(
+        choose_device(options.device),
+        data="made-up images of 32 x 32 x 3",
+        width=str(options.width),
+    )
     for key, value in header.items():
         print(f"{key:<9} {value}", flush=True)
-    print(f"\n{'what':<26} {'images':>8} {'seconds':>9} {'forward':>10} {'backward':>10} {'peak MB':>9}")
+    print(
+        f"\n{'what':<26} {'images':>8} {'seconds':>9} {'forward':>10} {'backward':>10}"
+        f" {'peak MB':>9}"
+    )
     cells: list[Cell] = []
     for group, sizes in ((ON_TRAINING, options.sizes), (ON_TRUSTED, options.trusted)):
         for name in group:
             for size in sizes:
                 with fresh_process() as process:
                     found = process.submit(cell, name, size, options.width, options.device).result()
-                print(f"{name:<26} {size:>8,} {found.seconds:>9.1f} {found.forward:>10,} {found.backward:>10,} {found.megabytes:>9,.0f}", flush=True)
+                print(
+                    f"{name:<26} {size:>8,} {found.seconds:>9.1f} {found.forward:>10,}"
+                    f" {found.backward:>10,} {found.megabytes:>9,.0f}",
+                    flush=True,
+                )
                 cells.append(found)
-    print(f"\n{'exponents':<26} {'':>8} {'seconds':>9} {'forward':>10} {'backward':>10} {'peak MB':>9}")
+    print(
+        f"\n{'exponents':<26} {'':>8} {'seconds':>9} {'forward':>10} {'backward':>10}"
+        f" {'peak MB':>9}"
+    )
     fits: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(c.method for c in cells):
         mine = [c for c in cells if c.method == name]
         fits[name] = {
-            what: exponent([c.images for c in mine], [getattr(c, what) for c in mine]) for what in ("seconds", "forward", "backward", "megabytes")
+            what: exponent([c.images for c in mine], [getattr(c, what) for c in mine])
+            for what in ("seconds", "forward", "backward", "megabytes")
         }
-        print(f"{name:<26} {'':>8} " + " ".join(f"{value:>{w}.2f}" for value, w in zip(fits[name].values(), (9, 10, 10, 9), strict=True)))
+        print(
+            f"{name:<26} {'':>8} "
+            + " ".join(
+                f"{value:>{w}.2f}"
+                for value, w in zip(fits[name].values(), (9, 10, 10, 9), strict=True)
+            )
+        )
     if options.json is not None:
-        options.json.write_text(json.dumps(dict(header=header, cells=[asdict(c) for c in cells], exponents=fits), indent=2) + "\n")
+        options.json.write_text(
+            json.dumps(
+                dict(header=header, cells=[asdict(c) for c in cells], exponents=fits), indent=2
+            )
+            + "\n"
+        )
     if options.plot is not None:
         plot(cells, options.plot)
 
 
 def _options() -> argparse.Namespace:
     parser = measure.options(__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[5_000, 10_000, 25_000, 50_000], help="training images")
-    parser.add_argument("--trusted", type=int, nargs="+", default=[250, 1_000, 2_500], help="trusted images")
-    parser.add_argument("--width", type=int, default=16, help="channels of PreAct-ResNet18's first stage")
-    parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="a picture, .png or .svg")
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[5_000, 10_000, 25_000, 50_000],
+        help="training images",
+    )
+    parser.add_argument(
+        "--trusted", type=int, nargs="+", default=[250, 1_000, 2_500], help="trusted images"
+    )
+    parser.add_argument(
+        "--width", type=int, default=16, help="channels of PreAct-ResNet18's first stage"
+    )
+    parser.add_argument(
+        "--plot", type=Path, default=None, metavar="FILE", help="a picture, .png or .svg"
+    )
     return parser.parse_args()
 
 

@@ -1,4 +1,5 @@
-"""What all benchmarks share: taking turns, the clock, a row of the table, and the header that says on what it was measured."""
+"""What all benchmarks share: taking turns, the clock, a row of the table, and the header that says
+on what it was measured."""
 
 import argparse
 import datetime
@@ -53,12 +54,20 @@ def report(header: dict[str, str], rows: Iterable[Row], file: Path | None) -> No
     found = []
     for row in rows:
         print(f"{row.name:<44} {row.goal:<10} {row.measured:<34} {row.detail}", flush=True)
-        found.append({**asdict(row), "measured": row.measured, "median": statistics.median(row.ratios) if row.ratios else None})
+        found.append(
+            {
+                **asdict(row),
+                "measured": row.measured,
+                "median": statistics.median(row.ratios) if row.ratios else None,
+            }
+        )
     if file is not None:
         file.write_text(json.dumps(dict(header=header, rows=found), indent=2) + "\n")
 
 
-def in_turn(slow: Callable[[], Any], fast: Callable[[], Any], device: torch.device, repetitions: int) -> list[tuple[float, float]]:
+def in_turn(
+    slow: Callable[[], Any], fast: Callable[[], Any], device: torch.device, repetitions: int
+) -> list[tuple[float, float]]:
     """Seconds of both, one after the other, so that a load on the machine meets both."""
     return [(timed(slow, device)[0], timed(fast, device)[0]) for _ in range(repetitions)]
 
@@ -69,7 +78,8 @@ def medians(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:
 
 
 def fresh_process() -> ProcessPoolExecutor:
-    """A process that inherits nothing, for what cannot be taken back in one: a peak of memory, a setting of malloc."""
+    """A process that inherits nothing, for what cannot be taken back in one: a peak of memory, a
+    setting of malloc."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
@@ -82,7 +92,9 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     return time.perf_counter() - begin, value
 
 
-def training_step(model: nn.Module, batch_size: int, device: torch.device, precision: Exact) -> Callable[[Tensor, Tensor], None]:
+def training_step(
+    model: nn.Module, batch_size: int, device: torch.device, precision: Exact
+) -> Callable[[Tensor, Tensor], None]:
     """A step of the engine's SGD on images and labels."""
     optimizer = make_optimizer(model.parameters(), Recipe(epochs=1, batch_size=batch_size, lr=0.01))
 
@@ -99,7 +111,15 @@ def training_step(model: nn.Module, batch_size: int, device: torch.device, preci
 def fast_bf16(device: torch.device) -> bool:
     """Whether bf16 is what `auto` takes here for PreAct-ResNet18 of width 16 on 32x32 images."""
     network = {"architecture": "preactresnet18", "width": 16, "image_shape": [3, 32, 32]}
-    build = partial(models.build, "preactresnet18", num_classes=10, in_chans=3, mean=[0.5] * 3, std=[0.25] * 3, width=16)
+    build = partial(
+        models.build,
+        "preactresnet18",
+        num_classes=10,
+        in_chans=3,
+        mean=[0.5] * 3,
+        std=[0.25] * 3,
+        width=16,
+    )
     return choose("auto", device, network, build).precision == "bf16"
 
 
@@ -111,8 +131,14 @@ def wait(device: torch.device) -> None:
 def describe_machine(device: torch.device, **more: str) -> dict[str, str]:
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return dict(
-        machine=f"{environment(device)['device']}, {os.cpu_count()} CPUs, {platform.system()}, load {load} at the start",
-        versions=f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}",
+        machine=(
+            f"{environment(device)['device']}, {os.cpu_count()} CPUs, {platform.system()}, load"
+            f" {load} at the start"
+        ),
+        versions=(
+            f"Python {platform.python_version()}, torch {torch.__version__}, torchvision"
+            f" {torchvision.__version__}"
+        ),
         threads=str(torch.get_num_threads()),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **more,
@@ -128,5 +154,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--repetitions", type=int, default=5, help="pairs a comparison")
-    parser.add_argument("--json", type=Path, default=None, metavar="FILE", help="write the table there, too")
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write the table there, too"
+    )
     return parser

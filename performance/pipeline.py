@@ -3,14 +3,15 @@
     python performance/pipeline.py [--dataset cifar10 --dataset_path FOLDER] [--json FILE]
 
 Each row has its goal beside it; nothing is asserted, since timings belong to the machine:
-  1. `batches()` with random crop, flip, scaling and the model's normalisation, against a torch DataLoader over PIL images
-  2. data handling as a share of a training step at width 16
-  3. a training step in bfloat16 against float32 at width 64
-  4. training steps on images that stay in a file, against the same images in memory
-  5. a training step when freed memory goes back to the system, against one that keeps it, each in a process of its own
-The two sides of every ratio take turns, so that a load on the machine meets both; given are the median and the range of
-the ratios of neighbours. A DataLoader's first batches, and with them the start of its workers, are left out of its rate.
-Measure on an idle machine and with as many threads as workers: where cores are short, the workers lose more than we do.
+  1. `batches()` with random crop, flip, scaling and the model's normalisation, against a torch
+  DataLoader over PIL images 2. data handling as a share of a training step at width 16 3. a
+  training step in bfloat16 against float32 at width 64 4. training steps on images that stay in a
+  file, against the same images in memory 5. a training step when freed memory goes back to the
+  system, against one that keeps it, each in a process of its own
+The two sides of every ratio take turns, so that a load on the machine meets both; given are the
+median and the range of the ratios of neighbours. A DataLoader's first batches, and with them the
+start of its workers, are left out of its rate. Measure on an idle machine and with as many threads
+as workers: where cores are short, the workers lose more than we do.
 """
 
 import argparse
@@ -24,7 +25,17 @@ from typing import Any
 import measure
 import numpy as np
 import torch
-from measure import Row, busy, describe_machine, fast_bf16, fresh_process, medians, report, timed, training_step
+from measure import (
+    Row,
+    busy,
+    describe_machine,
+    fast_bf16,
+    fresh_process,
+    medians,
+    report,
+    timed,
+    training_step,
+)
 from published import Images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -43,7 +54,8 @@ CIFAR_SHAPE = (50_000, 3, 32, 32)
 
 
 class Nothing(nn.Module):
-    """A network that leaves its input alone: what remains of a Classifier is its layer 0, the normalisation."""
+    """A network that leaves its input alone: what remains of a Classifier is its layer 0, the
+    normalisation."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         return x
@@ -55,7 +67,12 @@ def main() -> None:
     seed_everything(0, device)
     split, source = _data(options.dataset, options.dataset_path)
     caution = "the machine is busy: row 1 against 2 workers flatters us" if busy() else "none"
-    header = describe_machine(device, data=source, caution=caution, pairs=f"{options.repetitions} of each comparison, batches of {BATCH}")
+    header = describe_machine(
+        device,
+        data=source,
+        caution=caution,
+        pairs=f"{options.repetitions} of each comparison, batches of {BATCH}",
+    )
     report(header, _rows(split, device, options.repetitions, options.force_bf16), options.json)
 
 
@@ -68,7 +85,13 @@ def _rows(split: Split, device: torch.device, repetitions: int, force_bf16: bool
     yield _kept_memory(device, repetitions)
 
 
-def _data_path(split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], repetitions: int) -> Iterator[Row]:
+def _data_path(
+    split: Split,
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    repetitions: int,
+) -> Iterator[Row]:
     count = min(len(split), 50 * BATCH)
     images = Images(split.subset(torch.arange(count)), AUGMENT, (mean, std))
     ours = place(split, device)
@@ -77,19 +100,29 @@ def _data_path(split: Split, device: torch.device, mean: tuple[float, ...], std:
     def our_rate() -> float:
         seconds, seen = 0.0, 0
         while seconds < 0.5:  # a pass is too short to be timed alone
-            pass_seconds, pass_seen = timed(lambda: _normalised(_our_batches(ours, device), layer0), device)
+            pass_seconds, pass_seen = timed(
+                lambda: _normalised(_our_batches(ours, device), layer0), device
+            )
             seconds, seen = seconds + pass_seconds, seen + pass_seen
         return seen / seconds
 
     def loader_rate(workers: int) -> tuple[float, float]:
         """Images a second after the first batch, and seconds up to it."""
         prefetch = 2  # batches a worker, torch's default
-        loader = DataLoader(images, BATCH, shuffle=True, num_workers=workers, drop_last=True, pin_memory=device.type == "cuda")
+        loader = DataLoader(
+            images,
+            BATCH,
+            shuffle=True,
+            num_workers=workers,
+            drop_last=True,
+            pin_memory=device.type == "cuda",
+        )
         begin = time.perf_counter()
         stream = iter(loader)
         next(stream)
         first = time.perf_counter() - begin
-        for _ in range(workers * prefetch):  # batches made before the clock starts would count as free
+        # Batches made before the clock starts would count as free
+        for _ in range(workers * prefetch):
             next(stream)
         seconds, seen = timed(lambda: _moved(stream, device), device)
         return seen / seconds, first
@@ -105,12 +138,22 @@ def _data_path(split: Split, device: torch.device, mean: tuple[float, ...], std:
             f"1. batches() / DataLoader, {workers} workers",
             ">= 8" if workers else "-",
             tuple(rate / loader for rate, loader, _ in found),
-            detail=f"{a:,.0f} and {b:,.0f} images/s; DataLoader's first batch takes {first:.2f} s, not counted",
+            detail=(
+                f"{a:,.0f} and {b:,.0f} images/s; DataLoader's first batch takes {first:.2f} s, not"
+                " counted"
+            ),
         )
 
 
 def _our_batches(split: Split, device: torch.device) -> Iterator[Batch]:
-    return batches(split, BATCH, device=device, generator=torch.Generator().manual_seed(0), augment=AUGMENT, drop_last=True)
+    return batches(
+        split,
+        BATCH,
+        device=device,
+        generator=torch.Generator().manual_seed(0),
+        augment=AUGMENT,
+        drop_last=True,
+    )
 
 
 @torch.no_grad()
@@ -129,8 +172,15 @@ def _moved(stream: Iterator[Any], device: torch.device) -> int:
     return seen
 
 
-def _data_share(split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], repetitions: int) -> Row:
-    """Waiting for the batch against the whole step with it, normalisation counted to the model as in training."""
+def _data_share(
+    split: Split,
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    repetitions: int,
+) -> Row:
+    """Waiting for the batch against the whole step with it, normalisation counted to the model as
+    in training."""
     steps = 50 if device.type == "cuda" else 5
     source = place(split, device)
     step = _training_step(16, split, mean, std, device, "bf16" if fast_bf16(device) else "fp32")
@@ -153,7 +203,10 @@ def _data_share(split: Split, device: torch.device, mean: tuple[float, ...], std
         return steps
 
     train()
-    pairs = [(timed(fetch, device)[0] / (10 * steps), timed(train, device)[0] / steps) for _ in range(repetitions)]
+    pairs = [
+        (timed(fetch, device)[0] / (10 * steps), timed(train, device)[0] / steps)
+        for _ in range(repetitions)
+    ]
     data, whole = medians(pairs)
     return Row(
         "2. data / training step, width 16",
@@ -164,19 +217,32 @@ def _data_share(split: Split, device: torch.device, mean: tuple[float, ...], std
     )
 
 
-def _from_file(split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], repetitions: int) -> Row:
+def _from_file(
+    split: Split,
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    repetitions: int,
+) -> Row:
     """Images a second of training at width 16, with the file in the system's page cache."""
     steps = 200 if device.type == "cuda" else 10
     step = _training_step(16, split, mean, std, device, "bf16" if fast_bf16(device) else "fp32")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "images.npy"
         np.save(file, split.images.cpu().numpy())
-        sources = [place(Split(split.images, split.labels), device), Split(mapped(file), split.labels, file)]
+        sources = [
+            place(Split(split.images, split.labels), device),
+            Split(mapped(file), split.labels, file),
+        ]
 
         def rate(source: Split) -> float:
-            stream = itertools.chain.from_iterable(_our_batches(source, device) for _ in itertools.count())
+            stream = itertools.chain.from_iterable(
+                _our_batches(source, device) for _ in itertools.count()
+            )
             step(next(stream))
-            seconds, _ = timed(lambda: [step(batch) for batch in itertools.islice(stream, steps)], device)
+            seconds, _ = timed(
+                lambda: [step(batch) for batch in itertools.islice(stream, steps)], device
+            )
             return steps * BATCH / seconds
 
         pairs = [(rate(sources[0]), rate(sources[1])) for _ in range(repetitions)]
@@ -191,14 +257,22 @@ def _from_file(split: Split, device: torch.device, mean: tuple[float, ...], std:
     )
 
 
-def _bf16(split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], force: bool) -> Row:
+def _bf16(
+    split: Split, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], force: bool
+) -> Row:
     name, goal = "3. fp32 step / bf16 step, width 64", ">= 1.8"
     if not fast_bf16(device) and not force:
-        return Row(name, goal, detail=f"this {device.type} has no fast bfloat16; --force-bf16 runs it all the same")
+        return Row(
+            name,
+            goal,
+            detail=f"this {device.type} has no fast bfloat16; --force-bf16 runs it all the same",
+        )
     steps, repetitions = (30, 5) if device.type == "cuda" else (1, 3)
     precisions: tuple[Exact, Exact] = ("fp32", "bf16")
     batch = next(_our_batches(place(split, device), device))
-    single, half = (_training_step(64, split, mean, std, device, precision) for precision in precisions)
+    single, half = (
+        _training_step(64, split, mean, std, device, precision) for precision in precisions
+    )
 
     def seconds(step: Callable[[Batch], None]) -> float:
         def work() -> int:
@@ -211,7 +285,12 @@ def _bf16(split: Split, device: torch.device, mean: tuple[float, ...], std: tupl
     single(batch), half(batch)  # the first step chooses kernels
     pairs = [(seconds(single), seconds(half)) for _ in range(repetitions)]
     slow, fast = medians(pairs)
-    return Row(name, goal, tuple(a / b for a, b in pairs), detail=f"{1000 * slow:.1f} and {1000 * fast:.1f} ms a step")
+    return Row(
+        name,
+        goal,
+        tuple(a / b for a, b in pairs),
+        detail=f"{1000 * slow:.1f} and {1000 * fast:.1f} ms a step",
+    )
 
 
 def _kept_memory(device: torch.device, repetitions: int) -> Row:
@@ -219,9 +298,20 @@ def _kept_memory(device: torch.device, repetitions: int) -> Row:
     if device.type != "cpu":
         return Row(name, "-", detail="torch keeps a GPU's memory by itself")
     with fresh_process() as returning, fresh_process() as keeping:
-        pairs = [(returning.submit(_seconds_a_step, False).result(), keeping.submit(_seconds_a_step, True).result()) for _ in range(repetitions)]
+        pairs = [
+            (
+                returning.submit(_seconds_a_step, False).result(),
+                keeping.submit(_seconds_a_step, True).result(),
+            )
+            for _ in range(repetitions)
+        ]
     slow, fast = medians(pairs)
-    return Row(name, "-", tuple(a / b for a, b in pairs), detail=f"{1000 * slow:.0f} and {1000 * fast:.0f} ms a step")
+    return Row(
+        name,
+        "-",
+        tuple(a / b for a, b in pairs),
+        detail=f"{1000 * slow:.0f} and {1000 * fast:.0f} ms a step",
+    )
 
 
 def _seconds_a_step(keep: bool, steps: int = 8) -> float:
@@ -229,18 +319,41 @@ def _seconds_a_step(keep: bool, steps: int = 8) -> float:
     device = torch.device("cpu")
     if keep:
         keep_freed_memory(device)
-    split = Split(torch.randint(0, 256, (BATCH, *CIFAR_SHAPE[1:]), dtype=torch.uint8), torch.arange(BATCH) % 10)
-    step, batch = _training_step(16, split, (0.5,) * 3, (0.25,) * 3, device, "fp32"), next(_our_batches(split, device))
+    split = Split(
+        torch.randint(0, 256, (BATCH, *CIFAR_SHAPE[1:]), dtype=torch.uint8),
+        torch.arange(BATCH) % 10,
+    )
+    step, batch = (
+        _training_step(16, split, (0.5,) * 3, (0.25,) * 3, device, "fp32"),
+        next(_our_batches(split, device)),
+    )
     step(batch)
     return timed(lambda: [step(batch) for _ in range(steps)], device)[0] / steps
 
 
 def _training_step(
-    width: int, split: Split, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, precision: Exact
+    width: int,
+    split: Split,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+    precision: Exact,
 ) -> Callable[[Batch], None]:
     _, channels, height, _ = split.images.shape
     classes = int(split.labels.max()) + 1
-    model = build("preactresnet18", num_classes=classes, in_chans=channels, mean=mean, std=std, width=width, image_size=height).to(device).train()
+    model = (
+        build(
+            "preactresnet18",
+            num_classes=classes,
+            in_chans=channels,
+            mean=mean,
+            std=std,
+            width=width,
+            image_size=height,
+        )
+        .to(device)
+        .train()
+    )
     step = training_step(model, BATCH, device, precision)
     return lambda batch: step(batch.images, batch.labels)
 
@@ -259,14 +372,30 @@ def _data(name: str, path: str | None) -> tuple[Split, str]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, CIFAR_SHAPE, generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, CIFAR_SHAPE[:1], generator=generator)
-    return Split(images, labels), f"made-up bytes in the shape of CIFAR-10 ({name} is not in the cache and no path was given)"
+    return (
+        Split(images, labels),
+        (
+            f"made-up bytes in the shape of CIFAR-10 ({name} is not in the cache and no path was"
+            " given)"
+        ),
+    )
 
 
 def _options() -> argparse.Namespace:
     parser = measure.options(__doc__)
     parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--dataset-path", "--dataset_path", default=None, help="parquet shards or train/<class>/*.png")
-    parser.add_argument("--force-bf16", "--force_bf16", action="store_true", help="run row 3 where bfloat16 is slow, too")
+    parser.add_argument(
+        "--dataset-path",
+        "--dataset_path",
+        default=None,
+        help="parquet shards or train/<class>/*.png",
+    )
+    parser.add_argument(
+        "--force-bf16",
+        "--force_bf16",
+        action="store_true",
+        help="run row 3 where bfloat16 is slow, too",
+    )
     return parser.parse_args()
 
 

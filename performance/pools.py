@@ -1,9 +1,11 @@
-"""DAU's first pool, found in three ways, and the split that each leads to; beside them a pool drawn from the true poison, which no defender has.
+"""DAU's first pool, found in three ways, and the split that each leads to; beside them a pool drawn
+from the true poison, which no defender has.
 
 python performance/pools.py RECORD ... [--pools bimodal model_loss isolation true] [--seeds 0] [--record_root FOLDER] [--dataset_path FOLDER]
 
-`true`, the port's way, tells a pool that was not found from anti-learning that does not work. `isolation` trains a network of its own for 20
-epochs. All settings are those of `defense/dau.py --result_file RECORD`. A row of Markdown is printed as soon as it is known.
+`true`, the port's way, tells a pool that was not found from anti-learning that does not work.
+`isolation` trains a network of its own for 20 epochs. All settings are those of `defense/dau.py
+--result_file RECORD`. A row of Markdown is printed as soon as it is known.
 """
 
 import argparse
@@ -26,7 +28,10 @@ DAU = methods.load("defense", "dau")
 
 def main() -> None:
     options = _options()
-    print("| record | clean accuracy, ASR | seed | pool | size, precision | flagged | TPR | FPR |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| record | clean accuracy, ASR | seed | pool | size, precision | flagged | TPR | FPR"
+        " |\n|---|---|---|---|---|---|---|---|"
+    )
     try:
         for row in rows(options):
             print(f"| {' | '.join(row)} |", flush=True)
@@ -41,20 +46,40 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
         config = defense_job(DAU, argv, "pools.py").config
         record, device = Record.load(name, root), choose_device(options.device)
         if not record.known_poison:
-            raise UserError(f"{name} does not say which of its training images are poison: pools are measured on records of attacks")
+            raise UserError(
+                f"{name} does not say which of its training images are poison: pools are measured"
+                " on records of attacks"
+            )
         dataset = record.dataset(options.dataset_path)
         before = record.info["scores"]
         for seed in options.seeds:
             for pool in options.pools:
                 with tempfile.TemporaryDirectory() as folder:
                     seed_everything(seed, device)
-                    run = Run(Path(folder), seed=seed, device=device, precision=config.precision, train_poison=record.train_poison)
+                    run = Run(
+                        Path(folder),
+                        seed=seed,
+                        device=device,
+                        precision=config.precision,
+                        train_poison=record.train_poison,
+                    )
                     view = defender_view(record, dataset, DAU.assumes, None, device)
                     split(view, pool, record, config, run)
                 found, flagged = run.splits.get("pool"), run.splits["split"]
-                size = "none" if found is None else f"{found['flagged']}, {_share(found['precision'])}"
+                size = (
+                    "none" if found is None else f"{found['flagged']}, {_share(found['precision'])}"
+                )
                 scores = f"{_share(before['clean_accuracy'])}, {_share(before['asr'])}"
-                yield [name, scores, str(seed), pool, size, str(flagged["flagged"]), _share(flagged["tpr"]), _share(flagged["fpr"], 4)]
+                yield [
+                    name,
+                    scores,
+                    str(seed),
+                    pool,
+                    size,
+                    str(flagged["flagged"]),
+                    _share(flagged["tpr"]),
+                    _share(flagged["fpr"], 4),
+                ]
 
 
 def split(view: Any, pool: str, record: Record, config: Any, run: Run) -> None:
@@ -64,7 +89,9 @@ def split(view: Any, pool: str, record: Record, config: Any, run: Run) -> None:
         return
     poison = record.train_poison.mask(len(view.train)).nonzero().squeeze(1)
     size = max(1, round(config.pool_rate * len(view.train)))
-    DAU.module.find_poison(view, config, run, DAU.module.draw_pool(poison, size, len(view.train), run))
+    DAU.module.find_poison(
+        view, config, run, DAU.module.draw_pool(poison, size, len(view.train), run)
+    )
 
 
 def _share(value: float | None, digits: int = 3) -> str:
@@ -77,7 +104,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pools", nargs="+", choices=POOLS, default=POOLS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the defense")
     parser.add_argument("--record_root", default=None, help="folder of records")
-    parser.add_argument("--dataset_path", default=None, help="where the data set lies, if not where the record says")
+    parser.add_argument(
+        "--dataset_path", default=None, help="where the data set lies, if not where the record says"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args()
 

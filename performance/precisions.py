@@ -1,4 +1,5 @@
-"""The precision that `--precision auto` picks against the other one, for a training step of PreAct-ResNets, and how long picking takes.
+"""The precision that `--precision auto` picks against the other one, for a training step of
+PreAct-ResNets, and how long picking takes.
 
 python performance/precisions.py [--batch_size 128] [--threads N]
 
@@ -27,7 +28,9 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     keep_freed_memory(device)
-    header = describe_machine(device, caution="the machine is busy" if busy() else "none", batch=str(given.batch_size))
+    header = describe_machine(
+        device, caution="the machine is busy" if busy() else "none", batch=str(given.batch_size)
+    )
     report(header, _rows(given.batch_size, device, given.repetitions), given.json)
 
 
@@ -36,7 +39,15 @@ def _rows(batch_size: int, device: torch.device, repetitions: int) -> Iterator[R
     labels = torch.arange(batch_size, device=device) % 10
     for name in ("preactresnet10", "preactresnet18"):
         for width in (8, 16, 64):
-            new = partial(build, name, num_classes=10, in_chans=SHAPE[0], mean=[0.5] * 3, std=[0.25] * 3, width=width)
+            new = partial(
+                build,
+                name,
+                num_classes=10,
+                in_chans=SHAPE[0],
+                mean=[0.5] * 3,
+                std=[0.25] * 3,
+                width=width,
+            )
 
             # What a run does where nothing was measured before.
             began = time.perf_counter()
@@ -45,7 +56,10 @@ def _rows(batch_size: int, device: torch.device, repetitions: int) -> Iterator[R
             picked: Exact = "bf16" if found.ratio < WORTH_IT else "fp32"
 
             # The steps of a training, in both precisions.
-            pair = {precision: training_step(new().to(device), batch_size, device, precision) for precision in ("bf16", "fp32")}
+            pair = {
+                precision: training_step(new().to(device), batch_size, device, precision)
+                for precision in ("bf16", "fp32")
+            }
             works = {precision: partial(step, images, labels) for precision, step in pair.items()}
             for work in works.values():
                 work()
@@ -53,9 +67,12 @@ def _rows(batch_size: int, device: torch.device, repetitions: int) -> Iterator[R
             ratios = [fp32 / bf16 if picked == "fp32" else bf16 / fp32 for fp32, bf16 in times]
             fp32, bf16 = (1000 * statistics.median(column) for column in zip(*times, strict=True))
             detail = (
-                f"{picked}, found in {seconds:.2f} s ({found.describe()}, {found.images} images); a step {fp32:.0f} ms in fp32, {bf16:.0f} in bf16"
+                f"{picked}, found in {seconds:.2f} s ({found.describe()}, {found.images} images); a"
+                f" step {fp32:.0f} ms in fp32, {bf16:.0f} in bf16"
             )
-            yield Row(f"picked / other, {name} width {width}", "<= 1.05", tuple(ratios), detail=detail)
+            yield Row(
+                f"picked / other, {name} width {width}", "<= 1.05", tuple(ratios), detail=detail
+            )
 
 
 def _options() -> argparse.Namespace:

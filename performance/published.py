@@ -1,7 +1,7 @@
 """The conventional way, transcribed plainly from its description: what ours is measured against.
 
-Images are made one PIL image at a time in DataLoaders, models run in fp32 in torch's default memory format, and clean accuracy,
-ASR and RA each cost a pass after every epoch.
+Images are made one PIL image at a time in DataLoaders, models run in fp32 in torch's default memory
+format, and clean accuracy, ASR and RA each cost a pass after every epoch.
 """
 
 import copy
@@ -28,12 +28,19 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class Images(TorchDataset[tuple[Tensor, int]]):
     """One PIL image at a time through torchvision's transforms."""
 
-    def __init__(self, split: Split, augment: Augment = NO_AUGMENT, normalize: tuple[Sequence[float], Sequence[float]] | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        augment: Augment = NO_AUGMENT,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
         self.images = [transforms.functional.to_pil_image(image) for image in split.images.cpu()]
         self.labels = split.labels.tolist()
         steps: list[Any] = []
         if augment.crop_padding:
-            steps.append(transforms.RandomCrop(tuple(split.images.shape[2:]), padding=augment.crop_padding))
+            steps.append(
+                transforms.RandomCrop(tuple(split.images.shape[2:]), padding=augment.crop_padding)
+            )
         if augment.flip:
             steps.append(transforms.RandomHorizontalFlip())
         steps.append(transforms.ToTensor())
@@ -59,11 +66,16 @@ class Tests:
     @staticmethod
     def of(test: Split, triggered: Poison, batch_size: int, workers: int) -> "Tests":
         splits = (test, triggered.triggered(), Split(triggered.images, triggered.original_labels))
-        return Tests(*(DataLoader(Images(split), batch_size, num_workers=workers) for split in splits))
+        return Tests(
+            *(DataLoader(Images(split), batch_size, num_workers=workers) for split in splits)
+        )
 
     def score(self, model: nn.Module) -> dict[str, float]:
         """Shares in [0, 1] by name."""
-        return {name: _accuracy(model, getattr(self, name)) for name in ("clean_accuracy", "asr", "robust_accuracy")}
+        return {
+            name: _accuracy(model, getattr(self, name))
+            for name in ("clean_accuracy", "asr", "robust_accuracy")
+        }
 
 
 @torch.no_grad()
@@ -76,14 +88,27 @@ def _accuracy(model: nn.Module, stream: DataLoader[Any]) -> float:
     return right / seen
 
 
-def training(model: nn.Module, train: Split, recipe: Recipe, tests: Tests, workers: int) -> dict[str, float]:
-    """A whole training with SGD and a rate that follows one cycle or a cosine, evaluated after each epoch; the last scores."""
+def training(
+    model: nn.Module, train: Split, recipe: Recipe, tests: Tests, workers: int
+) -> dict[str, float]:
+    """A whole training with SGD and a rate that follows one cycle or a cosine, evaluated after each
+    epoch; the last scores."""
     device = next(model.parameters()).device
     torch.backends.cudnn.allow_tf32 = True  # torch's default, which ours turns off
-    stream = DataLoader(Images(train, recipe.augment), recipe.batch_size, shuffle=True, drop_last=True, num_workers=workers)
-    optimizer = torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    stream = DataLoader(
+        Images(train, recipe.augment),
+        recipe.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+    )
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
     total = recipe.epochs * len(stream)
-    schedule: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=total, cycle_momentum=False)
+    schedule: Any = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.lr, total_steps=total, cycle_momentum=False
+    )
     if recipe.schedule != "onecycle":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     scores: dict[str, float] = {}
@@ -100,9 +125,17 @@ def training(model: nn.Module, train: Split, recipe: Recipe, tests: Tests, worke
 
 
 def sau(
-    model: nn.Module, reference: nn.Module, trusted: Split, rounds: int, batch_size: int, lr: float, tests: Tests, workers: int
+    model: nn.Module,
+    reference: nn.Module,
+    trusted: Split,
+    rounds: int,
+    batch_size: int,
+    lr: float,
+    tests: Tests,
+    workers: int,
 ) -> dict[str, float]:
-    """A whole defense, evaluated after each round; the last scores. Both models stay in evaluation mode."""
+    """A whole defense, evaluated after each round; the last scores. Both models stay in evaluation
+    mode."""
     device = next(model.parameters()).device
     torch.backends.cudnn.allow_tf32 = True  # torch's default
     stream = DataLoader(Images(trusted), batch_size, shuffle=True, num_workers=workers)
@@ -115,7 +148,8 @@ def sau(
 
 
 def sau_step(model: nn.Module, reference: nn.Module, lr: float = 1e-4) -> Step:
-    """24 forwards and 12 backwards with all weight gradients: clean images again at every step, the reference in the graph."""
+    """24 forwards and 12 backwards with all weight gradients: clean images again at every step, the
+    reference in the graph."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,12 +158,20 @@ def sau_step(model: nn.Module, reference: nn.Module, lr: float = 1e-4) -> Step:
             delta = delta.detach().requires_grad_()
             clean, clean_reference = model(x), reference(x)
             seen, seen_reference = model(x + delta), reference(x + delta)
-            left, left_reference = seen.argmax(1) != clean.argmax(1), seen_reference.argmax(1) != clean_reference.argmax(1)
+            left, left_reference = (
+                seen.argmax(1) != clean.argmax(1),
+                seen_reference.argmax(1) != clean_reference.argmax(1),
+            )
             shared = left & left_reference & (seen.argmax(1) == seen_reference.argmax(1))
-            adversarial = -F.cross_entropy(seen, y, reduction="none") * ~left - F.cross_entropy(seen_reference, y, reduction="none") * ~left_reference
+            adversarial = (
+                -F.cross_entropy(seen, y, reduction="none") * ~left
+                - F.cross_entropy(seen_reference, y, reduction="none") * ~left_reference
+            )
             p, q = seen.softmax(1).clamp_min(1e-8), seen_reference.softmax(1).clamp_min(1e-8)
             mean = 0.5 * (p + q)
-            divergence = (0.5 * p * p.log() + 0.5 * q * q.log() - mean * mean.log()).sum(1) * ~shared
+            divergence = (0.5 * p * p.log() + 0.5 * q * q.log() - mean * mean.log()).sum(
+                1
+            ) * ~shared
             loss = (0.01 * 0.5 * adversarial + divergence).sum() / len(x)
             if shared.all():
                 break
@@ -144,7 +186,10 @@ def sau_step(model: nn.Module, reference: nn.Module, lr: float = 1e-4) -> Step:
         p = seen.softmax(1)
         of_wrong = p.gather(1, wrong[:, None]).squeeze(1)
         others = p.scatter(1, wrong[:, None], 0).sum(1)
-        first, second = -(1e-6 + others.clamp_max(0.999)).log(), -(1 + 1e-6 - of_wrong.clamp_min(0.001)).log()
+        first, second = (
+            -(1e-6 + others.clamp_max(0.999)).log(),
+            -(1 + 1e-6 - of_wrong.clamp_min(0.001)).log(),
+        )
         loss = F.cross_entropy(clean, y) + ((first + second) / 2 * fooled).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -154,8 +199,15 @@ def sau_step(model: nn.Module, reference: nn.Module, lr: float = 1e-4) -> Step:
     return step
 
 
-def ibau_round(model: nn.Module, stream: DataLoader[Any], shape: Sequence[int], steps: int = 5, lr: float = 1e-3) -> float:
-    """A round of I-BAU as its authors run it: predicted labels, weight gradients in the search, a fixed point from 0. Returns |delta|."""
+def ibau_round(
+    model: nn.Module,
+    stream: DataLoader[Any],
+    shape: Sequence[int],
+    steps: int = 5,
+    lr: float = 1e-3,
+) -> float:
+    """A round of I-BAU as its authors run it: predicted labels, weight gradients in the search, a
+    fixed point from 0. Returns |delta|."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     device, weights = next(model.parameters()).device, list(model.parameters())
     model.eval()
@@ -193,17 +245,31 @@ def ibau_round(model: nn.Module, stream: DataLoader[Any], shape: Sequence[int], 
     return delta.detach().norm().item()
 
 
-def anti_learning(model: nn.Module, head: nn.Linear, split: Split, pool: Tensor, epochs: int, batch_size: int, workers: int) -> None:
-    """DAU's first stage as ported: only the last layer learns, but every image goes through the whole network at every pass."""
+def anti_learning(
+    model: nn.Module,
+    head: nn.Linear,
+    split: Split,
+    pool: Tensor,
+    epochs: int,
+    batch_size: int,
+    workers: int,
+) -> None:
+    """DAU's first stage as ported: only the last layer learns, but every image goes through the
+    whole network at every pass."""
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     device, flags = next(model.parameters()).device, pool.tolist()
-    stream = DataLoader(_Flagged(Images(split), flags), batch_size, shuffle=True, num_workers=workers)
+    stream = DataLoader(
+        _Flagged(Images(split), flags), batch_size, shuffle=True, num_workers=workers
+    )
     for _ in range(epochs):
         for x, y, poisoned in stream:
             x, y, poisoned = x.to(device), y.to(device), poisoned.to(device)
             logits = model(x)
             p = logits.softmax(1).gather(1, y[:, None]).squeeze(1)
-            loss = (F.cross_entropy(logits, y, reduction="none") * ~poisoned - 1000 * (1 - p + 1e-6).log() * poisoned).mean()
+            loss = (
+                F.cross_entropy(logits, y, reduction="none") * ~poisoned
+                - 1000 * (1 - p + 1e-6).log() * poisoned
+            ).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -223,9 +289,12 @@ class _Flagged(TorchDataset[Any]):
 
 
 class _Pool(TorchDataset[Any]):
-    """ASD's pools: a deep copy of the whole data set with some of its rows, augmented once, or twice for the unlabelled one."""
+    """ASD's pools: a deep copy of the whole data set with some of its rows, augmented once, or
+    twice for the unlabelled one."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, index: np.ndarray, twice: bool) -> None:
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, index: np.ndarray, twice: bool
+    ) -> None:
         self.images, self.labels = copy.deepcopy(images), copy.deepcopy(labels)
         self.index, self.twice = index, twice
         self.transform = transforms.Compose(
@@ -248,9 +317,17 @@ class _Pool(TorchDataset[Any]):
 
 
 def asd_epoch(
-    model: nn.Module, images: np.ndarray, labels: np.ndarray, clean: np.ndarray, iterations: int, batch_size: int, workers: int, classes: int
+    model: nn.Module,
+    images: np.ndarray,
+    labels: np.ndarray,
+    clean: np.ndarray,
+    iterations: int,
+    batch_size: int,
+    workers: int,
+    classes: int,
 ) -> int:
-    """Part of an epoch of ASD: pools copied, loaders started again when they are empty, five forwards a step. Returns the images trained on.
+    """Part of an epoch of ASD: pools copied, loaders started again when they are empty, five
+    forwards a step. Returns the images trained on.
 
     images: uint8 (N, H, W, C); clean: bool (N,).
     """
@@ -259,9 +336,19 @@ def asd_epoch(
 
     def loader(index: np.ndarray, twice: bool) -> DataLoader[Any]:
         pool = _Pool(images, labels, index, twice)
-        return DataLoader(pool, batch_size, shuffle=True, drop_last=True, num_workers=workers, pin_memory=device.type == "cuda")
+        return DataLoader(
+            pool,
+            batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+        )
 
-    labelled, unlabelled = loader(np.flatnonzero(clean), False), loader(np.flatnonzero(~clean), True)
+    labelled, unlabelled = (
+        loader(np.flatnonzero(clean), False),
+        loader(np.flatnonzero(~clean), True),
+    )
     first: Iterator[Any] = iter(labelled)
     second: Iterator[Any] = iter(unlabelled)
     for step in range(iterations):
@@ -276,11 +363,16 @@ def asd_epoch(
         share = np.random.beta(0.75, 0.75)
         share = max(share, 1 - share)
         order = torch.randperm(len(inputs), device=device)
-        mixed, mixed_targets = share * inputs + (1 - share) * inputs[order], share * targets + (1 - share) * targets[order]
+        mixed, mixed_targets = (
+            share * inputs + (1 - share) * inputs[order],
+            share * targets + (1 - share) * targets[order],
+        )
         chunks = _interleave(list(mixed.split(batch_size)), batch_size)
         logits = _interleave([model(chunk) for chunk in chunks], batch_size)
         labelled_loss = -(mixed_targets[:batch_size] * logits[0].log_softmax(1)).sum(1).mean()
-        unlabelled_loss = (torch.cat(logits[1:]).softmax(1) - mixed_targets[batch_size:]).square().mean()
+        unlabelled_loss = (
+            (torch.cat(logits[1:]).softmax(1) - mixed_targets[batch_size:]).square().mean()
+        )
         loss = labelled_loss + 15 * step / iterations * unlabelled_loss
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,5 @@
-"""Seconds to stamp a whole training set of CIFAR-10's size, for every trigger that needs no network.
+"""Seconds to stamp a whole training set of CIFAR-10's size, for every trigger that needs no
+network.
 
 python performance/stamps.py [--dataset-path FOLDER] [--repetitions N] [--json FILE]
 """
@@ -25,20 +26,34 @@ CPU = torch.device("cpu")
 def main() -> None:
     parser = measure.options(__doc__)
     parser.add_argument(
-        "--dataset-path", "--dataset_path", default=None, help="CIFAR-10 as parquet shards or train/<class>/*.png; else made-up bytes"
+        "--dataset-path",
+        "--dataset_path",
+        default=None,
+        help="CIFAR-10 as parquet shards or train/<class>/*.png; else made-up bytes",
     )
     options = parser.parse_args()
-    dataset = _made_up() if options.dataset_path is None else load_dataset("cifar10", options.dataset_path)
+    dataset = (
+        _made_up()
+        if options.dataset_path is None
+        else load_dataset("cifar10", options.dataset_path)
+    )
     caution = "the machine is busy: seconds are longer than on an idle one" if busy() else "none"
-    header = describe_machine(CPU, data=f"{len(dataset.train):,} images {dataset.image_shape}, {dataset.name}", caution=caution)
+    header = describe_machine(
+        CPU,
+        data=f"{len(dataset.train):,} images {dataset.image_shape}, {dataset.name}",
+        caution=caution,
+    )
     report(header, _rows(dataset, options.repetitions), options.json)
 
 
 def _rows(dataset: Dataset, repetitions: int) -> Iterator[Row]:
     for name in methods.available("attack"):
         method = methods.load("attack", name)
-        # A trigger that is prepared comes out of a network, but for refool's, which are images of the set.
-        if method.function("stamp") is None or (method.function("prepare") is not None and name != "refool"):
+        # A trigger that is prepared comes out of a network, but for refool's, which are images of
+        # the set.
+        if method.function("stamp") is None or (
+            method.function("prepare") is not None and name != "refool"
+        ):
             continue
         variants: list[dict[str, Any]] = [{}]
         if name == "ibau_triggers":
@@ -59,8 +74,12 @@ def _rows(dataset: Dataset, repetitions: int) -> Iterator[Row]:
 def _stamp_all(dataset: Dataset, module: Any, config: Any) -> None:
     """Every training image, as a run with rate 1 stamps them."""
     prepare: Callable[..., dict[str, Any]] | None = getattr(module, "prepare", None)
-    stamp = partial(module.stamp, config=config, **(prepare(dataset, config, None) if prepare else {}))
-    poison_train(dataset.train, stamp, Labels(0, "all2one", 10), poison_rate=1.0, generator=torch.Generator())
+    stamp = partial(
+        module.stamp, config=config, **(prepare(dataset, config, None) if prepare else {})
+    )
+    poison_train(
+        dataset.train, stamp, Labels(0, "all2one", 10), poison_rate=1.0, generator=torch.Generator()
+    )
 
 
 def _made_up() -> Dataset:
@@ -68,7 +87,9 @@ def _made_up() -> Dataset:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (50_000, 3, 32, 32), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.arange(50_000) % 10)
-    return Dataset("made-up bytes", split, split.subset(torch.arange(10)), tuple(map(str, range(10))), "")
+    return Dataset(
+        "made-up bytes", split, split.subset(torch.arange(10)), tuple(map(str, range(10))), ""
+    )
 
 
 if __name__ == "__main__":

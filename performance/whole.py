@@ -2,9 +2,11 @@
 
     python performance/whole.py [--seeds 3] [--rounds 15] [--json FILE] [flags of attack/badnet.py: --dataset, --epochs, --width, ...]
 
-The conventional way is in published.py; ours is what the commands run, with reading the data and writing the record. Both train the same
-network on the same poisoned set with the same settings, score it after each epoch, and take turns. Speed counts at equal results only,
-so these stand in the same row: clean accuracy and ASR, each the mean over the seeds. Each seed draws another network and other poison.
+The conventional way is in published.py; ours is what the commands run, with reading the data and
+writing the record. Both train the same network on the same poisoned set with the same settings,
+score it after each epoch, and take turns. Speed counts at equal results only, so these stand in the
+same row: clean accuracy and ASR, each the mean over the seeds. Each seed draws another network and
+other poison.
 """
 
 import argparse
@@ -46,9 +48,15 @@ class Side:
 def main() -> None:
     options, flags = _options()
     device = choose_device(options.device)
-    F.conv2d(torch.zeros(1, 3, 8, 8, device=device), torch.zeros(1, 3, 3, 3, device=device))  # a GPU's own start is neither side's
+    # A GPU's own start is neither side's
+    F.conv2d(torch.zeros(1, 3, 8, 8, device=device), torch.zeros(1, 3, 3, 3, device=device))
     caution = "the machine is busy" if busy() else "none"
-    header = describe_machine(device, data=" ".join(flags) or "attack/badnet.py without flags", caution=caution, seeds=str(options.seeds))
+    header = describe_machine(
+        device,
+        data=" ".join(flags) or "attack/badnet.py without flags",
+        caution=caution,
+        seeds=str(options.seeds),
+    )
     report(header, _rows(options, flags, device), options.json)
 
 
@@ -59,18 +67,33 @@ def _rows(options: argparse.Namespace, flags: list[str], device: torch.device) -
             common = ["--seed", str(seed), "--record_root", root, "--device", options.device]
             job = attack_job(badnet, [*flags, *common, "--save_folder_name", f"seed{seed}"], PROG)
             seconds, record = timed(partial(run_attack, job), device)
-            attacks.append((_attack(record, job, options.workers, device), _side(seconds, record.info["scores"])))
-            chosen = ["--result_file", record.name, "--n_rounds", str(options.rounds), "--cosine", "False"]
+            attacks.append(
+                (
+                    _attack(record, job, options.workers, device),
+                    _side(seconds, record.info["scores"]),
+                )
+            )
+            chosen = [
+                "--result_file",
+                record.name,
+                "--n_rounds",
+                str(options.rounds),
+                "--cosine",
+                "False",
+            ]
             job = defense_job(sau, [*chosen, *common], PROG)
             seconds, result = timed(partial(run_defense, job), device)
             assert result is not None
-            defenses.append((_defense(record, job, options.workers, device), _side(seconds, result["after"])))
+            defenses.append(
+                (_defense(record, job, options.workers, device), _side(seconds, result["after"]))
+            )
     yield _row("a whole attack (BadNets)", attacks)
     yield _row(f"a whole defense (SAU, {options.rounds} rounds)", defenses)
 
 
 def _attack(record: Record, job: Job, workers: int, device: torch.device) -> Side:
-    """The conventional training on what the record was trained on, from the same initial weights."""
+    """The conventional training on what the record was trained on, from the same initial
+    weights."""
     config = job.config
 
     def work() -> dict[str, float]:
@@ -91,11 +114,27 @@ def _defense(record: Record, job: Job, workers: int, device: torch.device) -> Si
     def work() -> dict[str, float]:
         dataset = record.dataset(config.dataset_path)
         draws = derived_generator(config.seed, "trusted")
-        index = trusted_index(len(dataset.train), ratio=config.trusted_ratio, count=config.trusted_count, generator=draws)
+        index = trusted_index(
+            len(dataset.train),
+            ratio=config.trusted_ratio,
+            count=config.trusted_count,
+            generator=draws,
+        )
         tests = published.Tests.of(dataset.test, record.test_poison, config.batch_size, workers)
         seed_everything(config.seed, device)
-        model, reference = (record.model().to(memory_format=torch.contiguous_format).to(device) for _ in range(2))
-        return published.sau(model, reference, dataset.train.subset(index), config.n_rounds, config.batch_size, config.lr, tests, workers)
+        model, reference = (
+            record.model().to(memory_format=torch.contiguous_format).to(device) for _ in range(2)
+        )
+        return published.sau(
+            model,
+            reference,
+            dataset.train.subset(index),
+            config.n_rounds,
+            config.batch_size,
+            config.lr,
+            tests,
+            workers,
+        )
 
     return _side(*timed(work, device))
 
@@ -107,10 +146,16 @@ def _side(seconds: float, scores: dict[str, Any]) -> Side:
 def _row(name: str, pairs: list[tuple[Side, Side]]) -> Row:
     theirs, ours = zip(*pairs, strict=True)
     detail = ", ".join(
-        f"{side} {_mean(found, 'seconds'):.0f} s {100 * _mean(found, 'clean'):.1f} / {100 * _mean(found, 'asr'):.1f} %"
+        f"{side} {_mean(found, 'seconds'):.0f} s {100 * _mean(found, 'clean'):.1f} /"
+        f" {100 * _mean(found, 'asr'):.1f} %"
         for side, found in (("conventional", theirs), ("ours", ours))
     )
-    return Row(f"conventional / ours: {name}", "-", tuple(a.seconds / b.seconds for a, b in pairs), detail=detail)
+    return Row(
+        f"conventional / ours: {name}",
+        "-",
+        tuple(a.seconds / b.seconds for a, b in pairs),
+        detail=detail,
+    )
 
 
 def _mean(sides: tuple[Side, ...], what: str) -> float:
@@ -121,7 +166,9 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser = measure.options(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=15, help="of SAU")
-    parser.add_argument("--workers", type=int, default=2, help="loader workers of the conventional way")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="loader workers of the conventional way"
+    )
     return parser.parse_known_args()
 
 

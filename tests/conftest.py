@@ -1,4 +1,5 @@
-"""Threads and precision of all tests (make test-processors sets others), folders of their own, and records that several files share."""
+"""Threads and precision of all tests (make test-processors sets others), folders of their own, and
+records that several files share."""
 
 import os
 
@@ -24,7 +25,9 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_folders(tmp_path: Path, session_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_folders(
+    tmp_path: Path, session_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Records go to the test's own folder, nothing is read from the user's caches."""
     monkeypatch.setenv("BACKDOORLAB_RECORDS", str(tmp_path / "record"))
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(session_folder / "cache"))
@@ -36,7 +39,8 @@ def own_folders(tmp_path: Path, session_folder: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="session")
 def tiny(session_folder: Path) -> Record:
-    """A BadNets record that took a second to make; its model is next to untrained. Copy its folder before changing anything."""
+    """A BadNets record that took a second to make; its model is next to untrained. Copy its folder
+    before changing anything."""
     with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
         return helpers.attack("badnet", "tiny", session_folder / "tiny", *helpers.TINY)
 
@@ -52,7 +56,14 @@ def demo(session_folder: Path) -> Record:
 def backdoored(session_folder: Path) -> Record:
     """A BadNets record that works: high clean accuracy and high ASR."""
     with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
-        return helpers.attack("badnet", "backdoored", session_folder / "backdoored", *helpers.WORKING, "--patch_size", "4")
+        return helpers.attack(
+            "badnet",
+            "backdoored",
+            session_folder / "backdoored",
+            *helpers.WORKING,
+            "--patch_size",
+            "4",
+        )
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +81,8 @@ def small_flags(session_folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def small(session_folder: Path, small_flags: tuple[str, ...]) -> Record:
-    """A record of a few kilobytes with a result of DAU, which has a split. Copy its folder before changing anything."""
+    """A record of a few kilobytes with a result of DAU, which has a split. Copy its folder before
+    changing anything."""
     with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
         record = helpers.attack("badnet", "small", session_folder / "small", *small_flags)
         helpers.defend("dau", record, *helpers.short_flags("dau"))

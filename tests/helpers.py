@@ -69,7 +69,8 @@ def copy(record: Record, root: Path, name: str | None = None) -> Record:
 
 
 def small_data(folder: Path) -> Path:
-    """96 + 24 grey 8x8 images of three classes, a bright band in each: the smallest set on which everything runs."""
+    """96 + 24 grey 8x8 images of three classes, a bright band in each: the smallest set on which
+    everything runs."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 32), ("test", 8)):
         for label in range(3):
@@ -94,14 +95,42 @@ def few_cifar10(folder: Path, train: int, test: int) -> Path:
 
 def small_flags(data: Path) -> tuple[str, ...]:
     """Flags of an attack on `small_data` that takes half a second."""
-    model = ("--model", "preactresnet10", "--width", "2", "--batch_size", "16", "--lr", "0.05", "--patch_size", "2", "--poison_rate", "0.2")
-    return ("--dataset", "small", "--dataset_path", str(data), *model, "--epochs", "3", "--score_every", "0")
+    model = (
+        "--model",
+        "preactresnet10",
+        "--width",
+        "2",
+        "--batch_size",
+        "16",
+        "--lr",
+        "0.05",
+        "--patch_size",
+        "2",
+        "--poison_rate",
+        "0.2",
+    )
+    return (
+        "--dataset",
+        "small",
+        "--dataset_path",
+        str(data),
+        *model,
+        "--epochs",
+        "3",
+        "--score_every",
+        "0",
+    )
 
 
 def short_flags(method: str) -> tuple[str, ...]:
-    """Flags of any defense that make each of its stages two epochs long, and leave it enough trusted images on `small_data`."""
+    """Flags of any defense that make each of its stages two epochs long, and leave it enough
+    trusted images on `small_data`."""
     fields = dataclasses.fields(methods.load("defense", method).config_class)
-    long = [field.name for field in fields if field.type in (int, "int") and ("epochs" in field.name or "rounds" in field.name)]
+    long = [
+        field.name
+        for field in fields
+        if field.type in (int, "int") and ("epochs" in field.name or "rounds" in field.name)
+    ]
     small = {
         "asd": ("--iterations", "3", "--batch_size", "8", "--seeds_per_class", "2"),
         "bu": ("--levels", "0.9", "--hidden", "16", "--accept", "0"),
@@ -111,20 +140,36 @@ def short_flags(method: str) -> tuple[str, ...]:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change a record.json or result.json as its owner could: None deletes a key, and the checksum is made to fit."""
+    """Change a record.json or result.json as its owner could: None deletes a key, and the checksum
+    is made to fit."""
     value = {key: item for key, item in json.loads(path.read_text()).items() if key != "checksum"}
     value |= changes
-    writing.write_sealed(path, {key: item for key, item in value.items() if item is not None or key not in changes})
+    writing.write_sealed(
+        path, {key: item for key, item in value.items() if item is not None or key not in changes}
+    )
 
 
 def child_environment(**extra: Any) -> dict[str, str]:
-    """This environment without PYTHONPATH, so that a child finds the package as a user's shell does."""
+    """This environment without PYTHONPATH, so that a child finds the package as a user's shell
+    does."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return kept | {"OMP_NUM_THREADS": str(THREADS)} | {name: str(value) for name, value in extra.items()}
+    return (
+        kept
+        | {"OMP_NUM_THREADS": str(THREADS)}
+        | {name: str(value) for name, value in extra.items()}
+    )
 
 
-def command(*arguments: Any, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: Any, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` as a user does."""
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=env or child_environment(), capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=env or child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )

@@ -1,7 +1,9 @@
-"""The suite as other processors would run it: python tests/processors.py [--threads 1 2] [--only NAME ...] [-- pytest's own arguments]
+"""The suite as other processors would run it: python tests/processors.py [--threads 1 2] [--only
+NAME ...] [-- pytest's own arguments]
 
-One processor can compute as several do: torch and oneDNN are told which instructions they may use, and each set rounds in its own way.
-Settings that this processor does not have are named and left out. The last line of each run is shown beside its setting.
+One processor can compute as several do: torch and oneDNN are told which instructions they may use,
+and each set rounds in its own way. Settings that this processor does not have are named and left
+out. The last line of each run is shown beside its setting.
 """
 
 import argparse
@@ -27,7 +29,8 @@ class Setting:
     """ONEDNN_MAX_CPU_ISA; None: all that there are."""
     precision: str
     needs: str | None = None
-    """The capability, by torch's name, without which the processor cannot do it, or only by emulation."""
+    """The capability, by torch's name, without which the processor cannot do it, or only by
+    emulation."""
 
 
 SETTINGS = {
@@ -42,14 +45,23 @@ SETTINGS = {
 
 def run(setting: Setting, threads: int, arguments: list[str]) -> tuple[int, str]:
     """pytest's exit code and last line; as many workers as leave each its threads."""
-    environment = os.environ | {"TEST_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "BACKDOORLAB_PRECISION": setting.precision}
-    for name, value in (("ATEN_CPU_CAPABILITY", setting.capability), ("ONEDNN_MAX_CPU_ISA", setting.isa)):
+    environment = os.environ | {
+        "TEST_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads),
+        "BACKDOORLAB_PRECISION": setting.precision,
+    }
+    for name, value in (
+        ("ATEN_CPU_CAPABILITY", setting.capability),
+        ("ONEDNN_MAX_CPU_ISA", setting.isa),
+    ):
         environment.pop(name, None)
         if value is not None:
             environment[name] = value
     workers = max(1, (os.cpu_count() or 1) // threads)
     command = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadfile", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     for line in lines:
         print(f"    {line}", flush=True)
@@ -72,7 +84,11 @@ def main() -> int:
             began = time.perf_counter()
             code, line = run(setting, threads, options.pytest)
             failed += code != 0
-            print(f"{name:<12} {threads} thread{'s' * (threads > 1)}: {line} ({time.perf_counter() - began:.0f} s)", flush=True)
+            print(
+                f"{name:<12} {threads} thread{'s' * (threads > 1)}: {line}"
+                f" ({time.perf_counter() - began:.0f} s)",
+                flush=True,
+            )
     return int(failed > 0)
 
 

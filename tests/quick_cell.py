@@ -1,4 +1,5 @@
-"""A command line with the flags of an attack or a defense, whose result is a copy of one that was made before: a cell of 50 milliseconds.
+"""A command line with the flags of an attack or a defense, whose result is a copy of one that was
+made before: a cell of 50 milliseconds.
 
 QUICK_MADE is the record that is copied, QUICK_SECONDS how long a cell takes at most.
 While the file QUICK_HELD is there, the record of its name is not made.
@@ -16,7 +17,10 @@ def main() -> None:
     flags = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
     root, made = Path(flags["--record_root"]), Path(os.environ["QUICK_MADE"])
     if "--result_file" in flags:
-        source, target = made / "defense" / "dau" / "seed0", root / flags["--result_file"] / "defense" / "dau" / f"seed{flags['--seed']}"
+        source, target = (
+            made / "defense" / "dau" / "seed0",
+            root / flags["--result_file"] / "defense" / "dau" / f"seed{flags['--seed']}",
+        )
     else:
         source, target = made, root / flags["--save_folder_name"]
     print("started", flush=True)

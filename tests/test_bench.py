@@ -35,7 +35,7 @@ QUICK = Path(__file__).parent / "quick_cell.py"
 HAS_FORK = "fork" in multiprocessing.get_all_start_methods()
 
 
-# --- quick cells: real files, no training ------------------------------------------------------------------------
+# --- quick cells: real files, no training
 
 
 @pytest.fixture
@@ -57,11 +57,35 @@ def quick_cells(made: Record, records: int, runs: int) -> list[Cell]:
         name = f"r{number}"
         settings, code = grid.settings_of(made.info["config"]), made.info["code"]
         flags = ("--save_folder_name", name, "--seed", str(number))
-        found.append(Cell("attack", "badnet", record=name, run="", seed=number, flags=flags, settings=settings, code=code, **plain))
+        found.append(
+            Cell(
+                "attack",
+                "badnet",
+                record=name,
+                run="",
+                seed=number,
+                flags=flags,
+                settings=settings,
+                code=code,
+                **plain,
+            )
+        )
         settings, code = grid.settings_of(result["config"]), result["code"]
         for run in range(runs):
             flags = ("--result_file", name, "--seed", str(run))
-            found.append(Cell("defense", "dau", record=name, run=f"seed{run}", seed=run, flags=flags, settings=settings, code=code, **plain))
+            found.append(
+                Cell(
+                    "defense",
+                    "dau",
+                    record=name,
+                    run=f"seed{run}",
+                    seed=run,
+                    flags=flags,
+                    settings=settings,
+                    code=code,
+                    **plain,
+                )
+            )
     return found
 
 
@@ -77,10 +101,15 @@ def work(cells: list[Cell], root: Path, jobs: int = 2) -> dict[Cell, str]:
 
 
 def logs(root: Path) -> list[list[str]]:
-    return [path.read_text().splitlines() for path in sorted((root / driver.FOLDER).rglob(launchers.LOG))]
+    return [
+        path.read_text().splitlines()
+        for path in sorted((root / driver.FOLDER).rglob(launchers.LOG))
+    ]
 
 
-def test_a_grid_is_run_once_and_then_kept(made: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grid_is_run_once_and_then_kept(
+    made: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cells, root = quick_cells(made, 2, 3), tmp_path / "root"
     assert work(cells, root) == {}
     assert all(state.done for state in states(cells, root).values())
@@ -88,11 +117,17 @@ def test_a_grid_is_run_once_and_then_kept(made: Record, tmp_path: Path, capsys: 
     assert "[8/8] " in said and "7 left, about " in said
     again = work(cells, root)
     assert again == {} and capsys.readouterr().err == ""
-    assert all([line for line in log if line == "finished"] == ["finished"] for log in logs(root)) and len(logs(root)) == 8
+    assert (
+        all([line for line in log if line == "finished"] == ["finished"] for log in logs(root))
+        and len(logs(root)) == 8
+    )
 
 
 def test_a_driver_says_what_runs_where_nothing_ends(
-    made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Record,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     cells = quick_cells(made, 1, 0)
     work(cells, tmp_path / "control")
@@ -105,7 +140,10 @@ def test_a_driver_says_what_runs_where_nothing_ends(
 
 
 def test_a_failing_cell_does_not_stop_the_others(
-    made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Record,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Seed 1 fails: an attack, whose defenses cannot run, and one defense of every other record."""
     monkeypatch.setenv("QUICK_FAILS", "1")
@@ -124,8 +162,11 @@ def test_a_failing_cell_does_not_stop_the_others(
     assert work(cells, root) == {} and all(state.done for state in states(cells, root).values())
 
 
-def test_what_is_held_by_another_is_waited_for_and_not_repeated(made: Record, tmp_path: Path) -> None:
-    """A driver was killed, its command runs on: it holds the lock, and is the only one that ever starts."""
+def test_what_is_held_by_another_is_waited_for_and_not_repeated(
+    made: Record, tmp_path: Path
+) -> None:
+    """A driver was killed, its command runs on: it holds the lock, and is the only one that ever
+    starts."""
     cells, root = quick_cells(made, 1, 0), tmp_path / "root"
     drive = Drive(cells, states(cells, root), root, launchers.Local(1), Bench())
     os.environ["QUICK_SECONDS"] = "3"
@@ -139,13 +180,20 @@ def test_what_is_held_by_another_is_waited_for_and_not_repeated(made: Record, tm
 
 
 def test_a_start_that_is_refused_waits_while_others_run(
-    made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: Record,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As Slurm's `sbatch` does when it is slow to answer or a user has too many jobs. With nothing running it is an error."""
+    """As Slurm's `sbatch` does when it is slow to answer or a user has too many jobs. With nothing
+    running it is an error."""
     monkeypatch.setattr("backdoorlab.bench.driver.REFUSED", 0.1)
     cells, root = quick_cells(made, 3, 0), tmp_path / "root"
     drive = Drive(cells, states(cells, root), root, launchers.Local(3), Bench())
-    start, refusals = drive.launcher.start, iter([None, UserError("the queue is full"), None, UserError("the queue is full")])
+    start, refusals = (
+        drive.launcher.start,
+        iter([None, UserError("the queue is full"), None, UserError("the queue is full")]),
+    )
 
     def hesitant(task: launchers.Task, slot: int) -> launchers.Running:
         if (refusal := next(refusals, None)) is not None:
@@ -154,15 +202,25 @@ def test_a_start_that_is_refused_waits_while_others_run(
 
     monkeypatch.setattr(drive.launcher, "start", hesitant)
     assert drive.run() == {} and all(state.done for state in states(cells, root).values())
-    assert capsys.readouterr().err.count("could not be started (the queue is full): tried again") == 2
-    alone = Drive(cells[:1], {cells[0]: driver.State(False)}, tmp_path / "other", launchers.Local(1), Bench())
-    monkeypatch.setattr(alone.launcher, "start", lambda task, slot: (_ for _ in ()).throw(UserError("no such partition")))
+    assert (
+        capsys.readouterr().err.count("could not be started (the queue is full): tried again") == 2
+    )
+    alone = Drive(
+        cells[:1], {cells[0]: driver.State(False)}, tmp_path / "other", launchers.Local(1), Bench()
+    )
+    monkeypatch.setattr(
+        alone.launcher,
+        "start",
+        lambda task, slot: (_ for _ in ()).throw(UserError("no such partition")),
+    )
     with pytest.raises(UserError, match="no such partition"):
         alone.run()
 
 
 @pytest.mark.parametrize("ended", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_command_is_a_failure_with_its_signal(made: Record, tmp_path: Path, ended: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_command_is_a_failure_with_its_signal(
+    made: Record, tmp_path: Path, ended: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("QUICK_SECONDS", "60")
     cells, root = quick_cells(made, 1, 0), tmp_path / "root"
     drive = Drive(cells, states(cells, root), root, launchers.Local(1), Bench())
@@ -175,29 +233,47 @@ def test_a_killed_command_is_a_failure_with_its_signal(made: Record, tmp_path: P
     assert not states(cells, root)[cells[0]].done
 
 
-def test_an_interrupt_ends_the_commands_too(made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_ends_the_commands_too(
+    made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("QUICK_SECONDS", "60")
     cells, root = quick_cells(made, 2, 0), tmp_path / "root"
     drive = Drive(cells, states(cells, root), root, launchers.Local(2), Bench())
     drive._fill()
-    children = [running.child for _, running in drive.running.values() if isinstance(running, launchers.Process)]
+    children = [
+        running.child
+        for _, running in drive.running.values()
+        if isinstance(running, launchers.Process)
+    ]
     monkeypatch.setattr(drive, "_collect", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         drive.run()
     assert len(children) == 2 and all(child.poll() is not None for child in children)
 
 
-# --- kills -------------------------------------------------------------------------------------------------------
+# --- kills
 
 
 def drive_silently(cells: list[Cell], root: Path, jobs: int) -> None:
     """A driver in a process of its own, without a word."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stderr(nowhere),
+        contextlib.redirect_stdout(nowhere),
+    ):
         work(cells, root, jobs)
 
 
-def kill_until_done(cells: list[Cell], root: Path, kills: int, pause: float, jobs: int = 2, after_kills: Callable[[], None] = lambda: None) -> int:
-    """Two drivers at all times, `kills` of them killed at random moments; then both may finish. How many kills met a driver at work."""
+def kill_until_done(
+    cells: list[Cell],
+    root: Path,
+    kills: int,
+    pause: float,
+    jobs: int = 2,
+    after_kills: Callable[[], None] = lambda: None,
+) -> int:
+    """Two drivers at all times, `kills` of them killed at random moments; then both may finish. How
+    many kills met a driver at work."""
     context, met = multiprocessing.get_context("fork"), 0
     rng = random.Random(0)
 
@@ -223,13 +299,25 @@ def kill_until_done(cells: list[Cell], root: Path, kills: int, pause: float, job
 
 @pytest.mark.skipif(not HAS_FORK, reason="drivers are forked")
 @pytest.mark.parametrize(
-    ("kills", "records", "runs", "pause"), [(10, 4, 3, 0.4), pytest.param(40, 12, 4, 0.4, marks=pytest.mark.slow)], ids=["10-kills", "40-kills"]
+    ("kills", "records", "runs", "pause"),
+    [(10, 4, 3, 0.4), pytest.param(40, 12, 4, 0.4, marks=pytest.mark.slow)],
+    ids=["10-kills", "40-kills"],
 )
 def test_killed_drivers_finish_each_cell_once(
-    made: Record, tmp_path: Path, kills: int, records: int, runs: int, pause: float, monkeypatch: pytest.MonkeyPatch
+    made: Record,
+    tmp_path: Path,
+    kills: int,
+    records: int,
+    runs: int,
+    pause: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No cell is started twice, though its driver may be dead when it ends; none is lost."""
-    cells, root, held = quick_cells(made, records, runs), tmp_path / "root", tmp_path / f"r{records - 1}"
+    cells, root, held = (
+        quick_cells(made, records, runs),
+        tmp_path / "root",
+        tmp_path / f"r{records - 1}",
+    )
     held.touch()  # the last record is not made before the last kill, however fast the machine
     monkeypatch.setenv("QUICK_HELD", str(held))
     met = kill_until_done(cells, root, kills, pause, after_kills=held.unlink)
@@ -237,19 +325,26 @@ def test_killed_drivers_finish_each_cell_once(
     assert all(state.done for state in states(cells, root).values())
     found = logs(root)
     assert len(found) == len(cells)
-    assert [log.count("started") for log in found] == [1] * len(cells) and [log.count("finished") for log in found] == [1] * len(cells)
+    assert [log.count("started") for log in found] == [1] * len(cells) and [
+        log.count("finished") for log in found
+    ] == [1] * len(cells)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not HAS_FORK, reason="drivers are forked")
 def test_killed_drivers_with_real_commands(tmp_path: Path, small_flags: tuple[str, ...]) -> None:
-    """60 real cells on images of a second's training, 40 kills: each finished once, each by an ordinary command line."""
+    """60 real cells on images of a second's training, 40 kills: each finished once, each by an
+    ordinary command line."""
     cells, root = real_cells(tmp_path, small_flags, seeds=12), tmp_path / "root"
     assert len(cells) == 60
-    met = kill_until_done(cells, root, 40, 8.0, jobs=1)  # a killed driver's command runs on beside its successor's
+    # A killed driver's command runs on beside its successor's
+    met = kill_until_done(cells, root, 40, 8.0, jobs=1)
     assert met >= 20 and all(state.done for state in states(cells, root).values())
-    finished = [sum(line.startswith(("record written", "clean accuracy")) for line in log) for log in logs(root)]
+    finished = [
+        sum(line.startswith(("record written", "clean accuracy")) for line in log)
+        for log in logs(root)
+    ]
     assert finished == [1] * 60
 
 
@@ -259,7 +354,12 @@ def real_cells(folder: Path, small_flags: tuple[str, ...], seeds: int) -> list[C
     content = {
         "datasets": ["small"],
         "attacks": ["badnet"],
-        "defenses": [{"ft": {"epochs": 2}}, {"ft-long": {"method": "ft", "epochs": 3}}, {"sau": {"n_rounds": 2}}, {"ibau": {"n_rounds": 1}}],
+        "defenses": [
+            {"ft": {"epochs": 2}},
+            {"ft-long": {"method": "ft", "epochs": 3}},
+            {"sau": {"n_rounds": 2}},
+            {"ibau": {"n_rounds": 1}},
+        ],
         "poison_rates": [float(options.pop("poison_rate"))],
         "seeds": list(range(seeds)),
         "attack": options,
@@ -270,65 +370,116 @@ def real_cells(folder: Path, small_flags: tuple[str, ...], seeds: int) -> list[C
     return grid.cells(grid.read(str(path)))
 
 
-# --- what counts as done -----------------------------------------------------------------------------------------
+# --- what counts as done
 
 
 @pytest.fixture
-def finished(made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Cell], Path]:
+def finished(
+    made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Cell], Path]:
     monkeypatch.setenv("QUICK_SECONDS", "0")
     cells, root = quick_cells(made, 1, 1), tmp_path / "root"
     assert work(cells, root) == {}
     return cells, root
 
 
-def test_other_settings_are_refused_in_one_line_and_left_alone(finished: tuple[list[Cell], Path]) -> None:
+def test_other_settings_are_refused_in_one_line_and_left_alone(
+    finished: tuple[list[Cell], Path],
+) -> None:
     cells, root = finished
     for cell in cells:
         settings = json.loads(cell.settings) | {"precision": "bf16", "new": 1}
         state = driver.look(dataclasses.replace(cell, settings=json.dumps(settings)), root)
-        assert not state.done and "was made with other settings (new None, not 1, precision fp32, not bf16): choose another" in state.complaint
-        assert driver.look(dataclasses.replace(cell, settings=json.dumps(json.loads(cell.settings))), root).done
-    assert "attack badnet, not blended" in driver.look(dataclasses.replace(cells[0], method="blended"), root).complaint
+        assert (
+            not state.done
+            and "was made with other settings (new None, not 1, precision fp32, not bf16): choose another"
+            in state.complaint
+        )
+        assert driver.look(
+            dataclasses.replace(cell, settings=json.dumps(json.loads(cell.settings))), root
+        ).done
+    assert (
+        "attack badnet, not blended"
+        in driver.look(dataclasses.replace(cells[0], method="blended"), root).complaint
+    )
 
 
-def test_other_data_in_the_folder_is_refused(finished: tuple[list[Cell], Path], tmp_path: Path) -> None:
+def test_other_data_in_the_folder_is_refused(
+    finished: tuple[list[Cell], Path], tmp_path: Path
+) -> None:
     cells, root = finished
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in "ab":
             (tmp_path / "data" / split / name).mkdir(parents=True)
-            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "data" / split / name / "0.png")
-    attack = dataclasses.replace(cells[0], flags=(*cells[0].flags, "--dataset", "pets", "--dataset_path", str(tmp_path / "data")))
-    found = load_dataset("pets", str(tmp_path / "data"), image_size=json.loads(attack.settings)["image_size"])
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(
+                tmp_path / "data" / split / name / "0.png"
+            )
+    attack = dataclasses.replace(
+        cells[0],
+        flags=(*cells[0].flags, "--dataset", "pets", "--dataset_path", str(tmp_path / "data")),
+    )
+    found = load_dataset(
+        "pets", str(tmp_path / "data"), image_size=json.loads(attack.settings)["image_size"]
+    )
     said = driver.look(attack, root).complaint
-    assert said is not None and f"(data {Record.load('r0', root).info['dataset']['fingerprint'][:8]}, not {found.fingerprint[:8]})" in said
-    helpers.edit_json(root / "r0" / "record.json", dataset=dict(Record.load("r0", root).info["dataset"]) | {"fingerprint": found.fingerprint})
+    assert (
+        said is not None
+        and f"(data {Record.load('r0', root).info['dataset']['fingerprint'][:8]}, not {found.fingerprint[:8]})"
+        in said
+    )
+    helpers.edit_json(
+        root / "r0" / "record.json",
+        dataset=dict(Record.load("r0", root).info["dataset"]) | {"fingerprint": found.fingerprint},
+    )
     assert driver.look(attack, root).done, "the control"
     (tmp_path / "empty").mkdir()
     gone = dataclasses.replace(attack, flags=(*attack.flags[:-1], str(tmp_path / "empty")))
-    assert "expected *.parquet shards" in (driver.look(gone, root).complaint or ""), "one cell is refused, and not the grid"
+    assert "expected *.parquet shards" in (driver.look(gone, root).complaint or ""), (
+        "one cell is refused, and not the grid"
+    )
 
 
 def test_how_often_scores_are_taken_is_no_setting() -> None:
-    assert grid.settings_of({"lr": 1, "score_every": 5}) == grid.settings_of({"score_every": 0, "lr": 1}) != grid.settings_of({"lr": 2})
+    assert (
+        grid.settings_of({"lr": 1, "score_every": 5})
+        == grid.settings_of({"score_every": 0, "lr": 1})
+        != grid.settings_of({"lr": 2})
+    )
 
 
-def test_a_record_with_a_plain_training_besides_is_the_same_record(finished: tuple[list[Cell], Path]) -> None:
+def test_a_record_with_a_plain_training_besides_is_the_same_record(
+    finished: tuple[list[Cell], Path],
+) -> None:
     cells, root = finished
     settings = json.loads(cells[0].settings)
     helpers.edit_json(root / cells[0].record / "record.json", config={**settings, "plain": True})
-    asked = [dataclasses.replace(cells[0], settings=json.dumps({**settings, "plain": plain})) for plain in (False, True)]
+    asked = [
+        dataclasses.replace(cells[0], settings=json.dumps({**settings, "plain": plain}))
+        for plain in (False, True)
+    ]
     assert all(driver.look(cell, root).done for cell in asked)
     helpers.edit_json(root / cells[0].record / "record.json", config={**settings, "plain": False})
-    assert [driver.look(cell, root).done for cell in asked] == [True, False], "what is asked for and not there is other settings"
+    assert [driver.look(cell, root).done for cell in asked] == [
+        True,
+        False,
+    ], "what is asked for and not there is other settings"
 
 
 def test_only_what_has_no_seed_is_missing(made: Record) -> None:
     cells = quick_cells(made, 1, 2)
     named = [(one.attack, one.defense) for one in driver.absent(cells, set(cells))]
-    assert named == [("quick", "none"), ("quick", "dau")] and driver.absent(cells, {cells[1]}) == [], "another seed of it is there"
-    lite = [dataclasses.replace(cell, run="lite-s1") if cell.kind == "defense" else cell for cell in cells]
-    assert [one.defense for one in driver.absent(lite, set(lite))] == ["none", "dau lite"], "as the table calls it where it is done"
+    assert (
+        named == [("quick", "none"), ("quick", "dau")] and driver.absent(cells, {cells[1]}) == []
+    ), "another seed of it is there"
+    lite = [
+        dataclasses.replace(cell, run="lite-s1") if cell.kind == "defense" else cell
+        for cell in cells
+    ]
+    assert [one.defense for one in driver.absent(lite, set(lite))] == [
+        "none",
+        "dau lite",
+    ], "as the table calls it where it is done"
 
 
 def test_other_code_is_refused_unless_asked_for(finished: tuple[list[Cell], Path]) -> None:
@@ -336,11 +487,16 @@ def test_other_code_is_refused_unless_asked_for(finished: tuple[list[Cell], Path
     for cell in cells:
         changed = dataclasses.replace(cell, code="0" * 12)
         state = driver.look(changed, root)
-        assert f"was made by other code ({cell.code}, now 000000000000): choose another --record_root" in state.complaint
+        assert (
+            f"was made by other code ({cell.code}, now 000000000000): choose another --record_root"
+            in state.complaint
+        )
         assert driver.look(changed, root, other_code=True).done
 
 
-def test_a_damaged_result_is_neither_kept_nor_overwritten(finished: tuple[list[Cell], Path]) -> None:
+def test_a_damaged_result_is_neither_kept_nor_overwritten(
+    finished: tuple[list[Cell], Path],
+) -> None:
     cells, root = finished
     folder = cells[1].folder(root)
     for name in ("result.json", "model.safetensors", "history.csv"):
@@ -356,14 +512,21 @@ def test_the_estimate_is_what_alike_cells_took() -> None:
     known = {("defense", "ft"): [10.0, 20.0], ("defense", "sau"): [90.0]}
     assert driver.remaining([("defense", "ft"), ("defense", "sau")], known, 1) == 15 + 90
     assert driver.remaining([("defense", "ft"), ("defense", "sau")], known, 2) == (15 + 90) / 2
-    assert driver.remaining([("attack", "badnet")], known, 8) == 40, "an unknown one takes what cells took on the whole"
+    assert driver.remaining([("attack", "badnet")], known, 8) == 40, (
+        "an unknown one takes what cells took on the whole"
+    )
     assert driver.remaining([("attack", "badnet")], {}, 1) is None
     both = {"seconds": 10.0, "plain_scores": {"seconds": 4.0}, "evaluation_seconds": 1.0}
-    assert driver._seconds(both) == 10 + 4 + 1 + driver.STARTUP, "the plain training beside a joint attack is the command's, too"
-    assert driver._seconds({"seconds": 10.0}) == 10 + driver.STARTUP and driver._seconds({"seconds": None}) is None
+    assert driver._seconds(both) == 10 + 4 + 1 + driver.STARTUP, (
+        "the plain training beside a joint attack is the command's, too"
+    )
+    assert (
+        driver._seconds({"seconds": 10.0}) == 10 + driver.STARTUP
+        and driver._seconds({"seconds": None}) is None
+    )
 
 
-# --- the command -------------------------------------------------------------------------------------------------
+# --- the command
 
 
 def lay_out(cells: list[Cell], root: Path, made: Record) -> None:
@@ -373,15 +536,31 @@ def lay_out(cells: list[Cell], root: Path, made: Record) -> None:
         shutil.copytree(source, cell.folder(root), ignore=shutil.ignore_patterns("defense"))
         method = {"attack": cell.method} if cell.kind == "attack" else {"defense": cell.method}
         name = "record.json" if cell.kind == "attack" else "result.json"
-        helpers.edit_json(cell.folder(root) / name, config=json.loads(cell.settings), seed=cell.seed, code=cell.code, **method)
+        helpers.edit_json(
+            cell.folder(root) / name,
+            config=json.loads(cell.settings),
+            seed=cell.seed,
+            code=cell.code,
+            **method,
+        )
 
 
 def test_a_finished_grid_takes_seconds_and_runs_nothing(made: Record, tmp_path: Path) -> None:
-    """All 63 cells of the digits' grid, verified and shown by the command as a user types it: under 10 s of processor time."""
+    """All 63 cells of the digits' grid, verified and shown by the command as a user types it: under
+    10 s of processor time."""
     root = tmp_path / "root"
     lay_out(grid.cells(grid.read("bench_digits")), root, made)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = helpers.command("-m", "backdoorlab", "bench", "--config", "bench_digits", "--record_root", root, cwd=helpers.CHECKOUT)
+    done = helpers.command(
+        "-m",
+        "backdoorlab",
+        "bench",
+        "--config",
+        "bench_digits",
+        "--record_root",
+        root,
+        cwd=helpers.CHECKOUT,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [f"63 cells in {root}: 63 done, 0 to run"]
@@ -391,26 +570,49 @@ def test_a_finished_grid_takes_seconds_and_runs_nothing(made: Record, tmp_path: 
     assert len(shown) == 3 * 7, "three attacks, undefended and with six defenses"
 
 
-def test_the_command_from_nothing_to_a_table(tmp_path: Path, small_flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_from_nothing_to_a_table(
+    tmp_path: Path, small_flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
     """A record and a defense by real commands, then again, then with one more defense."""
     record = real_cells(tmp_path, small_flags, seeds=1)[0].record
-    argv = ["bench", "--config", str(tmp_path / "small.yaml"), "--record_root", str(tmp_path / "root")]
-    assert main([*argv, "--defenses", "ft", "--dry_run", "True"]) == 1 and not (tmp_path / "root").exists()
+    argv = [
+        "bench",
+        "--config",
+        str(tmp_path / "small.yaml"),
+        "--record_root",
+        str(tmp_path / "root"),
+    ]
+    assert (
+        main([*argv, "--defenses", "ft", "--dry_run", "True"]) == 1
+        and not (tmp_path / "root").exists()
+    )
     assert capsys.readouterr().err.splitlines()[1:] == [f"  {record}", f"  {record} ft seed0"]
     assert main([*argv, "--defenses", "ft"]) == 0
     first = capsys.readouterr()
-    assert "[2/2] " in first.err and [line.split()[3] for line in first.out.splitlines()[2:4]] == ["none", "ft"]
+    assert "[2/2] " in first.err and [line.split()[3] for line in first.out.splitlines()[2:4]] == [
+        "none",
+        "ft",
+    ]
     assert main([*argv, "--defenses", "ft"]) == 0
     assert capsys.readouterr().out == first.out
     writing.write_bytes(tmp_path / "root" / record / "record.json", b"{}")
     assert main([*argv, "--defenses", "ft"]) == 1
     damaged = capsys.readouterr()
-    assert "refused: " in damaged.err and "record.json: damaged file" in damaged.err and "1 of 2 cells are not done" in damaged.err
-    assert [line.split()[1:6] for line in damaged.out.splitlines()[2:3]] == [["badnet", "20", "none", "-", "0"]], "what is missing is a row of holes"
+    assert (
+        "refused: " in damaged.err
+        and "record.json: damaged file" in damaged.err
+        and "1 of 2 cells are not done" in damaged.err
+    )
+    assert [line.split()[1:6] for line in damaged.out.splitlines()[2:3]] == [
+        ["badnet", "20", "none", "-", "0"]
+    ], "what is missing is a row of holes"
 
 
-def test_the_page_shows_the_grid_and_nothing_else(made: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A damaged result that the grid does not ask for, and a whole one, beside a grid that is done; the CSV holds the table alone."""
+def test_the_page_shows_the_grid_and_nothing_else(
+    made: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged result that the grid does not ask for, and a whole one, beside a grid that is done;
+    the CSV holds the table alone."""
     root = tmp_path / "root"
     path = tmp_path / "one.yaml"
     path.write_text(yaml.safe_dump({"attacks": ["badnet"], "defenses": ["dau"], "seeds": [0]}))
@@ -432,16 +634,27 @@ def test_the_page_shows_the_grid_and_nothing_else(made: Record, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (("--config", "bench_digit"), "no such file, and no grid of that name. Did you mean 'bench_digits'?"),
+        (
+            ("--config", "bench_digit"),
+            "no such file, and no grid of that name. Did you mean 'bench_digits'?",
+        ),
         ((), "an empty grid"),
         (("--attacks", "badnett"), "unknown attack 'badnett'. Did you mean 'badnet'?"),
         (("--attacks", "badnet", "--jobs", "0"), "jobs must be >= 1, got 0"),
-        (("--attacks", "badnet", "--launcher", "slurm", "--slurm", "gpu"), "--slurm takes key=value, got 'gpu'"),
+        (
+            ("--attacks", "badnet", "--launcher", "slurm", "--slurm", "gpu"),
+            "--slurm takes key=value, got 'gpu'",
+        ),
         (("--attacks", "badnet", "--attack", "blended"), "unknown flag --attack. Did you mean"),
-        (("--attacks", "badnet", "--html", str(Path(__file__))), "test_bench.py is there and was not written by this command"),
+        (
+            ("--attacks", "badnet", "--html", str(Path(__file__))),
+            "test_bench.py is there and was not written by this command",
+        ),
     ],
 )
-def test_mistakes_are_one_line(flags: tuple[str, ...], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    flags: tuple[str, ...], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["bench", *flags, "--record_root", str(tmp_path)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.endswith("to run")]
     assert line.startswith("error: ") and complaint in line
@@ -449,20 +662,61 @@ def test_mistakes_are_one_line(flags: tuple[str, ...], complaint: str, tmp_path:
 
 @pytest.mark.parametrize("trouble", [errno.ENOSPC, errno.EACCES])
 def test_a_full_disk_or_a_folder_of_another_user_is_one_line(
-    trouble: int, made: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trouble: int,
+    made: Record,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(folder: Path) -> None:
         raise OSError(trouble, os.strerror(trouble), str(folder))
 
     monkeypatch.setattr("backdoorlab.storage.writing.make_folder", refuse)
-    assert main(["bench", "--attacks", "badnet", "--defenses", "ft", "--seeds", "0", "--record_root", str(tmp_path / "root")]) == 2
+    assert (
+        main(
+            [
+                "bench",
+                "--attacks",
+                "badnet",
+                "--defenses",
+                "ft",
+                "--seeds",
+                "0",
+                "--record_root",
+                str(tmp_path / "root"),
+            ]
+        )
+        == 2
+    )
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ") and os.strerror(trouble) in line and "Nothing finished was changed" in line
+    assert (
+        line.startswith("error: ")
+        and os.strerror(trouble) in line
+        and "Nothing finished was changed" in line
+    )
 
 
-def test_a_missing_ray_or_slurm_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_ray_or_slurm_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for launcher, module in (("ray", "ray"), ("slurm", "submitit")):
         monkeypatch.setitem(sys.modules, module, None)
-        assert main(["bench", "--attacks", "badnet", "--launcher", launcher, "--record_root", str(tmp_path)]) == 2
+        assert (
+            main(
+                [
+                    "bench",
+                    "--attacks",
+                    "badnet",
+                    "--launcher",
+                    launcher,
+                    "--record_root",
+                    str(tmp_path),
+                ]
+            )
+            == 2
+        )
         line = capsys.readouterr().err.splitlines()[-1]
-        assert line.startswith(f"error: {module} is not installed") and f"pip install 'backdoorlab[{launcher}]', or use --launcher local" in line
+        assert (
+            line.startswith(f"error: {module} is not installed")
+            and f"pip install 'backdoorlab[{launcher}]', or use --launcher local" in line
+        )

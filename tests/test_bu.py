@@ -1,4 +1,5 @@
-"""BU's parts against what they stand for: MINE on Gaussians, stacked layers against torch's, stamps, places, the ascent."""
+"""BU's parts against what they stand for: MINE on Gaussians, stacked layers against torch's,
+stamps, places, the ascent."""
 
 import math
 from pathlib import Path
@@ -25,7 +26,9 @@ def new_run() -> Run:
 
 
 @pytest.mark.parametrize(("correlation", "wanted"), [(0.8, 0.511), (0.5, 0.144), (0.0, 0.0)])
-def test_mine_finds_the_information_of_correlated_gaussians(correlation: float, wanted: float) -> None:
+def test_mine_finds_the_information_of_correlated_gaussians(
+    correlation: float, wanted: float
+) -> None:
     """-log(1 - r^2) / 2 nats; the three estimates side by side are of the same pair."""
     torch.manual_seed(0)
     draws = torch.Generator().manual_seed(0)
@@ -61,7 +64,9 @@ def test_stacked_layers_are_layers() -> None:
             assert torch.allclose(h[i], x[i] @ stacked.weight[i] + stacked.bias[i, 0], atol=1e-6)
         assert torch.allclose(norm(h), torch.stack([single[i](h[i]) for i in range(3)]), atol=1e-5)
     norm.eval()
-    assert torch.allclose(norm(h), torch.stack([single[i].eval()(h[i]) for i in range(3)]), atol=1e-5)
+    assert torch.allclose(
+        norm(h), torch.stack([single[i].eval()(h[i]) for i in range(3)]), atol=1e-5
+    )
     generators = bu.Generators(2, 9, 16)
     assert generators(torch.rand(2, 5, 64)).shape == (2, 5, 9)
     with torch.no_grad():
@@ -81,7 +86,10 @@ def test_a_square_is_pasted_where_it_is_told() -> None:
     seen.sum().backward()
     assert patch.grad is not None and torch.equal(patch.grad, torch.ones_like(patch))
     whole = torch.rand(3, 2, 8, 8)
-    assert torch.allclose(bu.stamp(x, whole, corners, bu.Config(trigger="blend", blend_alpha=0.3)), 0.7 * x + 0.3 * whole)
+    assert torch.allclose(
+        bu.stamp(x, whole, corners, bu.Config(trigger="blend", blend_alpha=0.3)),
+        0.7 * x + 0.3 * whole,
+    )
 
 
 def test_places_are_all_over_until_one_pays() -> None:
@@ -100,7 +108,8 @@ def test_places_are_all_over_until_one_pays() -> None:
 
 
 class Corner(nn.Module):
-    """Class 1 for a bright top left pixel, class 0 else: a backdoor whose trigger and place are known."""
+    """Class 1 for a bright top left pixel, class 0 else: a backdoor whose trigger and place are
+    known."""
 
     def forward(self, x: Tensor) -> Tensor:
         hit = 8 * (x[:, 0, 0, 0] - 0.5)
@@ -113,12 +122,18 @@ def test_the_reward_leaves_out_images_of_the_class_and_rewards_up_to_beta() -> N
     classes, beta = torch.tensor([1, 1, 2]), torch.tensor([0.9, 1e-4, 0.9])
     places = bu.Places(3, (8, 8), 8, config)  # a trigger as large as the image has one place
     triggers = torch.full((3, 4, 64), 0.5)
-    hits, slopes = bu.reward(Corner(), x, y, triggers, places, classes, beta, (1, 8, 8), config, run)
+    hits, slopes = bu.reward(
+        Corner(), x, y, triggers, places, classes, beta, (1, 8, 8), config, run
+    )
     p = torch.sigmoid(torch.tensor(16 * (0.5 - 0.5)))
     slope = (16 * p * (1 - p) / 2).item()
-    assert slopes[0, :, 0].tolist() == pytest.approx([slope, 0, 0, slope]), "two images count, each for a half"
+    assert slopes[0, :, 0].tolist() == pytest.approx([slope, 0, 0, slope]), (
+        "two images count, each for a half"
+    )
     assert not slopes[0, :, 1:].any() and not slopes[1].any() and slopes[2].abs().max() < 1e-3
-    triggers[0, :, 0] = 1.0  # the first generator's squares light the corner: both images of another class are hit, of the third's none
+    # The first generator's squares light the corner: both images of another class are hit, of the
+    # third's none
+    triggers[0, :, 0] = 1.0
     hits, _ = bu.reward(Corner(), x, y, triggers, places, classes, beta, (1, 8, 8), config, run)
     assert hits.item() == pytest.approx((1 + 0 + 0) / 3)
 
@@ -141,13 +156,29 @@ def test_recovery_finds_the_planted_trigger_and_its_place() -> None:
 
 @pytest.mark.parametrize("count", [2, 400])
 def test_few_held_out_images_are_shown_many_triggers(count: int) -> None:
-    """One trigger each would score a quarter of two images as 0, 1/2 or 1; and images of the class itself never count."""
-    split = Split(torch.zeros(count + 1, 1, 8, 8, dtype=torch.uint8), torch.tensor([0] * count + [1]))
+    """One trigger each would score a quarter of two images as 0, 1/2 or 1; and images of the class
+    itself never count."""
+    split = Split(
+        torch.zeros(count + 1, 1, 8, 8, dtype=torch.uint8), torch.tensor([0] * count + [1])
+    )
     triggers = torch.zeros(64, 1, 2, 2)
     triggers[:16] = 1
-    score = bu.hit_rate(Corner(), split, triggers, torch.zeros(64, 2, dtype=torch.long), 1, bu.Config(), new_run())
+    score = bu.hit_rate(
+        Corner(), split, triggers, torch.zeros(64, 2, dtype=torch.long), 1, bu.Config(), new_run()
+    )
     assert 0.15 < score < 0.35
-    assert bu.hit_rate(Corner(), split.subset(torch.tensor([count])), triggers, torch.zeros(64, 2, dtype=torch.long), 1, bu.Config(), new_run()) == 0
+    assert (
+        bu.hit_rate(
+            Corner(),
+            split.subset(torch.tensor([count])),
+            triggers,
+            torch.zeros(64, 2, dtype=torch.long),
+            1,
+            bu.Config(),
+            new_run(),
+        )
+        == 0
+    )
 
 
 def test_importance_is_the_mean_slope_of_the_clean_loss() -> None:
@@ -158,13 +189,17 @@ def test_importance_is_the_mean_slope_of_the_clean_loss() -> None:
     found = bu.importance(model, split, bu.Config(batch_size=4), new_run())
     wanted = torch.zeros_like(found[0])
     for start in (0, 4, 8):
-        loss = F.cross_entropy(model(split.images[start : start + 4].float() / 255), split.labels[start : start + 4])
+        loss = F.cross_entropy(
+            model(split.images[start : start + 4].float() / 255), split.labels[start : start + 4]
+        )
         wanted += torch.autograd.grad(loss, layer.weight)[0].abs() / 3
     assert torch.allclose(found[0], wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(("stop_asr", "passes"), [(None, 3), (0.5, 1)])
-def test_unlearning_runs_to_its_end_unless_told_where_to_stop(stop_asr: float | None, passes: int, tmp_path: Path) -> None:
+def test_unlearning_runs_to_its_end_unless_told_where_to_stop(
+    stop_asr: float | None, passes: int, tmp_path: Path
+) -> None:
     split = Split(torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8), torch.arange(12) % K)
     run = Run(tmp_path, seed=0, device=torch.device("cpu"), precision="fp32")
     layer = nn.Linear(64, K)
@@ -172,25 +207,49 @@ def test_unlearning_runs_to_its_end_unless_told_where_to_stop(stop_asr: float | 
     nn.init.zeros_(layer.bias)  # every image is class 0, so triggers of class 1 turn none
     model = nn.Sequential(nn.Flatten(), layer)
     triggers, corners = torch.zeros(8, 1, 2, 2), torch.zeros(8, 2, dtype=torch.long)
-    bu.unlearn(model, split, split, triggers, corners, 1, bu.Config(epochs=3, lr=0.0, stop_asr=stop_asr), run)
+    bu.unlearn(
+        model,
+        split,
+        split,
+        triggers,
+        corners,
+        1,
+        bu.Config(epochs=3, lr=0.0, stop_asr=stop_asr),
+        run,
+    )
     assert [row["left"] for row in run.history] == [0.0] * passes
 
 
 def test_what_bu_cannot_use_is_one_line(tiny: Record, tmp_path: Path) -> None:
     record = helpers.copy(tiny, tmp_path)
-    with pytest.raises(UserError, match=r"trigger_size must lie in 1\.\.16 for these images, got 17"):
+    with pytest.raises(
+        UserError, match=r"trigger_size must lie in 1\.\.16 for these images, got 17"
+    ):
         helpers.defend("bu", record, "--trigger_size", "17", "--score_every", "0")
-    with pytest.raises(UserError, match=r"--levels: expected at least one number in \(0, 1\], got none"):
+    with pytest.raises(
+        UserError, match=r"--levels: expected at least one number in \(0, 1\], got none"
+    ):
         helpers.defend("bu", record, "--levels", "--score_every", "0")
-    with pytest.raises(UserError, match=r"BU tries every class as the target and needs trusted images of each, but there is none of \["):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"BU tries every class as the target and needs trusted images of each, but there is"
+            r" none of \["
+        ),
+    ):
         helpers.defend("bu", record, "--trusted_count", "5", "--score_every", "0")
 
 
-def test_a_model_without_a_small_trigger_is_returned_as_it_was(clean: Record, tmp_path: Path) -> None:
-    """One that works: whatever is asked of a model that gives one answer to all images, every trigger leads to that."""
+def test_a_model_without_a_small_trigger_is_returned_as_it_was(
+    clean: Record, tmp_path: Path
+) -> None:
+    """One that works: whatever is asked of a model that gives one answer to all images, every
+    trigger leads to that."""
     record = helpers.copy(clean, tmp_path)
     flags = ("--search_epochs", "1", "--levels", "0.9", "--hidden", "16", "--score_every", "0")
-    control = helpers.defend("bu", record, *flags, "--accept", "0", "--epochs", "0", "--run_name", "control")
+    control = helpers.defend(
+        "bu", record, *flags, "--accept", "0", "--epochs", "0", "--run_name", "control"
+    )
     assert control is not None and not any("no trigger found" in note for note in control["notes"])
     result = helpers.defend("bu", record, *flags, "--accept", "0.9")
     assert result is not None and any("no trigger found" in note for note in result["notes"])
@@ -198,10 +257,28 @@ def test_a_model_without_a_small_trigger_is_returned_as_it_was(clean: Record, tm
     assert (record.folder / "defense" / "bu" / "seed0" / "triggers.png").stat().st_size > 100
 
 
-def test_a_target_without_a_margin_is_doubted(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_without_a_margin_is_doubted(
+    tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = helpers.copy(tiny, tmp_path)
-    flags = ("--search_epochs", "1", "--levels", "0.9", "--hidden", "16", "--accept", "0", "--epochs", "0", "--score_every", "0")
+    flags = (
+        "--search_epochs",
+        "1",
+        "--levels",
+        "0.9",
+        "--hidden",
+        "16",
+        "--accept",
+        "0",
+        "--epochs",
+        "0",
+        "--score_every",
+        "0",
+    )
     for close, doubted in ((1.1, True), (-1.0, False)):
         monkeypatch.setattr(bu, "CLOSE", close)
         result = helpers.defend("bu", record, *flags, "--overwrite", "True")
-        assert result is not None and any("as easy a target" in note for note in result["notes"]) == doubted
+        assert (
+            result is not None
+            and any("as easy a target" in note for note in result["notes"]) == doubted
+        )

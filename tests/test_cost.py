@@ -12,7 +12,9 @@ from backdoorlab.record import Record
 
 @pytest.fixture(scope="module")
 def cost() -> Any:
-    spec = importlib.util.spec_from_file_location("cost", helpers.CHECKOUT / "performance" / "cost.py")
+    spec = importlib.util.spec_from_file_location(
+        "cost", helpers.CHECKOUT / "performance" / "cost.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["cost"] = module
@@ -21,21 +23,47 @@ def cost() -> Any:
 
 
 def test_formulas_are_what_is_counted(cost: Any, small: Record, tmp_path: Any) -> None:
-    """DAU and I-BAU exactly, BU but for chance, FT but for dropped batches, SAU as an upper bound."""
+    """DAU and I-BAU exactly, BU but for chance, FT but for dropped batches, SAU as an upper
+    bound."""
     copied = helpers.copy(small, tmp_path)
     setting = cost.Setting(copied.info["dataset"]["train_size"], 0, copied.info["num_classes"])
-    dau = helpers.defend("dau", copied, *helpers.short_flags("dau"), "--recovery_epochs", "0", "--pool", "model_loss", "--breakdown", "2")
-    assert dau is not None and dau["split"]["flagged"], "without poison found, it ends after the features"
-    assert cost.dau(dau["config"], setting) == (dau["image_passes"]["forward"], dau["image_passes"]["backward"])
-    for method, low, high in (("ft", 0.5, 1.0), ("sau", 0.5, 1.0), ("ibau", 1.0, 1.0), ("bu", 0.9, 1.1)):
+    dau = helpers.defend(
+        "dau",
+        copied,
+        *helpers.short_flags("dau"),
+        "--recovery_epochs",
+        "0",
+        "--pool",
+        "model_loss",
+        "--breakdown",
+        "2",
+    )
+    assert dau is not None and dau["split"]["flagged"], (
+        "without poison found, it ends after the features"
+    )
+    assert cost.dau(dau["config"], setting) == (
+        dau["image_passes"]["forward"],
+        dau["image_passes"]["backward"],
+    )
+    for method, low, high in (
+        ("ft", 0.5, 1.0),
+        ("sau", 0.5, 1.0),
+        ("ibau", 1.0, 1.0),
+        ("bu", 0.9, 1.1),
+    ):
         result = helpers.defend(method, copied, *helpers.short_flags(method))
         assert result is not None
         setting = cost.Setting(setting.n, result["trusted"]["count"], setting.classes)
-        for formula, name in zip(cost.COSTS[method](result["config"], setting), ("forward", "backward"), strict=True):
+        for formula, name in zip(
+            cost.COSTS[method](result["config"], setting), ("forward", "backward"), strict=True
+        ):
             assert low * formula <= result["image_passes"][name] <= high * formula, method
 
 
 def test_operations_are_counted_on_the_network(cost: Any) -> None:
-    """ResNet-50's published 4.1 billion multiplications, and four times as many for twice the side."""
+    """ResNet-50's published 4.1 billion multiplications, and four times as many for twice the
+    side."""
     assert cost.operations("resnet50", 224, 1000) / 2 == pytest.approx(4.09e9, rel=0.01)
-    assert cost.operations("preactresnet18", 64, 10) / cost.operations("preactresnet18", 32, 10) == pytest.approx(4, rel=0.001)
+    assert cost.operations("preactresnet18", 64, 10) / cost.operations(
+        "preactresnet18", 32, 10
+    ) == pytest.approx(4, rel=0.001)

@@ -1,4 +1,5 @@
-"""Killed, starved of disk or raced at any moment: the old record or the new one, never a part, and the same bytes in the end."""
+"""Killed, starved of disk or raced at any moment: the old record or the new one, never a part, and
+the same bytes in the end."""
 
 import builtins
 import errno
@@ -35,14 +36,17 @@ from backdoorlab.settings import methods
 from backdoorlab.storage import folders, locks, reading, writing
 
 if not hasattr(os, "fork"):
-    pytest.skip("processes are forked here, so that each need not import torch", allow_module_level=True)
+    pytest.skip(
+        "processes are forked here, so that each need not import torch", allow_module_level=True
+    )
 
 FINISHED, REFUSED, BROKEN = 0, 2, 3
 
 
 @pytest.fixture
 def quick_path(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a memory disk where there is one: flushing costs nothing there, and the order of calls is the same."""
+    """A folder on a memory disk where there is one: flushing costs nothing there, and the order of
+    calls is the same."""
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
         return
@@ -51,7 +55,8 @@ def quick_path(tmp_path: Path) -> Iterator[Path]:
 
 
 def forked(work: Callable[[], None], said: Path) -> int:
-    """Run `work` in a child that starts as warm as we are; its last words go to the file `said`. Returns the pid."""
+    """Run `work` in a child that starts as warm as we are; its last words go to the file `said`.
+    Returns the pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -73,7 +78,7 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-# --- F1, F2: kills -----------------------------------------------------------------------------------------------
+# --- F1, F2: kills
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -82,11 +87,15 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def half_written(root: Path, name: str, whole: dict[str, dict[str, str]]) -> list[str]:
-    """What is wrong with what a reader finds: each of record and result is absent, or verifies and is that of an uninterrupted run."""
+    """What is wrong with what a reader finds: each of record and result is absent, or verifies and
+    is that of an uninterrupted run."""
     if not (root / name).exists():
         return []
     wrong = list(verify(name, root).wrong)
-    for part, folder in (("record", root / name), ("result", root / name / "defense" / "ft" / "seed0")):
+    for part, folder in (
+        ("record", root / name),
+        ("result", root / name / "defense" / "ft" / "seed0"),
+    ):
         if folder.exists() and digests(folder) != whole[part]:
             wrong.append(f"{folder} differs")
     return wrong
@@ -105,12 +114,17 @@ def traced(path: Path) -> None:
     Run.epochs = epochs  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("kills", [25, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_kills_lose_nothing_and_change_nothing(kills: int, small: Record, small_flags: tuple[str, ...], quick_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kills", [25, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_kills_lose_nothing_and_change_nothing(
+    kills: int, small: Record, small_flags: tuple[str, ...], quick_path: Path
+) -> None:
     """F1 and F2: SIGKILL at random moments of attack and defense."""
     root, trace = quick_path / "record", quick_path / "trace"
     short = helpers.short_flags("ft")
-    helpers.defend("ft", helpers.copy(small, quick_path), *short)  # whatever is imported on first use is here before the first fork
+    # Whatever is imported on first use is here before the first fork
+    helpers.defend("ft", helpers.copy(small, quick_path), *short)
 
     def both(name: str) -> None:
         traced(trace)
@@ -120,11 +134,16 @@ def test_kills_lose_nothing_and_change_nothing(kills: int, small: Record, small_
             helpers.defend("ft", Record.load(name, root), *short)
 
     began = time.monotonic()
-    assert ended(forked(lambda: both("whole"), quick_path / "said")) == FINISHED, (quick_path / "said").read_text()
+    assert ended(forked(lambda: both("whole"), quick_path / "said")) == FINISHED, (
+        quick_path / "said"
+    ).read_text()
     usual = time.monotonic() - began
     epochs = len(trace.read_text().splitlines())
     assert epochs == 5, "three of the attack, two of the defense"
-    whole = {"record": digests(root / "whole"), "result": digests(root / "whole" / "defense" / "ft" / "seed0")}
+    whole = {
+        "record": digests(root / "whole"),
+        "result": digests(root / "whole" / "defense" / "ft" / "seed0"),
+    }
     assert len(whole["record"]) == 3 and len(whole["result"]) == 1
 
     rng, done, redone, finished = random.Random(0), 0, 0, 0
@@ -144,15 +163,25 @@ def test_kills_lose_nothing_and_change_nothing(kills: int, small: Record, small_
         if code != FINISHED:
             both_code = ended(forked(lambda: both(name), quick_path / "said"))  # noqa: B023
             assert both_code == FINISHED, (quick_path / "said").read_text()
-        assert not half_written(root, name, whole) and (root / name / "defense" / "ft" / "seed0" / "result.json").exists()
-        # One that was killed right after it published leaves its stage, which the next run there sweeps; nothing else may be left.
+        assert (
+            not half_written(root, name, whole)
+            and (root / name / "defense" / "ft" / "seed0" / "result.json").exists()
+        )
+        # One that was killed right after it published leaves its stage, which the next run there
+        # sweeps; nothing else may be left.
         folders.sweep(root, partial(_worthless, done="record.json"))
         litter = [path.name for path in root.iterdir() if path.name.startswith((name + ".", "."))]
-        assert [entry for entry in litter if not entry.endswith(".held")] == [], "no stage is left; a kill may leave a lock file, which holds nothing"
+        assert [entry for entry in litter if not entry.endswith(".held")] == [], (
+            "no stage is left; a kill may leave a lock file, which holds nothing"
+        )
         begun = trace.read_text().splitlines() if trace.exists() else []
-        assert sorted(set(begun)) == sorted({f"train {k}" for k in range(3)} | {f"finetune {k}" for k in range(2)})
+        assert sorted(set(begun)) == sorted(
+            {f"train {k}" for k in range(3)} | {f"finetune {k}" for k in range(2)}
+        )
         redone += len(begun) - epochs
-        assert len(begun) - epochs <= here, f"{here} kills cost {len(begun) - epochs} epochs: at most one each"
+        assert len(begun) - epochs <= here, (
+            f"{here} kills cost {len(begun) - epochs} epochs: at most one each"
+        )
         finished += 1
     print(f"{done} kills over {finished} records: {redone} epochs redone")
     assert done == kills and redone > 0, "some kills did hit an epoch"
@@ -162,7 +191,7 @@ def test_kills_lose_nothing_and_change_nothing(kills: int, small: Record, small_
     assert half_written(root, "r0", whole), "a record that is half-written would have been seen"
 
 
-# --- F5: faults --------------------------------------------------------------------------------------------------
+# --- F5: faults
 
 
 class Torn:
@@ -191,7 +220,8 @@ class Torn:
 
 @contextmanager
 def failing(at: int, mode: str) -> Iterator[list[str]]:
-    """Let file operation number `at` fail: "ENOSPC" and "EIO" raise, "exit" ends the process. Yields the operations so far."""
+    """Let file operation number `at` fail: "ENOSPC" and "EIO" raise, "exit" ends the process.
+    Yields the operations so far."""
     seen: list[str] = []
     names = ("open", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "scandir")
     real = {name: getattr(os, name) for name in names}
@@ -232,7 +262,8 @@ MODELS: dict[tuple[Path, int], Any] = {}
 
 
 def variant(old: Record, seed: int) -> Any:
-    """Weights of a record's shape, others for each seed; made once, so that reading them is not among the operations that fail."""
+    """Weights of a record's shape, others for each seed; made once, so that reading them is not
+    among the operations that fail."""
     if (old.folder, seed) not in MODELS:
         MODELS[old.folder, seed] = model = old.model()
         with torch.no_grad():
@@ -243,22 +274,40 @@ def variant(old: Record, seed: int) -> Any:
 
 @lru_cache(maxsize=256)
 def job_of(root: Path, seed: int, overwrite: bool) -> Job:
-    argv = ["--save_folder_name", "r", "--record_root", str(root), "--overwrite", str(overwrite), "--seed", str(seed)]
+    argv = [
+        "--save_folder_name",
+        "r",
+        "--record_root",
+        str(root),
+        "--overwrite",
+        str(overwrite),
+        "--seed",
+        str(seed),
+    ]
     return attack_job(methods.load("attack", "none"), argv, "test")
 
 
-def publishing(old: Record, root: Path, seed: int, pause: float = 0.0, overwrite: bool = True) -> None:
-    """What `run_attack` writes, without the training: a checkpoint, then the record with its preview and history."""
+def publishing(
+    old: Record, root: Path, seed: int, pause: float = 0.0, overwrite: bool = True
+) -> None:
+    """What `run_attack` writes, without the training: a checkpoint, then the record with its
+    preview and history."""
     job = job_of(root, seed, overwrite)
     with open_stage(root / "r", "record.json", job, {}, "fp32") as stage:
         run = Run(stage, seed=seed, device=torch.device("cpu"))
         for _ in run.epochs("train", 1):
             time.sleep(pause)
         final = fresh(stage / "final")
-        save_preview(final / "preview.png", old.test_poison.triggered(), Poison(*[value[:0] for value in vars(old.test_poison).values()]))
+        save_preview(
+            final / "preview.png",
+            old.test_poison.triggered(),
+            Poison(*[value[:0] for value in vars(old.test_poison).values()]),
+        )
         run.save_history(final)
         model = variant(old, seed)
-        info = {key: value for key, value in old.info.items() if key not in ("schema", "files")} | {"seed": seed}
+        info = {key: value for key, value in old.info.items() if key not in ("schema", "files")} | {
+            "seed": seed
+        }
         record.write(final, info, model, old.train_poison, old.test_poison)
         publish(final, root / "r")
 
@@ -272,11 +321,16 @@ def state(root: Path) -> int | None:
     return int(Record.load("r", root).info["seed"])
 
 
-@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize(
+    "stride", [5, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("mode", ["ENOSPC", "EIO", "exit"])
-def test_a_fault_at_any_file_operation_leaves_the_old_or_the_new(stride: int, mode: str, existing: bool, small: Record, quick_path: Path) -> None:
-    """F5: operation 1, 2, 3 ... fails, until none is left to fail; every fifth of them, each mode its own, unless slow."""
+def test_a_fault_at_any_file_operation_leaves_the_old_or_the_new(
+    stride: int, mode: str, existing: bool, small: Record, quick_path: Path
+) -> None:
+    """F5: operation 1, 2, 3 ... fails, until none is left to fail; every fifth of them, each mode
+    its own, unless slow."""
     root, before, after = quick_path / "record", 1 if existing else None, 2
     seen: dict[int | None, int] = {}
     publishing(small, quick_path / "old", 1)
@@ -314,14 +368,25 @@ def test_a_fault_at_any_file_operation_leaves_the_old_or_the_new(stride: int, mo
             break
         publishing(small, root, 2)
         assert state(root) == 2, "the same command succeeds afterwards"
-        assert sorted(path.name for path in root.iterdir()) == ["r"], f"{mode} at operation {at} leaves litter"
-    print(f"{mode}, {'over an old record' if existing else 'new'}: {faults - 1} faults in about {at - 1} operations, {seen}")
-    assert at > 30 and found == after and set(seen) == {before, after}, "both sides of the rename were seen"
+        assert sorted(path.name for path in root.iterdir()) == ["r"], (
+            f"{mode} at operation {at} leaves litter"
+        )
+    print(
+        f"{mode}, {'over an old record' if existing else 'new'}: {faults - 1} faults in about"
+        f" {at - 1} operations, {seen}"
+    )
+    assert at > 30 and found == after and set(seen) == {before, after}, (
+        "both sides of the rename were seen"
+    )
 
 
-def test_a_record_written_in_place_would_have_been_caught(small: Record, quick_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_written_in_place_would_have_been_caught(
+    small: Record, quick_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The control of F5: copying instead of renaming leaves what the loop above calls wrong."""
-    monkeypatch.setattr("backdoorlab.storage.folders.publish", lambda stage, target: shutil.copytree(stage, target))
+    monkeypatch.setattr(
+        "backdoorlab.storage.folders.publish", lambda stage, target: shutil.copytree(stage, target)
+    )
     caught = 0
     variant(small, 2)
     for at in range(60, 140, 4):
@@ -336,8 +401,11 @@ def test_a_record_written_in_place_would_have_been_caught(small: Record, quick_p
     assert caught
 
 
-def test_all_is_on_the_disk_before_it_gets_its_name(small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no SIGKILL can show, since the page cache outlives it: every file and folder is flushed, then renamed, then the parent flushed."""
+def test_all_is_on_the_disk_before_it_gets_its_name(
+    small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no SIGKILL can show, since the page cache outlives it: every file and folder is flushed,
+    then renamed, then the parent flushed."""
     calls: list[tuple[str, str]] = []
     real_sync, real_rename = os.fsync, os.rename
 
@@ -370,7 +438,9 @@ def test_a_killed_replacement_is_put_back(small: Record, tmp_path: Path) -> None
     os.rename(tmp_path / "r", tmp_path / ".r.old")
     assert record.record_names(tmp_path) == ["r"] and state(tmp_path) == 1
     shutil.copytree(tmp_path / "r", tmp_path / ".r.old")
-    assert state(tmp_path) == 1 and not (tmp_path / ".r.old").exists(), "the new one is in place: the old one goes"
+    assert state(tmp_path) == 1 and not (tmp_path / ".r.old").exists(), (
+        "the new one is in place: the old one goes"
+    )
 
 
 def test_stale_stages_are_swept_and_others_kept(small: Record, tmp_path: Path) -> None:
@@ -385,16 +455,26 @@ def test_stale_stages_are_swept_and_others_kept(small: Record, tmp_path: Path) -
     (tmp_path / "foreign.partial" / "thesis.tex").write_text("years of work")
     with locks.locked(tmp_path / "held.partial"):
         argv = ["--save_folder_name", "other", "--record_root", str(tmp_path)]
-        with open_stage(tmp_path / "other", "record.json", attack_job(methods.load("attack", "none"), argv, "test"), {}, "fp32"):
+        with open_stage(
+            tmp_path / "other",
+            "record.json",
+            attack_job(methods.load("attack", "none"), argv, "test"),
+            {},
+            "fp32",
+        ):
             left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == {"r", "begun.partial", "held.partial", "foreign.partial", "other.partial"}
 
 
-# --- F6: races ---------------------------------------------------------------------------------------------------
+# --- F6: races
 
 
-@pytest.mark.parametrize("races", [50, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_of_two_writers_one_wins_and_the_other_says_who(races: int, small: Record, quick_path: Path) -> None:
+@pytest.mark.parametrize(
+    "races", [50, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_of_two_writers_one_wins_and_the_other_says_who(
+    races: int, small: Record, quick_path: Path
+) -> None:
     """F6."""
     rng, named = random.Random(0), 0
     for race in range(races):
@@ -409,7 +489,10 @@ def test_of_two_writers_one_wins_and_the_other_says_who(races: int, small: Recor
 
         pids = [forked(lambda seed=seed: write(seed), root / f"said{seed}") for seed in (1, 2)]  # type: ignore[misc]
         codes = [ended(pid) for pid in pids]
-        said = [(root / f"said{seed}").read_text() if code else "" for seed, code in zip((1, 2), codes, strict=True)]
+        said = [
+            (root / f"said{seed}").read_text() if code else ""
+            for seed, code in zip((1, 2), codes, strict=True)
+        ]
         assert sorted(codes) == [FINISHED, REFUSED], said
         winner = codes.index(FINISHED)
         assert state(root) == (1, 2)[winner]
@@ -417,13 +500,16 @@ def test_of_two_writers_one_wins_and_the_other_says_who(races: int, small: Recor
         by_name = f"is being written by process {pids[winner]} on " in complaint
         assert by_name or "exists and is finished" in complaint, complaint
         named += by_name
-        assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["r"], "no stage is left"
+        assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["r"], (
+            "no stage is left"
+        )
     print(f"{races} races, {named} refused while the other wrote")
     assert named > races // 10, "they did meet"
 
 
 def test_a_lock_file_that_its_holder_removed_is_none(tmp_path: Path) -> None:
-    """The second writer opened the file before the first removed it: what it then locks is nothing that a third would see."""
+    """The second writer opened the file before the first removed it: what it then locks is nothing
+    that a third would see."""
     fcntl = pytest.importorskip("fcntl")
     stage, lock = tmp_path / "x.partial", tmp_path / ".x.partial.held"
     real = fcntl.flock
@@ -441,14 +527,21 @@ def test_a_lock_file_that_its_holder_removed_is_none(tmp_path: Path) -> None:
     early = locks.try_lock(stage)
     assert early is not None and locks.try_lock(stage) is None
     lock.unlink()
-    with locks.locked(stage), pytest.raises(UserError, match="being written by process"), locks.locked(stage):
+    with (
+        locks.locked(stage),
+        pytest.raises(UserError, match="being written by process"),
+        locks.locked(stage),
+    ):
         pass
     locks.unlock(early)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_holds_where_a_folders_is_known_on_one_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on NFS, where each machine has its own locks on folders, and a file is locked for writing only if it is open for writing."""
+def test_a_lock_holds_where_a_folders_is_known_on_one_machine_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where each machine has its own locks on folders, and a file is locked for writing
+    only if it is open for writing."""
     fcntl = pytest.importorskip("fcntl")
     real = fcntl.flock
 
@@ -463,7 +556,11 @@ def test_a_lock_holds_where_a_folders_is_known_on_one_machine_only(tmp_path: Pat
     stage = tmp_path / "x.partial"
     with locks.locked(stage):
         (stage / "part").write_text("half")
-        open_in_it = [path for path in Path("/proc/self/fd").glob("*") if str(stage) + "/" in os.path.realpath(path)]
+        open_in_it = [
+            path
+            for path in Path("/proc/self/fd").glob("*")
+            if str(stage) + "/" in os.path.realpath(path)
+        ]
         assert not open_in_it, "NFS deletes no folder in which a file is open"
         folders.sweep(tmp_path, lambda _stage: True)
         folders.tidy(tmp_path)
@@ -471,11 +568,14 @@ def test_a_lock_holds_where_a_folders_is_known_on_one_machine_only(tmp_path: Pat
         with pytest.raises(UserError, match="being written by process"), locks.locked(stage):
             pass
     folders.sweep(tmp_path, lambda _stage: True)
-    assert not list(tmp_path.iterdir()), "with control: what nobody holds is swept, its lock file too"
+    assert not list(tmp_path.iterdir()), (
+        "with control: what nobody holds is swept, its lock file too"
+    )
 
 
 def test_a_stage_in_which_an_older_version_works_is_held(tmp_path: Path) -> None:
-    """Older versions locked the folder itself; with control: once they have ended, it goes on or is swept."""
+    """Older versions locked the folder itself; with control: once they have ended, it goes on or is
+    swept."""
     fcntl = pytest.importorskip("fcntl")
     stage = tmp_path / "x.partial"
     stage.mkdir()
@@ -483,7 +583,10 @@ def test_a_stage_in_which_an_older_version_works_is_held(tmp_path: Path) -> None
     old = os.open(stage, os.O_RDONLY)
     fcntl.flock(old, fcntl.LOCK_EX)
     folders.sweep(tmp_path, lambda _stage: True)
-    with pytest.raises(UserError, match=f"being written by process {os.getpid()} on "), locks.locked(stage):
+    with (
+        pytest.raises(UserError, match=f"being written by process {os.getpid()} on "),
+        locks.locked(stage),
+    ):
         pass
     assert stage.is_dir()
     os.close(old)
@@ -500,22 +603,35 @@ def test_lock_files_that_a_kill_leaves_are_tidied(tmp_path: Path) -> None:
         (tmp_path / f".{name}.partial.held").write_text("1 elsewhere")
     with locks.locked(tmp_path / "alive.partial"):
         folders.tidy(tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} == {"alive.partial", ".alive.partial.held"}
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "alive.partial",
+            ".alive.partial.held",
+        }
 
 
-# --- F8, F11: numbers --------------------------------------------------------------------------------------------
+# --- F8, F11: numbers
 
 
 @pytest.mark.parametrize("method", ["badnet", *sorted(methods.available("defense"))])
 def test_a_loss_that_is_no_number_stops_within_one_step(
-    method: str, small: Record, small_flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    small: Record,
+    small_flags: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """F8: the second loss is NaN."""
     steps, real = [0], Run.watch
 
     def poisoned(self: Run, **values: torch.Tensor) -> None:
         steps[0] += "loss" in values
-        real(self, **{name: value * float("nan") if name == "loss" and steps[0] == 2 else value for name, value in values.items()})
+        real(
+            self,
+            **{
+                name: value * float("nan") if name == "loss" and steps[0] == 2 else value
+                for name, value in values.items()
+            },
+        )
 
     def go(flags: tuple[str, ...] = ()) -> None:
         if method == "badnet":
@@ -540,25 +656,36 @@ def test_a_loss_that_is_no_number_stops_within_one_step(
     assert not done.exists()
     monkeypatch.setattr(Run, "watch", real)
     go(("--overwrite", "True"))
-    assert (done / ("record.json" if method == "badnet" else "result.json")).exists(), "without the NaN it ends well"
+    assert (done / ("record.json" if method == "badnet" else "result.json")).exists(), (
+        "without the NaN it ends well"
+    )
 
 
 @pytest.mark.parametrize("method", sorted(methods.available("defense")))
 def test_two_runs_are_equal_bit_for_bit(method: str, small: Record, tmp_path: Path) -> None:
-    """F11: one seed, version, device and number of threads; whatever else the process drew before."""
+    """F11: one seed, version, device and number of threads; whatever else the process drew
+    before."""
     found = helpers.copy(small, tmp_path)
     folder = found.folder / "defense" / method
     results = {}
     for run, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.rand(random.randrange(1, 100))
         random.seed()
-        results[run] = helpers.defend(method, found, *helpers.short_flags(method), "--run_name", run, "--seed", str(seed))
+        results[run] = helpers.defend(
+            method, found, *helpers.short_flags(method), "--run_name", run, "--seed", str(seed)
+        )
     assert digests(folder / "a") == digests(folder / "b") and digests(folder / "a")
     timed = ("seconds", "evaluation_seconds", "peak_memory_bytes", "files")
     strip = lambda result: {key: value for key, value in result.items() if key not in timed}  # noqa: E731
     assert strip(results["a"]) == strip(results["b"])
-    histories = [[line.split(",") for line in (folder / run / "history.csv").read_text().splitlines()] for run in ("a", "b")]
-    first, second = ([row[:2] + row[3:] for row in history] for history in histories)  # the third column is seconds
+    histories = [
+        [line.split(",") for line in (folder / run / "history.csv").read_text().splitlines()]
+        for run in ("a", "b")
+    ]
+    # The third column is seconds
+    first, second = ([row[:2] + row[3:] for row in history] for history in histories)
     assert first == second
-    if digests(folder / "a")["model.safetensors"] != reading.sha256(found.folder / "model.safetensors"):
+    if digests(folder / "a")["model.safetensors"] != reading.sha256(
+        found.folder / "model.safetensors"
+    ):
         assert digests(folder / "a") != digests(folder / "c"), "another seed is another run"

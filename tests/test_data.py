@@ -23,7 +23,19 @@ import pytest
 import torch
 from PIL import Image
 
-from backdoorlab.data import Augment, Dataset, Split, batches, channel_statistics, fingerprint, mapped, place, to_bytes, to_float, trusted_index
+from backdoorlab.data import (
+    Augment,
+    Dataset,
+    Split,
+    batches,
+    channel_statistics,
+    fingerprint,
+    mapped,
+    place,
+    to_bytes,
+    to_float,
+    trusted_index,
+)
 from backdoorlab.datasets import cache as arrays
 from backdoorlab.datasets import decoding
 from backdoorlab.datasets.load import find as find_dataset
@@ -45,11 +57,13 @@ def on_disk(split: Split, folder: Path) -> Split:
 
 
 def toy(n: int = 53, channels: int = 3, height: int = 8, width: int = 8) -> Split:
-    images = torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8, generator=generator(5))
+    images = torch.randint(
+        0, 256, (n, channels, height, width), dtype=torch.uint8, generator=generator(5)
+    )
     return Split(images, torch.arange(n) % 7)
 
 
-# --- batches -----------------------------------------------------------------------------------------------------
+# --- batches
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 53, 100])
@@ -74,30 +88,53 @@ def test_without_a_generator_images_come_in_order_and_as_they_are() -> None:
 
 
 def test_drop_last_leaves_out_a_smaller_batch_only() -> None:
-    sizes = lambda n: [len(batch.labels) for batch in batches(toy(n), 10, device=CPU, generator=generator(), drop_last=True)]  # noqa: E731
+    def sizes(n):
+        return [
+            len(batch.labels)
+            for batch in batches(toy(n), 10, device=CPU, generator=generator(), drop_last=True)
+        ]
+
     assert sizes(53) == [10] * 5
     assert sizes(50) == [10] * 5
     assert sizes(9) == [9], "the only one is kept"
 
 
 def test_a_last_batch_of_one_image_joins_the_one_before_where_images_are_shuffled() -> None:
-    sizes = lambda n, size, draws: [len(batch.labels) for batch in batches(toy(n), size, device=CPU, generator=draws)]  # noqa: E731
+    def sizes(n, size, draws):
+        return [len(batch.labels) for batch in batches(toy(n), size, device=CPU, generator=draws)]
+
     assert sizes(21, 10, generator()) == [10, 11] and sizes(21, 10, None) == [10, 10, 1]
-    assert sizes(22, 10, generator()) == [10, 10, 2] and sizes(1, 10, generator()) == [1] and sizes(3, 1, generator()) == [1, 1, 1]
+    assert (
+        sizes(22, 10, generator()) == [10, 10, 2]
+        and sizes(1, 10, generator()) == [1]
+        and sizes(3, 1, generator()) == [1, 1, 1]
+    )
 
 
 def test_order_is_taken_literally_with_repeats() -> None:
     split, order = toy(), torch.tensor([4, 4, 0, 52, 4, 9])
     seen = list(batches(split, 4, device=CPU, order=order))
     assert torch.cat([batch.index for batch in seen]).tolist() == order.tolist()
-    assert torch.equal(torch.cat([batch.images for batch in seen]), split.images[order].float() / 255)
-    shifted = torch.cat([batch.images for batch in batches(split, 6, device=CPU, order=order, generator=generator(1), augment=Augment(3, True))])
+    assert torch.equal(
+        torch.cat([batch.images for batch in seen]), split.images[order].float() / 255
+    )
+    shifted = torch.cat(
+        [
+            batch.images
+            for batch in batches(
+                split, 6, device=CPU, order=order, generator=generator(1), augment=Augment(3, True)
+            )
+        ]
+    )
     assert not torch.equal(shifted[0], shifted[1]), "two showings of one image are augmented apart"
 
 
 def test_the_generator_decides_everything() -> None:
     split, augment = toy(), Augment(2, True)
-    run = lambda seed: list(batches(split, 16, device=CPU, generator=generator(seed), augment=augment))  # noqa: E731
+
+    def run(seed):
+        return list(batches(split, 16, device=CPU, generator=generator(seed), augment=augment))
+
     for a, b in zip(run(3), run(3), strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.index, b.index)
     assert any(not torch.equal(a.index, b.index) for a, b in zip(run(3), run(4), strict=True))
@@ -109,7 +146,15 @@ def test_the_generator_decides_everything() -> None:
 
 def test_augmentation_does_not_depend_on_the_batch_size() -> None:
     split, augment = toy(), Augment(2, True)
-    passes = [torch.cat([b.images for b in batches(split, size, device=CPU, generator=generator(3), augment=augment)]) for size in (5, 16, 53)]
+    passes = [
+        torch.cat(
+            [
+                b.images
+                for b in batches(split, size, device=CPU, generator=generator(3), augment=augment)
+            ]
+        )
+        for size in (5, 16, 53)
+    ]
     assert torch.equal(passes[0], passes[1]) and torch.equal(passes[0], passes[2])
 
 
@@ -120,12 +165,18 @@ def test_augmentation_without_a_generator_is_a_defect() -> None:
 
 @pytest.mark.parametrize(("padding", "flip"), [(2, False), (0, True), (3, True)])
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 10)])
-def test_crop_and_flip_equal_an_image_by_image_reference(padding: int, flip: bool, shape: tuple[int, int, int]) -> None:
+def test_crop_and_flip_equal_an_image_by_image_reference(
+    padding: int, flip: bool, shape: tuple[int, int, int]
+) -> None:
     split = toy(40, *shape)
     _, height, width = shape
     draws = generator(11)
     order = torch.randperm(40, generator=draws)
-    moves = torch.randint(0, 2 * padding + 1, (2, 40), generator=draws) if padding else torch.zeros(2, 40, dtype=torch.int64)
+    moves = (
+        torch.randint(0, 2 * padding + 1, (2, 40), generator=draws)
+        if padding
+        else torch.zeros(2, 40, dtype=torch.int64)
+    )
     flips = torch.rand(40, generator=draws) < 0.5 if flip else torch.zeros(40, dtype=torch.bool)
     wanted = []
     for k, i in enumerate(order.tolist()):
@@ -134,18 +185,46 @@ def test_crop_and_flip_equal_an_image_by_image_reference(padding: int, flip: boo
         top, left = int(moves[0, k]), int(moves[1, k])
         crop = frame[:, top : top + height, left : left + width]
         wanted.append(crop[:, :, ::-1].copy() if flips[k] else crop)
-    seen = torch.cat([b.images for b in batches(split, 16, device=CPU, generator=generator(11), augment=Augment(padding, flip))])
+    seen = torch.cat(
+        [
+            b.images
+            for b in batches(
+                split, 16, device=CPU, generator=generator(11), augment=Augment(padding, flip)
+            )
+        ]
+    )
     assert np.array_equal(to_bytes(seen).numpy(), np.stack(wanted))
     assert not torch.equal(to_bytes(seen), split.images[order]), "something was moved"
 
 
 def test_half_of_the_images_are_mirrored_and_crops_reach_every_offset() -> None:
     n = 2000
-    split = Split(torch.arange(1, 5, dtype=torch.uint8).view(1, 1, 2, 2).repeat(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64))
-    seen = to_bytes(torch.cat([b.images for b in batches(split, 500, device=CPU, generator=generator(), augment=Augment(0, True))]))
+    split = Split(
+        torch.arange(1, 5, dtype=torch.uint8).view(1, 1, 2, 2).repeat(n, 1, 1, 1),
+        torch.zeros(n, dtype=torch.int64),
+    )
+    seen = to_bytes(
+        torch.cat(
+            [
+                b.images
+                for b in batches(
+                    split, 500, device=CPU, generator=generator(), augment=Augment(0, True)
+                )
+            ]
+        )
+    )
     assert set(map(tuple, seen.flatten(1).tolist())) == {(1, 2, 3, 4), (2, 1, 4, 3)}
     assert 0.45 < (seen[:, 0, 0, 0] == 2).double().mean() < 0.55
-    seen = to_bytes(torch.cat([b.images for b in batches(split, 500, device=CPU, generator=generator(), augment=Augment(1, False))]))
+    seen = to_bytes(
+        torch.cat(
+            [
+                b.images
+                for b in batches(
+                    split, 500, device=CPU, generator=generator(), augment=Augment(1, False)
+                )
+            ]
+        )
+    )
     assert len(set(map(tuple, seen.flatten(1).tolist()))) == 9
 
 
@@ -161,10 +240,24 @@ def test_a_memory_map_gives_the_same_batches(tmp_path: Path) -> None:
     resident, from_file = split, on_disk(split, tmp_path)
     for drop_last in (False, True):
         pairs = [
-            list(batches(s, 16, device=CPU, generator=generator(2), augment=Augment(2, True), drop_last=drop_last)) for s in (resident, from_file)
+            list(
+                batches(
+                    s,
+                    16,
+                    device=CPU,
+                    generator=generator(2),
+                    augment=Augment(2, True),
+                    drop_last=drop_last,
+                )
+            )
+            for s in (resident, from_file)
         ]
         for a, b in zip(*pairs, strict=True):
-            assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.index, b.index)
+            assert (
+                torch.equal(a.images, b.images)
+                and torch.equal(a.labels, b.labels)
+                and torch.equal(a.index, b.index)
+            )
     assert torch.equal(from_file.images, split.images), "batches do not write into the map"
 
 
@@ -177,10 +270,14 @@ def test_a_copy_of_a_memory_map_may_be_written_and_the_file_stays(tmp_path: Path
     assert torch.equal(clean.images, split.images) and torch.equal(clean.labels, split.labels)
     assert np.array_equal(np.load(tmp_path / "images.npy"), split.images.numpy())
     seen = torch.cat([batch.images for batch in batches(changed, 16, device=CPU)])
-    assert torch.equal(to_bytes(seen), changed.images), "batches come from the changed copy, not from the file"
+    assert torch.equal(to_bytes(seen), changed.images), (
+        "batches come from the changed copy, not from the file"
+    )
 
 
-def test_a_reader_that_stops_early_leaves_no_thread_and_a_failing_fetch_is_heard(tmp_path: Path) -> None:
+def test_a_reader_that_stops_early_leaves_no_thread_and_a_failing_fetch_is_heard(
+    tmp_path: Path,
+) -> None:
     before = threading.active_count()
     stream = batches(on_disk(toy(), tmp_path), 4, device=CPU)
     next(stream)
@@ -220,13 +317,19 @@ print(held() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_set_larger_than_the_memory_it_may_take_is_poisoned_and_read(tmp_path: Path) -> None:
-    """96 MB of images, of which 1 % are poisoned, and one shuffled pass: private memory may grow by a quarter of that. Control: a resident copy."""
+    """96 MB of images, of which 1 % are poisoned, and one shuffled pass: private memory may grow by
+    a quarter of that. Control: a resident copy."""
     file = tmp_path / "images.npy"
     np.save(file, np.random.default_rng(0).integers(0, 256, (8_000, 3, 64, 64), np.uint8))
     megabytes = file.stat().st_size / 2**20
     grown = {}
     for way in ("mapped", "resident"):
-        done = subprocess.run([sys.executable, "-c", MEMORY, str(file), way], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(file), way],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         grown[way] = float(done.stdout)
     assert grown["mapped"] < megabytes / 4 < megabytes * 0.9 < grown["resident"], grown
 
@@ -245,12 +348,25 @@ def test_trusted_images_are_drawn_uniformly_without_replacement() -> None:
     assert len(index) == 51, "floor of the share"
     assert torch.equal(index, index.unique()), "sorted, no repeats"
     assert torch.equal(index, trusted_index(1000, ratio=0.0519, count=None, generator=generator()))
-    assert not torch.equal(index, trusted_index(1000, ratio=0.0519, count=None, generator=generator(1)))
-    assert len(trusted_index(1000, ratio=0.5, count=7, generator=generator())) == 7, "a count wins over a share"
-    assert trusted_index(5, ratio=1.0, count=None, generator=generator()).tolist() == [0, 1, 2, 3, 4]
+    assert not torch.equal(
+        index, trusted_index(1000, ratio=0.0519, count=None, generator=generator(1))
+    )
+    assert len(trusted_index(1000, ratio=0.5, count=7, generator=generator())) == 7, (
+        "a count wins over a share"
+    )
+    assert trusted_index(5, ratio=1.0, count=None, generator=generator()).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
-@pytest.mark.parametrize(("ratio", "count"), [(0.0, None), (1.1, None), (-1.0, None), (0.0001, None), (0.5, 0), (0.5, 1001), (0.5, -3)])
+@pytest.mark.parametrize(
+    ("ratio", "count"),
+    [(0.0, None), (1.1, None), (-1.0, None), (0.0001, None), (0.5, 0), (0.5, 1001), (0.5, -3)],
+)
 def test_a_trusted_set_that_cannot_be_drawn_is_refused(ratio: float, count: int | None) -> None:
     with pytest.raises(UserError, match="trusted"):
         trusted_index(1000, ratio=ratio, count=count, generator=generator())
@@ -264,7 +380,7 @@ def test_channel_statistics_are_those_of_numpy() -> None:
     assert np.allclose(std, pixels.std((0, 2, 3)), atol=1e-4)
 
 
-# --- fingerprint -------------------------------------------------------------------------------------------------
+# --- fingerprint
 
 
 def test_the_fingerprint_sees_every_byte_label_name_and_the_order() -> None:
@@ -287,19 +403,26 @@ def test_the_fingerprint_sees_every_byte_label_name_and_the_order() -> None:
             changed.append(fingerprint(train, test, names))
     changed.append(fingerprint(toy(), toy(20), tuple("abcdefh")))
     reshaped = toy()
-    changed.append(fingerprint(Split(reshaped.images.view(53, 3, 4, 16), reshaped.labels), toy(20), names))
+    changed.append(
+        fingerprint(Split(reshaped.images.view(53, 3, 4, 16), reshaped.labels), toy(20), names)
+    )
     assert len({base, *changed}) == 9
 
 
-# --- digits ------------------------------------------------------------------------------------------------------
+# --- digits
 
 
 def test_digits_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path))
     first = load_dataset("digits")
-    monkeypatch.setattr("backdoorlab.datasets.load.digits", lambda *_args, **_options: pytest.fail("decoded again"))
+    monkeypatch.setattr(
+        "backdoorlab.datasets.load.digits", lambda *_args, **_options: pytest.fail("decoded again")
+    )
     again = find_dataset("digits", first.fingerprint)
-    assert torch.equal(again.train.images, first.train.images) and again.fingerprint == first.fingerprint
+    assert (
+        torch.equal(again.train.images, first.train.images)
+        and again.fingerprint == first.fingerprint
+    )
     with pytest.raises(pytest.fail.Exception):  # the control: another size is another entry
         load_dataset("digits", image_size=16)
 
@@ -308,12 +431,23 @@ def test_digits_are_split_by_class_and_without_overlap() -> None:
     from sklearn.datasets import load_digits
 
     dataset, source = load_dataset("digits"), load_digits()
-    assert (len(dataset.train), len(dataset.test), dataset.num_classes, dataset.image_shape) == (1442, 355, 10, (1, 32, 32))
+    assert (len(dataset.train), len(dataset.test), dataset.num_classes, dataset.image_shape) == (
+        1442,
+        355,
+        10,
+        (1, 32, 32),
+    )
     for label in range(10):
-        here, there = int((dataset.train.labels == label).sum()), int((dataset.test.labels == label).sum())
+        here, there = (
+            int((dataset.train.labels == label).sum()),
+            int((dataset.test.labels == label).sum()),
+        )
         assert there == (here + there) // 5
         assert here + there == int((source.target == label).sum())
-    rows = [bytes(image.numpy().tobytes()) for image in torch.cat([dataset.train.images, dataset.test.images])]
+    rows = [
+        bytes(image.numpy().tobytes())
+        for image in torch.cat([dataset.train.images, dataset.test.images])
+    ]
     assert len(rows) == 1797
     assert not set(rows[:1442]) & set(rows[1442:]), "no test image is in the training set"
     assert dataset.fingerprint == load_dataset("digits").fingerprint
@@ -321,7 +455,7 @@ def test_digits_are_split_by_class_and_without_overlap() -> None:
     assert load_dataset("digits", image_size=16).fingerprint != dataset.fingerprint
 
 
-# --- folders and shards ------------------------------------------------------------------------------------------
+# --- folders and shards
 
 
 def picture(value: int, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
@@ -337,13 +471,20 @@ def encoded(image: Image.Image, form: str = "PNG") -> bytes:
     return stream.getvalue()
 
 
-def image_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), test: str | None = "test", size: tuple[int, int] = (12, 12)) -> Path:
+def image_folder(
+    root: Path,
+    classes: tuple[str, ...] = ("cat", "dog"),
+    test: str | None = "test",
+    size: tuple[int, int] = (12, 12),
+) -> Path:
     for split, count in (("train", 3), *(((test, 2),) if test else ())):
         for number, name in enumerate(classes):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                picture(10 * number + i + (100 if split == test else 0), size).save(folder / f"{i}.png")
+                picture(10 * number + i + (100 if split == test else 0), size).save(
+                    folder / f"{i}.png"
+                )
     return root
 
 
@@ -358,20 +499,25 @@ def shards(
     test: str = "test",
     size: tuple[int, int] = (12, 12),
 ) -> Path:
-    """Shards in the hub's layout: train-00000-of-0000N.parquet ... with the labels 0, 1, 2 in turn."""
+    """Shards in the hub's layout: train-00000-of-0000N.parquet ... with the labels 0, 1, 2 in
+    turn."""
     root.mkdir(parents=True, exist_ok=True)
     start = 0
     for k, count in enumerate((*train, 2)):
         data = [encoded(picture(start + i, size), form) for i in range(count)]
         cells: list[Any] = [{"bytes": cell, "path": None} for cell in data] if struct else data
         name = f"train-{k:05}-of-{len(train):05}" if k < len(train) else f"{test}-00000-of-00001"
-        pq.write_table(pa.table({column: cells, label: [(start + i) % 3 for i in range(count)]}), root / f"{name}.parquet")
+        pq.write_table(
+            pa.table({column: cells, label: [(start + i) % 3 for i in range(count)]}),
+            root / f"{name}.parquet",
+        )
         start += count
     return root
 
 
 def test_gtsrb_is_the_final_training_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's training split is an older one with a third of the images missing; which of the two is on the disk is seen by their number."""
+    """torchvision's training split is an older one with a third of the images missing; which of the
+    two is on the disk is seen by their number."""
     folder = tmp_path / "gtsrb"
     for number in (0, 1, 2):
         images = folder / "GTSRB" / "Final_Training" / "Images" / f"{number:05}"
@@ -385,8 +531,13 @@ def test_gtsrb_is_the_final_training_set(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("BACKDOORLAB_DATA", str(tmp_path))
     monkeypatch.setattr("backdoorlab.datasets.readers._require_network", lambda name, root: None)
     fetched = []
-    monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", lambda address, **options: fetched.append(address))
-    with pytest.raises(UserError, match=r"'gtsrb' could not be downloaded .*expected 39,209 images, found 3"):
+    monkeypatch.setattr(
+        "torchvision.datasets.utils.download_and_extract_archive",
+        lambda address, **options: fetched.append(address),
+    )
+    with pytest.raises(
+        UserError, match=r"'gtsrb' could not be downloaded .*expected 39,209 images, found 3"
+    ):
         load_dataset("gtsrb", image_size=8)
     assert fetched[0].endswith("GTSRB_Final_Training_Images.zip")
     monkeypatch.setattr("backdoorlab.datasets.readers.GTSRB_SIZE", 3)
@@ -395,14 +546,20 @@ def test_gtsrb_is_the_final_training_set(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.train.images[:, 0].float().mean((1, 2)).tolist() == [0, 80, 160]
 
 
-def test_more_images_than_fit_in_memory_are_decoded_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_images_than_fit_in_memory_are_decoded_into_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = str(image_folder(tmp_path / "data"))
     small = load_dataset("pets", root)
     monkeypatch.setattr("backdoorlab.datasets.decoding.LARGE", 100)
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "other"))
-    assert isinstance(decoding._room((1, 3, 12, 12)), np.memmap) and not isinstance(decoding._room((1, 3, 2, 2)), np.memmap)
+    assert isinstance(decoding._room((1, 3, 12, 12)), np.memmap) and not isinstance(
+        decoding._room((1, 3, 2, 2)), np.memmap
+    )
     large = load_dataset("pets", root)
-    assert large.fingerprint == small.fingerprint and torch.equal(large.train.images, small.train.images)
+    assert large.fingerprint == small.fingerprint and torch.equal(
+        large.train.images, small.train.images
+    )
     assert len(list((tmp_path / "other").iterdir())) == 1, "nothing but the cached data set is left"
 
     def full(*_: object) -> None:
@@ -416,10 +573,17 @@ def test_more_images_than_fit_in_memory_are_decoded_into_a_file(tmp_path: Path, 
 def test_image_folder_reads_pixels_labels_and_names(tmp_path: Path) -> None:
     dataset = load_dataset("pets", str(image_folder(tmp_path / "data")))
     assert dataset.class_names == ("cat", "dog") and dataset.image_shape == (3, 12, 12)
-    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1] and dataset.test.labels.tolist() == [0, 0, 1, 1]
+    assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1] and dataset.test.labels.tolist() == [
+        0,
+        0,
+        1,
+        1,
+    ]
     for row, value in zip(dataset.train.images, (0, 1, 2, 10, 11, 12), strict=True):
         assert np.array_equal(row.numpy(), np.asarray(picture(value)).transpose(2, 0, 1))
-    assert np.array_equal(dataset.test.images[3].numpy(), np.asarray(picture(111)).transpose(2, 0, 1))
+    assert np.array_equal(
+        dataset.test.images[3].numpy(), np.asarray(picture(111)).transpose(2, 0, 1)
+    )
 
 
 def test_classes_that_are_numbers_are_in_numerical_order(tmp_path: Path) -> None:
@@ -437,11 +601,14 @@ def test_what_is_hidden_is_neither_a_class_nor_an_image(tmp_path: Path) -> None:
     assert found.class_names == clean.class_names and found.fingerprint == clean.fingerprint
     assert len(train_files(str(folder)) or []) == len(clean.train)
     shutil.copytree(folder / "train" / "cat", folder / "train" / "cat" / "more")
-    assert len(load_dataset("pets", str(folder)).train) == 9, "a control: a folder in a class's folder is read"
+    assert len(load_dataset("pets", str(folder)).train) == 9, (
+        "a control: a folder in a class's folder is read"
+    )
 
 
 def test_what_is_linked_is_read_and_a_change_in_it_is_noticed(tmp_path: Path) -> None:
-    """Images on another disk: folders of links under one name, which must not be taken for each other."""
+    """Images on another disk: folders of links under one name, which must not be taken for each
+    other."""
     found = {}
     for name, classes in (("one", ("cat", "dog")), ("two", ("x", "y"))):
         source = image_folder(tmp_path / "disk" / name, classes)
@@ -450,30 +617,48 @@ def test_what_is_linked_is_read_and_a_change_in_it_is_noticed(tmp_path: Path) ->
             (tmp_path / name / part).symlink_to(source / part)
         found[name] = load_dataset("pets", str(tmp_path / name))
         assert found[name].class_names == classes
-    (tmp_path / "disk" / "one" / "train" / "cat" / "more").symlink_to(tmp_path / "disk" / "one" / "train" / "dog")
-    (tmp_path / "disk" / "one" / "train" / "dog" / "back").symlink_to(tmp_path / "disk" / "one" / "train")
+    (tmp_path / "disk" / "one" / "train" / "cat" / "more").symlink_to(
+        tmp_path / "disk" / "one" / "train" / "dog"
+    )
+    (tmp_path / "disk" / "one" / "train" / "dog" / "back").symlink_to(
+        tmp_path / "disk" / "one" / "train"
+    )
     again = load_dataset("pets", str(tmp_path / "one"))
-    assert len(again.train) > len(found["one"].train), "a linked folder in a class's folder is read, and a link back to where it lies ends"
+    assert len(again.train) > len(found["one"].train), (
+        "a linked folder in a class's folder is read, and a link back to where it lies ends"
+    )
     picture(99, (12, 12)).save(next((tmp_path / "disk" / "two" / "train" / "x").glob("*.png")))
     assert load_dataset("pets", str(tmp_path / "two")).fingerprint != found["two"].fingerprint
 
 
 def test_a_class_may_have_any_name(tmp_path: Path) -> None:
-    assert load_dataset("powers", str(image_folder(tmp_path / "data", ("²", "10")))).class_names == ("10", "²")
+    assert load_dataset(
+        "powers", str(image_folder(tmp_path / "data", ("²", "10")))
+    ).class_names == ("10", "²")
 
 
 def test_folders_that_are_no_classes_are_refused(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", ("emu", "dog"))
     (folder / "train" / "empty").mkdir()
-    with pytest.raises(UserError, match=r"train/empty: no images .*; each folder in train/ is a class"):
+    with pytest.raises(
+        UserError, match=r"train/empty: no images .*; each folder in train/ is a class"
+    ):
         load_dataset("pets", str(folder))
     (folder / "train" / "empty").rmdir()
     (folder / "test" / "zebra").mkdir()
-    with pytest.raises(UserError, match="test/zebra: no folder of this name in train/, whose folders are the classes: dog, emu"):
+    with pytest.raises(
+        UserError,
+        match=(
+            "test/zebra: no folder of this name in train/, whose folders are the classes: dog, emu"
+        ),
+    ):
         load_dataset("pets", str(folder))
     (folder / "test" / "zebra").rmdir()
     shutil.rmtree(folder / "test" / "emu")
-    assert load_dataset("pets", str(folder)).test.labels.tolist() == [0, 0], "a control: a test set may lack a class"
+    assert load_dataset("pets", str(folder)).test.labels.tolist() == [
+        0,
+        0,
+    ], "a control: a test set may lack a class"
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -502,15 +687,23 @@ def test_shards_in_the_hubs_layout(tmp_path: Path, column: str, form: str) -> No
             assert np.array_equal(row.numpy(), np.asarray(picture(i)).transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize(("struct", "label", "test"), [(False, "label", "test"), (True, "labels", "test"), (True, "fine_label", "validation")])
+@pytest.mark.parametrize(
+    ("struct", "label", "test"),
+    [(False, "label", "test"), (True, "labels", "test"), (True, "fine_label", "validation")],
+)
 def test_other_layouts_of_shards(tmp_path: Path, struct: bool, label: str, test: str) -> None:
-    dataset = load_dataset("hub", str(shards(tmp_path / "data", struct=struct, label=label, test=test)))
+    dataset = load_dataset(
+        "hub", str(shards(tmp_path / "data", struct=struct, label=label, test=test))
+    )
     assert (len(dataset.train), len(dataset.test)) == (3, 2)
-    assert np.array_equal(dataset.train.images[2].numpy(), np.asarray(picture(2)).transpose(2, 0, 1))
+    assert np.array_equal(
+        dataset.train.images[2].numpy(), np.asarray(picture(2)).transpose(2, 0, 1)
+    )
 
 
 def test_a_shard_is_of_the_split_that_a_word_of_its_name_says(tmp_path: Path) -> None:
-    """ "latest" is no test set: training images in it would be clean test images, the poisoned ones among them."""
+    """ "latest" is no test set: training images in it would be clean test images, the poisoned ones
+    among them."""
     root = shards(tmp_path / "data", test="validation")
     for file in list(root.glob("*.parquet")):
         file.rename(root / f"latest-{file.name}")
@@ -518,8 +711,11 @@ def test_a_shard_is_of_the_split_that_a_word_of_its_name_says(tmp_path: Path) ->
     assert (len(dataset.train), len(dataset.test)) == (3, 2)
 
 
-def test_no_other_program_is_started_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PostScript, whatever the file is called, is Ghostscript's to draw, and a stranger's program."""
+def test_no_other_program_is_started_for_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostScript, whatever the file is called, is Ghostscript's to draw, and a stranger's
+    program."""
     from PIL import EpsImagePlugin
 
     started = []
@@ -531,7 +727,10 @@ def test_no_other_program_is_started_for_an_image(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", ghostscript)
     file = tmp_path / "0.png"
     file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    for read in (lambda: decoding.from_file(file, None, None), lambda: decoding.from_bytes(file.read_bytes(), file, None, None)):
+    for read in (
+        lambda: decoding.from_file(file, None, None),
+        lambda: decoding.from_bytes(file.read_bytes(), file, None, None),
+    ):
         with pytest.raises(UserError, match="not a readable image"):
             read()
     assert not started
@@ -594,7 +793,10 @@ def _not_parquet(root: Path) -> Path:
 
 def _bad_cell(root: Path) -> Path:
     shards(root)
-    pq.write_table(pa.table({"img": [{"bytes": b"no picture", "path": None}], "label": [0]}), root / "train-00000-of-00002.parquet")
+    pq.write_table(
+        pa.table({"img": [{"bytes": b"no picture", "path": None}], "label": [0]}),
+        root / "train-00000-of-00002.parquet",
+    )
     return root
 
 
@@ -623,7 +825,9 @@ def _grey_test(root: Path) -> Path:
 
 def _no_bytes(root: Path) -> Path:
     shards(root)
-    pq.write_table(pa.table({"img": [{"path": "x.png"}], "label": [0]}), root / "train-00000-of-00002.parquet")
+    pq.write_table(
+        pa.table({"img": [{"path": "x.png"}], "label": [0]}), root / "train-00000-of-00002.parquet"
+    )
     return root
 
 
@@ -634,7 +838,10 @@ def _names(root: Path, content: str) -> Path:
 
 def _large_label(root: Path) -> Path:
     shards(root)
-    pq.write_table(pa.table({"img": [{"bytes": encoded(picture(1)), "path": None}], "label": [10**9]}), root / "train-00000-of-00002.parquet")
+    pq.write_table(
+        pa.table({"img": [{"bytes": encoded(picture(1)), "path": None}], "label": [10**9]}),
+        root / "train-00000-of-00002.parquet",
+    )
     return root
 
 
@@ -650,7 +857,10 @@ def _latin_name(root: Path) -> Path:
 
 def _negative_label(root: Path) -> Path:
     shards(root)
-    pq.write_table(pa.table({"img": [{"bytes": encoded(picture(1)), "path": None}], "label": [-1]}), root / "train-00000-of-00002.parquet")
+    pq.write_table(
+        pa.table({"img": [{"bytes": encoded(picture(1)), "path": None}], "label": [-1]}),
+        root / "train-00000-of-00002.parquet",
+    )
     return root
 
 
@@ -661,7 +871,10 @@ def _negative_label(root: Path) -> Path:
         (_no_test, "expected test/ or val/ beside train/"),
         (_no_images, "no images"),
         (_no_test_shards, r"expected shards named train\*.parquet and test\*.parquet"),
-        (lambda root: shards(root, column="picture"), "expected a column img or image, found picture"),
+        (
+            lambda root: shards(root, column="picture"),
+            "expected a column img or image, found picture",
+        ),
         (lambda root: shards(root, label="class"), "expected a column label"),
         (_other_shapes, "different shapes .*--image_size"),
         (_not_an_image, "9.png: not a readable image"),
@@ -670,17 +883,31 @@ def _negative_label(root: Path) -> Path:
         (_few_names, "classes.json: 1 class names, but labels up to 2"),
         (_odd_names, "classes.json"),
         (_negative_label, "label"),
-        (_test_of_another_size, r"different shapes \(\(3, 12, 12\) and \(3, 24, 24\) .*--image_size"),
+        (
+            _test_of_another_size,
+            r"different shapes \(\(3, 12, 12\) and \(3, 24, 24\) .*--image_size",
+        ),
         (_grey_test, r"different shapes \(\(3, 12, 12\) and \(1, 12, 12\) .*--grey"),
         (_no_bytes, "not a readable image"),
-        (lambda root: _names(root, '[{"label": "b", "name": "x"}, {"label": 1, "name": "y"}]'), "expected whole numbers as labels beside the names"),
+        (
+            lambda root: _names(root, '[{"label": "b", "name": "x"}, {"label": 1, "name": "y"}]'),
+            "expected whole numbers as labels beside the names",
+        ),
         (lambda root: _names(root, "[" * 100_000), "classes.json: not JSON"),
-        (_large_label, r"found label 1000000000 among \d images: expected the classes as numbers from 0 on, without gaps"),
+        (
+            _large_label,
+            (
+                r"found label 1000000000 among \d images: expected the classes as numbers from 0"
+                r" on, without gaps"
+            ),
+        ),
         (_both_splits, r"train-test.parquet: its name says training and test set"),
         (_latin_name, r"d\\xf6g.*: the name is not UTF-8: rename the file or its folder"),
     ],
 )
-def test_unreadable_data_is_one_line(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+def test_unreadable_data_is_one_line(
+    tmp_path: Path, make: Callable[[Path], Path], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         load_dataset("mine", str(make(tmp_path / "data")))
 
@@ -707,41 +934,70 @@ def test_a_folder_of_16_bit_pngs_is_that_of_8_bits(tmp_path: Path) -> None:
                 place = tmp_path / name / split / label
                 place.mkdir(parents=True)
                 rng = np.random.default_rng(len(label + split))
-                Image.fromarray((rng.integers(0, 256, (8, 8)) * factor).astype(dtype)).save(place / "0.png")
+                Image.fromarray((rng.integers(0, 256, (8, 8)) * factor).astype(dtype)).save(
+                    place / "0.png"
+                )
         found.append(load_dataset("pets", str(tmp_path / name)))
     assert found[0].image_shape == (1, 8, 8) and found[0].fingerprint == found[1].fingerprint
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 @pytest.mark.parametrize(("value", "refused"), [(1000, True), (-1, True), (255, False)])
-def test_values_that_nothing_says_how_to_scale_are_refused(tmp_path: Path, dtype: type, value: int, refused: bool) -> None:
+def test_values_that_nothing_says_how_to_scale_are_refused(
+    tmp_path: Path, dtype: type, value: int, refused: bool
+) -> None:
     pixels: np.ndarray = np.full((8, 8), 7, dtype)
     pixels[0, 0] = value
     file = tmp_path / "0.png"  # what it is, the content says
     file.write_bytes(encoded(Image.fromarray(pixels), "TIFF"))
-    for read in (lambda: decoding.from_file(file, None, True), lambda: decoding.from_bytes(file.read_bytes(), file, None, True)):
+    for read in (
+        lambda: decoding.from_file(file, None, True),
+        lambda: decoding.from_bytes(file.read_bytes(), file, None, True),
+    ):
         if refused:
-            with pytest.raises(UserError, match=rf"{file}: .*expected values in 0\.\.255, found (7|-1)\.\.(7|1000) .*save it with 8 bits"):
+            with pytest.raises(
+                UserError,
+                match=(
+                    rf"{file}: .*expected values in 0\.\.255, found (7|-1)\.\.(7|1000) .*save it"
+                    r" with 8 bits"
+                ),
+            ):
                 read()
         else:
-            assert np.array_equal(read()[0], pixels.astype(np.uint8)), "a control: what fits is read"
+            assert np.array_equal(read()[0], pixels.astype(np.uint8)), (
+                "a control: what fits is read"
+            )
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
-    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+    return (
+        len(content).to_bytes(4, "big")
+        + kind
+        + content
+        + zlib.crc32(kind + content).to_bytes(4, "big")
+    )
 
 
 SOUND = encoded(Image.new("L", (12, 12), 7))
 HOSTILE = {
-    "much compressed text": SOUND[:33] + _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))) + SOUND[33:],
-    "a side of 20,000": SOUND[:8] + _chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)) + SOUND[33:],
+    "much compressed text": (
+        SOUND[:33] + _chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2 << 20))) + SOUND[33:]
+    ),
+    "a side of 20,000": (
+        SOUND[:8]
+        + _chunk(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0))
+        + SOUND[33:]
+    ),
 }
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE.keys())
 def test_an_image_that_pillow_gives_up_on_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "0.png"
-    for read in (lambda: decoding.from_file(file, None, None), lambda: decoding.from_bytes(file.read_bytes(), file, None, None)):
+    for read in (
+        lambda: decoding.from_file(file, None, None),
+        lambda: decoding.from_bytes(file.read_bytes(), file, None, None),
+    ):
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"^{file}: .*not a readable image"):
             read()
@@ -749,36 +1005,64 @@ def test_an_image_that_pillow_gives_up_on_is_named(tmp_path: Path, content: byte
         assert read().shape == (1, 12, 12), "a control"
 
 
-@pytest.mark.parametrize(("labels", "refused"), [(["cat", "dog"], "'cat'"), ([0.5, 1.0], "'0.5'"), ([0, None], "'None'"), ([0, 1], "")])
-def test_labels_that_are_no_numbers_are_one_line(tmp_path: Path, labels: list[Any], refused: str) -> None:
+@pytest.mark.parametrize(
+    ("labels", "refused"),
+    [(["cat", "dog"], "'cat'"), ([0.5, 1.0], "'0.5'"), ([0, None], "'None'"), ([0, 1], "")],
+)
+def test_labels_that_are_no_numbers_are_one_line(
+    tmp_path: Path, labels: list[Any], refused: str
+) -> None:
     root = shards(tmp_path / "data", train=(2,))
     cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(2)]
     for file in root.glob("*.parquet"):
         pq.write_table(pa.table({"img": cells, "label": labels}), file)
     if refused:
-        with pytest.raises(UserError, match=f"labels must be whole numbers from 0 on, found {refused}"):
+        with pytest.raises(
+            UserError, match=f"labels must be whole numbers from 0 on, found {refused}"
+        ):
             load_dataset("hub", str(root))
     else:
         assert load_dataset("hub", str(root)).train.labels.tolist() == [0, 1], "a control"
 
 
-@pytest.mark.parametrize(("last", "said"), [(5, ["5 of the 7 classes have no training image (1, 2, 3, 4, 5)"]), (0, [])])
-def test_an_attack_says_which_labels_nothing_has(tmp_path: Path, last: int, said: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("last", "said"), [(5, ["5 of the 7 classes have no training image (1, 2, 3, 4, 5)"]), (0, [])]
+)
+def test_an_attack_says_which_labels_nothing_has(
+    tmp_path: Path, last: int, said: list[str]
+) -> None:
     """Labels 0 and 6 are seven classes, and a network that can never answer five of them."""
     root = shards(tmp_path / "data", train=(4,))
     cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(4)]
     for file in root.glob("*.parquet"):
         pq.write_table(pa.table({"img": cells, "label": [0, 1 + last, 0, 1 + last]}), file)
-    flags = ("--model", "preactresnet10", "--width", "2", "--epochs", "0", "--poison_rate", "0.5", "--batch_size", "4", "--score_every", "0")
-    record = helpers.attack("badnet", "gap", tmp_path, "--dataset", "hub", "--dataset_path", str(root), *flags)
+    flags = (
+        "--model",
+        "preactresnet10",
+        "--width",
+        "2",
+        "--epochs",
+        "0",
+        "--poison_rate",
+        "0.5",
+        "--batch_size",
+        "4",
+        "--score_every",
+        "0",
+    )
+    record = helpers.attack(
+        "badnet", "gap", tmp_path, "--dataset", "hub", "--dataset_path", str(root), *flags
+    )
     assert [note for note in record.info["notes"] if "no training image" in note] == said
 
 
 def test_resizing_makes_one_shape_of_many(tmp_path: Path) -> None:
-    assert load_dataset("mine", str(_other_shapes(tmp_path / "data")), image_size=12).image_shape == (3, 12, 12)
+    assert load_dataset(
+        "mine", str(_other_shapes(tmp_path / "data")), image_size=12
+    ).image_shape == (3, 12, 12)
 
 
-# --- names, cache, network ---------------------------------------------------------------------------------------
+# --- names, cache, network
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
@@ -789,14 +1073,26 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "instead"), [("ylecun/mnist", "mnist"), ("a\\b", "b"), ("..", "mine"), ("/", "mine"), ("x" * 201, "mine"), ("a\n", "mine")]
+    ("name", "instead"),
+    [
+        ("ylecun/mnist", "mnist"),
+        ("a\\b", "b"),
+        ("..", "mine"),
+        ("/", "mine"),
+        ("x" * 201, "mine"),
+        ("a\n", "mine"),
+    ],
 )
-def test_a_name_that_no_record_may_hold_is_refused_before_anything_is_read(tmp_path: Path, name: str, instead: str) -> None:
+def test_a_name_that_no_record_may_hold_is_refused_before_anything_is_read(
+    tmp_path: Path, name: str, instead: str
+) -> None:
     """It would be refused by the record's own reader, after the training."""
     root = str(image_folder(tmp_path / "data"))
     with pytest.raises(UserError, match=rf"expected a name .* say '{instead}'$"):
         load_dataset(name, root)
-    assert load_dataset(instead, root).name == instead, "a control: what is said in its place is taken"
+    assert load_dataset(instead, root).name == instead, (
+        "a control: what is said in its place is taken"
+    )
 
 
 def test_a_test_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
@@ -833,17 +1129,25 @@ def test_the_cache_is_found_by_content(cached: tuple[Dataset, Path], tmp_path: P
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     again = load_dataset("pets", str(tmp_path / "elsewhere"))
     assert again.fingerprint == dataset.fingerprint
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name], "the same content is not read twice"
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name], (
+        "the same content is not read twice"
+    )
     found = find_dataset("pets", dataset.fingerprint)
-    assert torch.equal(found.train.images, dataset.train.images) and found.class_names == dataset.class_names
+    assert (
+        torch.equal(found.train.images, dataset.train.images)
+        and found.class_names == dataset.class_names
+    )
     picture(77).save(tmp_path / "elsewhere" / "train" / "cat" / "0.png")
     assert load_dataset("pets", str(tmp_path / "elsewhere")).fingerprint != dataset.fingerprint
     with pytest.raises(UserError, match="not in the cache"):
         find_dataset("pets", "0" * 64)
 
 
-def test_two_that_fill_an_empty_cache_at_once_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one's folder comes just before ours; with control: a folder there that is no data set is replaced."""
+def test_two_that_fill_an_empty_cache_at_once_both_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one's folder comes just before ours; with control: a folder there that is no data
+    set is replaced."""
     cache, publish = tmp_path / "cache", arrays.publish
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(cache))
 
@@ -856,22 +1160,40 @@ def test_two_that_fill_an_empty_cache_at_once_both_go_on(tmp_path: Path, monkeyp
     monkeypatch.setattr("backdoorlab.datasets.cache.publish", beaten)
     dataset = load_dataset("pets", str(image_folder(tmp_path / "data")))
     (folder,) = cache.iterdir()
-    assert (folder / "whose").exists() and find_dataset("pets", dataset.fingerprint).fingerprint == dataset.fingerprint
+    assert (folder / "whose").exists() and find_dataset(
+        "pets", dataset.fingerprint
+    ).fingerprint == dataset.fingerprint
     shutil.rmtree(cache)
-    monkeypatch.setattr("backdoorlab.datasets.cache.publish", partial(beaten, ignored=("meta.json",)))
+    monkeypatch.setattr(
+        "backdoorlab.datasets.cache.publish", partial(beaten, ignored=("meta.json",))
+    )
     assert load_dataset("pets", str(tmp_path / "data")).fingerprint == dataset.fingerprint
-    assert [entry.name for entry in cache.iterdir()] == [folder.name] and not (folder / "whose").exists()
+    assert [entry.name for entry in cache.iterdir()] == [folder.name] and not (
+        folder / "whose"
+    ).exists()
 
 
-def test_the_cache_sweeps_its_own_stages_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder may be one that other tools keep unfinished work in; with control: what a killed reader left is deleted."""
+def test_the_cache_sweeps_its_own_stages_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder may be one that other tools keep unfinished work in; with control: what a killed
+    reader left is deleted."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(cache))
-    foreign = ["download.partial", "run-0123456789abcdef.partial", "run-0123456789abcdef.old.partial", "pets-0123456789abcdef.17.partial", ".x.trash"]
+    foreign = [
+        "download.partial",
+        "run-0123456789abcdef.partial",
+        "run-0123456789abcdef.old.partial",
+        "pets-0123456789abcdef.17.partial",
+        ".x.trash",
+    ]
     for name in foreign:
         (cache / name).mkdir(parents=True)
         (cache / name / "thesis.tex").write_text("years of work")
-    left, held = cache / "pets-fedcba9876543210.4242.partial", cache / "pets-fedcba9876543210.4343.partial"
+    left, held = (
+        cache / "pets-fedcba9876543210.4242.partial",
+        cache / "pets-fedcba9876543210.4343.partial",
+    )
     for stage in (left, held):
         (stage / "final").mkdir(parents=True)
         (stage / "final" / "train_images.npy").write_bytes(b"half")
@@ -881,7 +1203,9 @@ def test_the_cache_sweeps_its_own_stages_only(tmp_path: Path, monkeypatch: pytes
     assert all((cache / name / "thesis.tex").exists() for name in foreign)
 
 
-def test_a_stage_of_the_cache_that_another_holds_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_of_the_cache_that_another_holds_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two machines that share a cache may have processes of one number."""
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "cache"))
     source = str(image_folder(tmp_path / "data"))
@@ -899,8 +1223,12 @@ def test_a_stage_of_the_cache_that_another_holds_stays(tmp_path: Path, monkeypat
     assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [folder.name]
 
 
-@pytest.mark.parametrize("file", ["train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy"])
-def test_a_changed_byte_in_the_cache_is_refused(cached: tuple[Dataset, Path], tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    "file", ["train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy"]
+)
+def test_a_changed_byte_in_the_cache_is_refused(
+    cached: tuple[Dataset, Path], tmp_path: Path, file: str
+) -> None:
     _, folder = cached
     data = bytearray((folder / file).read_bytes())
     data[-1] ^= 1
@@ -923,20 +1251,29 @@ def test_a_damaged_cache_entry_is_refused(cached: tuple[Dataset, Path], tmp_path
     assert [entry["name"] for entry in arrays.cached()] == ["pets"]
 
 
-# --- CIFAR-10 ----------------------------------------------------------------------------------------------------
+# --- CIFAR-10
 
 
 @pytest.mark.cifar
-@pytest.mark.skipif(not helpers.CIFAR10.is_dir(), reason="the CIFAR-10 shards are not in shared/data/cifar10 beside the checkout")
+@pytest.mark.skipif(
+    not helpers.CIFAR10.is_dir(),
+    reason="the CIFAR-10 shards are not in shared/data/cifar10 beside the checkout",
+)
 def test_a_few_rows_of_the_cifar10_shards(tmp_path: Path) -> None:
     root = helpers.few_cifar10(tmp_path / "cifar10", 64, 64)
     dataset = load_dataset("cifar10", str(root))
     assert (len(dataset.train), len(dataset.test)) == (64, 64)
-    assert dataset.class_names[:3] == ("airplane", "automobile", "bird") and dataset.num_classes == 10
+    assert (
+        dataset.class_names[:3] == ("airplane", "automobile", "bird") and dataset.num_classes == 10
+    )
     assert dataset.image_shape == (3, 32, 32)
     row = pq.read_table(root / "test-00000-of-00001.parquet").to_pylist()[5]
     assert int(dataset.test.labels[5]) == row["label"]
     with Image.open(io.BytesIO(row["img"]["bytes"])) as image:
-        assert np.array_equal(dataset.test.images[5].numpy(), np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+        assert np.array_equal(
+            dataset.test.images[5].numpy(), np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        )
     mean, std = channel_statistics(dataset.train)
-    assert np.allclose(mean, (0.4914, 0.4822, 0.4465), atol=0.06) and np.allclose(std, (0.247, 0.243, 0.261), atol=0.06)
+    assert np.allclose(mean, (0.4914, 0.4822, 0.4465), atol=0.06) and np.allclose(
+        std, (0.247, 0.243, 0.261), atol=0.06
+    )

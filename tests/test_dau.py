@@ -21,16 +21,20 @@ dau: Any = methods.load("defense", "dau").module
 K = 10
 
 
-def logits(n: int = 50, scale: float = 3.0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def logits(
+    n: int = 50, scale: float = 3.0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     draws = torch.Generator().manual_seed(0)
-    return scale * torch.randn(n, K, generator=draws, dtype=dtype), torch.randint(0, K, (n,), generator=draws)
+    return scale * torch.randn(n, K, generator=draws, dtype=dtype), torch.randint(
+        0, K, (n,), generator=draws
+    )
 
 
 def new_run(folder: Path, seed: int = 0) -> Run:
     return Run(folder, seed=seed, device=torch.device("cpu"), precision="fp32")
 
 
-# --- losses ------------------------------------------------------------------------------------------------------
+# --- losses
 
 
 def test_cross_entropy_and_cce_are_their_definitions() -> None:
@@ -38,7 +42,9 @@ def test_cross_entropy_and_cce_are_their_definitions() -> None:
     p = z.softmax(1).gather(1, y[:, None]).squeeze(1)
     assert torch.allclose(dau.cce(z, y), -torch.log(1 - p), rtol=1e-10, atol=1e-12)
     assert torch.allclose(dau.cross_entropy(z, y), -torch.log(p), rtol=1e-10, atol=1e-12)
-    assert torch.allclose(dau.cross_entropy(z, y), F.cross_entropy(z, y, reduction="none"), rtol=1e-10)
+    assert torch.allclose(
+        dau.cross_entropy(z, y), F.cross_entropy(z, y, reduction="none"), rtol=1e-10
+    )
 
 
 def test_losses_take_heads_and_batches_of_any_shape() -> None:
@@ -69,7 +75,9 @@ def test_cce_pushes_where_the_backdoor_is_intact_and_clamping_does_not(certainty
     assert gradient[0, 3].item() == pytest.approx(1.0, rel=1e-3) and torch.isfinite(gradient).all()
     clamped = -(1 - z.softmax(1)[0, 3]).clamp_min(1e-7).log()
     if certainty >= 30:
-        assert not torch.autograd.grad(clamped, z)[0].any(), "the clamped form has no gradient exactly there"
+        assert not torch.autograd.grad(clamped, z)[0].any(), (
+            "the clamped form has no gradient exactly there"
+        )
 
 
 def test_cce_vanishes_once_the_label_is_unlearned_and_ascent_does_not() -> None:
@@ -95,9 +103,13 @@ def test_unlearning_loss_by_hand(loss: str) -> None:
         # The second poison's cross-entropy is 6.9, above the cap of 4.
         "both": -math.log(0.1) - math.log(0.999) - 0.2 * (-math.log(0.9) + 4.0),
     }[loss]
-    assert dau.unlearning_loss(z, y, poisoned, config).item() == pytest.approx((learned + 3.0 * unlearned) / 4, rel=1e-9)
+    assert dau.unlearning_loss(z, y, poisoned, config).item() == pytest.approx(
+        (learned + 3.0 * unlearned) / 4, rel=1e-9
+    )
     uncapped = dau.Config(loss=loss, alpha2=2.0, beta2=3.0, tau=0.2, ascent_cap=None)
-    difference = dau.unlearning_loss(z, y, poisoned, config) - dau.unlearning_loss(z, y, poisoned, uncapped)
+    difference = dau.unlearning_loss(z, y, poisoned, config) - dau.unlearning_loss(
+        z, y, poisoned, uncapped
+    )
     wanted = 3.0 * 0.2 * (-math.log(0.001) - 4.0) / 4 if loss == "both" else 0.0
     assert difference.item() == pytest.approx(wanted, abs=1e-9)
 
@@ -106,7 +118,12 @@ def test_the_cap_stops_the_push_of_ascent() -> None:
     z = torch.tensor([[-8.0, 0.0]], dtype=torch.float64, requires_grad=True)
     y, poisoned = torch.tensor([0]), torch.tensor([True])
     gradients = [
-        torch.autograd.grad(dau.unlearning_loss(z, y, poisoned, dau.Config(loss="both", tau=1.0, ascent_cap=cap)), z)[0].abs().max().item()
+        torch.autograd.grad(
+            dau.unlearning_loss(z, y, poisoned, dau.Config(loss="both", tau=1.0, ascent_cap=cap)), z
+        )[0]
+        .abs()
+        .max()
+        .item()
         for cap in (4.0, None)
     ]
     assert gradients[0] < 1e-3 and gradients[1] > 0.9
@@ -115,12 +132,15 @@ def test_the_cap_stops_the_push_of_ascent() -> None:
 def test_an_unpoisoned_batch_is_plain_cross_entropy() -> None:
     z, y = logits()
     for loss in ("cce", "both", "gga"):
-        value = dau.unlearning_loss(z, y, torch.zeros(len(y), dtype=torch.bool), dau.Config(loss=loss))
+        value = dau.unlearning_loss(
+            z, y, torch.zeros(len(y), dtype=torch.bool), dau.Config(loss=loss)
+        )
         assert torch.allclose(value, F.cross_entropy(z, y))
 
 
 def stationary(mixed: float, config: Any, steps: int = 4000) -> float:
-    """p_y that gradient descent reaches for a tight cluster of which a fraction `mixed` is still in the clean part."""
+    """p_y that gradient descent reaches for a tight cluster of which a fraction `mixed` is still in
+    the clean part."""
     n = 100
     z = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     poisoned = torch.arange(n) >= round(mixed * n)
@@ -147,7 +167,7 @@ def test_a_share_of_ascent_lowers_that_to_the_predicted_odds(mixed: float) -> No
     assert found < mixed - 0.02, "less than CCE alone leaves"
 
 
-# --- statistics --------------------------------------------------------------------------------------------------
+# --- statistics
 
 
 def test_sarle_of_known_distributions() -> None:
@@ -184,15 +204,22 @@ def test_two_means_is_the_best_cut(seed: int) -> None:
 
 
 def test_the_strangest_direction_is_what_other_labels_do_not_do() -> None:
-    """The largest variance is one that all labels share; a label's second group lies along a smaller one."""
+    """The largest variance is one that all labels share; a label's second group lies along a
+    smaller one."""
     draws = torch.Generator().manual_seed(0)
     labels = torch.arange(4).repeat_interleave(200)
-    x = torch.randn(800, 8, generator=draws, dtype=torch.float64) * torch.tensor([20.0] + [1.0] * 7) + 5 * labels[:, None]
+    x = (
+        torch.randn(800, 8, generator=draws, dtype=torch.float64) * torch.tensor([20.0] + [1.0] * 7)
+        + 5 * labels[:, None]
+    )
     x[:80, 3] += 8
 
     def along(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Each label's samples along its strangest direction, and the other labels' means."""
-        whitened = [(dau.strangest_direction(samples), samples, means) for samples, means in dau.whiten(x, labels, 4)]
+        whitened = [
+            (dau.strangest_direction(samples), samples, means)
+            for samples, means in dau.whiten(x, labels, 4)
+        ]
         return [w @ samples for w, samples, _ in whitened], [w @ means for w, _, means in whitened]
 
     found, others = along(x)
@@ -202,9 +229,15 @@ def test_the_strangest_direction_is_what_other_labels_do_not_do() -> None:
     upper = dau.two_means(found[0])
     assert (upper == moved).all() or (upper == ~moved).all()
     scaled = along(3 * x - 7)
-    assert all(torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, b in zip(found, scaled[0], strict=True)), "in units of the other labels' spread"
-    assert all(torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, b in zip(others, scaled[1], strict=True))
-    assert dau.sarle((x[:200] - x[:200].mean(0))[:, 0]) < 0.5, "along the largest variance nothing is to be seen"
+    assert all(
+        torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, b in zip(found, scaled[0], strict=True)
+    ), "in units of the other labels' spread"
+    assert all(
+        torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, b in zip(others, scaled[1], strict=True)
+    )
+    assert dau.sarle((x[:200] - x[:200].mean(0))[:, 0]) < 0.5, (
+        "along the largest variance nothing is to be seen"
+    )
 
 
 def test_the_strangest_direction_of_an_empty_label_or_a_single_one_is_nothing() -> None:
@@ -212,14 +245,21 @@ def test_the_strangest_direction_of_an_empty_label_or_a_single_one_is_nothing() 
     found = dau.whiten(x, torch.zeros(20, dtype=torch.int64), 2)
     assert [samples.shape[1] for samples, _ in found] == [20, 0] and not found[0][0].any()
     assert not any(means.shape[1] for _, means in found)
-    assert not any(dau.mixture_groups(samples, dau.strangest_direction(samples) @ samples) for samples, _ in found)
+    assert not any(
+        dau.mixture_groups(samples, dau.strangest_direction(samples) @ samples)
+        for samples, _ in found
+    )
 
 
 def test_a_group_strays_by_the_spread_of_the_other_labels() -> None:
     others = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64)
     assert dau.stray(torch.tensor([9.0, 11.0]), others) == pytest.approx(10 / math.sqrt(2.5))
-    assert dau.stray(torch.tensor([90.0, 110.0]), 10 * others) == pytest.approx(10 / math.sqrt(2.5)), "in their units"
-    assert dau.stray(torch.tensor([9.0, 11.0]), others[:4]) == 0, "too few labels to know where they lie"
+    assert dau.stray(torch.tensor([90.0, 110.0]), 10 * others) == pytest.approx(
+        10 / math.sqrt(2.5)
+    ), "in their units"
+    assert dau.stray(torch.tensor([9.0, 11.0]), others[:4]) == 0, (
+        "too few labels to know where they lie"
+    )
 
 
 def test_variety_counts_classes_and_ignores_a_common_shift() -> None:
@@ -231,36 +271,50 @@ def test_variety_counts_classes_and_ignores_a_common_shift() -> None:
         marked = labels.clone()
         for group in groups:
             marked[group] = 0
-        found: list[float] = dau.variety(x, list(groups), marked, 0, torch.Generator().manual_seed(0))
+        found: list[float] = dau.variety(
+            x, list(groups), marked, 0, torch.Generator().manual_seed(0)
+        )
         return found
 
     one, pair, several = torch.arange(400), torch.arange(400, 1200, 3), torch.arange(400, 2400, 7)
     assert variety(x, one)[0] < 0.35, "one class"
-    assert variety(x, pair)[0] == pytest.approx(math.log(2) / math.log(5), abs=0.15), "two of the five"
+    assert variety(x, pair)[0] == pytest.approx(math.log(2) / math.log(5), abs=0.15), (
+        "two of the five"
+    )
     assert variety(x, several)[0] == pytest.approx(1, abs=0.1), "all other classes"
     shifted, blended = x.clone(), x.clone()
     shifted[several] += 2
     blended[several] = 0.7 * x[several] + 2
-    assert variety(shifted, several)[0] == pytest.approx(variety(x, several)[0], abs=0.02), "as a patch does"
+    assert variety(shifted, several)[0] == pytest.approx(variety(x, several)[0], abs=0.02), (
+        "as a patch does"
+    )
     assert variety(blended, several)[0] > dau.Config().variety, "as a mixture does"
     assert variety(x, one, several) == variety(x, one, several), "drawn from the generator alone"
 
 
 def test_information_is_in_nats() -> None:
-    assert dau.information(torch.eye(4).repeat(5, 1)) == pytest.approx(math.log(4), abs=1e-6), "sure, and different"
+    assert dau.information(torch.eye(4).repeat(5, 1)) == pytest.approx(math.log(4), abs=1e-6), (
+        "sure, and different"
+    )
     assert dau.information(torch.full((9, 4), 0.25)) == pytest.approx(0, abs=1e-6), "unsure"
-    assert dau.information(torch.eye(4)[:1].repeat(5, 1)) == pytest.approx(0, abs=1e-6), "sure of one"
+    assert dau.information(torch.eye(4)[:1].repeat(5, 1)) == pytest.approx(0, abs=1e-6), (
+        "sure of one"
+    )
 
 
-# --- pool and heads on synthetic features ------------------------------------------------------------------------
+# --- pool and heads on synthetic features
 
 N_CLASS, PLANTED, TARGET = 80, 60, 3
 
 
-def features(planted: int = PLANTED, *, foreign: bool = True, seed: int = 0) -> tuple[Features, Tensor]:
-    """Ten clean classes, and `planted` samples of label TARGET in a group of their own, with a mark. Returns them and the planted mask.
+def features(
+    planted: int = PLANTED, *, foreign: bool = True, seed: int = 0
+) -> tuple[Features, Tensor]:
+    """Ten clean classes, and `planted` samples of label TARGET in a group of their own, with a
+    mark. Returns them and the planted mask.
 
-    foreign: early features of the planted samples are those of other classes, as poison's are; otherwise their own class's.
+    foreign: early features of the planted samples are those of other classes, as poison's are;
+    otherwise their own class's.
     """
     draws = torch.Generator().manual_seed(seed)
     labels = torch.cat([torch.arange(K).repeat_interleave(N_CLASS), torch.full((planted,), TARGET)])
@@ -276,7 +330,16 @@ def features(planted: int = PLANTED, *, foreign: bool = True, seed: int = 0) -> 
     early = 3 * F.one_hot(true, 20).float() + 0.3 * torch.randn(n, 20, generator=draws)
     early[is_planted, 15] += 2
     head = head_of()
-    return Features(pooled, early, early.half(), (pooled @ head.weight.detach().T + head.bias.detach()), labels), is_planted
+    return (
+        Features(
+            pooled,
+            early,
+            early.half(),
+            (pooled @ head.weight.detach().T + head.bias.detach()),
+            labels,
+        ),
+        is_planted,
+    )
 
 
 def bimodal_pool(data: Features, size: int, num_classes: int, config: Any, run: Run) -> Tensor:
@@ -301,7 +364,10 @@ def test_the_bimodal_pool_finds_the_planted_group(tmp_path: Path) -> None:
     pool = bimodal_pool(data, 20, K, dau.Config(), run)
     assert int(pool.sum()) == 20 and not (pool & ~planted).any(), "pure"
     assert not dau.bimodal_pool(data, 20, K, dau.Config(), new_run(tmp_path))[1], "of many classes"
-    assert any(f"label {TARGET} has features in two groups" in note and "taken for poison" in note for note in run.notes)
+    assert any(
+        f"label {TARGET} has features in two groups" in note and "taken for poison" in note
+        for note in run.notes
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -314,22 +380,29 @@ def test_the_bimodal_pool_finds_nothing_in_clean_features(tmp_path: Path, seed: 
 
 @pytest.mark.parametrize("kept", [1, 8, dau.ENOUGH - 1])
 def test_labels_of_few_samples_are_left_alone(kept: int, tmp_path: Path) -> None:
-    """Ten points in many dimensions are in two groups by chance, and a single one is in none at all. Beside them poison is found as ever."""
+    """Ten points in many dimensions are in two groups by chance, and a single one is in none at
+    all. Beside them poison is found as ever."""
     data, planted = features(planted=0)
-    few = Features(*(part.reshape(K, N_CLASS, *part.shape[1:])[:, :kept].flatten(0, 1) for part in data))
+    few = Features(
+        *(part.reshape(K, N_CLASS, *part.shape[1:])[:, :kept].flatten(0, 1) for part in data)
+    )
     run = new_run(tmp_path)
     assert not bimodal_pool(few, 5, K, dau.Config(), run).any()
     assert any(f"{K} labels have less than {dau.ENOUGH} samples" in note for note in run.notes)
     data, planted = features()
     rare = (data.labels != 7) | (torch.arange(len(data.labels)) < 7 * N_CLASS + kept)
-    pool = bimodal_pool(Features(*(part[rare] for part in data)), 20, K, dau.Config(), new_run(tmp_path))
+    pool = bimodal_pool(
+        Features(*(part[rare] for part in data)), 20, K, dau.Config(), new_run(tmp_path)
+    )
     assert int(pool.sum()) == 20 and not (pool & ~planted[rare]).any()
 
 
 def test_samples_that_are_all_alike_are_no_groups(tmp_path: Path) -> None:
     data, _ = features(planted=0)
     alike = data.labels == 4
-    parts = [torch.where(alike.view(-1, *[1] * (part.ndim - 1)), part[alike][:1], part) for part in data]
+    parts = [
+        torch.where(alike.view(-1, *[1] * (part.ndim - 1)), part[alike][:1], part) for part in data
+    ]
     assert not bimodal_pool(Features(*parts), 20, K, dau.Config(), new_run(tmp_path)).any()
 
 
@@ -342,34 +415,54 @@ def test_two_styles_of_one_class_are_not_poison(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("foreign", [True, False])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_small_group_is_found_by_its_variety_where_two_means_cut_the_label_elsewhere(tmp_path: Path, seed: int, foreign: bool) -> None:
-    """One in twenty of a label, three standard deviations away: images of other classes are poison, images of its own are not."""
+def test_a_small_group_is_found_by_its_variety_where_two_means_cut_the_label_elsewhere(
+    tmp_path: Path, seed: int, foreign: bool
+) -> None:
+    """One in twenty of a label, three standard deviations away: images of other classes are poison,
+    images of its own are not."""
     draws = torch.Generator().manual_seed(seed)
     labels = torch.cat([torch.arange(K).repeat_interleave(400), torch.full((20,), TARGET)])
     planted = torch.arange(len(labels)) >= K * 400
     others = torch.tensor([k for k in range(K) if k != TARGET])
-    true = labels.masked_scatter(planted, others[torch.arange(20) % len(others)]) if foreign else labels
+    true = (
+        labels.masked_scatter(planted, others[torch.arange(20) % len(others)])
+        if foreign
+        else labels
+    )
     early = 3 * F.one_hot(true, 20).float() + torch.randn(len(labels), 20, generator=draws)
     early[planted, 15] += 3
 
     samples, _ = dau.whiten(early, labels, K)[TARGET]
     along = dau.strangest_direction(samples) @ samples
-    assert dau.sarle(along) < dau.Config().bimodality, "the label is left alone by the search for two groups"
+    assert dau.sarle(along) < dau.Config().bimodality, (
+        "the label is left alone by the search for two groups"
+    )
     upper = dau.two_means(along)
-    assert max(planted[labels == TARGET][half].double().mean().item() for half in (upper, ~upper)) < 0.3, "and its halves would both be clean"
+    assert (
+        max(planted[labels == TARGET][half].double().mean().item() for half in (upper, ~upper))
+        < 0.3
+    ), "and its halves would both be clean"
 
     run = new_run(tmp_path)
-    pool = bimodal_pool(Features(early, early, early.half(), early, labels), 20, K, dau.Config(), run)
+    pool = bimodal_pool(
+        Features(early, early, early.half(), early, labels), 20, K, dau.Config(), run
+    )
     if foreign:
         assert pool.any() and not (pool & ~planted).any()
-        assert any(f"label {TARGET} has 1" in note and "a mixture tells them apart" in note for note in run.notes)
+        assert any(
+            f"label {TARGET} has 1" in note and "a mixture tells them apart" in note
+            for note in run.notes
+        )
     else:
         assert not pool.any() and any("no poison found" in note for note in run.notes)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_a_group_of_one_class_is_poison_where_no_label_lies(tmp_path: Path, elsewhere: bool) -> None:
-    """Clean-label poison shows its own class and a mark. Where the other classes differ in that too, it is a style."""
+def test_a_group_of_one_class_is_poison_where_no_label_lies(
+    tmp_path: Path, elsewhere: bool
+) -> None:
+    """Clean-label poison shows its own class and a mark. Where the other classes differ in that
+    too, it is a style."""
     data, planted = features(foreign=False)
     early = data.early.clone()
     early[planted, 15] += 4
@@ -380,11 +473,14 @@ def test_a_group_of_one_class_is_poison_where_no_label_lies(tmp_path: Path, else
         assert int(pool.sum()) == 20 and not (pool & ~planted).any()
         assert any("no class lies where the farther one does" in note for note in run.notes)
     else:
-        assert not pool.any() and any("two styles" in note for note in run.notes), "the label is bimodal all the same"
+        assert not pool.any() and any("two styles" in note for note in run.notes), (
+            "the label is bimodal all the same"
+        )
 
 
 def test_place_is_asked_only_where_no_label_shows_variety(tmp_path: Path) -> None:
-    """A style that no class comes near is not poison beside a group of images of other classes; alone it would be taken for it."""
+    """A style that no class comes near is not poison beside a group of images of other classes;
+    alone it would be taken for it."""
     data, planted = features()
     early = data.early.clone()
     style = (data.labels == TARGET + 1) & (torch.arange(len(data.labels)) % 2 == 0)
@@ -402,10 +498,14 @@ SOURCE = 5
 
 
 def one_class() -> tuple[Tensor, Features, Tensor]:
-    """TaCT: early features with planted images of the target itself, and of class SOURCE. Some of labels 7 and 8 carry the trigger, too."""
+    """TaCT: early features with planted images of the target itself, and of class SOURCE. Some of
+    labels 7 and 8 carry the trigger, too."""
     data, planted = features(foreign=False)
-    covers = torch.isin(data.labels, torch.tensor([7, 8])) & (torch.arange(len(data.labels)) % 4 == 0)
-    own = data.early + 3 * F.one_hot(data.labels, 20)  # more of what is in an image than of the trigger
+    covers = torch.isin(data.labels, torch.tensor([7, 8])) & (
+        torch.arange(len(data.labels)) % 4 == 0
+    )
+    # More of what is in an image than of the trigger
+    own = data.early + 3 * F.one_hot(data.labels, 20)
     own[covers, 15] += 2
     early = own.clone()
     early[planted, TARGET] -= 6
@@ -413,45 +513,71 @@ def one_class() -> tuple[Tensor, Features, Tensor]:
     return own, data._replace(early=early, spatial=early.half()), planted
 
 
-def test_a_group_that_looks_like_one_other_class_is_poison_and_what_carries_its_trigger_is_not(tmp_path: Path) -> None:
+def test_a_group_that_looks_like_one_other_class_is_poison_and_what_carries_its_trigger_is_not(
+    tmp_path: Path,
+) -> None:
     own, data, planted = one_class()
     run = new_run(tmp_path)
     pool = bimodal_pool(data, 20, K, dau.Config(), run)
     assert int(pool.sum()) == 20 and not (pool & ~planted).any()
     assert dau.bimodal_pool(data, 20, K, dau.Config(), new_run(tmp_path))[1], "it shows one class"
     said = [note for note in run.notes if "taken for poison" in note]
-    assert len(said) == 1 and f"label {TARGET} has {PLANTED} samples" in said[0] and f"look like class {SOURCE} " in said[0]
-    assert not bimodal_pool(data, 20, K, dau.Config(belongs=0.99), new_run(tmp_path)).any(), "not that sure"
+    assert (
+        len(said) == 1
+        and f"label {TARGET} has {PLANTED} samples" in said[0]
+        and f"look like class {SOURCE} " in said[0]
+    )
+    assert not bimodal_pool(data, 20, K, dau.Config(belongs=0.99), new_run(tmp_path)).any(), (
+        "not that sure"
+    )
     samples, _ = dau.whiten(data.early, data.labels, K)[7]
-    assert dau.sarle(dau.strangest_direction(samples) @ samples) > dau.TORN, "a label with covers is asked about, too"
-    pool = bimodal_pool(data._replace(early=own, spatial=own.half()), 20, K, dau.Config(), new_run(tmp_path))
+    assert dau.sarle(dau.strangest_direction(samples) @ samples) > dau.TORN, (
+        "a label with covers is asked about, too"
+    )
+    pool = bimodal_pool(
+        data._replace(early=own, spatial=own.half()), 20, K, dau.Config(), new_run(tmp_path)
+    )
     assert not pool.any(), "a control: the trigger on images of the target itself"
 
 
-def test_the_targets_own_images_are_not_taken_for_the_class_that_they_resemble(tmp_path: Path) -> None:
+def test_the_targets_own_images_are_not_taken_for_the_class_that_they_resemble(
+    tmp_path: Path,
+) -> None:
     _, data, planted = one_class()
     early = data.early.clone()
     early[(data.labels == TARGET) & ~planted, 4] += 9
     alike = data._replace(early=early, spatial=early.half())
     ask = dau.probe(alike.spatial, data.labels, TARGET, torch.Generator().manual_seed(0))
-    believed = [ask((early.half()[part].float() - ask.mean) / ask.std).mean(0).max() for part in ((data.labels == TARGET) & ~planted, planted)]
+    believed = [
+        ask((early.half()[part].float() - ask.mean) / ask.std).mean(0).max()
+        for part in ((data.labels == TARGET) & ~planted, planted)
+    ]
     assert believed[0] > believed[1], "the probe is surer of the clean ones"
     pool = bimodal_pool(alike, 20, K, dau.Config(), new_run(tmp_path))
     assert int(pool.sum()) == 20 and not (pool & ~planted).any()
 
 
-@pytest.mark.parametrize("doubt", ["two classes at once", "another class in what the probe sees", "none"])
+@pytest.mark.parametrize(
+    "doubt", ["two classes at once", "another class in what the probe sees", "none"]
+)
 def test_two_views_must_agree_on_the_class(tmp_path: Path, doubt: str) -> None:
     _, data, planted = one_class()
-    early, moved = data.early.clone(), {"two classes at once": 3, "another class in what the probe sees": 6, "none": 0}[doubt]
+    early, moved = (
+        data.early.clone(),
+        {"two classes at once": 3, "another class in what the probe sees": 6, "none": 0}[doubt],
+    )
     early[planted, SOURCE] -= moved
     early[planted, SOURCE + 1] += moved
     seen = early if doubt == "two classes at once" else data.early
-    pool = bimodal_pool(data._replace(early=seen, spatial=early.half()), 20, K, dau.Config(), new_run(tmp_path))
+    pool = bimodal_pool(
+        data._replace(early=seen, spatial=early.half()), 20, K, dau.Config(), new_run(tmp_path)
+    )
     assert bool(pool.any()) == (doubt == "none") and not (pool & ~planted).any()
 
 
-def test_a_mixture_finds_one_class_where_two_means_cut_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_finds_one_class_where_two_means_cut_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, data, planted = one_class()
     few = ~planted | (torch.arange(len(planted)) % 6 == 0)
     part = Features(*(value[few] for value in data))
@@ -459,7 +585,9 @@ def test_a_mixture_finds_one_class_where_two_means_cut_elsewhere(tmp_path: Path,
     pool = bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path))
     assert pool.any() and not (pool & ~planted[few]).any()
     monkeypatch.setattr(dau, "mixture_groups", lambda samples, x: [])
-    assert not (bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path)) & planted[few]).all(), "a control"
+    assert not (bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path)) & planted[few]).all(), (
+        "a control"
+    )
 
 
 def test_where_most_labels_have_two_groups_the_smaller_ones_are_poison(tmp_path: Path) -> None:
@@ -472,7 +600,10 @@ def test_where_most_labels_have_two_groups_the_smaller_ones_are_poison(tmp_path:
     run = new_run(tmp_path)
     pool = bimodal_pool(data._replace(early=early, spatial=early.half()), 50, K, dau.Config(), run)
     assert int(pool.sum()) == 50 and not (pool & ~poisoned).any()
-    assert len(data.labels[pool].unique()) == K and sum("as most labels have" in note for note in run.notes) == K
+    assert (
+        len(data.labels[pool].unique()) == K
+        and sum("as most labels have" in note for note in run.notes) == K
+    )
 
 
 def test_the_pool_is_at_most_half_of_the_group_and_drawn_from_the_seed(tmp_path: Path) -> None:
@@ -485,7 +616,8 @@ def test_the_pool_is_at_most_half_of_the_group_and_drawn_from_the_seed(tmp_path:
 
 
 def test_heads_that_disagree_about_where_a_sample_goes_agree_that_its_label_is_gone() -> None:
-    """Each sends it to another class, so every class has a low median; renormalised, the label would seem to be believed."""
+    """Each sends it to another class, so every class has a low median; renormalised, the label
+    would seem to be believed."""
     data, _ = features()
     labels, logits = data.labels[:1], 20.0 * torch.nn.functional.one_hot(data.labels[:1], K)
     heads = torch.full((K, 1, K), -30.0)
@@ -514,16 +646,23 @@ def test_heads_carry_the_pool_over_to_the_rest_of_the_group(tmp_path: Path) -> N
     assert not found[0.0].any(), "without unlearning nothing is flagged"
 
 
-def test_anti_learning_leaves_the_models_own_head_alone_and_follows_the_seed(tmp_path: Path) -> None:
+def test_anti_learning_leaves_the_models_own_head_alone_and_follows_the_seed(
+    tmp_path: Path,
+) -> None:
     data, planted = features()
     head, config = head_of(), dau.Config(head_epochs=2, heads=3)
     before = head.weight.detach().clone()
-    runs = [dau.anti_learn(data, planted, head, 99.0, config, new_run(tmp_path, seed)) for seed in (0, 0, 1)]
+    runs = [
+        dau.anti_learn(data, planted, head, 99.0, config, new_run(tmp_path, seed))
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(head.weight, before)
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
-def test_a_pool_smaller_than_a_class_gets_its_mass_and_a_larger_one_no_more_than_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_smaller_than_a_class_gets_its_mass_and_a_larger_one_no_more_than_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, planted = features()
     drawn: list[torch.Tensor] = []
     draw = torch.multinomial
@@ -536,10 +675,14 @@ def test_a_pool_smaller_than_a_class_gets_its_mass_and_a_larger_one_no_more_than
     n = len(planted)
     small, large = planted & (torch.arange(n) % 10 == 0), torch.arange(n) < n // K
     for pool in (small, large):
-        dau.anti_learn(data, pool, head_of(), 99.0, dau.Config(head_epochs=1, heads=2), new_run(tmp_path))
+        dau.anti_learn(
+            data, pool, head_of(), 99.0, dau.Config(head_epochs=1, heads=2), new_run(tmp_path)
+        )
     mass = small[drawn[0]].double().mean().item()
     assert mass == pytest.approx(1 / (K + 1), rel=0.3) and mass > 3 * small.double().mean().item()
-    assert all(torch.equal(order.sort().values, torch.arange(n)) for order in drawn[1]), "a pass over all samples, each once"
+    assert all(torch.equal(order.sort().values, torch.arange(n)) for order in drawn[1]), (
+        "a pass over all samples, each once"
+    )
 
 
 def test_the_rate_of_the_port_s_head_does_not_fall(tmp_path: Path) -> None:
@@ -555,23 +698,34 @@ def test_the_rate_of_the_port_s_head_does_not_fall(tmp_path: Path) -> None:
 def test_the_guard_for_labels_without_a_clean_sample_is_the_ports_to_switch_off(
     small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dau, "find_pool", lambda view, *_: (torch.arange(len(view.train)) < 3, False))
+    monkeypatch.setattr(
+        dau, "find_pool", lambda view, *_: (torch.arange(len(view.train)) < 3, False)
+    )
     monkeypatch.setattr(dau, "lost_label", lambda _log_p, data, _config: data.labels == 2)
     found: dict[str, Any] = {}
     for breakdown in ("0.99", "1"):
         record = helpers.copy(small, tmp_path / breakdown)
-        found[breakdown] = helpers.defend("dau", record, *helpers.short_flags("dau"), "--breakdown", breakdown)
-    assert any("without a clean sample" in note for note in found["0.99"]["notes"]) and found["0.99"]["split"]["flagged"] == 0
-    assert found["1"]["split"]["flagged"] > 0 and not any("without a clean sample" in note for note in found["1"]["notes"])
+        found[breakdown] = helpers.defend(
+            "dau", record, *helpers.short_flags("dau"), "--breakdown", breakdown
+        )
+    assert (
+        any("without a clean sample" in note for note in found["0.99"]["notes"])
+        and found["0.99"]["split"]["flagged"] == 0
+    )
+    assert found["1"]["split"]["flagged"] > 0 and not any(
+        "without a clean sample" in note for note in found["1"]["notes"]
+    )
 
 
 def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:
     data, planted = features()
     with pytest.raises(UserError, match="ends in a linear layer, got Sequential"):
-        dau.anti_learn(data, planted, nn.Sequential(nn.Linear(16, K)), 99.0, dau.Config(), new_run(tmp_path))
+        dau.anti_learn(
+            data, planted, nn.Sequential(nn.Linear(16, K)), 99.0, dau.Config(), new_run(tmp_path)
+        )
 
 
-# --- recovery ----------------------------------------------------------------------------------------------------
+# --- recovery
 
 
 class Reader(nn.Module):
@@ -586,7 +740,8 @@ class Reader(nn.Module):
 
 
 def test_flagged_samples_are_read_without_what_they_have_in_common(tmp_path: Path) -> None:
-    """Ten classes of images with one bright row; half have a trigger, a brighter row 0 on all of them, and the label 0."""
+    """Ten classes of images with one bright row; half have a trigger, a brighter row 0 on all of
+    them, and the label 0."""
     draws = torch.Generator().manual_seed(0)
     truth = torch.randint(0, K, (2000,), generator=draws)
     images = torch.randint(0, 30, (2000, 1, K, K), generator=draws).to(torch.uint8)
@@ -596,16 +751,27 @@ def test_flagged_samples_are_read_without_what_they_have_in_common(tmp_path: Pat
     train = Split(images, torch.where(flagged, 0, truth))
     model, run = Reader().eval(), new_run(tmp_path)
     with torch.no_grad():
-        model.norm.running_mean, model.norm.running_var = (f(to_float(images[~flagged]).mean((1, 3)), 0) for f in (torch.mean, torch.var))
+        model.norm.running_mean, model.norm.running_var = (
+            f(to_float(images[~flagged]).mean((1, 3)), 0) for f in (torch.mean, torch.var)
+        )
     state = {name: value.clone() for name, value in model.state_dict().items()}
 
     control = predictions(model, train, run)
-    assert (control[~flagged] == truth[~flagged]).all() and (control[flagged] == 0).all(), "as the model is, it sees the trigger alone"
+    assert (control[~flagged] == truth[~flagged]).all() and (control[flagged] == 0).all(), (
+        "as the model is, it sees the trigger alone"
+    )
     labels = dau.labels_without_trigger(model, train, flagged, False, run)
     assert (labels == truth).all()
-    assert torch.equal(dau.labels_without_trigger(model, train, flagged, True, run)[flagged], control[flagged]), "one class would go with the trigger"
-    assert torch.equal(train.labels, torch.where(flagged, 0, truth)), "the data that came in are left alone"
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()) and not model.training
+    assert torch.equal(
+        dau.labels_without_trigger(model, train, flagged, True, run)[flagged], control[flagged]
+    ), "one class would go with the trigger"
+    assert torch.equal(train.labels, torch.where(flagged, 0, truth)), (
+        "the data that came in are left alone"
+    )
+    assert (
+        all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        and not model.training
+    )
 
 
 @pytest.fixture(scope="module")
@@ -616,13 +782,18 @@ def blended(session_folder: Path) -> Record:
 
 
 @pytest.mark.parametrize("unlearned", [False, True])
-def test_a_model_that_still_obeys_the_trigger_is_said(blended: Record, tmp_path: Path, unlearned: bool) -> None:
+def test_a_model_that_still_obeys_the_trigger_is_said(
+    blended: Record, tmp_path: Path, unlearned: bool
+) -> None:
     run = new_run(tmp_path)
     train = blended.train_poison.apply(blended.dataset().train)
     flagged = blended.train_poison.mask(len(train))
     given = Split(train.images, (train.labels + 1) % 10) if unlearned else train
     dau.note_what_stays(blended.model(), given, flagged, run)
-    said = f"of the {int(flagged.sum())} flagged samples still get their label: little was unlearned; raise --lr, or --epochs"
+    said = (
+        f"of the {int(flagged.sum())} flagged samples still get their label: little was unlearned;"
+        " raise --lr, or --epochs"
+    )
     assert [said in note for note in run.notes] == ([] if unlearned else [True])
 
 
@@ -631,7 +802,12 @@ def test_recovery_gives_triggered_images_their_label_back(blended: Record, tmp_p
     assert before["asr"] >= 0.9 and before["clean_accuracy"] >= 0.9, "the backdoor is there"
     record = helpers.copy(blended, tmp_path)
     flags = ("--score_every", "0")
-    control, recovered = (helpers.defend("dau", record, *flags, "--run_name", f"r{epochs}", "--recovery_epochs", epochs) for epochs in ("0", "4"))
+    control, recovered = (
+        helpers.defend(
+            "dau", record, *flags, "--run_name", f"r{epochs}", "--recovery_epochs", epochs
+        )
+        for epochs in ("0", "4")
+    )
     assert control is not None and recovered is not None and control["split"] == recovered["split"]
     assert control["after"]["robust_accuracy"] < 0.9, "there is something to recover"
     assert recovered["after"]["robust_accuracy"] >= control["after"]["robust_accuracy"] + 0.05

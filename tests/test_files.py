@@ -30,7 +30,9 @@ def tensors() -> dict[str, Tensor]:
 
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(a[n], b[n]) for n in a
+    )
 
 
 def test_tensors_and_metadata_come_back_equal(tmp_path: Path) -> None:
@@ -53,7 +55,14 @@ def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
 
 def test_views_and_shared_storage_are_written_in_full(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
-    given = {"whole": base, "again": base, "transposed": base.T, "row": base[1], "first": base[:1], "strided": base[:, ::2]}
+    given = {
+        "whole": base,
+        "again": base,
+        "transposed": base.T,
+        "row": base[1],
+        "first": base[:1],
+        "strided": base[:, ::2],
+    }
     writing.write_tensors(tmp_path / "a", given)
     found, _ = reading.read_tensors(tmp_path / "a")
     assert equal(found, {name: tensor.contiguous() for name, tensor in given.items()})
@@ -64,7 +73,9 @@ def test_tied_weights_of_a_module_come_back(tmp_path: Path) -> None:
     model[1].weight = model[0].weight
     writing.write_tensors(tmp_path / "a", model.state_dict())
     found, _ = reading.read_tensors(tmp_path / "a")
-    assert set(found) == set(model.state_dict()) and torch.equal(found["0.weight"], found["1.weight"])
+    assert set(found) == set(model.state_dict()) and torch.equal(
+        found["0.weight"], found["1.weight"]
+    )
 
 
 def test_a_flipped_bit_anywhere_is_refused_by_name(tmp_path: Path) -> None:
@@ -72,7 +83,14 @@ def test_a_flipped_bit_anywhere_is_refused_by_name(tmp_path: Path) -> None:
     writing.write_tensors(path, tensors(), note="x" * 40)
     content = path.read_bytes()
     header = int.from_bytes(content[:8], "little")
-    places = sorted({*range(0, len(content), max(1, len(content) // 40)), *range(8), *range(8, 8 + header, header // 20), len(content) - 1})
+    places = sorted(
+        {
+            *range(0, len(content), max(1, len(content) // 40)),
+            *range(8),
+            *range(8, 8 + header, header // 20),
+            len(content) - 1,
+        }
+    )
     assert len(places) >= 60
     for place in places:
         damaged = bytearray(content)
@@ -83,7 +101,9 @@ def test_a_flipped_bit_anywhere_is_refused_by_name(tmp_path: Path) -> None:
         except UserError as error:
             assert "weights.safetensors: damaged file" in str(error) and "\n" not in str(error)
         else:
-            pytest.fail(f"a flipped bit at byte {place} of {len(content)} went unnoticed: {found.keys()}")
+            pytest.fail(
+                f"a flipped bit at byte {place} of {len(content)} went unnoticed: {found.keys()}"
+            )
     path.write_bytes(content)
     assert equal(reading.read_tensors(path)[0], tensors())
 
@@ -120,7 +140,9 @@ def test_json_holds_finite_numbers_only(tmp_path: Path, value: float) -> None:
         reading.read_json(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe{}", b"{'x': 1}", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe{}", b"{'x': 1}", b"[" * 100_000]
+)
 def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "record.json"
     path.write_bytes(content)
@@ -128,7 +150,9 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> No
         reading.read_json(path)
 
 
-def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_content_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.json"
     writing.write_json(path, {"x": 1})
 
@@ -146,7 +170,9 @@ def test_a_failed_write_leaves_the_old_content_and_no_litter(tmp_path: Path, mon
     assert reading.read_json(path) == {"x": 2}
 
 
-def test_a_folder_is_published_whole_and_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_published_whole_and_replaced_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
@@ -182,10 +208,14 @@ def test_a_linked_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) 
         (root / "new").mkdir()
         (root / "new" / "file").write_text(text)
         folders.replace_folder(root / "new", root / "target")
-        assert (root / "target" / "file").read_text() == text and [entry.name for entry in root.iterdir()] == ["target"]
+        assert (root / "target" / "file").read_text() == text and [
+            entry.name for entry in root.iterdir()
+        ] == ["target"]
     (root / ".x.trash").symlink_to(tmp_path / "disk")
     folders.tidy(root)
-    assert [entry.name for entry in root.iterdir()] == ["target"] and (tmp_path / "disk" / "file").read_text() == "old"
+    assert [entry.name for entry in root.iterdir()] == ["target"] and (
+        tmp_path / "disk" / "file"
+    ).read_text() == "old"
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
@@ -194,18 +224,25 @@ def test_optimizer_state_survives_pack_and_unpack(tmp_path: Path, kind: str) -> 
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
         if kind == "sgd":
-            return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+            return model, torch.optim.SGD(
+                model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4
+            )
         return model, torch.optim.Adam(model.parameters(), lr=0.01, betas=(0.8, 0.99))
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         optimizer.zero_grad()
-        model(torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        model(
+            torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+        ).square().sum().backward()
         optimizer.step()
 
     model, optimizer = fresh()
     step(model, optimizer, 1)
     found: dict[str, Tensor] = {}
-    packed = {name: writing.pack(part.state_dict(), found, name) for name, part in (("model", model), ("optimizer", optimizer))}
+    packed = {
+        name: writing.pack(part.state_dict(), found, name)
+        for name, part in (("model", model), ("optimizer", optimizer))
+    }
     writing.write_tensors(tmp_path / "state", found, state=packed)
     loaded, meta = reading.read_tensors(tmp_path / "state")
     other, other_optimizer = fresh()
@@ -215,8 +252,13 @@ def test_optimizer_state_survives_pack_and_unpack(tmp_path: Path, kind: str) -> 
     control.load_state_dict(model.state_dict())
     for m, o in ((model, optimizer), (other, other_optimizer), (control, control_optimizer)):
         step(m, o, 2)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), control.parameters(), strict=True)), "the optimizer's memory matters"
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    assert any(
+        not torch.equal(a, b) for a, b in zip(model.parameters(), control.parameters(), strict=True)
+    ), "the optimizer's memory matters"
 
 
 def test_pack_keeps_keys_and_types_and_refuses_the_rest() -> None:
@@ -224,7 +266,9 @@ def test_pack_keeps_keys_and_types_and_refuses_the_rest() -> None:
     found: dict[str, Tensor] = {}
     back = writing.unpack(json.loads(json.dumps(writing.pack(value, found, "s"))), found)
     assert list(back) == ["a", 3, "empty", "nothing"] and back["a"] == [1, 2.5, None, True, "x"]
-    assert torch.equal(back[3]["b"], torch.ones(2)) and back["empty"] == {} and back["nothing"] == []
+    assert (
+        torch.equal(back[3]["b"], torch.ones(2)) and back["empty"] == {} and back["nothing"] == []
+    )
     with pytest.raises(TypeError, match="cannot be saved in a checkpoint: object"):
         writing.pack({"x": object()}, {}, "s")
 
@@ -249,7 +293,10 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
         return str(answer)
 
     with locks.locked(tmp_path / "run"):
-        with pytest.raises(UserError, match=rf"being written by process {os.getpid()} on "), locks.locked(tmp_path / "run"):
+        with (
+            pytest.raises(UserError, match=rf"being written by process {os.getpid()} on "),
+            locks.locked(tmp_path / "run"),
+        ):
             pass
         assert f"being written by process {os.getpid()} on " in other_process(), "it says who"
         with locks.locked(tmp_path / "other"):
@@ -259,8 +306,11 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     assert other_process() == "held", "the lock ends with its block"
 
 
-def test_what_windows_refuses_is_not_asked_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It opens no folder, flushes no file that is only read, and has no flock; with control: with these refusals, we would fail elsewhere."""
+def test_what_windows_refuses_is_not_asked_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It opens no folder, flushes no file that is only read, and has no flock; with control: with
+    these refusals, we would fail elsewhere."""
     fcntl = pytest.importorskip("fcntl")
     real_open, real_sync = os.open, os.fsync
 
@@ -291,26 +341,47 @@ def test_what_windows_refuses_is_not_asked_of_it(tmp_path: Path, monkeypatch: py
         work(tmp_path / "refused")
     for module in ("writing", "folders"):
         monkeypatch.setattr(f"backdoorlab.storage.{module}.WINDOWS", True)
-    with pytest.raises(OSError, match="not open for writing"), open(tmp_path / "here" / "x" / "a.json", "rb") as stream:
+    with (
+        pytest.raises(OSError, match="not open for writing"),
+        open(tmp_path / "here" / "x" / "a.json", "rb") as stream,
+    ):
         os.fsync(stream.fileno())
     monkeypatch.setattr("backdoorlab.storage.locks.fcntl", None)
     (tmp_path / "there").mkdir()
     work(tmp_path / "there")
-    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["live.partial", "x"], "nobody can tell whether it is held"
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["live.partial", "x"], (
+        "nobody can tell whether it is held"
+    )
 
 
 def unsaid(source: str) -> list[str]:
     """Calls that read or write text in the encoding of whoever runs them."""
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
     texts = [call for call in calls if call.func.attr in ("read_text", "write_text")]  # type: ignore[attr-defined]
-    return [ast.unparse(call) for call in texts if "encoding" not in {keyword.arg for keyword in call.keywords}]
+    return [
+        ast.unparse(call)
+        for call in texts
+        if "encoding" not in {keyword.arg for keyword in call.keywords}
+    ]
 
 
 def test_text_is_utf8_whoever_runs_us() -> None:
-    assert unsaid("path.read_text()\npath.write_text('x', encoding='utf-8')") == ["path.read_text()"], "it would be found"
-    sources = [path for folder in ("backdoorlab", "attack", "defense") for path in sorted((helpers.CHECKOUT / folder).rglob("*.py"))]
+    assert unsaid("path.read_text()\npath.write_text('x', encoding='utf-8')") == [
+        "path.read_text()"
+    ], "it would be found"
+    sources = [
+        path
+        for folder in ("backdoorlab", "attack", "defense")
+        for path in sorted((helpers.CHECKOUT / folder).rglob("*.py"))
+    ]
     assert len(sources) > 50
-    assert {path.name: found for path in sources if (found := unsaid(path.read_text(encoding="utf-8")))} == {}
+    assert {
+        path.name: found for path in sources if (found := unsaid(path.read_text(encoding="utf-8")))
+    } == {}
 
 
 def test_remove_takes_files_folders_and_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""What only a GPU can show. Skipped where there is none; on a machine that has one: pytest tests/test_gpu.py"""
+"""What only a GPU can show. Skipped where there is none; on a machine that has one: pytest
+tests/test_gpu.py"""
 
 import copy
 from pathlib import Path
@@ -16,7 +17,10 @@ from backdoorlab.models import PASSES, build
 from backdoorlab.run import BETWEEN_CHECKPOINTS, Run
 from backdoorlab.settings import methods
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 BATCH, EPOCHS = 32, 20
 RATE = 0.005
@@ -32,7 +36,15 @@ def made_up(count: int = 512) -> Split:
 
 def network(name: str = "preactresnet10", width: int | None = 8) -> nn.Module:
     torch.manual_seed(0)
-    return build(name, num_classes=4, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width, image_size=16).cuda()
+    return build(
+        name,
+        num_classes=4,
+        in_chans=3,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        width=width,
+        image_size=16,
+    ).cuda()
 
 
 def a_run(folder: Path, precision: str = "fp32") -> Run:
@@ -42,8 +54,12 @@ def a_run(folder: Path, precision: str = "fp32") -> Run:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("name", "width"), [("preactresnet10", 8), ("resnet18", None), ("vit_tiny_patch16_224", None)])
-def test_a_captured_step_is_the_ordinary_one(name: str, width: int | None, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "width"), [("preactresnet10", 8), ("resnet18", None), ("vit_tiny_patch16_224", None)]
+)
+def test_a_captured_step_is_the_ordinary_one(
+    name: str, width: int | None, precision: str, tmp_path: Path
+) -> None:
     run, data = a_run(tmp_path, precision), made_up()
     images = data.images[:BATCH].float().div(255).to(memory_format=torch.channels_last)
     plain = network(name, width)
@@ -52,8 +68,13 @@ def test_a_captured_step_is_the_ordinary_one(name: str, width: int | None, preci
     drawn = torch.cuda.get_rng_state()
     forward = Forward(plain.train(), run, data, WORTH_A_GRAPH, BATCH)
     assert forward._graphs, "captured: the training is long enough"
-    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items()), "capture leaves no trace"
-    assert torch.equal(drawn, torch.cuda.get_rng_state()) and counted == (PASSES.forward, PASSES.backward)
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items()), (
+        "capture leaves no trace"
+    )
+    assert torch.equal(drawn, torch.cuda.get_rng_state()) and counted == (
+        PASSES.forward,
+        PASSES.backward,
+    )
     ordinary = Forward(other.train(), run, data, WORTH_A_GRAPH - 1, BATCH)
     assert not ordinary._graphs, "a control: too short"
     found = []
@@ -62,17 +83,27 @@ def test_a_captured_step_is_the_ordinary_one(name: str, width: int | None, preci
         logits = call(images)
         F.cross_entropy(logits.float(), data.labels[:BATCH]).backward()
         assert (PASSES.forward - start[0], PASSES.backward - start[1]) == (BATCH, BATCH)
-        found.append((logits.detach().float(), [p.grad.clone() for p in model.parameters() if p.grad is not None], dict(model.named_buffers())))
+        found.append(
+            (
+                logits.detach().float(),
+                [p.grad.clone() for p in model.parameters() if p.grad is not None],
+                dict(model.named_buffers()),
+            )
+        )
     rtol, atol = (1e-3, 1e-4) if precision == "fp32" else (0.1, 0.05)
     torch.testing.assert_close(found[0][0], found[1][0], rtol=rtol, atol=atol)
     for ours, theirs in zip(found[0][1], found[1][1], strict=True):
-        assert (ours - theirs).norm() <= (0.002 if precision == "fp32" else 0.1) * theirs.norm() + 1e-6
+        assert (ours - theirs).norm() <= (
+            0.002 if precision == "fp32" else 0.1
+        ) * theirs.norm() + 1e-6
     for key, buffer in found[0][2].items():
         torch.testing.assert_close(buffer, found[1][2][key], rtol=rtol, atol=atol)
     assert forward(images[:5]).shape == (5, 4), "a batch of another size goes the ordinary way"
 
 
-def test_training_by_graphs_learns_and_counts_what_ordinary_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_by_graphs_learns_and_counts_what_ordinary_training_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ends = []
     for worth in (0, 10**9):
         monkeypatch.setattr("backdoorlab.engine.WORTH_A_GRAPH", worth)
@@ -99,25 +130,65 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.M
         train(model, data, Recipe(EPOCHS, BATCH, RATE), run)
     again = a_run(tmp_path)
     train(network(), data, Recipe(EPOCHS, BATCH, RATE), again)
-    assert [row["epoch"] for row in again.history] == list(range(EPOCHS)) and again.history[-1]["loss"] < 0.05
+    assert [row["epoch"] for row in again.history] == list(range(EPOCHS)) and again.history[-1][
+        "loss"
+    ] < 0.05
     assert again.history[:3] == run.history[:3], "the first three epochs were not run again"
 
 
-def test_on_a_gpu_not_every_short_epoch_writes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_not_every_short_epoch_writes_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written: list[Path] = []
-    monkeypatch.setattr("backdoorlab.storage.writing.write_tensors", lambda path, *args, **kwargs: written.append(path))
+    monkeypatch.setattr(
+        "backdoorlab.storage.writing.write_tensors",
+        lambda path, *args, **kwargs: written.append(path),
+    )
     train(network(), made_up(), Recipe(EPOCHS, BATCH, RATE), a_run(tmp_path))
     assert len(written) == 1, "the last epoch's"
 
 
 @pytest.mark.parametrize(
-    ("attack", "worth"), [("badnet", WORTH_A_GRAPH), ("badnet", 0), ("wanet", 0), ("inputaware", WORTH_A_GRAPH), ("blind", WORTH_A_GRAPH)]
+    ("attack", "worth"),
+    [
+        ("badnet", WORTH_A_GRAPH),
+        ("badnet", 0),
+        ("wanet", 0),
+        ("inputaware", WORTH_A_GRAPH),
+        ("blind", WORTH_A_GRAPH),
+    ],
 )
-def test_attacks_and_every_defense_run(attack: str, worth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attacks_and_every_defense_run(
+    attack: str, worth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("backdoorlab.engine.WORTH_A_GRAPH", worth)
-    record = helpers.attack(attack, attack, tmp_path, "--width", "8", "--epochs", "10", "--device", "cuda:0", "--score_every", "0")
-    assert record.info["device"].startswith("cuda") and record.info["scores"]["clean_accuracy"] > 0.5
+    record = helpers.attack(
+        attack,
+        attack,
+        tmp_path,
+        "--width",
+        "8",
+        "--epochs",
+        "10",
+        "--device",
+        "cuda:0",
+        "--score_every",
+        "0",
+    )
+    assert (
+        record.info["device"].startswith("cuda") and record.info["scores"]["clean_accuracy"] > 0.5
+    )
     for defense in methods.available("defense"):
-        result = helpers.defend(defense, record, "--device", "cuda:0", "--score_every", "0", *helpers.short_flags(defense), "--precision", "auto")
+        result = helpers.defend(
+            defense,
+            record,
+            "--device",
+            "cuda:0",
+            "--score_every",
+            "0",
+            *helpers.short_flags(defense),
+            "--precision",
+            "auto",
+        )
         assert result is not None and result["after"]["asr"] is not None
         assert result["device"].startswith("cuda") and result["peak_memory_bytes"] > 2**20

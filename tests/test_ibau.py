@@ -1,4 +1,5 @@
-"""I-BAU's hypergradient against closed forms, its solve on Hessians that break the published one, and its habits."""
+"""I-BAU's hypergradient against closed forms, its solve on Hessians that break the published one,
+and its habits."""
 
 import itertools
 import math
@@ -28,7 +29,8 @@ def randn(*shape: int) -> Tensor:
 
 ROOT, MIX, PULL, GOAL = randn(N, N), randn(N, WEIGHTS), randn(WEIGHTS, WEIGHTS), randn(N)
 HESSIAN = ROOT @ ROOT.T + 0.1 * torch.eye(N, dtype=torch.float64)
-"""L_in = d'Hd/2 - d'B theta and L_out = |d - c|^2/2 + theta'Q theta/2, where all is known in closed form."""
+"""L_in = d'Hd/2 - d'B theta and L_out = |d - c|^2/2 + theta'Q theta/2, where all is known in closed
+form."""
 
 
 def problem(theta: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -43,14 +45,19 @@ def problem(theta: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor
 
 
 def best_delta(theta: Tensor, radius: float) -> Tensor:
-    """The inner problem's solution: free, or on the sphere by bisection of Lagrange's multiplier."""
+    """The inner problem's solution: free, or on the sphere by bisection of Lagrange's
+    multiplier."""
     eye, wanted = torch.eye(N, dtype=torch.float64), MIX @ theta
     if torch.linalg.solve(HESSIAN, wanted).norm() <= radius:
         return torch.linalg.solve(HESSIAN, wanted)
     low, high = 0.0, 1e6
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if torch.linalg.solve(HESSIAN + middle * eye, wanted).norm() > radius else (low, middle)
+        low, high = (
+            (middle, high)
+            if torch.linalg.solve(HESSIAN + middle * eye, wanted).norm() > radius
+            else (low, middle)
+        )
     return torch.linalg.solve(HESSIAN + low * eye, wanted)
 
 
@@ -70,7 +77,9 @@ def numerical(theta: Tensor, radius: float, step: float = 1e-5) -> Tensor:
 def found(theta: nn.Parameter, radius: float, **changes: Any) -> Any:
     outer, inner = problem(theta)
     delta = best_delta(theta.detach(), radius).view(1, 1, 2, 3)
-    return ibau.hypergradient(outer, inner, delta, [theta], radius, ibau.Config(**{"damping": 0.0, "K": N, **changes}))
+    return ibau.hypergradient(
+        outer, inner, delta, [theta], radius, ibau.Config(**{"damping": 0.0, "K": N, **changes})
+    )
 
 
 @pytest.mark.parametrize("radius", [math.inf, 100.0, 0.5, 0.1])
@@ -81,7 +90,9 @@ def test_the_hypergradient_is_the_total_derivative(radius: float) -> None:
     assert torch.allclose(result.gradients[0], truth, rtol=1e-5, atol=1e-7)
     assert result.residual < 1e-8 and result.implicit > 0.01
     first_order = found(theta, radius, K=0)
-    assert not torch.allclose(first_order.gradients[0], truth, rtol=0.01) and first_order.implicit == 0
+    assert (
+        not torch.allclose(first_order.gradients[0], truth, rtol=0.01) and first_order.implicit == 0
+    )
     assert torch.allclose(first_order.gradients[0], PULL.T @ PULL @ theta)
     assert torch.isclose(first_order.loss, result.loss)
 
@@ -104,19 +115,24 @@ def test_more_steps_bring_the_solve_nearer() -> None:
         return math.sqrt(apart @ HESSIAN @ apart)
 
     errors = [error(k) for k in range(1, N + 1)]
-    assert all(b < a for a, b in itertools.pairwise(errors)) and errors[-1] < 1e-8 < errors[0] / 1000
+    assert (
+        all(b < a for a, b in itertools.pairwise(errors)) and errors[-1] < 1e-8 < errors[0] / 1000
+    )
 
 
 def test_the_residual_is_that_of_the_shifted_system() -> None:
     g = randn(1, 1, 2, 3)
     for k in (1, 2, 4):
         v, residual = ibau.lanczos(lambda v: (HESSIAN @ v.flatten()).view_as(v), g, k, 0.0)
-        assert residual.item() == pytest.approx((HESSIAN @ v.flatten() - g.flatten()).norm().item() / g.norm().item(), rel=1e-6)
+        assert residual.item() == pytest.approx(
+            (HESSIAN @ v.flatten() - g.flatten()).norm().item() / g.norm().item(), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 20])
 def test_the_solve_holds_where_the_published_one_explodes(steps: int) -> None:
-    """The eigenvalue 139 that the spec's checkpoint had makes a factor of 12.9 a step; a negative one makes a saddle."""
+    """The eigenvalue 139 that the spec's checkpoint had makes a factor of 12.9 a step; a negative
+    one makes a saddle."""
     values = torch.tensor([139.0, 3.0, 0.5, 0.1, -0.2, -40.0], dtype=torch.float64)
     turn = torch.linalg.qr(randn(N, N)).Q
     h = turn @ values.diag() @ turn.T
@@ -133,10 +149,14 @@ def test_the_published_iteration_is_its_series() -> None:
     g = randn(N)
     eye = torch.eye(N, dtype=torch.float64)
     j = eye - 0.1 * HESSIAN
-    wanted = 0.1 * sum((torch.linalg.matrix_power(j, i) @ g for i in range(5)), torch.zeros(N, dtype=torch.float64))
+    wanted = 0.1 * sum(
+        (torch.linalg.matrix_power(j, i) @ g for i in range(5)), torch.zeros(N, dtype=torch.float64)
+    )
     v, change = ibau.fixed_point(lambda v: HESSIAN @ v, g, 5)
     assert torch.allclose(v, wanted)
-    assert change.item() == pytest.approx((torch.linalg.matrix_power(j, 4) @ g).norm().item() / g.norm().item())
+    assert change.item() == pytest.approx(
+        (torch.linalg.matrix_power(j, 4) @ g).norm().item() / g.norm().item()
+    )
 
 
 def test_nothing_to_solve_is_nothing() -> None:
@@ -144,17 +164,23 @@ def test_nothing_to_solve_is_nothing() -> None:
     assert not v.any() and residual == 0
 
 
-@pytest.mark.parametrize(("size", "mended", "published"), [(100, 1, 1), (256, 2, 2), (196, 1, 1), (99, 1, 0), (3, 1, 0)])
+@pytest.mark.parametrize(
+    ("size", "mended", "published"), [(100, 1, 1), (256, 2, 2), (196, 1, 1), (99, 1, 0), (3, 1, 0)]
+)
 def test_a_small_batch_still_carries_delta(size: int, mended: int, published: int) -> None:
     for quirks, count in ((False, mended), (True, published)):
-        mask = ibau.carriers(size, ibau.Config(quirks=quirks), Run(Path(), seed=0, device=torch.device("cpu")))
+        mask = ibau.carriers(
+            size, ibau.Config(quirks=quirks), Run(Path(), seed=0, device=torch.device("cpu"))
+        )
         assert mask.shape == (size, 1, 1, 1) and mask.sum() == count
 
 
 def history(record: Record, run: str, *flags: str) -> Any:
     import pandas as pd
 
-    helpers.defend("ibau", record, "--n_rounds", "2", "--score_every", "0", "--run_name", run, *flags)
+    helpers.defend(
+        "ibau", record, "--n_rounds", "2", "--score_every", "0", "--run_name", run, *flags
+    )
     return pd.read_csv(record.folder / "defense" / "ibau" / run / "history.csv")
 
 
@@ -172,28 +198,62 @@ def test_delta_stays_in_its_ball_and_the_solve_is_logged(tiny: Record, tmp_path:
     assert "residual" not in first_order and "implicit" not in first_order
 
 
-def test_the_published_habit_is_one_projection_after_the_search(tiny: Record, tmp_path: Path) -> None:
-    """Then the sum of all steps sets the direction of delta; projected at each, the last ones do."""
+def test_the_published_habit_is_one_projection_after_the_search(
+    tiny: Record, tmp_path: Path
+) -> None:
+    """Then the sum of all steps sets the direction of delta; projected at each, the last ones
+    do."""
     record = helpers.copy(tiny, tmp_path)
-    far = ("--delta_lr", "1000", "--delta_steps", "5", "--batch_size", "32", "--radius", "2", "--K", "0")
-    each, once = (history(record, name, *far, "--quirks", quirks) for name, quirks in (("each", "False"), ("once", "True")))
-    assert each["delta"].max() <= 2 + 1e-5 and once["delta"].tolist() == pytest.approx([2.0] * len(once), rel=1e-4)
+    far = (
+        "--delta_lr",
+        "1000",
+        "--delta_steps",
+        "5",
+        "--batch_size",
+        "32",
+        "--radius",
+        "2",
+        "--K",
+        "0",
+    )
+    each, once = (
+        history(record, name, *far, "--quirks", quirks)
+        for name, quirks in (("each", "False"), ("once", "True"))
+    )
+    assert each["delta"].max() <= 2 + 1e-5 and once["delta"].tolist() == pytest.approx(
+        [2.0] * len(once), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("preset", ["ibau_official", "ibau_notebook", "ibau_backdoorbench"])
 def test_the_published_variants_run(preset: str, tiny: Record, tmp_path: Path) -> None:
     record = helpers.copy(tiny, tmp_path)
     result = helpers.defend("ibau", record, "--yaml_path", preset, "--score_every", "0")
-    assert result is not None and result["config"]["solver"] == "fixed_point" and result["config"]["quirks"]
+    assert (
+        result is not None
+        and result["config"]["solver"] == "fixed_point"
+        and result["config"]["quirks"]
+    )
     assert result["config"]["projected"] == (preset == "ibau_notebook")
-    published = {"delta_lr": 10.0, "delta_steps": None, "patched": 0.01, "lr_decay": False, "augment": preset == "ibau_backdoorbench"}
-    assert {key: result["config"][key] for key in published} == published, "and not those of the digits"
-    saved = reading.read_tensors(record.folder / "defense" / "ibau" / "seed0" / "model.safetensors")[0]
+    published = {
+        "delta_lr": 10.0,
+        "delta_steps": None,
+        "patched": 0.01,
+        "lr_decay": False,
+        "augment": preset == "ibau_backdoorbench",
+    }
+    assert {key: result["config"][key] for key in published} == published, (
+        "and not those of the digits"
+    )
+    saved = reading.read_tensors(
+        record.folder / "defense" / "ibau" / "seed0" / "model.safetensors"
+    )[0]
     assert all(value.isfinite().all() for value in saved.values())
 
 
 class Wave(nn.Module):
-    """Images -> 10 logits through attention, or through an activation without a second derivative."""
+    """Images -> 10 logits through attention, or through an activation without a second
+    derivative."""
 
     def __init__(self, hard: bool) -> None:
         super().__init__()
@@ -201,25 +261,42 @@ class Wave(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)[:, :16].repeat(1, 1, 8)
-        mixed = torch.nn.functional.scaled_dot_product_attention(tokens[:, None], tokens[:, None], tokens[:, None])[:, 0]
-        return self.last(torch.nn.functional.hardsigmoid(mixed.mean(1)) if self.hard else mixed.mean(1))
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            tokens[:, None], tokens[:, None], tokens[:, None]
+        )[:, 0]
+        return self.last(
+            torch.nn.functional.hardsigmoid(mixed.mean(1)) if self.hard else mixed.mean(1)
+        )
 
 
 def through(network: nn.Module) -> Any:
-    images, labels = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+    images, labels = (
+        torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
+        torch.arange(6),
+    )
     loss = lambda delta: torch.nn.functional.cross_entropy(network(images + delta), labels)  # noqa: E731
     return ibau.hypergradient(
-        loss, lambda d: 0.001 * d.square().sum() - loss(d), torch.full((1, 1, 4, 4), 0.1), list(network.parameters()), 9.0, ibau.Config()
+        loss,
+        lambda d: 0.001 * d.square().sum() - loss(d),
+        torch.full((1, 1, 4, 4), 0.1),
+        list(network.parameters()),
+        9.0,
+        ibau.Config(),
     )
 
 
-def test_networks_with_attention_are_differentiated_twice_and_others_that_cannot_be_are_one_line() -> None:
+def test_networks_with_attention_are_differentiated_twice_and_others_that_cannot_be_are_one_line() -> (
+    None
+):
     with pytest.raises(RuntimeError, match="derivative for"):
         through(Wave(hard=False))  # the control: as attention comes
     with ibau.differentiable_twice():
         found = through(Wave(hard=False))
     assert all(gradient.isfinite().all() for gradient in found.gradients) and found.implicit > 0
-    with pytest.raises(UserError, match=r"derivative for .* is not implemented\): use --K 0"), ibau.differentiable_twice():
+    with (
+        pytest.raises(UserError, match=r"derivative for .* is not implemented\): use --K 0"),
+        ibau.differentiable_twice(),
+    ):
         through(Wave(hard=True))
 
 
@@ -232,8 +309,29 @@ def test_the_authors_flags_work(tiny: Record, tmp_path: Path) -> None:
         folder = tmp_path / "clean" / str(int(clean.labels[i]))
         folder.mkdir(parents=True, exist_ok=True)
         torchvision.io.write_png(clean.images[i], str(folder / f"{i}.png"))
-    flags = ["--optim", "SGD", "--lr", "0.01", "--n_rounds", "1", "--K", "2", "--batch_size", "20", "--unl_set", str(tmp_path / "clean")]
+    flags = [
+        "--optim",
+        "SGD",
+        "--lr",
+        "0.01",
+        "--n_rounds",
+        "1",
+        "--K",
+        "2",
+        "--batch_size",
+        "20",
+        "--unl_set",
+        str(tmp_path / "clean"),
+    ]
     result = helpers.defend("ibau", record, *flags, "--score_every", "0")
-    assert result is not None and result["trusted"]["count"] == 40 and result["config"]["optim"] == "SGD"
+    assert (
+        result is not None
+        and result["trusted"]["count"] == 40
+        and result["config"]["optim"] == "SGD"
+    )
     drawn = helpers.defend("ibau", record, *flags[:-2], "--score_every", "0", "--run_name", "drawn")
-    assert drawn is not None and drawn["trusted"]["count"] == 72 and drawn["trusted"]["sha256"] != result["trusted"]["sha256"]
+    assert (
+        drawn is not None
+        and drawn["trusted"]["count"] == 72
+        and drawn["trusted"]["sha256"] != result["trusted"]["sha256"]
+    )

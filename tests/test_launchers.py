@@ -1,4 +1,5 @@
-"""The same commands on Ray and through submitit: the same results as in processes of this machine."""
+"""The same commands on Ray and through submitit: the same results as in processes of this
+machine."""
 
 import dataclasses
 import os
@@ -26,7 +27,13 @@ from backdoorlab.storage import reading
 
 def work(cells: list[Cell], root: Path, launcher: Launcher, kind: Any) -> dict[Cell, str]:
     found = test_bench.states(cells, root)
-    return Drive([cell for cell in cells if not found[cell].done], found, root, launcher, Bench(launcher=kind)).run()
+    return Drive(
+        [cell for cell in cells if not found[cell].done],
+        found,
+        root,
+        launcher,
+        Bench(launcher=kind),
+    ).run()
 
 
 def weights(cell: Cell, root: Path) -> tuple[str, Any]:
@@ -41,11 +48,20 @@ def weights(cell: Cell, root: Path) -> tuple[str, Any]:
 
 def sleepers(folder: Path, count: int, seconds: float) -> list[Task]:
     """Commands that write when they began and ended."""
-    code = "import pathlib, sys, time; t = time.time(); time.sleep(float(sys.argv[2])); pathlib.Path(sys.argv[1]).write_text(f'{t} {time.time()}')"
+    code = (
+        "import pathlib, sys, time; t = time.time(); time.sleep(float(sys.argv[2]));"
+        " pathlib.Path(sys.argv[1]).write_text(f'{t} {time.time()}')"
+    )
     tasks = []
     for number in range(count):
         done = folder / f"{number}.txt"
-        tasks.append(Task((sys.executable, "-c", code, str(done), str(seconds)), folder / "claims" / str(number), done))
+        tasks.append(
+            Task(
+                (sys.executable, "-c", code, str(done), str(seconds)),
+                folder / "claims" / str(number),
+                done,
+            )
+        )
     return tasks
 
 
@@ -55,7 +71,10 @@ def finish(launcher: Launcher, tasks: list[Task]) -> list[tuple[float, float]]:
     while any(one.poll() is None for one in running):
         time.sleep(0.1)
     assert [one.poll() for one in running] == [0] * len(tasks)
-    return [(float(begin), float(end)) for begin, end in (task.done.read_text().split() for task in tasks)]
+    return [
+        (float(begin), float(end))
+        for begin, end in (task.done.read_text().split() for task in tasks)
+    ]
 
 
 def at_once(spans: list[tuple[float, float]]) -> int:
@@ -63,7 +82,7 @@ def at_once(spans: list[tuple[float, float]]) -> int:
     return max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans)
 
 
-# --- a command and its lock --------------------------------------------------------------------------------------
+# --- a command and its lock
 
 
 def test_a_command_runs_once_at_a_time_and_not_again(tmp_path: Path) -> None:
@@ -79,15 +98,23 @@ def test_a_command_runs_once_at_a_time_and_not_again(tmp_path: Path) -> None:
     assert (task.folder / launchers.LOG).read_text().count("$ ") == 2
 
 
-def test_a_command_that_ignores_signals_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_ignores_signals_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a child of `nohup` or of a background shell ignores SIGINT."""
     monkeypatch.setattr("backdoorlab.bench.launchers.GRACE", 3.0)
     endings = []
     for number, deaf_to in enumerate([(), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)]):
         begun = tmp_path / f"begun{number}"
-        hears = "" if deaf_to else "signal.signal(signal.SIGINT, signal.SIG_DFL); "  # the tests may be in the background, too
-        code = f"import pathlib, signal, sys, time; {hears}pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
-        task = Task((sys.executable, "-c", code, str(begun)), tmp_path / str(number), tmp_path / "done")
+        # The tests may be in the background, too
+        hears = "" if deaf_to else "signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        code = (
+            f"import pathlib, signal, sys, time; {hears}pathlib.Path(sys.argv[1]).touch();"
+            " time.sleep(60)"
+        )
+        task = Task(
+            (sys.executable, "-c", code, str(begun)), tmp_path / str(number), tmp_path / "done"
+        )
         running = launchers.begin(task, deaf_to)
         assert isinstance(running, launchers.Process)
         while not begun.exists():
@@ -111,23 +138,31 @@ def test_a_command_that_cannot_start_fails_alone(tmp_path: Path) -> None:
 
 
 def test_no_token_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes to Ray, and what submitit writes into the shared folder, is a pickle of the task."""
+    """What goes to Ray, and what submitit writes into the shared folder, is a pickle of the
+    task."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     task = dataclasses.replace(sleepers(tmp_path, 1, 0)[0], environment=launchers.passed_on())
-    assert task.environment["HF_HOME"] == str(tmp_path / "hub") and task.environment["BACKDOORLAB_RECORDS"] == os.environ["BACKDOORLAB_RECORDS"]
+    assert (
+        task.environment["HF_HOME"] == str(tmp_path / "hub")
+        and task.environment["BACKDOORLAB_RECORDS"] == os.environ["BACKDOORLAB_RECORDS"]
+    )
     assert b"hf_secret" not in pickle.dumps(task)
     submitted: list[Any] = []
     launcher = launchers.OnSlurm.__new__(launchers.OnSlurm)
     launcher.executor, launcher.queue = SimpleNamespace(submit=submitted.append), None
     launcher.start(task, 0)
-    assert submitted[0].task == dataclasses.replace(task, environment={}) and b"hf_secret" not in pickle.dumps(submitted)
+    assert submitted[0].task == dataclasses.replace(
+        task, environment={}
+    ) and b"hf_secret" not in pickle.dumps(submitted)
 
 
 def test_last_words_are_the_error_of_the_last_start(tmp_path: Path) -> None:
     assert launchers.last_words(tmp_path) == ""
-    (tmp_path / launchers.LOG).write_text("$ first\nerror: old\n$ second\nfine\nerror: new, and why\nafter\n")
+    (tmp_path / launchers.LOG).write_text(
+        "$ first\nerror: old\n$ second\nfine\nerror: new, and why\nafter\n"
+    )
     assert launchers.last_words(tmp_path) == "new, and why"
     (tmp_path / launchers.LOG).write_text("$ first\nerror: old\n$ second\nterminate called\n\n")
     assert launchers.last_words(tmp_path) == "terminate called"
@@ -143,7 +178,9 @@ def test_cores_and_gpus_are_shared_out(tmp_path: Path, monkeypatch: pytest.Monke
     four = launchers.Local(4)
     for slot in range(4):
         four.start(task, slot)
-    assert [dict(one.environment) for one in given] == [{"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("4", "7", "4", "7")]
+    assert [dict(one.environment) for one in given] == [
+        {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu} for gpu in ("4", "7", "4", "7")
+    ]
     given.clear()
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -152,12 +189,15 @@ def test_cores_and_gpus_are_shared_out(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_slurm_parameters() -> None:
-    assert launchers.parameters(("slurm_partition=gpu", "gpus_per_node=1")) == {"slurm_partition": "gpu", "gpus_per_node": 1}
+    assert launchers.parameters(("slurm_partition=gpu", "gpus_per_node=1")) == {
+        "slurm_partition": "gpu",
+        "gpus_per_node": 1,
+    }
     with pytest.raises(UserError, match="takes key=value, got '=3'"):
         launchers.parameters(("=3",))
 
 
-# --- submitit ----------------------------------------------------------------------------------------------------
+# --- submitit
 
 
 def test_no_slurm_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +210,8 @@ def test_no_slurm_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_slurm_jobs_in_submitits_local_executor(tmp_path: Path) -> None:
-    """Not Slurm itself: the same object, pickled and run by submitit in processes of this machine."""
+    """Not Slurm itself: the same object, pickled and run by submitit in processes of this
+    machine."""
     pytest.importorskip("submitit")
     launcher = launchers.OnSlurm(2, tmp_path / "slurm", {"cluster": "local"})
     tasks = sleepers(tmp_path, 2, 3)
@@ -186,7 +227,9 @@ def test_a_preempted_job_asks_for_the_same_again() -> None:
     submitit = pytest.importorskip("submitit")
     task = Task(("true",), Path("a"), Path("b"))
     successor = launchers._Requeued(task).checkpoint()
-    assert isinstance(successor, submitit.helpers.DelayedSubmission) and successor.function == launchers._Requeued(task)
+    assert isinstance(
+        successor, submitit.helpers.DelayedSubmission
+    ) and successor.function == launchers._Requeued(task)
 
 
 def test_a_slurm_command_ignores_the_warning_that_slurm_sends_it(tmp_path: Path) -> None:
@@ -195,7 +238,12 @@ def test_a_slurm_command_ignores_the_warning_that_slurm_sends_it(tmp_path: Path)
     for number, deaf_to in enumerate([(signal.SIGTERM,), ()]):
         code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(2)"
         begun = tmp_path / f"begun{number}"
-        running = launchers.begin(Task((sys.executable, "-c", code, str(begun)), tmp_path / str(number), tmp_path / "done"), deaf_to)
+        running = launchers.begin(
+            Task(
+                (sys.executable, "-c", code, str(begun)), tmp_path / str(number), tmp_path / "done"
+            ),
+            deaf_to,
+        )
         assert isinstance(running, launchers.Process)
         while not begun.exists():
             time.sleep(0.05)
@@ -219,8 +267,11 @@ class Submitted:
         return int(self.paths.result_pickle.read_text())
 
 
-def test_a_job_that_slurm_ended_without_an_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where Slurm keeps no accounts, submitit waits for such a job for ever. `squeue` is a script here; slow test: Slurm itself."""
+def test_a_job_that_slurm_ended_without_an_answer_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Slurm keeps no accounts, submitit waits for such a job for ever. `squeue` is a script
+    here; slow test: Slurm itself."""
     said, script = tmp_path / "said", tmp_path / "squeue"
     script.write_text(f"#!/bin/sh\ncat {said}\n")
     script.chmod(0o755)
@@ -229,7 +280,10 @@ def test_a_job_that_slurm_ended_without_an_answer_is_one_line(tmp_path: Path, mo
 
     def ending(states: str, seconds: float = 0.5) -> str | int | None:
         said.write_text(states)
-        job, until = launchers.SlurmJob(Submitted(tmp_path), launchers.Queue()), time.monotonic() + seconds
+        job, until = (
+            launchers.SlurmJob(Submitted(tmp_path), launchers.Queue()),
+            time.monotonic() + seconds,
+        )
         while time.monotonic() < until:
             try:
                 if (code := job.poll()) is not None:
@@ -240,9 +294,14 @@ def test_a_job_that_slurm_ended_without_an_answer_is_one_line(tmp_path: Path, mo
         return None
 
     log = tmp_path / "7_0_log.err"
-    assert ending("6 RUNNING\n7 CANCELLED\n") == f"Slurm job 7 ended without an answer (CANCELLED): see {log}"
+    assert (
+        ending("6 RUNNING\n7 CANCELLED\n")
+        == f"Slurm job 7 ended without an answer (CANCELLED): see {log}"
+    )
     assert ending("6 RUNNING\n") == f"Slurm job 7 ended without an answer (gone): see {log}"
-    assert ending("7 RUNNING\n") is None and ending("7 PENDING\n") is None, "the control: it runs, or was queued again"
+    assert ending("7 RUNNING\n") is None and ending("7 PENDING\n") is None, (
+        "the control: it runs, or was queued again"
+    )
     script.write_text("#!/bin/sh\nexit 1\n")
     assert ending("") is None, "a controller that does not answer says nothing about the job"
     (tmp_path / "answer").write_text("3")
@@ -254,12 +313,25 @@ def test_a_job_that_slurm_ended_without_an_answer_is_one_line(tmp_path: Path, mo
 def test_slurm_itself_gives_the_local_results(tmp_path: Path, small_flags: tuple[str, ...]) -> None:
     """Needs a Slurm; docs/scaling.md says how to start one of one node."""
     pytest.importorskip("submitit")
-    if shutil.which("sbatch") is None or subprocess.run(["sinfo"], capture_output=True, check=False).returncode:
+    if (
+        shutil.which("sbatch") is None
+        or subprocess.run(["sinfo"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("no Slurm answers on this machine")
     cells = test_bench.real_cells(tmp_path, small_flags, seeds=1)
-    assert work(cells, tmp_path / "slurm", launchers.OnSlurm(4, tmp_path / "jobs", {"cpus_per_task": 1, "timeout_min": 20}), "slurm") == {}
+    assert (
+        work(
+            cells,
+            tmp_path / "slurm",
+            launchers.OnSlurm(4, tmp_path / "jobs", {"cpus_per_task": 1, "timeout_min": 20}),
+            "slurm",
+        )
+        == {}
+    )
     assert work(cells, tmp_path / "local", launchers.Local(1), "local") == {}
-    assert [weights(cell, tmp_path / "slurm") for cell in cells] == [weights(cell, tmp_path / "local") for cell in cells]
+    assert [weights(cell, tmp_path / "slurm") for cell in cells] == [
+        weights(cell, tmp_path / "local") for cell in cells
+    ]
     (task,) = sleepers(tmp_path / "sleeper", 1, 600)
     with pytest.raises(UserError, match="Slurm does not take the job"):
         launchers.OnSlurm(1, tmp_path / "jobs", {"slurm_partition": "no such"}).start(task, 0)
@@ -275,41 +347,74 @@ def test_slurm_itself_gives_the_local_results(tmp_path: Path, small_flags: tuple
 def test_slurm_results_are_the_local_ones(tmp_path: Path, small_flags: tuple[str, ...]) -> None:
     pytest.importorskip("submitit")
     cells = test_bench.real_cells(tmp_path, small_flags, seeds=1)
-    assert work(cells, tmp_path / "slurm", launchers.OnSlurm(2, tmp_path / "jobs", {"cluster": "local"}), "slurm") == {}
+    assert (
+        work(
+            cells,
+            tmp_path / "slurm",
+            launchers.OnSlurm(2, tmp_path / "jobs", {"cluster": "local"}),
+            "slurm",
+        )
+        == {}
+    )
     assert work(cells, tmp_path / "local", launchers.Local(1), "local") == {}
-    assert [weights(cell, tmp_path / "slurm") for cell in cells] == [weights(cell, tmp_path / "local") for cell in cells]
+    assert [weights(cell, tmp_path / "slurm") for cell in cells] == [
+        weights(cell, tmp_path / "local") for cell in cells
+    ]
 
 
-# --- Ray ---------------------------------------------------------------------------------------------------------
+# --- Ray
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
 def test_an_unreachable_ray_is_one_line(address: str) -> None:
     """At once: Ray itself would ask for eight minutes."""
     pytest.importorskip("ray")
-    with pytest.raises(UserError, match=rf"no Ray at {address} \(.*\): start one with `ray start --head`, or leave --ray_address out"):
+    with pytest.raises(
+        UserError,
+        match=(
+            rf"no Ray at {address} \(.*\): start one with `ray start --head`, or leave"
+            r" --ray_address out"
+        ),
+    ):
         launchers.OnRay(1, address, 0, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ray_places_four_quarter_gpu_jobs_at_once_with_the_local_results(tmp_path: Path, small_flags: tuple[str, ...]) -> None:
-    """A local Ray with one logical GPU, which no machine needs to have: it only counts. Then a grid, on Ray and in processes."""
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
+def test_ray_places_four_quarter_gpu_jobs_at_once_with_the_local_results(
+    tmp_path: Path, small_flags: tuple[str, ...]
+) -> None:
+    """A local Ray with one logical GPU, which no machine needs to have: it only counts. Then a
+    grid, on Ray and in processes."""
     ray = pytest.importorskip("ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=8, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    ray.init(
+        num_cpus=8,
+        num_gpus=1,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 << 20,
+    )
     try:
         quarters = finish(launchers.OnRay(6, None, 0.25, 0), sleepers(tmp_path / "quarters", 6, 6))
         assert at_once(quarters) == 4, "of six, four fit on the GPU"
         halves = finish(launchers.OnRay(3, None, 0.5, 0), sleepers(tmp_path / "halves", 3, 3))
         assert at_once(halves) == 2, "the control: of halves, two"
-        with pytest.raises(UserError, match="a job asks for 2 GPU, but the Ray cluster has 1: lower --gpus_per_job"):
+        with pytest.raises(
+            UserError, match="a job asks for 2 GPU, but the Ray cluster has 1: lower --gpus_per_job"
+        ):
             launchers.OnRay(1, None, 2, 1)
         cells = test_bench.real_cells(tmp_path, small_flags, seeds=1)
         assert work(cells, tmp_path / "ray", launchers.OnRay(4, None, 0.25, 1), "ray") == {}
     finally:
         ray.shutdown()
     assert work(cells, tmp_path / "local", launchers.Local(1), "local") == {}
-    assert [weights(cell, tmp_path / "ray") for cell in cells] == [weights(cell, tmp_path / "local") for cell in cells]
+    assert [weights(cell, tmp_path / "ray") for cell in cells] == [
+        weights(cell, tmp_path / "local") for cell in cells
+    ]
     assert all(driver.look(cell, tmp_path / "ray").done for cell in cells)

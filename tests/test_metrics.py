@@ -17,13 +17,25 @@ CPU = torch.device("cpu")
 
 def triggered(labels: list[int], original: list[int]) -> Poison:
     n = len(labels)
-    images = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    return Poison(torch.arange(n), images, torch.tensor(labels, dtype=torch.int64), torch.tensor(original, dtype=torch.int64), torch.ones(n).byte())
+    images = torch.randint(
+        0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
+    return Poison(
+        torch.arange(n),
+        images,
+        torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(original, dtype=torch.int64),
+        torch.ones(n).byte(),
+    )
 
 
 def test_scores_from_predictions_made_by_hand() -> None:
-    clean_labels, clean = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2]), torch.tensor([0, 1, 1, 1, 2, 2, 0, 1])
-    # Target 0; true classes 1 1 1 2 2: attacker wins twice, the truth survives twice, one image ends elsewhere (class 3).
+    clean_labels, clean = (
+        torch.tensor([0, 0, 1, 1, 2, 2, 2, 2]),
+        torch.tensor([0, 1, 1, 1, 2, 2, 0, 1]),
+    )
+    # Target 0; true classes 1 1 1 2 2: attacker wins twice, the truth survives twice, one image
+    # ends elsewhere (class 3).
     poison = triggered([0] * 5, [1, 1, 1, 2, 2])
     found = score(clean, clean_labels, torch.tensor([0, 1, 3, 0, 2]), poison, 4)
     assert found.clean_accuracy == 5 / 8
@@ -42,9 +54,15 @@ def test_images_that_the_attack_is_not_meant_for_are_scored_alone() -> None:
     mixed = triggered([0, 0, 2, 1, 2], [1, 1, 2, 1, 2])
     mixed.kind[2:] = CROSS
     found = score(torch.tensor([0]), torch.tensor([0]), torch.tensor([0, 1, 0, 0, 2]), mixed, 3)
-    assert (found.asr, found.robust_accuracy) == (0.5, 0.5) and found.triggered_predictions == [1, 1, 0]
+    assert (found.asr, found.robust_accuracy) == (0.5, 0.5) and found.triggered_predictions == [
+        1,
+        1,
+        0,
+    ]
     assert found.cross == {"accuracy": 1 / 3, "asr": 2 / 3}
-    alone = score(torch.tensor([0]), torch.tensor([0]), torch.tensor([0, 1]), mixed.of_kind(POISON), 3)
+    alone = score(
+        torch.tensor([0]), torch.tensor([0]), torch.tensor([0, 1]), mixed.of_kind(POISON), 3
+    )
     assert alone.cross is None and (alone.asr, alone.per_class) == (found.asr, found.per_class)
 
 
@@ -55,7 +73,13 @@ def test_all2all_is_scored_against_each_images_own_label() -> None:
 
 
 def test_without_a_triggered_image_there_is_no_asr() -> None:
-    found = score(torch.tensor([0, 1]), torch.tensor([0, 0]), torch.zeros(0, dtype=torch.int64), triggered([], []), 2)
+    found = score(
+        torch.tensor([0, 1]),
+        torch.tensor([0, 0]),
+        torch.zeros(0, dtype=torch.int64),
+        triggered([], []),
+        2,
+    )
     assert (found.clean_accuracy, found.asr, found.robust_accuracy) == (0.5, None, None)
     assert found.triggered_predictions == [0, 0]
 
@@ -68,7 +92,8 @@ def scores(clean_accuracy: float, asr: float | None) -> dict[str, float | None]:
     ("before", "after", "wanted"),
     [
         ((0.9182, 0.9379), (0.8743, 0.0448), 0.92460),  # printed as 92.46
-        ((0.8455, 0.9993), (0.8566, 0.1899), 0.90470),  # printed as 90.47: a gain in clean accuracy earns nothing
+        # Printed as 90.47: a gain in clean accuracy earns nothing
+        ((0.8455, 0.9993), (0.8566, 0.1899), 0.90470),
         ((0.9, 0.8), (0.9, 0.8), 0.5),
         ((1.0, 1.0), (1.0, 0.0), 1.0),
         ((1.0, 0.0), (0.0, 0.0), 0.0),
@@ -76,7 +101,9 @@ def scores(clean_accuracy: float, asr: float | None) -> dict[str, float | None]:
         ((0.9, 0.5), (0.5, 0.1), 0.5),
     ],
 )
-def test_der_is_the_published_one(before: tuple[float, float], after: tuple[float, float], wanted: float) -> None:
+def test_der_is_the_published_one(
+    before: tuple[float, float], after: tuple[float, float], wanted: float
+) -> None:
     assert der(scores(*before), scores(*after)) == pytest.approx(wanted, abs=5e-6)
 
 
@@ -86,20 +113,38 @@ def test_der_needs_an_attack() -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "wanted"),
-    [(1.0, 0.81, False), (1.0, 0.8, True), (0.93, 0.731, False), (0.93, 0.73, True), (0.3, 0.16, False), (0.3, 0.14, True), (0.5, 0.9, False)],
+    [
+        (1.0, 0.81, False),
+        (1.0, 0.8, True),
+        (0.93, 0.731, False),
+        (0.93, 0.73, True),
+        (0.3, 0.16, False),
+        (0.3, 0.14, True),
+        (0.5, 0.9, False),
+    ],
 )
-def test_collapse_is_20_points_or_half_of_the_clean_accuracy_lost(before: float, after: float, wanted: bool) -> None:
+def test_collapse_is_20_points_or_half_of_the_clean_accuracy_lost(
+    before: float, after: float, wanted: bool
+) -> None:
     assert collapsed(scores(before, 1.0), scores(after, 0.0)) is wanted
 
 
 def test_split_quality_counted_by_hand() -> None:
     kind = torch.tensor([POISON, POISON, CROSS, POISON], dtype=torch.uint8)
-    poison = Poison(torch.tensor([1, 3, 5, 7]), torch.zeros(4, 1, 2, 2).byte(), torch.zeros(4).long(), torch.zeros(4).long(), kind)
+    poison = Poison(
+        torch.tensor([1, 3, 5, 7]),
+        torch.zeros(4, 1, 2, 2).byte(),
+        torch.zeros(4).long(),
+        torch.zeros(4).long(),
+        kind,
+    )
     flagged = torch.tensor([True, True, False, True, False, True, False, False, False, False])
     # Poison 1 3 7, cross 5, flagged 0 1 3 5.
     found = split_quality(flagged, poison)
     assert found["tpr"] == pytest.approx(2 / 3)
-    assert found["fpr"] == pytest.approx(2 / 7), "a cross image carries its true label and counts as clean"
+    assert found["fpr"] == pytest.approx(2 / 7), (
+        "a cross image carries its true label and counts as clean"
+    )
     assert found["precision"] == pytest.approx(2 / 4)
     assert found["flagged"] == 4 and found["cross_flagged"] == 1.0
 
@@ -115,8 +160,12 @@ def test_split_quality_without_poison_or_without_a_flag() -> None:
 
 def model_and_data() -> tuple[models.Classifier, Split, Poison]:
     torch.manual_seed(0)
-    model = models.build("preactresnet10", num_classes=4, in_chans=3, mean=[0.5] * 3, std=[0.25] * 3, width=4)
-    images = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    model = models.build(
+        "preactresnet10", num_classes=4, in_chans=3, mean=[0.5] * 3, std=[0.25] * 3, width=4
+    )
+    images = torch.randint(
+        0, 256, (30, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     return model, Split(images, torch.arange(30) % 4), triggered([0] * 9, [1, 2, 3] * 3)
 
 
@@ -136,19 +185,30 @@ def test_evaluation_draws_nothing_and_changes_nothing() -> None:
     modes, before = [m.training for m in model.modules()], everything(model)
     state = torch.get_rng_state(), random.getstate(), next_numpy()
     found = Evaluator(test, poison, 4, CPU)(model)
-    assert torch.equal(state[0], torch.get_rng_state()) and state[1] == random.getstate() and state[2] == next_numpy()
+    assert (
+        torch.equal(state[0], torch.get_rng_state())
+        and state[1] == random.getstate()
+        and state[2] == next_numpy()
+    )
     assert modes == [m.training for m in model.modules()]
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "batch-norm statistics too"
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), (
+        "batch-norm statistics too"
+    )
     model(test.images.float() / 255)
-    assert any(not torch.equal(before[name], value) for name, value in model.state_dict().items()), "a training-mode pass does move them"
+    assert any(
+        not torch.equal(before[name], value) for name, value in model.state_dict().items()
+    ), "a training-mode pass does move them"
     assert 0 <= found.clean_accuracy <= 1 and found.asr is not None
 
 
 def test_evaluation_is_in_evaluation_mode_whatever_the_batch() -> None:
     model, test, _ = model_and_data()
     model.eval()
-    with torch.no_grad():  # an untrained network gives one answer to all: take away what its logits have in common
-        model.network.linear.bias -= torch.cat([model(image[None].float() / 255) for image in test.images]).mean(0)
+    # An untrained network gives one answer to all: take away what its logits have in common
+    with torch.no_grad():
+        model.network.linear.bias -= torch.cat(
+            [model(image[None].float() / 255) for image in test.images]
+        ).mean(0)
     whole = predict(model.train(), test, CPU)
     model.eval()
     with torch.no_grad():

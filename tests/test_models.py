@@ -21,10 +21,24 @@ OWN = [("preactresnet18", 4), ("preactresnet10", 4)]
 TIMM = ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_100"]
 
 
-def build(name: str, width: int | None = None, channels: int = 3, num_classes: int = 10, image_size: int = 32) -> Classifier:
+def build(
+    name: str,
+    width: int | None = None,
+    channels: int = 3,
+    num_classes: int = 10,
+    image_size: int = 32,
+) -> Classifier:
     torch.manual_seed(0)
     mean, std = [0.4, 0.5, 0.6][:channels], [0.2, 0.25, 0.3][:channels]
-    return models.build(name, num_classes=num_classes, in_chans=channels, mean=mean, std=std, width=width, image_size=image_size)
+    return models.build(
+        name,
+        num_classes=num_classes,
+        in_chans=channels,
+        mean=mean,
+        std=std,
+        width=width,
+        image_size=image_size,
+    )
 
 
 def images(n: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:
@@ -38,7 +52,9 @@ def expected_names() -> set[str]:
     for layer in range(1, 5):
         for block in range(2):
             start = f"layer{layer}.{block}"
-            names |= {f"{start}.bn{i}.{entry}" for i in (1, 2) for entry in batch_norm} | {f"{start}.conv{i}.weight" for i in (1, 2)}
+            names |= {f"{start}.bn{i}.{entry}" for i in (1, 2) for entry in batch_norm} | {
+                f"{start}.conv{i}.weight" for i in (1, 2)
+            }
         if layer > 1:
             names.add(f"layer{layer}.0.shortcut.0.weight")
     return names
@@ -56,7 +72,10 @@ def test_preactresnet18_has_the_layout_that_benchmarks_share() -> None:
 
 def test_width_scales_every_stage() -> None:
     model = build("preactresnet18", 16)
-    assert [model.network.get_submodule(f"layer{i}")(x).shape[1] for i, x in ((1, torch.rand(1, 16, 8, 8)),)] == [16]
+    assert [
+        model.network.get_submodule(f"layer{i}")(x).shape[1]
+        for i, x in ((1, torch.rand(1, 16, 8, 8)),)
+    ] == [16]
     assert tuple(model.network.linear.weight.shape) == (10, 128)
     assert [info["num_chs"] for info in model.network.feature_info] == [16, 32, 64, 128]
 
@@ -71,7 +90,9 @@ def test_head_of_features_is_the_model(name: str, width: int | None) -> None:
         assert torch.allclose(model.forward_head(model.forward_features(x)), logits, atol=1e-6)
         pooled = model.forward_head(model.forward_features(x), pre_logits=True)
         assert pooled.dim() == 2
-        assert torch.allclose(model.get_classifier()(pooled), logits, atol=1e-5), "the classifier is linear in what it sees"
+        assert torch.allclose(model.get_classifier()(pooled), logits, atol=1e-5), (
+            "the classifier is linear in what it sees"
+        )
     assert not torch.allclose(logits[0], logits[1]), "different images have different logits"
 
 
@@ -84,9 +105,17 @@ def test_features_of_a_whole_split(name: str, width: int | None, tmp_path: Path)
     with torch.no_grad():
         assert torch.allclose(features.logits, model(split.images.float() / 255), atol=1e-4)
         assert torch.allclose(model.get_classifier()(features.pooled), features.logits, atol=1e-4)
-    assert features.early.shape[0] == 6 and features.early.shape[1] % 2 == 0 and torch.isfinite(features.early).all()
+    assert (
+        features.early.shape[0] == 6
+        and features.early.shape[1] % 2 == 0
+        and torch.isfinite(features.early).all()
+    )
     channels, numbers = features.early.shape[1] // 2, features.spatial.shape[1]
-    assert features.spatial.shape[0] == 6 and numbers % channels == 0 and (numbers <= 1024 or numbers == channels)
+    assert (
+        features.spatial.shape[0] == 6
+        and numbers % channels == 0
+        and (numbers <= 1024 or numbers == channels)
+    )
     assert (features.early.std(0) > 0).any(), "early features differ between images"
     assert not [m for m in model.modules() if m._forward_hooks], "the hook is removed"
 
@@ -124,14 +153,21 @@ def test_normalisation_is_inside_so_perturbations_live_in_pixel_space() -> None:
     model = build("preactresnet10", 4).eval()
     x = images()
     with torch.no_grad():
-        by_hand = model.network((x - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) / torch.tensor([0.2, 0.25, 0.3]).view(1, 3, 1, 1))
+        by_hand = model.network(
+            (x - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+            / torch.tensor([0.2, 0.25, 0.3]).view(1, 3, 1, 1)
+        )
         assert torch.allclose(model(x), by_hand, atol=1e-6)
-        assert not torch.allclose(model(x), model.network(x), atol=1e-3), "the bare network wants normalised images"
+        assert not torch.allclose(model(x), model.network(x), atol=1e-3), (
+            "the bare network wants normalised images"
+        )
     x.requires_grad_()
     inside = torch.autograd.grad(model(x).sum(), x)[0]
     z = ((x - model.mean) / model.std).detach().requires_grad_()
     outside = torch.autograd.grad(model.network(z).sum(), z)[0]
-    assert torch.allclose(inside, outside / model.std, rtol=1e-4, atol=1e-6), "a step of 1/255 is one grey level in every channel"
+    assert torch.allclose(inside, outside / model.std, rtol=1e-4, atol=1e-6), (
+        "a step of 1/255 is one grey level in every channel"
+    )
 
 
 def test_normalisation_is_not_trained_and_is_saved() -> None:
@@ -142,13 +178,22 @@ def test_normalisation_is_not_trained_and_is_saved() -> None:
 
 def test_the_seed_decides_the_initial_weights() -> None:
     first, second = build("preactresnet10", 4), build("preactresnet10", 4)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
     torch.manual_seed(1)
-    third = models.build("preactresnet10", num_classes=10, in_chans=3, mean=[0.5] * 3, std=[0.2] * 3, width=4)
-    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True))
+    third = models.build(
+        "preactresnet10", num_classes=10, in_chans=3, mean=[0.5] * 3, std=[0.2] * 3, width=4
+    )
+    assert any(
+        not torch.equal(a, b) for a, b in zip(first.parameters(), third.parameters(), strict=True)
+    )
 
 
-@pytest.mark.parametrize(("name", "nearest"), [("preactresnet81", "preactresnet18"), ("resnet81", "resnet"), ("vgg19bn", "vgg19")])
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("preactresnet81", "preactresnet18"), ("resnet81", "resnet"), ("vgg19bn", "vgg19")],
+)
 def test_a_wrong_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(UserError, match=f"unknown model {name!r}.* Did you mean '{nearest}"):
         build(name)
@@ -177,7 +222,9 @@ def test_every_image_is_counted_forward_and_backward() -> None:
     assert (PASSES.forward - start[0], PASSES.backward - start[1]) == (8, 5)
     x = images(2).requires_grad_()
     torch.autograd.grad(model(x).sum(), x)
-    assert (PASSES.forward - start[0], PASSES.backward - start[1]) == (10, 7), "attacks on the image count too"
+    assert (PASSES.forward - start[0], PASSES.backward - start[1]) == (10, 7), (
+        "attacks on the image count too"
+    )
 
 
 def test_evaluation_is_not_counted() -> None:
@@ -190,7 +237,12 @@ def test_evaluation_is_not_counted() -> None:
 
 def test_every_model_names_its_stages() -> None:
     model = build("preactresnet18", 4)
-    assert model.stages() == [model.network.layer1, model.network.layer2, model.network.layer3, model.network.layer4]
+    assert model.stages() == [
+        model.network.layer1,
+        model.network.layer2,
+        model.network.layer3,
+        model.network.layer4,
+    ]
     for name in TIMM:
         assert len(build(name).stages()) >= 3
 
@@ -217,6 +269,13 @@ for channels in (1, 4, 8, 12, 16, 20):
 
 
 def test_narrow_networks_train_rightly_on_several_threads() -> None:
-    """A strided 1x1 convolution of few channels gives wrong gradients or crashes (oneDNN#6035), hence a process of its own."""
-    done = subprocess.run([sys.executable, "-c", NARROW], capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    """A strided 1x1 convolution of few channels gives wrong gradients or crashes (oneDNN#6035),
+    hence a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", NARROW],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
     assert done.returncode == 0, f"{done.returncode} {done.stderr[-500:]}"

@@ -1,4 +1,5 @@
-"""A faster step that computes something else is no gain: both sides of a benchmark agree where they can."""
+"""A faster step that computes something else is no gain: both sides of a benchmark agree where they
+can."""
 
 import copy
 import json
@@ -14,8 +15,11 @@ from torch.utils.data import DataLoader
 PERFORMANCE = helpers.CHECKOUT / "performance"
 
 
-def test_the_published_round_of_ibau_and_ours_find_the_same_delta_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image that carries delta is drawn, each side by its own draw: with one image a hundred times over, both are free of chance."""
+def test_the_published_round_of_ibau_and_ours_find_the_same_delta_and_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image that carries delta is drawn, each side by its own draw: with one image a hundred
+    times over, both are free of chance."""
     monkeypatch.setattr(sys, "path", [str(PERFORMANCE), *sys.path])
     import published  # type: ignore[import-not-found, unused-ignore]
 
@@ -26,32 +30,56 @@ def test_the_published_round_of_ibau_and_ours_find_the_same_delta_and_weights(tm
     from backdoorlab.settings import methods
 
     torch.manual_seed(0)
-    model = build("preactresnet10", num_classes=5, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=4).eval()
-    image = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    model = build(
+        "preactresnet10", num_classes=5, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=4
+    ).eval()
+    image = torch.randint(
+        0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     trusted = Split(image.repeat(100, 1, 1, 1), torch.full((100,), 3))
     ibau = methods.load("defense", "ibau").module
-    config = ibau.Config(n_rounds=1, batch_size=100, projected=False, clip_box=False, solver="fixed_point", quirks=True, optim="SGD", lr=1e-3)
+    config = ibau.Config(
+        n_rounds=1,
+        batch_size=100,
+        projected=False,
+        clip_box=False,
+        solver="fixed_point",
+        quirks=True,
+        optim="SGD",
+        lr=1e-3,
+    )
     run = Run(tmp_path, seed=0, device=torch.device("cpu"), precision="fp32")
     view = DefenderView("", 5, (3, 16, 16), (), Augment(), dict(model=model, trusted=trusted))
     ours = ibau.defend(view, config, run)
     theirs = copy.deepcopy(model)
-    monkeypatch.setattr(published.torch.optim, "Adam", published.torch.optim.SGD)  # Adam divides rounding by itself where a slope is 0
+    # Adam divides rounding by itself where a slope is 0
+    monkeypatch.setattr(published.torch.optim, "Adam", published.torch.optim.SGD)
     length = published.ibau_round(theirs, DataLoader(published.Images(trusted), 100), (3, 16, 16))
     assert run.history[0]["delta"] == pytest.approx(length, rel=1e-4)
     assert length > 0.1 and run.history[0]["implicit"] > 0, "there was something to agree on"
-    moved = [(a - before, b - before) for a, b, before in zip(ours.parameters(), theirs.parameters(), model.parameters(), strict=True)]
+    moved = [
+        (a - before, b - before)
+        for a, b, before in zip(
+            ours.parameters(), theirs.parameters(), model.parameters(), strict=True
+        )
+    ]
     largest = max(b.abs().max().item() for _, b in moved)
     assert largest > 1e-5 and all(torch.allclose(a, b, atol=1e-3 * largest) for a, b in moved)
 
 
 def test_every_convolution_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PreAct-ResNet18 on CIFAR-10 takes .56 billion multiply-adds an image (He et al. and its CIFAR ports), nearly all in convolutions."""
+    """PreAct-ResNet18 on CIFAR-10 takes .56 billion multiply-adds an image (He et al. and its CIFAR
+    ports), nearly all in convolutions."""
     monkeypatch.setattr(sys, "path", [str(PERFORMANCE), *sys.path])
     import convolutions  # type: ignore[import-not-found, unused-ignore]
 
     shapes = convolutions._convolutions(convolutions._network(64, torch.device("cpu")))
-    assert sum(shapes.values()) == 20 and [shape.first for shape in shapes] == [True] + [False] * (len(shapes) - 1)
-    layers = sum(shape.operations // (2 if shape.first else 3) * count for shape, count in shapes.items())
+    assert sum(shapes.values()) == 20 and [shape.first for shape in shapes] == [True] + [False] * (
+        len(shapes) - 1
+    )
+    layers = sum(
+        shape.operations // (2 if shape.first else 3) * count for shape, count in shapes.items()
+    )
     assert layers / (2 * convolutions.BATCH) == pytest.approx(0.56e9, rel=0.01)
 
 
@@ -59,7 +87,13 @@ def test_every_convolution_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch)
 def test_a_whole_attack_and_defense_are_compared(tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     flags = ["--seeds", "1", "--rounds", "1", "--epochs", "1", "--width", "4", "--json", str(file)]
-    done = subprocess.run([sys.executable, str(PERFORMANCE / "whole.py"), *flags], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, str(PERFORMANCE / "whole.py"), *flags],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())["rows"]
     assert [len(row["ratios"]) for row in rows] == [1, 1] and all(row["median"] > 0 for row in rows)

@@ -46,10 +46,15 @@ def stamp_of(attack: str, **values: Any) -> Callable[[Tensor, Tensor, str], Tens
     return partial(methods.load("attack", attack).module.stamp, config=config_of(attack, **values))
 
 
-def pictures(n: int = 60, channels: int = 3, size: int = 32, num_classes: int = 10, seed: int = 0) -> Split:
-    """Random smooth-less pictures in the middle of the range, so that a trigger can move every pixel both ways."""
+def pictures(
+    n: int = 60, channels: int = 3, size: int = 32, num_classes: int = 10, seed: int = 0
+) -> Split:
+    """Random smooth-less pictures in the middle of the range, so that a trigger can move every
+    pixel both ways."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(40, 200, (n, channels, size, size), dtype=torch.uint8, generator=generator)
+    images = torch.randint(
+        40, 200, (n, channels, size, size), dtype=torch.uint8, generator=generator
+    )
     return Split(images, torch.arange(n) % num_classes)
 
 
@@ -61,7 +66,9 @@ def generator() -> torch.Generator:
 @pytest.mark.parametrize("rate", [0.1, 0.33, 1.0])
 def test_exactly_the_stated_share_differs(attack: str, rate: float) -> None:
     clean = pictures()
-    poison = poison_train(clean, stamp_of(attack), Labels(0, "all2one", 10), poison_rate=rate, generator=generator())
+    poison = poison_train(
+        clean, stamp_of(attack), Labels(0, "all2one", 10), poison_rate=rate, generator=generator()
+    )
     received = poison.apply(clean)
     count = round(rate * len(clean))
     differs = (received.images != clean.images).flatten(1).any(1)
@@ -74,11 +81,16 @@ def test_exactly_the_stated_share_differs(attack: str, rate: float) -> None:
 def test_victims_are_drawn_from_all_classes_and_by_the_generator_alone() -> None:
     clean, labels = pictures(600), Labels(3, "all2one", 10)
     draw = partial(poison_train, clean, stamp_of("badnet"), labels, poison_rate=0.5)
-    first, second = draw(generator=derived_generator(0, "victims")), draw(generator=derived_generator(0, "victims"))
+    first, second = (
+        draw(generator=derived_generator(0, "victims")),
+        draw(generator=derived_generator(0, "victims")),
+    )
     other = draw(generator=derived_generator(1, "victims"))
     assert torch.equal(first.index, second.index)
     assert not torch.equal(first.index, other.index)
-    assert first.original_labels.unique().tolist() == list(range(10)), "the target class is poisoned too"
+    assert first.original_labels.unique().tolist() == list(range(10)), (
+        "the target class is poisoned too"
+    )
     assert torch.equal(first.index, first.index.unique())
     assert torch.equal(clean.labels[first.index], first.original_labels)
     assert (first.kind == POISON).all()
@@ -87,7 +99,9 @@ def test_victims_are_drawn_from_all_classes_and_by_the_generator_alone() -> None
 @pytest.mark.parametrize("position", ["corner", "random"])
 def test_badnet_paints_its_square_and_nothing_else(position: str) -> None:
     clean = pictures()
-    stamped = stamp_of("badnet", position=position, patch_size=4, patch_value=255)(clean.images, torch.arange(len(clean)), "train")
+    stamped = stamp_of("badnet", position=position, patch_size=4, patch_value=255)(
+        clean.images, torch.arange(len(clean)), "train"
+    )
     changed = (stamped != clean.images).any(1)
     assert (changed.flatten(1).sum(1) == 16).all()
     assert (stamped[changed[:, None].expand_as(stamped)] == 255).all()
@@ -112,20 +126,28 @@ def test_badnet_random_position_follows_seed_split_and_index() -> None:
     place = stamp_of("badnet", position="random")(clean, index, "train")
     assert torch.equal(place, stamp_of("badnet", position="random")(clean, index, "train"))
     assert not torch.equal(place, stamp_of("badnet", position="random")(clean, index, "test"))
-    assert not torch.equal(place, stamp_of("badnet", position="random", seed=1)(clean, index, "train"))
-    assert torch.equal(place[20:30], stamp_of("badnet", position="random")(clean[:10], index[20:30], "train"))
+    assert not torch.equal(
+        place, stamp_of("badnet", position="random", seed=1)(clean, index, "train")
+    )
+    assert torch.equal(
+        place[20:30], stamp_of("badnet", position="random")(clean[:10], index[20:30], "train")
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0])
 @pytest.mark.parametrize("picture", ["cartoon", "noise"])
 def test_blended_is_the_rounded_mixture(alpha: float, picture: str) -> None:
     clean = pictures(20)
-    stamped = stamp_of("blended", alpha=alpha, picture=picture)(clean.images, torch.arange(20), "train")
+    stamped = stamp_of("blended", alpha=alpha, picture=picture)(
+        clean.images, torch.arange(20), "train"
+    )
     drawn = (triggers.cartoon if picture == "cartoon" else triggers.noise_picture)(0, 3, 32, 32)
     exact = (1 - alpha) * clean.images.double() + alpha * drawn.double()
     assert (stamped.double() - exact).abs().max() <= 0.5 + 1e-4, "rounded to nearest, not truncated"
     assert (stamped.double() - clean.images.double()).abs().max() <= 255 * alpha + 0.5
-    assert (stamped.double() - exact).mean().abs() < 0.05, "truncation would be off by a half on average"
+    assert (stamped.double() - exact).mean().abs() < 0.05, (
+        "truncation would be off by a half on average"
+    )
 
 
 def test_blended_alpha_one_is_the_picture_and_seeds_give_other_pictures() -> None:
@@ -133,7 +155,9 @@ def test_blended_alpha_one_is_the_picture_and_seeds_give_other_pictures() -> Non
     whole = stamp_of("blended", alpha=1.0)(clean.images, torch.arange(3), "train")
     assert torch.equal(whole, triggers.cartoon(0, 3, 32, 32).expand(3, -1, -1, -1))
     assert not torch.equal(triggers.cartoon(0, 3, 32, 32), triggers.cartoon(1, 3, 32, 32))
-    assert not torch.equal(triggers.noise_picture(0, 3, 32, 32), triggers.noise_picture(1, 3, 32, 32))
+    assert not torch.equal(
+        triggers.noise_picture(0, 3, 32, 32), triggers.noise_picture(1, 3, 32, 32)
+    )
     assert triggers.cartoon(0, 1, 32, 32).shape == (1, 32, 32)
 
 
@@ -172,14 +196,26 @@ def test_a_rate_outside_its_range_is_refused(rate: float) -> None:
     with pytest.raises(UserError, match="poison_rate must lie in"):
         check_rate(rate)
     with pytest.raises(UserError, match="poison_rate must lie in"):
-        poison_train(pictures(), stamp_of("badnet"), Labels(0, "all2one", 10), poison_rate=rate, generator=generator())
+        poison_train(
+            pictures(),
+            stamp_of("badnet"),
+            Labels(0, "all2one", 10),
+            poison_rate=rate,
+            generator=generator(),
+        )
     check_rate(1.0)
     check_rate(0.001)
 
 
 def test_a_rate_that_is_no_image_is_refused() -> None:
     with pytest.raises(UserError, match="no image at all"):
-        poison_train(pictures(), stamp_of("badnet"), Labels(0, "all2one", 10), poison_rate=0.001, generator=generator())
+        poison_train(
+            pictures(),
+            stamp_of("badnet"),
+            Labels(0, "all2one", 10),
+            poison_rate=0.001,
+            generator=generator(),
+        )
 
 
 @pytest.mark.parametrize("target", [-1, 10, 99])
@@ -199,21 +235,41 @@ def test_a_target_outside_the_classes_is_refused(target: int) -> None:
         ("blended", {"alpha": 1.1}, "alpha"),
     ],
 )
-def test_trigger_options_outside_their_range_are_refused(attack: str, values: dict[str, Any], message: str) -> None:
+def test_trigger_options_outside_their_range_are_refused(
+    attack: str, values: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         stamp_of(attack, **values)(pictures(2).images, torch.arange(2), "train")
 
 
-@pytest.mark.parametrize("broken", [lambda x: x.float(), lambda x: x[..., :16], lambda x: x[:-1], lambda _: None])
-def test_a_stamp_that_changes_type_shape_or_number_is_a_defect(broken: Callable[[torch.Tensor], Any]) -> None:
-    with pytest.raises(UserError, match=r"a stamp maps images to as many of the same shape, uint8 \(\d+, 3, 32, 32\), got (float32|uint8|NoneType)"):
-        poison_test(pictures(4), lambda images, _index, _split: broken(images), Labels(0, "all2one", 10))
+@pytest.mark.parametrize(
+    "broken", [lambda x: x.float(), lambda x: x[..., :16], lambda x: x[:-1], lambda _: None]
+)
+def test_a_stamp_that_changes_type_shape_or_number_is_a_defect(
+    broken: Callable[[torch.Tensor], Any],
+) -> None:
+    with pytest.raises(
+        UserError,
+        match=(
+            r"a stamp maps images to as many of the same shape, uint8 \(\d+, 3, 32, 32\), got"
+            r" (float32|uint8|NoneType)"
+        ),
+    ):
+        poison_test(
+            pictures(4), lambda images, _index, _split: broken(images), Labels(0, "all2one", 10)
+        )
 
 
 def test_mask_tells_poison_from_cross_images() -> None:
     clean = pictures(6)
     kind = torch.tensor([POISON, CROSS, POISON], dtype=torch.uint8)
-    poison = Poison(torch.tensor([0, 2, 5]), clean.images[[0, 2, 5]], torch.tensor([0, 2, 0]), clean.labels[[0, 2, 5]], kind)
+    poison = Poison(
+        torch.tensor([0, 2, 5]),
+        clean.images[[0, 2, 5]],
+        torch.tensor([0, 2, 0]),
+        clean.labels[[0, 2, 5]],
+        kind,
+    )
     assert poison.mask(6).tolist() == [True, False, False, False, False, True]
     assert poison.mask(6, CROSS).tolist() == [False, False, True, False, False, False]
 
@@ -233,21 +289,48 @@ def test_covers_are_stamped_keep_their_label_and_are_no_victims() -> None:
         cover_stamp=lambda images, _index, _split: 255 - images,
     )
     poisoned, cover = poison.of_kind(POISON), poison.of_kind(CROSS)
-    assert len(poisoned) == 60 and (poisoned.original_labels == 1).all() and (poisoned.labels == 0).all()
-    assert len(cover) == 30 and allowed[cover.index].all() and torch.equal(cover.labels, cover.original_labels)
+    assert (
+        len(poisoned) == 60
+        and (poisoned.original_labels == 1).all()
+        and (poisoned.labels == 0).all()
+    )
+    assert (
+        len(cover) == 30
+        and allowed[cover.index].all()
+        and torch.equal(cover.labels, cover.original_labels)
+    )
     assert (poison.index.diff() > 0).all(), "in the order of their positions, none twice"
-    assert torch.equal(poisoned.images, stamp(clean.images[poisoned.index], poisoned.index, "train"))
+    assert torch.equal(
+        poisoned.images, stamp(clean.images[poisoned.index], poisoned.index, "train")
+    )
     assert torch.equal(cover.images, 255 - clean.images[cover.index])
-    everybody = poison_train(clean, stamp, Labels(0, "all2one", 10), poison_rate=0.5, generator=generator(), cover_rate=0.5)
-    assert len(everybody) == 600 and (everybody.index.diff() == 1).all(), "disjoint, even where they fill the set"
+    everybody = poison_train(
+        clean,
+        stamp,
+        Labels(0, "all2one", 10),
+        poison_rate=0.5,
+        generator=generator(),
+        cover_rate=0.5,
+    )
+    assert len(everybody) == 600 and (everybody.index.diff() == 1).all(), (
+        "disjoint, even where they fill the set"
+    )
 
 
-def test_the_asr_set_counts_those_whom_the_attack_is_meant_for_and_keeps_the_others_as_cross() -> None:
+def test_the_asr_set_counts_those_whom_the_attack_is_meant_for_and_keeps_the_others_as_cross() -> (
+    None
+):
     clean, stamp = pictures(), stamp_of("badnet")
-    poison = poison_test(clean, stamp, Labels(7, "all2one", 10), victims=(clean.labels == 1) | (clean.labels == 7))
-    assert (poison.of_kind(POISON).original_labels == 1).all() and (poison.of_kind(POISON).labels == 7).all()
+    poison = poison_test(
+        clean, stamp, Labels(7, "all2one", 10), victims=(clean.labels == 1) | (clean.labels == 7)
+    )
+    assert (poison.of_kind(POISON).original_labels == 1).all() and (
+        poison.of_kind(POISON).labels == 7
+    ).all()
     spared = poison.of_kind(CROSS)
-    assert spared.original_labels.unique().tolist() == [0, 2, 3, 4, 5, 6, 8, 9] and torch.equal(spared.labels, spared.original_labels)
+    assert spared.original_labels.unique().tolist() == [0, 2, 3, 4, 5, 6, 8, 9] and torch.equal(
+        spared.labels, spared.original_labels
+    )
     assert torch.equal(poison.images, stamp(clean.images[poison.index], poison.index, "test"))
 
 
@@ -255,41 +338,69 @@ def test_nobody_to_poison_is_refused() -> None:
     clean = pictures()
     with pytest.raises(UserError, match="no training image is one that this attack poisons"):
         poison_train(
-            clean, stamp_of("badnet"), Labels(0, "all2one", 10), poison_rate=0.1, generator=generator(), victims=torch.zeros(60, dtype=torch.bool)
+            clean,
+            stamp_of("badnet"),
+            Labels(0, "all2one", 10),
+            poison_rate=0.1,
+            generator=generator(),
+            victims=torch.zeros(60, dtype=torch.bool),
         )
 
 
 @pytest.mark.parametrize(("padding", "whole", "none"), [(0, 1, 0), (4, 25 / 81, 32 / 81)])
 def test_what_random_crops_leave_of_a_corner_patch(padding: int, whole: float, none: float) -> None:
     clean, labels = pictures(), Labels(0, "all2one", 10)
-    found = left_by_crops(clean, poison_train(clean, stamp_of("badnet"), labels, poison_rate=0.5, generator=generator()), padding)
+    found = left_by_crops(
+        clean,
+        poison_train(clean, stamp_of("badnet"), labels, poison_rate=0.5, generator=generator()),
+        padding,
+    )
     assert found is not None
-    assert found["whole"] == pytest.approx(whole) and found["none"] == pytest.approx(none), "by counting the 9 x 9 crops"
-    everywhere = left_by_crops(clean, poison_train(clean, stamp_of("blended"), labels, poison_rate=0.5, generator=generator()), padding)
+    assert found["whole"] == pytest.approx(whole) and found["none"] == pytest.approx(none), (
+        "by counting the 9 x 9 crops"
+    )
+    everywhere = left_by_crops(
+        clean,
+        poison_train(clean, stamp_of("blended"), labels, poison_rate=0.5, generator=generator()),
+        padding,
+    )
     assert everywhere is not None and everywhere["none"] == 0
     assert left_by_crops(clean, no_poison(clean), padding) is None
 
 
 def test_the_share_of_changed_values_is_counted() -> None:
     clean, labels = pictures(), Labels(0, "all2one", 10)
-    poison = poison_train(clean, stamp_of("badnet"), labels, poison_rate=0.5, generator=generator(), cover_rate=0.2)
+    poison = poison_train(
+        clean, stamp_of("badnet"), labels, poison_rate=0.5, generator=generator(), cover_rate=0.2
+    )
     assert changed_share(clean, poison) == 9 / 1024
     assert changed_share(clean, poison_test(clean, stamp_of("blended", alpha=0.001), labels)) == 0
     assert changed_share(clean, no_poison(clean)) is None
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_preview_shows_clean_triggered_and_five_times_their_difference(channels: int, tmp_path: Path) -> None:
+def test_the_preview_shows_clean_triggered_and_five_times_their_difference(
+    channels: int, tmp_path: Path
+) -> None:
     clean, side = pictures(60, channels, 16), 16
     poison = poison_test(clean, stamp_of("blended"), Labels(7, "all2one", 10))
     save_preview(tmp_path / "preview.png", clean, poison)
     with Image.open(tmp_path / "preview.png") as picture:
-        sheet = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[:channels, ::3, ::3].int()
-    cells = sheet.unfold(1, side, side + 2).unfold(2, side, side + 2)  # (C, rows, columns, side, side)
+        sheet = (
+            torch.from_numpy(np.array(picture.convert("RGB")))
+            .permute(2, 0, 1)[:channels, ::3, ::3]
+            .int()
+        )
+    # (C, rows, columns, side, side)
+    cells = sheet.unfold(1, side, side + 2).unfold(2, side, side + 2)
     assert cells.shape[1:3] == (3, 8), "a row of eight each"
     before, after, difference = cells.unbind(1)
-    rows = [int((poison.original_labels == label).nonzero()[0]) for label in (0, 1, 2, 3, 4, 5, 6, 8)]
-    assert torch.equal(before, clean.images[poison.index[rows]].transpose(0, 1).int()), "one of each class"
+    rows = [
+        int((poison.original_labels == label).nonzero()[0]) for label in (0, 1, 2, 3, 4, 5, 6, 8)
+    ]
+    assert torch.equal(before, clean.images[poison.index[rows]].transpose(0, 1).int()), (
+        "one of each class"
+    )
     assert torch.equal(after, poison.images[rows].transpose(0, 1).int())
     exact = 128 + 5 * (after - before)
     assert exact.min() < 0 and exact.max() > 255 and torch.equal(difference, exact.clamp(0, 255))

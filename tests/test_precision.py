@@ -27,7 +27,9 @@ def nothing_is_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small() -> models.Classifier:
-    return models.build("preactresnet10", num_classes=4, in_chans=1, mean=[0.5], std=[0.25], width=4)
+    return models.build(
+        "preactresnet10", num_classes=4, in_chans=1, mean=[0.5], std=[0.25], width=4
+    )
 
 
 class Sleeps(nn.Module):
@@ -48,13 +50,22 @@ def slow_in_bf16(seconds: float, layers: int) -> nn.Sequential:
     return nn.Sequential(*(Sleeps(seconds) for _ in range(layers)), nn.Flatten(), nn.Linear(256, 4))
 
 
-@pytest.mark.parametrize(("bf16", "wanted"), [(0.5, "bf16"), (0.96, "bf16"), (0.98, "fp32"), (2.0, "fp32"), (None, "fp32")])
-def test_auto_is_the_faster_one(bf16: float | None, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, bf16))
+@pytest.mark.parametrize(
+    ("bf16", "wanted"),
+    [(0.5, "bf16"), (0.96, "bf16"), (0.98, "fp32"), (2.0, "fp32"), (None, "fp32")],
+)
+def test_auto_is_the_faster_one(
+    bf16: float | None, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, bf16)
+    )
     assert choose("auto", CPU, NETWORK, small).precision == wanted
     assert choose("fp32", CPU, NETWORK, small) == Choice("fp32", "asked for")
     asked = choose("bf16", CPU, NETWORK, small)
-    assert asked.precision == "bf16" and ("slow on this processor" in asked.why) == (bf16 is None or bf16 > 1)
+    assert asked.precision == "bf16" and ("slow on this processor" in asked.why) == (
+        bf16 is None or bf16 > 1
+    )
 
 
 def test_what_is_slow_is_found_out_before_it_takes_long() -> None:
@@ -65,10 +76,14 @@ def test_what_is_slow_is_found_out_before_it_takes_long() -> None:
     assert found.bf16 is None and found.ratio == float("inf") and time.perf_counter() - began < 3
     assert sum(layer.calls for layer in network if isinstance(layer, Sleeps)) == 1
     bearable = measure(slow_in_bf16(0.003, layers=2), (1, 16, 16))
-    assert bearable.bf16 is not None and bearable.ratio > 1.5, "a control: slower, but measured to the end"
+    assert bearable.bf16 is not None and bearable.ratio > 1.5, (
+        "a control: slower, but measured to the end"
+    )
 
 
-def test_it_is_measured_once_for_each_network_and_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_measured_once_for_each_network_and_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     built: list[int] = []
 
     def build() -> nn.Module:
@@ -90,7 +105,14 @@ def test_it_is_measured_once_for_each_network_and_number_of_threads(monkeypatch:
 
 
 @pytest.mark.parametrize(
-    "damage", ["{", "[]", '{"images": 2, "fp32": 1.0}', '{"images": 2, "fp32": 0.0, "bf16": 1.0}', '{"images": 2, "fp32": "1", "bf16": 1.0}']
+    "damage",
+    [
+        "{",
+        "[]",
+        '{"images": 2, "fp32": 1.0}',
+        '{"images": 2, "fp32": 0.0, "bf16": 1.0}',
+        '{"images": 2, "fp32": "1", "bf16": 1.0}',
+    ],
 )
 def test_a_damaged_measurement_is_made_again(damage: str, tmp_path: Path) -> None:
     chosen = choose("auto", CPU, NETWORK, small)
@@ -102,39 +124,55 @@ def test_a_damaged_measurement_is_made_again(damage: str, tmp_path: Path) -> Non
     assert json.loads(file.read_text()).keys() == whole.keys() and chosen.why
 
 
-def test_a_cache_that_cannot_be_written_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cache_that_cannot_be_written_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "file"))
     for _ in range(2):
         assert choose("auto", CPU, NETWORK, small).precision in ("bf16", "fp32")
         (line,) = capsys.readouterr().err.splitlines()
-        assert "cannot be written" in line and line.endswith("so the next run measures bf16 against fp32 again")
+        assert "cannot be written" in line and line.endswith(
+            "so the next run measures bf16 against fp32 again"
+        )
 
 
 def test_measuring_leaves_random_numbers_and_the_count_of_passes_alone() -> None:
     torch.manual_seed(0)
     state, passes = torch.get_rng_state(), (models.PASSES.forward, models.PASSES.backward)
     choose("auto", CPU, NETWORK, small)
-    assert torch.equal(torch.get_rng_state(), state) and (models.PASSES.forward, models.PASSES.backward) == passes
+    assert (
+        torch.equal(torch.get_rng_state(), state)
+        and (models.PASSES.forward, models.PASSES.backward) == passes
+    )
     small()
     assert not torch.equal(torch.get_rng_state(), state), "a control: building a network does draw"
 
 
 def test_the_environment_says_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BACKDOORLAB_PRECISION", "bf16")
-    monkeypatch.setattr("backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, None))
+    monkeypatch.setattr(
+        "backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, None)
+    )
     assert choose("auto", CPU, NETWORK, small).precision == "bf16"
     assert choose("fp32", CPU, NETWORK, small).precision == "fp32", "a flag comes first"
     monkeypatch.setenv("BACKDOORLAB_PRECISION", "fp16")
-    with pytest.raises(UserError, match="BACKDOORLAB_PRECISION=fp16: expected one of auto, bf16, fp32"):
+    with pytest.raises(
+        UserError, match="BACKDOORLAB_PRECISION=fp16: expected one of auto, bf16, fp32"
+    ):
         choose("auto", CPU, NETWORK, small)
 
 
 def test_a_run_says_what_it_computes_in_and_keeps_it(
-    tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Record,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     record = helpers.copy(tiny, tmp_path / "record")
-    monkeypatch.setattr("backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, 1.5))
+    monkeypatch.setattr(
+        "backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, 1.5)
+    )
     result = helpers.defend("ft", record, "--epochs", "1", "--trusted_count", "20")
     assert result is not None and result["precision"] == "fp32"
     why = "measured on this machine: a training step in bf16 takes 1.50 times as long as in fp32"
@@ -145,7 +183,10 @@ def test_scores_of_one_set_of_weights_are_equal_whatever_surrounds_them() -> Non
     """On logits that lie closer than bf16 can tell apart."""
     torch.manual_seed(0)
     model = small()
-    split = Split(torch.randint(0, 256, (200, 1, 16, 16), dtype=torch.uint8), torch.zeros(200, dtype=torch.int64))
+    split = Split(
+        torch.randint(0, 256, (200, 1, 16, 16), dtype=torch.uint8),
+        torch.zeros(200, dtype=torch.int64),
+    )
     with torch.no_grad():
         model.network.linear.weight *= 1e-3
         answers = model.eval()(split.images.float() / 255)
@@ -161,7 +202,9 @@ def test_scores_of_one_set_of_weights_are_equal_whatever_surrounds_them() -> Non
 
 def test_a_training_in_bf16_is_scored_in_fp32(tmp_path: Path) -> None:
     record = helpers.attack("badnet", "half", tmp_path, *helpers.TINY, "--precision", "bf16")
-    assert record.info["precision"] == "bf16" and record.info["precision_why"].startswith("asked for")
+    assert record.info["precision"] == "bf16" and record.info["precision_why"].startswith(
+        "asked for"
+    )
     dataset = record.dataset()
     again = Evaluator(dataset.test, record.test_poison, dataset.num_classes, CPU)(record.model())
     assert again.to_json() == record.info["scores"]

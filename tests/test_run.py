@@ -39,12 +39,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(a: Path, b: Path) -> bool:
     first, second = weights(a), weights(b)
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def kill_when(path: Path, arguments: list[str]) -> None:
     """Start `python ARGUMENTS` and kill it without warning once `path` is there."""
-    process = subprocess.Popen([sys.executable, *arguments], env=helpers.child_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        env=helpers.child_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         deadline = time.monotonic() + 240
         while not path.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -60,7 +67,14 @@ def kill_when(path: Path, arguments: list[str]) -> None:
 def test_a_killed_attack_continues_to_the_same_bytes(tmp_path: Path) -> None:
     root = tmp_path / "record"
     whole = helpers.attack("badnet", "whole", root, *THREE)
-    arguments = [str(helpers.CHECKOUT / "attack" / "badnet.py"), "--save_folder_name", "killed", "--record_root", str(root), *THREE]
+    arguments = [
+        str(helpers.CHECKOUT / "attack" / "badnet.py"),
+        "--save_folder_name",
+        "killed",
+        "--record_root",
+        str(root),
+        *THREE,
+    ]
     kill_when(root / "killed.partial" / "checkpoint-train.safetensors", arguments)
     assert not (root / "killed").exists()
     done = reading.read_tensors(root / "killed.partial" / "checkpoint-train.safetensors")[1]["done"]
@@ -69,19 +83,32 @@ def test_a_killed_attack_continues_to_the_same_bytes(tmp_path: Path) -> None:
     assert f"continuing train after epoch {done} of 3" in again.stderr or done == 3
     killed = Record.load("killed", root)
     assert same(whole.folder, killed.folder)
-    assert killed.info["scores"] == whole.info["scores"] and killed.info["image_passes"] == whole.info["image_passes"]
+    assert (
+        killed.info["scores"] == whole.info["scores"]
+        and killed.info["image_passes"] == whole.info["image_passes"]
+    )
     assert not (root / "killed.partial").exists()
     for name in ("model", "train_poison", "test_poison"):
-        assert reading.sha256(whole.folder / f"{name}.safetensors") == reading.sha256(killed.folder / f"{name}.safetensors"), name
+        assert reading.sha256(whole.folder / f"{name}.safetensors") == reading.sha256(
+            killed.folder / f"{name}.safetensors"
+        ), name
 
 
 def test_a_killed_dau_continues_to_the_same_bytes(backdoored: Record, tmp_path: Path) -> None:
     flags = ("--epochs", "3", "--score_every", "0")
     record = helpers.copy(backdoored, tmp_path)
     whole = helpers.defend("dau", record, *flags, "--run_name", "whole")
-    assert whole is not None and whole["image_passes"]["backward"] > 0, "there was something to unlearn"
+    assert whole is not None and whole["image_passes"]["backward"] > 0, (
+        "there was something to unlearn"
+    )
     folder = record.folder / "defense" / "dau"
-    arguments = [str(helpers.CHECKOUT / "defense" / "dau.py"), "--result_file", record.name, "--record_root", str(tmp_path)]
+    arguments = [
+        str(helpers.CHECKOUT / "defense" / "dau.py"),
+        "--result_file",
+        record.name,
+        "--record_root",
+        str(tmp_path),
+    ]
     arguments += [*flags, "--run_name", "killed"]
     kill_when(folder / "killed.partial" / "checkpoint-unlearn.safetensors", arguments)
     assert not (folder / "killed").exists()
@@ -90,22 +117,56 @@ def test_a_killed_dau_continues_to_the_same_bytes(backdoored: Record, tmp_path: 
     assert same(folder / "whole", folder / "killed")
     for key in ("after", "split", "splits", "notes", "image_passes", "triggered_predictions"):
         assert result[key] == whole[key], key
-    assert reading.sha256(folder / "whole" / "model.safetensors") == reading.sha256(folder / "killed" / "model.safetensors")
-    assert torch.equal(*(reading.read_tensors(folder / run / "split.safetensors")[0]["flagged"] for run in ("whole", "killed")))
+    assert reading.sha256(folder / "whole" / "model.safetensors") == reading.sha256(
+        folder / "killed" / "model.safetensors"
+    )
+    assert torch.equal(
+        *(
+            reading.read_tensors(folder / run / "split.safetensors")[0]["flagged"]
+            for run in ("whole", "killed")
+        )
+    )
 
 
 ROUNDS = ("--n_rounds", "4", "--batch_size", "24")
 INTERRUPTED = {
-    "asd": ("--stage1_epochs", "2", "--stage2_epochs", "1", "--stage3_epochs", "1", "--iterations", "3", "--batch_size", "8"),
-    "bu": ("--search_epochs", "4", "--levels", "0.9", "--hidden", "16", "--accept", "0", "--epochs", "2", "--batch_size", "24"),
+    "asd": (
+        "--stage1_epochs",
+        "2",
+        "--stage2_epochs",
+        "1",
+        "--stage3_epochs",
+        "1",
+        "--iterations",
+        "3",
+        "--batch_size",
+        "8",
+    ),
+    "bu": (
+        "--search_epochs",
+        "4",
+        "--levels",
+        "0.9",
+        "--hidden",
+        "16",
+        "--accept",
+        "0",
+        "--epochs",
+        "2",
+        "--batch_size",
+        "24",
+    ),
     "ibau": ROUNDS,
     "sau": ROUNDS,
 }
 
 
 @pytest.mark.parametrize("method", sorted(INTERRUPTED))
-def test_an_interrupted_defense_continues_to_the_same_weights(method: str, tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped in the middle, and run again: networks, optimizers, schedule, pools and random state are those of the uninterrupted run."""
+def test_an_interrupted_defense_continues_to_the_same_weights(
+    method: str, tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle, and run again: networks, optimizers, schedule, pools and random state
+    are those of the uninterrupted run."""
     flags = (*INTERRUPTED[method], "--score_every", "0")
     record = helpers.copy(tiny, tmp_path)
     whole = helpers.defend(method, record, *flags, "--run_name", "whole")
@@ -114,7 +175,10 @@ def test_an_interrupted_defense_continues_to_the_same_weights(method: str, tiny:
         with pytest.raises(Stop):
             helpers.defend(method, record, *flags, "--run_name", "stopped")
     folder = record.folder / "defense" / method
-    assert list((folder / "stopped.partial").glob("checkpoint-*.safetensors")) and not (folder / "stopped").exists()
+    assert (
+        list((folder / "stopped.partial").glob("checkpoint-*.safetensors"))
+        and not (folder / "stopped").exists()
+    )
     stopped = helpers.defend(method, record, *flags, "--run_name", "stopped")
     assert whole is not None and stopped is not None and stopped["after"] == whole["after"]
     assert stopped["image_passes"] == whole["image_passes"]
@@ -145,11 +209,23 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         ("--schedule", "onecycle", "--flip", "True"),
         ("--schedule", "cosine", "--optimizer", "adam", "--lr", "0.001"),
         ("--schedule", "plateau"),
-        ("--schedule", "constant", "--model", "mobilenetv3_small_050", "--width", "None", "--batch_size", "256"),
+        (
+            "--schedule",
+            "constant",
+            "--model",
+            "mobilenetv3_small_050",
+            "--width",
+            "None",
+            "--batch_size",
+            "256",
+        ),
     ],
 )
-def test_an_interruption_within_an_epoch_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
-    """Dropout, batch statistics, momentum and schedule are all restored: one more epoch after the checkpoint is the same epoch."""
+def test_an_interruption_within_an_epoch_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
+) -> None:
+    """Dropout, batch statistics, momentum and schedule are all restored: one more epoch after the
+    checkpoint is the same epoch."""
     root, two = tmp_path / "record", (*THREE, "--epochs", "2", *flags)
     whole = helpers.attack("badnet", "whole", root, *two)
     steps = 1442 // whole.info["config"]["batch_size"]
@@ -160,7 +236,9 @@ def test_an_interruption_within_an_epoch_changes_nothing(tmp_path: Path, monkeyp
     assert not (root / "stopped").exists() and (root / "stopped.partial").exists()
     stopped = helpers.attack("badnet", "stopped", root, *two)
     assert same(whole.folder, stopped.folder)
-    assert not same(whole.folder, helpers.attack("badnet", "other", root, *two, "--seed", "1").folder)
+    assert not same(
+        whole.folder, helpers.attack("badnet", "other", root, *two, "--seed", "1").folder
+    )
 
 
 def unfinished(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +248,9 @@ def unfinished(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             helpers.attack("badnet", "r", root, *helpers.TINY, "--epochs", "2")
 
 
-def test_an_unfinished_run_is_continued_by_the_same_settings_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_run_is_continued_by_the_same_settings_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "record"
     unfinished(root, monkeypatch)
     for change, message in (
@@ -182,15 +262,31 @@ def test_an_unfinished_run_is_continued_by_the_same_settings_only(tmp_path: Path
             helpers.attack("badnet", "r", root, *helpers.TINY, "--epochs", "2", *change)
     with pytest.raises(UserError, match="other settings"):
         helpers.attack("blended", "r", root, *helpers.TINY, "--epochs", "2")
-    assert (root / "r.partial" / "checkpoint-train.safetensors").exists(), "a refusal leaves it as it is"
+    assert (root / "r.partial" / "checkpoint-train.safetensors").exists(), (
+        "a refusal leaves it as it is"
+    )
     record = helpers.attack("badnet", "r", root, *helpers.TINY, "--epochs", "2", "--debug", "True")
     assert record.info["config"]["lr"] == 0.1
 
 
-def test_an_unfinished_run_is_continued_on_the_same_data_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was learnt from a poisoned folder would otherwise end in a record of the folder as it was cleaned."""
+def test_an_unfinished_run_is_continued_on_the_same_data_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was learnt from a poisoned folder would otherwise end in a record of the folder as it
+    was cleaned."""
     data, root = helpers.small_data(tmp_path / "data"), tmp_path / "record"
-    network = ("--model", "preactresnet10", "--width", "2", "--epochs", "2", "--batch_size", "16", "--score_every", "0")
+    network = (
+        "--model",
+        "preactresnet10",
+        "--width",
+        "2",
+        "--epochs",
+        "2",
+        "--batch_size",
+        "16",
+        "--score_every",
+        "0",
+    )
     flags = ("--suspicious", "True", "--dataset", "small", "--dataset_path", str(data), *network)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 8)
@@ -203,12 +299,27 @@ def test_an_unfinished_run_is_continued_on_the_same_data_only(tmp_path: Path, mo
     assert helpers.attack("none", "r", root, *flags).info["dataset"]["train_size"] == 96
 
 
-def test_an_unfinished_defense_is_continued_with_the_same_trusted_images_only(tiny: Record, tmp_path: Path) -> None:
-    job = defense_job(methods.load("defense", "ft"), ["--result_file", "tiny", "--record_root", str(tiny.folder.parent)], "test")
+def test_an_unfinished_defense_is_continued_with_the_same_trusted_images_only(
+    tiny: Record, tmp_path: Path
+) -> None:
+    job = defense_job(
+        methods.load("defense", "ft"),
+        ["--result_file", "tiny", "--record_root", str(tiny.folder.parent)],
+        "test",
+    )
     target = tmp_path / "seed0"
-    for trusted, message in (("a", None), ("b", r"other settings \(other trusted images\)"), ("a", None)):
+    for trusted, message in (
+        ("a", None),
+        ("b", r"other settings \(other trusted images\)"),
+        ("a", None),
+    ):
         refused = pytest.raises(UserError, match=message) if message else contextlib.nullcontext()
-        with refused, open_stage(target, "result.json", job, {"record": "x", "trusted images": trusted}, "fp32") as stage:
+        with (
+            refused,
+            open_stage(
+                target, "result.json", job, {"record": "x", "trusted images": trusted}, "fp32"
+            ) as stage,
+        ):
             (stage / "once-something.safetensors").touch()
     marker = target.with_name("seed0.partial") / "run.json"
     kept = {key: value for key, value in reading.read_json(marker).items() if key != "inputs"}
@@ -217,10 +328,14 @@ def test_an_unfinished_defense_is_continued_with_the_same_trusted_images_only(ti
         pass  # begun by a version that did not say
 
 
-def test_overwrite_starts_an_unfinished_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwrite_starts_an_unfinished_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "record"
     unfinished(root, monkeypatch)
-    record = helpers.attack("badnet", "r", root, *helpers.TINY, "--lr", "0.05", "--overwrite", "True")
+    record = helpers.attack(
+        "badnet", "r", root, *helpers.TINY, "--lr", "0.05", "--overwrite", "True"
+    )
     assert record.info["config"]["lr"] == 0.05 and not (root / "r.partial").exists()
 
 
@@ -237,7 +352,8 @@ TWO = (*helpers.TINY, "--epochs", "2", "--seed", "5", "--overwrite", "True")
 
 
 def stopped_replacement(root: Path, tiny: Record, monkeypatch: pytest.MonkeyPatch) -> Record:
-    """A finished record, and an unfinished run that is to replace it, stopped in its second epoch."""
+    """A finished record, and an unfinished run that is to replace it, stopped in its second
+    epoch."""
     record = helpers.copy(tiny, root)
     stop_in_the_second_epoch(monkeypatch, lambda: helpers.attack("badnet", "tiny", root, *TWO))
     assert (root / "tiny.partial" / "checkpoint-train.safetensors").exists()
@@ -259,13 +375,19 @@ def stop_in_the_second_epoch(monkeypatch: pytest.MonkeyPatch, work: Callable[[],
             work()
 
 
-def test_a_stopped_replacement_continues_and_until_then_loses_nothing(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_replacement_continues_and_until_then_loses_nothing(
+    tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "record"
     whole = helpers.attack("badnet", "whole", tmp_path / "elsewhere", *TWO)
     old = weights(stopped_replacement(root, tiny, monkeypatch).folder)
     helpers.attack("none", "other", root, *helpers.TINY)
-    assert (root / "tiny.partial" / "checkpoint-train.safetensors").exists(), "a run beside it does not sweep it"
-    assert all(torch.equal(old[name], value) for name, value in weights(root / "tiny").items()), "the old record is in place"
+    assert (root / "tiny.partial" / "checkpoint-train.safetensors").exists(), (
+        "a run beside it does not sweep it"
+    )
+    assert all(torch.equal(old[name], value) for name, value in weights(root / "tiny").items()), (
+        "the old record is in place"
+    )
     with pytest.raises(UserError, match="exists and is finished"):
         helpers.attack("badnet", "tiny", root, *TWO[:-2])
     begun = epochs_of(monkeypatch, lambda: helpers.attack("badnet", "tiny", root, *TWO))
@@ -275,17 +397,29 @@ def test_a_stopped_replacement_continues_and_until_then_loses_nothing(tiny: Reco
     assert begun == [0, 1], "with control: a finished one is made anew"
 
 
-def test_a_stopped_replacement_of_a_result_continues(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record, flags = helpers.copy(tiny, tmp_path), ("--epochs", "2", "--score_every", "0", "--overwrite", "True")
+def test_a_stopped_replacement_of_a_result_continues(
+    tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, flags = (
+        helpers.copy(tiny, tmp_path),
+        ("--epochs", "2", "--score_every", "0", "--overwrite", "True"),
+    )
     first = epochs_of(monkeypatch, lambda: helpers.defend("ft", record, *flags))
     stop_in_the_second_epoch(monkeypatch, lambda: helpers.defend("ft", record, *flags))
     helpers.defend("ft", record, *flags, "--run_name", "beside")
-    assert first == [0, 1] and epochs_of(monkeypatch, lambda: helpers.defend("ft", record, *flags)) == [1]
+    assert first == [0, 1] and epochs_of(
+        monkeypatch, lambda: helpers.defend("ft", record, *flags)
+    ) == [1]
 
 
-@pytest.mark.parametrize("change", ["settings", "result", "code", "checkpoint", "marker", "no flag"])
-def test_another_replacement_starts_again(change: str, tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings, what is replaced, and the code must be the same, and what was saved must be whole."""
+@pytest.mark.parametrize(
+    "change", ["settings", "result", "code", "checkpoint", "marker", "no flag"]
+)
+def test_another_replacement_starts_again(
+    change: str, tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings, what is replaced, and the code must be the same, and what was saved must be
+    whole."""
     root = tmp_path / "record"
     flags: tuple[str, ...] = TWO
     stopped_replacement(root, tiny, monkeypatch)
@@ -309,7 +443,9 @@ def test_another_replacement_starts_again(change: str, tiny: Record, tmp_path: P
     assert not stage.exists()
 
 
-def test_what_replaced_the_same_result_first_lets_the_stage_be_swept(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_replaced_the_same_result_first_lets_the_stage_be_swept(
+    tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "record"
     stopped_replacement(root, tiny, monkeypatch)
     shutil.copytree(root / "tiny.partial", tmp_path / "kept")
@@ -339,20 +475,32 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     unfinished(root, monkeypatch)
     path = root / "r.partial" / "checkpoint-train.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"checkpoint-train.safetensors: damaged file .*--overwrite"):
+    with pytest.raises(
+        UserError, match=r"checkpoint-train.safetensors: damaged file .*--overwrite"
+    ):
         helpers.attack("badnet", "r", root, *helpers.TINY, "--epochs", "2")
 
 
-def test_a_finished_record_is_replaced_only_when_told_and_only_by_a_finished_one(tmp_path: Path, tiny: Record) -> None:
+def test_a_finished_record_is_replaced_only_when_told_and_only_by_a_finished_one(
+    tmp_path: Path, tiny: Record
+) -> None:
     record = helpers.copy(tiny, tmp_path)
     before = weights(record.folder)
     with pytest.raises(UserError, match=r"exists and is finished.*--overwrite True"):
         helpers.attack("badnet", "tiny", tmp_path, *helpers.TINY)
     with pytest.raises(UserError, match="diverged"):
-        helpers.attack("badnet", "tiny", tmp_path, *helpers.TINY, "--lr", "1e30", "--overwrite", "True")
-    assert all(torch.equal(before[name], value) for name, value in weights(record.folder).items()), "the old record outlives a failure"
-    again = helpers.attack("badnet", "tiny", tmp_path, *helpers.TINY, "--seed", "5", "--overwrite", "True")
-    assert again.info["seed"] == 5 and not all(torch.equal(before[name], value) for name, value in weights(again.folder).items())
+        helpers.attack(
+            "badnet", "tiny", tmp_path, *helpers.TINY, "--lr", "1e30", "--overwrite", "True"
+        )
+    assert all(
+        torch.equal(before[name], value) for name, value in weights(record.folder).items()
+    ), "the old record outlives a failure"
+    again = helpers.attack(
+        "badnet", "tiny", tmp_path, *helpers.TINY, "--seed", "5", "--overwrite", "True"
+    )
+    assert again.info["seed"] == 5 and not all(
+        torch.equal(before[name], value) for name, value in weights(again.folder).items()
+    )
     assert sorted(entry.name for entry in tmp_path.iterdir() if entry.name != "record") == ["tiny"]
 
 
@@ -373,27 +521,47 @@ def test_what_its_own_reader_refuses_is_not_published_and_its_training_is_kept(
     defenses = record.folder / "defense" / "ft"
     for make, target, file in (
         (lambda: helpers.attack("badnet", "x", root, *small_flags), root / "x", "record.json"),
-        (lambda: helpers.defend("ft", record, *helpers.short_flags("ft")), defenses / "seed0", "result.json"),
+        (
+            lambda: helpers.defend("ft", record, *helpers.short_flags("ft")),
+            defenses / "seed0",
+            "result.json",
+        ),
     ):
         with monkeypatch.context() as patched:
             for module in ("attack", "defense"):
-                patched.setattr(f"backdoorlab.execution.{module}.environment", lambda device: {"device": 3})
+                patched.setattr(
+                    f"backdoorlab.execution.{module}.environment", lambda device: {"device": 3}
+                )
             with pytest.raises(
-                UserError, match=rf"^not published, for it could not be read back: .*{file}: .*nothing usable on device.* run the same"
+                UserError,
+                match=(
+                    rf"^not published, for it could not be read back: .*{file}: .*nothing usable on"
+                    r" device.* run the same"
+                ),
             ):
                 make()
         stage = target.with_name(f"{target.name}.partial")
-        assert not target.exists() and any(stage.glob("checkpoint-*")), "what took the time is there"
+        assert not target.exists() and any(stage.glob("checkpoint-*")), (
+            "what took the time is there"
+        )
         make()
-        assert (target / file).is_file() and not stage.exists(), "a control: the same command goes on, and is done"
+        assert (target / file).is_file() and not stage.exists(), (
+            "a control: the same command goes on, and is done"
+        )
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "record"
     argv = ["--save_folder_name", "r", "--record_root", str(root), *helpers.TINY, "--lr", "1e30"]
     assert main(str(helpers.CHECKOUT / "attack" / "badnet.py"), argv) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "loss became nan" in line and "stage train, epoch 0" in line and "lower the learning rate" in line
+    assert (
+        "loss became nan" in line
+        and "stage train, epoch 0" in line
+        and "lower the learning rate" in line
+    )
     assert not (root / "r").exists()
 
 
@@ -407,7 +575,10 @@ def test_a_defense_that_diverges_leaves_no_result(tiny: Record, tmp_path: Path) 
 
 def test_scoring_changes_no_weight_and_the_seed_decides_all(tmp_path: Path) -> None:
     root, two = tmp_path / "record", (*helpers.TINY, "--epochs", "2")
-    runs = {every: helpers.attack("badnet", f"every{every}", root, *two, "--score_every", str(every)) for every in (0, 1, 2)}
+    runs = {
+        every: helpers.attack("badnet", f"every{every}", root, *two, "--score_every", str(every))
+        for every in (0, 1, 2)
+    }
     assert same(runs[0].folder, runs[1].folder) and same(runs[0].folder, runs[2].folder)
     assert runs[0].info["scores"] == runs[1].info["scores"]
     assert runs[0].info["image_passes"] == runs[1].info["image_passes"], "evaluation is not charged"
@@ -436,7 +607,7 @@ def test_a_defense_repeats_itself(tiny: Record, tmp_path: Path) -> None:
     assert not same(folder / "a", record.folder), "fine-tuning did move the weights"
 
 
-# --- once, notes, splits -----------------------------------------------------------------------------------------
+# --- once, notes, splits
 
 
 def new_run(folder: Path) -> Run:
@@ -457,16 +628,22 @@ def test_once_computes_once_and_restores_the_random_state(tmp_path: Path) -> Non
     run = new_run(tmp_path)
     again = run.once("thing", compute)
     assert torch.equal(first["x"], again["x"]) and len(calls) == 1
-    assert torch.equal(after, torch.rand(2, generator=run.generator)), "draws after it are the same, too"
+    assert torch.equal(after, torch.rand(2, generator=run.generator)), (
+        "draws after it are the same, too"
+    )
     assert "after" not in run.notes
     assert not torch.equal(run.once("other", compute)["x"], first["x"]) and len(calls) == 2
 
 
 @pytest.mark.parametrize("name", ["my sheet", "", "a/b", ".hidden", "../x", "x" * 101, "sheet\n"])
-def test_a_picture_whose_name_a_result_may_not_hold_is_refused_when_it_is_given(tmp_path: Path, name: str) -> None:
+def test_a_picture_whose_name_a_result_may_not_hold_is_refused_when_it_is_given(
+    tmp_path: Path, name: str
+) -> None:
     run = new_run(tmp_path)
     images = [torch.zeros(1, 1, 2, 2, dtype=torch.uint8)]
-    with pytest.raises(UserError, match=re.escape(f"run.picture({name!r}): a name is of at most 100 letters")):
+    with pytest.raises(
+        UserError, match=re.escape(f"run.picture({name!r}): a name is of at most 100 letters")
+    ):
         run.picture(name, images)
     assert not run.pictures
     run.picture("my_sheet-1.2", images)
@@ -482,27 +659,51 @@ def test_a_picture_whose_name_a_result_may_not_hold_is_refused_when_it_is_given(
         ),
         (lambda run: run.report_split(torch.tensor([0, 1, 1])), "got int64 (3,)"),
         (lambda run: run.report_split(torch.zeros(4, dtype=torch.bool)), "got bool (4,)"),
-        (lambda run: run.report_split(torch.zeros(3, dtype=torch.bool), suspicion=torch.zeros(3, 2)), "suspicion as float (3,), one for each"),
+        (
+            lambda run: run.report_split(
+                torch.zeros(3, dtype=torch.bool), suspicion=torch.zeros(3, 2)
+            ),
+            "suspicion as float (3,), one for each",
+        ),
         (
             lambda run: run.log(loss=torch.tensor(2.0)),
-            "run.log(loss=...): expected a number or a word, got float32 (): a tensor's number is its .item()",
+            (
+                "run.log(loss=...): expected a number or a word, got float32 (): a tensor's number"
+                " is its .item()"
+            ),
         ),
-        (lambda run: run.log(asr=0.5), "run.log(asr=...): the line of history has a asr of its own"),
-        (lambda run: run.watch(clean_accuracy=torch.tensor(0.5)), "run.watch(clean_accuracy=...): the line of history"),
+        (
+            lambda run: run.log(asr=0.5),
+            "run.log(asr=...): the line of history has a asr of its own",
+        ),
+        (
+            lambda run: run.watch(clean_accuracy=torch.tensor(0.5)),
+            "run.watch(clean_accuracy=...): the line of history",
+        ),
         (lambda run: run.note(3), "run.note(3): expected a sentence, got int"),
         (
             lambda run: run.picture("p", torch.zeros(3, 1, 4, 4, dtype=torch.uint8)),
             "expected rows of images, uint8 (n, C, H, W) each, got uint8 (1, 4, 4)",
         ),
-        (lambda run: next(run.epochs("t/x y", 2)), "run.epochs('t/x y'): a name is of at most 100 letters, digits, and _ . -, such as 'my_epochs'"),
+        (
+            lambda run: next(run.epochs("t/x y", 2)),
+            (
+                "run.epochs('t/x y'): a name is of at most 100 letters, digits, and _ . -, such as"
+                " 'my_epochs'"
+            ),
+        ),
         (lambda run: run.once("a/b", dict), "run.once('a/b'): a name is of at most"),
     ],
 )
-def test_what_a_method_says_wrongly_is_refused_where_it_says_it(call: Callable[[Run], object], message: str, tmp_path: Path) -> None:
+def test_what_a_method_says_wrongly_is_refused_where_it_says_it(
+    call: Callable[[Run], object], message: str, tmp_path: Path
+) -> None:
     run = Run(tmp_path, seed=0, device=torch.device("cpu"), precision="fp32", train_size=3)
     with pytest.raises(UserError, match=re.escape(message)):
         call(run)
-    assert run.flagged is None and not run.notes and not run.pictures and not list(tmp_path.iterdir())
+    assert (
+        run.flagged is None and not run.notes and not run.pictures and not list(tmp_path.iterdir())
+    )
     run.report_split(torch.tensor([True, False, False]), suspicion=torch.arange(3))
     run.log(loss=2.0, word="x", nothing=None)
     run.watch(mine=torch.tensor(0.5))
@@ -512,12 +713,16 @@ def test_what_a_method_says_wrongly_is_refused_where_it_says_it(call: Callable[[
 def test_a_stage_of_another_length_is_refused(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     assert list(new_run(tmp_path).epochs("s", 2, model=model)) == [0, 1]
-    assert list(new_run(tmp_path).epochs("s", 2, model=model)) == [], "finished: nothing is trained again"
+    assert list(new_run(tmp_path).epochs("s", 2, model=model)) == [], (
+        "finished: nothing is trained again"
+    )
     with pytest.raises(UserError, match="started with 2 epochs, not 3"):
         list(new_run(tmp_path).epochs("s", 3, model=model))
 
 
-@pytest.mark.parametrize(("between", "goes_on_at"), [(0.0, 2), (1000.0, 0)], ids=["each epoch", "the last alone"])
+@pytest.mark.parametrize(
+    ("between", "goes_on_at"), [(0.0, 2), (1000.0, 0)], ids=["each epoch", "the last alone"]
+)
 def test_where_checkpoints_are_rare_a_run_goes_on_further_back(
     between: float, goes_on_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,7 +736,9 @@ def test_where_checkpoints_are_rare_a_run_goes_on_further_back(
     again = new_run(tmp_path)
     assert list(again.epochs("s", 4, model=model)) == list(range(goes_on_at, 4))
     assert [row["epoch"] for row in again.history] == [0, 1, 2, 3]
-    assert list(new_run(tmp_path).epochs("s", 4, model=model)) == [], "the end of a stage is always kept"
+    assert list(new_run(tmp_path).epochs("s", 4, model=model)) == [], (
+        "the end of a stage is always kept"
+    )
 
 
 def test_a_method_cannot_read_its_scores(tiny: Record, tmp_path: Path) -> None:
@@ -540,9 +747,13 @@ def test_a_method_cannot_read_its_scores(tiny: Record, tmp_path: Path) -> None:
     assert run.splits["split"]["tpr"] == 0.0
 
 
-# --- every option is read ----------------------------------------------------------------------------------------
+# --- every option is read
 
-READ_ELSEWHERE = {"debug": "by the command line", "yaml_path": "by the parser", "overwrite": "where something is there already, as tested above"}
+READ_ELSEWHERE = {
+    "debug": "by the command line",
+    "yaml_path": "by the parser",
+    "overwrite": "where something is there already, as tested above",
+}
 ATTACK_VARIANTS: dict[str, list[tuple[str, ...]]] = {
     "blind": [("--history", "2", "--loss_threshold", "9")],
     "inputaware": [("--mask_epochs", "1", "--generator_width", "4")],
@@ -553,26 +764,55 @@ ATTACK_VARIANTS: dict[str, list[tuple[str, ...]]] = {
     "trojannn": [("--surrogate_epochs", "1", "--steps", "5")],
 }
 DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
-    "asd": [("--stage1_epochs", "2", "--stage2_epochs", "1", "--stage3_epochs", "1", "--iterations", "1")],
+    "asd": [
+        (
+            "--stage1_epochs",
+            "2",
+            "--stage2_epochs",
+            "1",
+            "--stage3_epochs",
+            "1",
+            "--iterations",
+            "1",
+        )
+    ],
     "bu": [
         ("--search_epochs", "1", "--accept", "0", "--epochs", "1"),
         ("--trigger", "blend", "--search_epochs", "1", "--hidden", "8", "--epochs", "1"),
     ],
     "dau": [
         # With its guard off, the head flags at least the pool, whatever model it is.
-        ("--pool", "isolation", "--isolation_epochs", "1", "--breakdown", "1", "--loss", "both", "--epochs", "1", "--head_epochs", "5"),
+        (
+            "--pool",
+            "isolation",
+            "--isolation_epochs",
+            "1",
+            "--breakdown",
+            "1",
+            "--loss",
+            "both",
+            "--epochs",
+            "1",
+            "--head_epochs",
+            "5",
+        ),
         ("--variety", "2", "--subtask", "anti_learning"),  # so that place is asked
         ("--variety", "2", "--stray", "1e9", "--subtask", "anti_learning"),  # and belongs
-        ("--variety", "0", "--bimodality", "1", "--subtask", "anti_learning"),  # so that only mixtures are left
+        # So that only mixtures are left
+        ("--variety", "0", "--bimodality", "1", "--subtask", "anti_learning"),
     ],
     "ft": [("--epochs", "1")],
-    "ibau": [("--n_rounds", "1", "--K", "2"), ("--n_rounds", "1", "--K", "2", "--solver", "fixed_point", "--augment", "True")],
+    "ibau": [
+        ("--n_rounds", "1", "--K", "2"),
+        ("--n_rounds", "1", "--K", "2", "--solver", "fixed_point", "--augment", "True"),
+    ],
     "sau": [("--n_rounds", "1")],
 }
 
 
 def recording(config: Any, seen: set[str]) -> Any:
-    """The same config, noting every field that is asked for outside `science()` and `check()`, which go through all."""
+    """The same config, noting every field that is asked for outside `science()` and `check()`,
+    which go through all."""
     base = type(config)
 
     def get(self: Any, name: str) -> Any:
@@ -581,7 +821,15 @@ def recording(config: Any, seen: set[str]) -> Any:
         return object.__getattribute__(self, name)
 
     fields = {f.name for f in dataclasses.fields(base)}
-    spy = type("Spy", (base,), {"__getattribute__": get, "science": lambda _self: config.science(), "check": lambda _self: config.check()})
+    spy = type(
+        "Spy",
+        (base,),
+        {
+            "__getattribute__": get,
+            "science": lambda _self: config.science(),
+            "check": lambda _self: config.check(),
+        },
+    )
     found: Any = object.__new__(spy)
     for name in fields:
         object.__setattr__(found, name, getattr(config, name))
@@ -592,7 +840,14 @@ def recording(config: Any, seen: set[str]) -> Any:
 def test_every_option_of_an_attack_is_read(method: str, tmp_path: Path) -> None:
     seen: set[str] = set()
     for k, flags in enumerate(ATTACK_VARIANTS.get(method, [()])):
-        argv = ["--save_folder_name", f"r{k}", "--record_root", str(tmp_path), *helpers.TINY, *flags]
+        argv = [
+            "--save_folder_name",
+            f"r{k}",
+            "--record_root",
+            str(tmp_path),
+            *helpers.TINY,
+            *flags,
+        ]
         job = attack_job(methods.load("attack", method), argv, "test")
         run_attack(Job(job.method, recording(job.config, seen)))
     assert {f.name for f in dataclasses.fields(job.config)} - seen <= set(READ_ELSEWHERE)
@@ -603,22 +858,43 @@ def test_every_option_of_a_defense_is_read(method: str, backdoored: Record, tmp_
     record, loaded = helpers.copy(backdoored, tmp_path), methods.load("defense", method)
     seen: set[str] = set()
     for k, flags in enumerate(DEFENSE_VARIANTS.get(method, [()])):
-        argv = ["--result_file", record.name, "--record_root", str(tmp_path), "--run_name", f"r{k}", "--score_every", "0", *flags]
+        argv = [
+            "--result_file",
+            record.name,
+            "--record_root",
+            str(tmp_path),
+            "--run_name",
+            f"r{k}",
+            "--score_every",
+            "0",
+            *flags,
+        ]
         job = defense_job(loaded, argv, "test")
         run_defense(Job(loaded, recording(job.config, seen)))
     unread = {f.name for f in dataclasses.fields(loaded.config_class)} - seen - set(READ_ELSEWHERE)
     shared = {f.name for f in dataclasses.fields(configs.DefenseConfig)}
-    assert unread <= ({"trusted_ratio", "trusted_count", "trusted_path"} & shared if "trusted" not in loaded.assumes else set())
+    assert unread <= (
+        {"trusted_ratio", "trusted_count", "trusted_path"} & shared
+        if "trusted" not in loaded.assumes
+        else set()
+    )
 
 
 def test_no_method_reads_what_a_run_keeps_for_the_runner() -> None:
-    """Test scores lie in `history`, `splits` and `score`; a method has what CONTRIBUTING.md lists."""
+    """Test scores lie in `history`, `splits` and `score`; a method has what CONTRIBUTING.md
+    lists."""
     root = Path(__file__).parent.parent
     listed = set(re.findall(r"`run\.(\w+)", (root / "CONTRIBUTING.md").read_text()))
     used: set[str] = set()
     for path in (*root.glob("attack/*.py"), *root.glob("defense/*.py")):
         nodes = ast.walk(ast.parse(path.read_text()))
-        used |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "run"}
+        used |= {
+            node.attr
+            for node in nodes
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "run"
+        }
     assert used <= listed and len(used) > 10 and listed.isdisjoint({"history", "splits", "score"})
 
 

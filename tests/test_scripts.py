@@ -34,17 +34,42 @@ def complaint(stderr: str) -> str:
 
 def test_attack_defense_and_table_in_processes_of_their_own(tmp_path: Path) -> None:
     """From another folder and without PYTHONPATH."""
-    here, env = tmp_path / "elsewhere", helpers.child_environment(BACKDOORLAB_RECORDS=tmp_path / "record")
+    here, env = (
+        tmp_path / "elsewhere",
+        helpers.child_environment(BACKDOORLAB_RECORDS=tmp_path / "record"),
+    )
     here.mkdir()
-    done = helpers.command(BADNET, "--save_folder_name", "first", *helpers.TINY, "--pratio", "0.2", cwd=here, env=env)
+    done = helpers.command(
+        BADNET, "--save_folder_name", "first", *helpers.TINY, "--pratio", "0.2", cwd=here, env=env
+    )
     assert done.returncode == 0, done.stderr
     assert "record written" in done.stdout and "clean acc %" in done.stdout
-    assert [line.split()[:3] for line in done.stdout.splitlines() if line.startswith("first")] == [["first", "badnet", "none"]]
+    assert [line.split()[:3] for line in done.stdout.splitlines() if line.startswith("first")] == [
+        ["first", "badnet", "none"]
+    ]
     assert done.stdout.splitlines()[-1] == "next: python defense/dau.py --result_file first"
-    assert "settings: " in done.stderr and "poison_rate 0.2 (flag)" in done.stderr and "digits.yaml" in done.stderr
-    assert reading.read_json(tmp_path / "record" / "first" / "record.json")["poisoned"] == round(0.2 * 1442)
+    assert (
+        "settings: " in done.stderr
+        and "poison_rate 0.2 (flag)" in done.stderr
+        and "digits.yaml" in done.stderr
+    )
+    assert reading.read_json(tmp_path / "record" / "first" / "record.json")["poisoned"] == round(
+        0.2 * 1442
+    )
 
-    done = helpers.command(DAU, "--result_file", "first", "--pool", "model_loss", "--epochs", "1", "--head_epochs", "1", cwd=here, env=env)
+    done = helpers.command(
+        DAU,
+        "--result_file",
+        "first",
+        "--pool",
+        "model_loss",
+        "--epochs",
+        "1",
+        "--head_epochs",
+        "1",
+        cwd=here,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     assert "clean accuracy" in done.stdout and "ASR" in done.stdout
 
@@ -58,20 +83,37 @@ def test_attack_defense_and_table_in_processes_of_their_own(tmp_path: Path) -> N
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
     done = helpers.command(BADNET, "--save_folder_name", "x", "--poison_rat", "0.1", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert complaint(done.stderr) == "error: unknown flag --poison_rat. Did you mean --poison_rate? See --help"
+    assert (
+        complaint(done.stderr)
+        == "error: unknown flag --poison_rat. Did you mean --poison_rate? See --help"
+    )
 
 
 def test_list_names_every_method(capsys: Capture) -> None:
     assert __main__.main(["list"]) == 0
     shown = capsys.readouterr().out
-    for word in ("badnet", "blended", "none", "dau", "ft", "digits", "cifar10", "preactresnet18", "assumes: model + training set"):
+    for word in (
+        "badnet",
+        "blended",
+        "none",
+        "dau",
+        "ft",
+        "digits",
+        "cifar10",
+        "preactresnet18",
+        "assumes: model + training set",
+    ):
         assert word in shown
 
 
 def test_doctor_looks_around(tiny: Record, capsys: Capture) -> None:
     assert __main__.main(["doctor", "--record_root", str(tiny.folder.parent)]) == 0
     shown = capsys.readouterr().out
-    assert "1 finished, writable" in shown and "torch" in shown and "digits: 1442 + 355 images" in shown
+    assert (
+        "1 finished, writable" in shown
+        and "torch" in shown
+        and "digits: 1442 + 355 images" in shown
+    )
     assert __main__.main(["doctor", "--record_root", str(tiny.folder / "record.json" / "x")]) == 0
     assert "NOT writable" in capsys.readouterr().out
 
@@ -100,8 +142,17 @@ def test_help_says_what_every_flag_does(file: Path, capsys: Capture) -> None:
 def test_help_of_commands(capsys: Capture) -> None:
     for argv, words in (
         (["table", "--help"], "Records and defenses side by side."),
-        (["attack", "badnet", "--help"], "BadNets: a small patch of pixels is the trigger. https://arxiv.org/abs/1708.06733"),
-        (["defense", "ft", "--help"], "FT: fine-tuning on the trusted images, the naive baseline that every other defense has to beat."),
+        (
+            ["attack", "badnet", "--help"],
+            "BadNets: a small patch of pixels is the trigger. https://arxiv.org/abs/1708.06733",
+        ),
+        (
+            ["defense", "ft", "--help"],
+            (
+                "FT: fine-tuning on the trusted images, the naive baseline that every other defense"
+                " has to beat."
+            ),
+        ),
     ):
         with pytest.raises(SystemExit) as stop:
             __main__.main(argv)
@@ -114,21 +165,36 @@ def test_version_is_the_packages(capsys: Capture) -> None:
     assert capsys.readouterr().out == f"backdoorlab {version('backdoorlab')}\n"
 
 
-def test_what_to_do_next_is_typed_as_the_attack_was(small_flags: tuple[str, ...], tmp_path: Path, capsys: Capture) -> None:
+def test_what_to_do_next_is_typed_as_the_attack_was(
+    small_flags: tuple[str, ...], tmp_path: Path, capsys: Capture
+) -> None:
     root = str(tmp_path / "my records")
-    assert __main__.main(["attack", "badnet", "--save_folder_name", "a", "--record_root", root, *small_flags]) == 0
+    assert (
+        __main__.main(
+            ["attack", "badnet", "--save_folder_name", "a", "--record_root", root, *small_flags]
+        )
+        == 0
+    )
     following = capsys.readouterr().out.splitlines()[-1]
-    assert following == f"next: python -m backdoorlab defense dau --result_file a --record_root '{root}'"
+    assert (
+        following
+        == f"next: python -m backdoorlab defense dau --result_file a --record_root '{root}'"
+    )
 
 
-def test_a_model_that_learned_nothing_is_noted(backdoored: Record, small_flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_model_that_learned_nothing_is_noted(
+    backdoored: Record, small_flags: tuple[str, ...], tmp_path: Path
+) -> None:
     """The controls: one that learned, and one without a trigger."""
     first = small_flags.index("--patch_size")
     without = small_flags[:first] + small_flags[first + 4 :]
     assert cli.main(str(BADNET), ["--save_folder_name", "x", *small_flags, "--epochs", "0"]) == 0
     assert cli.main(str(NONE), ["--save_folder_name", "y", *without, "--epochs", "0"]) == 0
     records = [Record.load(name, tmp_path / "record") for name in ("x", "y")]
-    noted = [any("the model learned nothing" in note for note in record.info["notes"]) for record in (*records, backdoored)]
+    noted = [
+        any("the model learned nothing" in note for note in record.info["notes"])
+        for record in (*records, backdoored)
+    ]
     assert noted == [True, False, False], records[0].info["scores"]
 
 
@@ -139,27 +205,77 @@ def test_table_of_some_records_in_every_form(tiny: Record, tmp_path: Path, capsy
     assert __main__.main(["table", "beta"]) == 0
     shown = capsys.readouterr().out
     assert "beta" in shown and "alpha" not in shown
-    for form, mark in (("markdown", "| record |"), ("csv", "record,attack"), ("latex", r"\begin{tabular}")):
+    for form, mark in (
+        ("markdown", "| record |"),
+        ("csv", "record,attack"),
+        ("latex", r"\begin{tabular}"),
+    ):
         assert __main__.main(["table", "-f", form]) == 0
         shown = capsys.readouterr().out
         assert shown.startswith(mark) and "alpha" in shown and "beta" in shown
 
 
 def test_backdoorbench_flags_run(tmp_path: Path) -> None:
-    argv = ["--save_folder_name", "bb", *helpers.TINY, "--pratio", "0.3", "--attack_target", "2", "--random_seed", "4", "--client_optimizer", "adam"]
-    argv += ["--lr_scheduler", "cosine", "--sgd_momentum", "0.8", "--wd", "0.001", "--lr", "0.001", "--attack_label_trans", "all2all"]
+    argv = [
+        "--save_folder_name",
+        "bb",
+        *helpers.TINY,
+        "--pratio",
+        "0.3",
+        "--attack_target",
+        "2",
+        "--random_seed",
+        "4",
+        "--client_optimizer",
+        "adam",
+    ]
+    argv += [
+        "--lr_scheduler",
+        "cosine",
+        "--sgd_momentum",
+        "0.8",
+        "--wd",
+        "0.001",
+        "--lr",
+        "0.001",
+        "--attack_label_trans",
+        "all2all",
+    ]
     assert cli.main(str(BADNET), argv) == 0
     record = Record.load("bb", tmp_path / "record")
-    assert len(record.train_poison) == round(0.3 * 1442) and record.info["seed"] == 4 and record.info["config"]["optimizer"] == "adam"
-    assert (record.train_poison.labels == (record.train_poison.original_labels + 1) % 10).all() and record.info["target"] is None
-    assert cli.main(str(FT), ["--result_file", "bb", "--ratio", "0.1", "--random_seed", "3", "--epochs", "1"]) == 0
+    assert (
+        len(record.train_poison) == round(0.3 * 1442)
+        and record.info["seed"] == 4
+        and record.info["config"]["optimizer"] == "adam"
+    )
+    assert (
+        record.train_poison.labels == (record.train_poison.original_labels + 1) % 10
+    ).all() and record.info["target"] is None
+    assert (
+        cli.main(
+            str(FT),
+            ["--result_file", "bb", "--ratio", "0.1", "--random_seed", "3", "--epochs", "1"],
+        )
+        == 0
+    )
     result = reading.read_json(record.folder / "defense" / "ft" / "seed3" / "result.json")
     assert result["config"]["trusted_ratio"] == 0.1 and result["seed"] == 3
 
 
 def test_a_timm_model_by_name_on_the_digits(tmp_path: Path) -> None:
     """Whose YAML file sets a width, which is not for it."""
-    argv = ["--save_folder_name", "r", "--model", "resnet10t", "--image_size", "8", "--epochs", "1", "--score_every", "0"]
+    argv = [
+        "--save_folder_name",
+        "r",
+        "--model",
+        "resnet10t",
+        "--image_size",
+        "8",
+        "--epochs",
+        "1",
+        "--score_every",
+        "0",
+    ]
     assert cli.main(str(BADNET), argv) == 0
     assert Record.load("r", tmp_path / "record").info["architecture"]["width"] is None
 
@@ -168,31 +284,57 @@ def test_dau_in_three_subtasks(backdoored: Record, tmp_path: Path, capsys: Captu
     record = helpers.copy(backdoored, tmp_path / "record")
     folder = record.folder / "defense" / "dau"
     run = lambda subtask: cli.main(  # noqa: E731
-        str(DAU), ["--result_file", record.name, "--epochs", "1", *(("--subtask", subtask) if subtask else ())]
+        str(DAU),
+        [
+            "--result_file",
+            record.name,
+            "--epochs",
+            "1",
+            *(("--subtask", subtask) if subtask else ()),
+        ],
     )
     assert run("unlearning") == 2
     assert "run --subtask anti_learning first" in complaint(capsys.readouterr().err)
     assert run("test") == 2
     assert "no finished run to test" in complaint(capsys.readouterr().err)
     assert run("anti_learning") == 0
-    assert not (folder / "seed0").exists() and (folder / "seed0.partial" / "once-split.safetensors").exists()
+    assert (
+        not (folder / "seed0").exists()
+        and (folder / "seed0.partial" / "once-split.safetensors").exists()
+    )
     assert run("unlearning") == 0
     result = reading.read_json(folder / "seed0" / "result.json")
-    assert result["after"]["asr"] < result["before"]["asr"] - 0.5 and not (folder / "seed0.partial").exists()
+    assert (
+        result["after"]["asr"] < result["before"]["asr"] - 0.5
+        and not (folder / "seed0.partial").exists()
+    )
     before = {path.name: reading.sha256(path) for path in (folder / "seed0").iterdir()}
     capsys.readouterr()
     assert run("test") == 0
-    assert f"ASR {100 * result['before']['asr']:.2f} -> {100 * result['after']['asr']:.2f} %" in capsys.readouterr().out
-    assert before == {path.name: reading.sha256(path) for path in (folder / "seed0").iterdir()}, "test changes nothing"
+    assert (
+        f"ASR {100 * result['before']['asr']:.2f} -> {100 * result['after']['asr']:.2f} %"
+        in capsys.readouterr().out
+    )
+    assert before == {path.name: reading.sha256(path) for path in (folder / "seed0").iterdir()}, (
+        "test changes nothing"
+    )
     shutil.move(folder / "seed0", folder / "stepwise")
     assert run("") == 0
-    whole, stepwise = (reading.read_tensors(folder / name / "model.safetensors")[0] for name in ("seed0", "stepwise"))
-    assert all(whole[name].equal(stepwise[name]) for name in whole), "in steps or at once, the result is the same"
+    whole, stepwise = (
+        reading.read_tensors(folder / name / "model.safetensors")[0]
+        for name in ("seed0", "stepwise")
+    )
+    assert all(whole[name].equal(stepwise[name]) for name in whole), (
+        "in steps or at once, the result is the same"
+    )
 
 
 ATTACK_MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("--epoch", "1"), "unknown flag --epoch. Did you mean --epochs"),
-    (("--poison_rate", "0"), "poison_rate must lie in (0, 1], got 0.0. A clean run is attack/none.py"),
+    (
+        ("--poison_rate", "0"),
+        "poison_rate must lie in (0, 1], got 0.0. A clean run is attack/none.py",
+    ),
     (("--poison_rate", "1.5"), "poison_rate must lie in (0, 1], got 1.5"),
     (("--poison_rate", "0.0001"), "is no image at all"),
     (("--target_label", "10"), "target_label must lie in 0..9 for this data set, got 10"),
@@ -201,8 +343,14 @@ ATTACK_MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("--device", "gpu"), "--device gpu: expected auto, cpu, cuda or cuda:N"),
     (("--dataset", "digit"), "unknown data set 'digit'. Did you mean 'digits'"),
     (("--dataset", "mine"), "unknown data set 'mine'"),
-    (("--dataset", "mine", "--dataset_path", "/no/such/folder"), "--dataset_path /no/such/folder: no such folder"),
-    (("--model", "preactresnet81"), "unknown model 'preactresnet81'. Did you mean 'preactresnet18'"),
+    (
+        ("--dataset", "mine", "--dataset_path", "/no/such/folder"),
+        "--dataset_path /no/such/folder: no such folder",
+    ),
+    (
+        ("--model", "preactresnet81"),
+        "unknown model 'preactresnet81'. Did you mean 'preactresnet18'",
+    ),
     (("--model", "resnet18"), "width is for preactresnet18, preactresnet10"),
     (("--epochs", "three"), "epochs"),
     (("--flip", "yes"), "flip"),
@@ -229,8 +377,12 @@ ATTACK_MISTAKES: list[tuple[tuple[str, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), ATTACK_MISTAKES, ids=[" ".join(flags) for flags, _ in ATTACK_MISTAKES])
-def test_a_mistake_in_an_attack_is_one_line(flags: tuple[str, ...], message: str, tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("flags", "message"), ATTACK_MISTAKES, ids=[" ".join(flags) for flags, _ in ATTACK_MISTAKES]
+)
+def test_a_mistake_in_an_attack_is_one_line(
+    flags: tuple[str, ...], message: str, tmp_path: Path, capsys: Capture
+) -> None:
     import torch
 
     if flags == ("--device", "cuda:99") and not torch.cuda.is_available():
@@ -265,15 +417,25 @@ DEFENSE_MISTAKES: list[tuple[Path, tuple[str, ...], str]] = [
     (SAU, ("--lr", "inf"), "lr must be >= 0, got inf"),
     (SAU, ("--norm", "l1"), "norm"),
     (SAU, ("--trusted_count", "0"), "the trusted set needs between 1 and 1442 images, got 0"),
-    (IBAU, ("--unl_set", "/no/such/folder"), "--trusted_path /no/such/folder: no such folder. Give a folder with <class>/*.png"),
+    (
+        IBAU,
+        ("--unl_set", "/no/such/folder"),
+        "--trusted_path /no/such/folder: no such folder. Give a folder with <class>/*.png",
+    ),
     (IBAU, ("--patched", "2"), "patched must be in [0, 1], got 2.0"),
     (IBAU, ("--optim", "Adamm"), "optim"),
     (IBAU, ("--K", "-1"), "K must be >= 0, got -1"),
 ]
 
 
-@pytest.mark.parametrize(("file", "flags", "message"), DEFENSE_MISTAKES, ids=[f"{f.stem} {' '.join(x)}" for f, x, _ in DEFENSE_MISTAKES])
-def test_a_mistake_in_a_defense_is_one_line(file: Path, flags: tuple[str, ...], message: str, tiny: Record, tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("file", "flags", "message"),
+    DEFENSE_MISTAKES,
+    ids=[f"{f.stem} {' '.join(x)}" for f, x, _ in DEFENSE_MISTAKES],
+)
+def test_a_mistake_in_a_defense_is_one_line(
+    file: Path, flags: tuple[str, ...], message: str, tiny: Record, tmp_path: Path, capsys: Capture
+) -> None:
     helpers.copy(tiny, tmp_path / "record")
     assert cli.main(str(file), ["--result_file", "tiny", *flags]) == 2
     assert message in complaint(capsys.readouterr().err)
@@ -301,7 +463,13 @@ def test_a_mistake_in_a_command_is_one_line(argv: list[str], message: str, capsy
 
 
 def test_a_form_that_no_table_has_is_one_line_from_python(tiny: Record) -> None:
-    with pytest.raises(UserError, match=r"format must be one of text, markdown, csv, latex, got 'latexx'. Did you mean 'latex'\?"):
+    with pytest.raises(
+        UserError,
+        match=(
+            r"format must be one of text, markdown, csv, latex, got 'latexx'. Did you mean"
+            r" 'latex'\?"
+        ),
+    ):
         api.table([tiny], format="latexx")  # type: ignore[arg-type]
 
 
@@ -313,19 +481,28 @@ def test_missing_data_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Captu
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     assert cli.main(str(BADNET), ["--save_folder_name", "x", "--dataset", "cifar10"]) == 2
-    assert "there is no network to download it: pass --dataset_path FOLDER" in complaint(capsys.readouterr().err)
+    assert "there is no network to download it: pass --dataset_path FOLDER" in complaint(
+        capsys.readouterr().err
+    )
 
 
 def test_a_misspelt_yaml_key_is_one_line(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "mine.yaml").write_text("learning_rat: 0.1\nepochs: 1\n")
-    assert cli.main(str(BADNET), ["--save_folder_name", "x", "--yaml_path", str(tmp_path / "mine.yaml")]) == 2
+    assert (
+        cli.main(
+            str(BADNET), ["--save_folder_name", "x", "--yaml_path", str(tmp_path / "mine.yaml")]
+        )
+        == 2
+    )
     assert "mine.yaml: unknown key 'learning_rat'" in complaint(capsys.readouterr().err)
 
 
 def test_an_existing_record_is_one_line(tiny: Record, tmp_path: Path, capsys: Capture) -> None:
     helpers.copy(tiny, tmp_path / "record")
     assert cli.main(str(BADNET), ["--save_folder_name", "tiny", *helpers.TINY]) == 2
-    assert "exists and is finished: choose another name, or pass --overwrite True" in complaint(capsys.readouterr().err)
+    assert "exists and is finished: choose another name, or pass --overwrite True" in complaint(
+        capsys.readouterr().err
+    )
 
 
 def _cut(folder: Path) -> None:
@@ -348,9 +525,16 @@ def _other_data(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(_cut, "model.safetensors"), (_no_json, "record.json"), (_lost, "test_poison.safetensors"), (_other_data, "is not in the cache")],
+    [
+        (_cut, "model.safetensors"),
+        (_no_json, "record.json"),
+        (_lost, "test_poison.safetensors"),
+        (_other_data, "is not in the cache"),
+    ],
 )
-def test_a_damaged_record_is_one_line(damage: Callable[[Path], None], message: str, tiny: Record, tmp_path: Path, capsys: Capture) -> None:
+def test_a_damaged_record_is_one_line(
+    damage: Callable[[Path], None], message: str, tiny: Record, tmp_path: Path, capsys: Capture
+) -> None:
     damage(helpers.copy(tiny, tmp_path / "record").folder)
     assert cli.main(str(FT), ["--result_file", "tiny", "--epochs", "1"]) == 2
     assert message in complaint(capsys.readouterr().err)
@@ -361,23 +545,32 @@ def test_debug_adds_a_traceback(flag: list[str], capsys: Capture) -> None:
     argv = ["--save_folder_name", "x", "--poison_rate", "2"]
     assert cli.main(str(BADNET), argv + flag) == 2
     shown = capsys.readouterr().err
-    assert "Traceback" in shown and shown.splitlines()[-1].startswith("error: poison_rate must lie in")
+    assert "Traceback" in shown and shown.splitlines()[-1].startswith(
+        "error: poison_rate must lie in"
+    )
     assert cli.main(str(BADNET), [*argv, "--debug", "False"]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_defect_of_ours_is_one_line_and_another_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_a_defect_of_ours_is_one_line_and_another_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     def broken(*_args: object) -> None:
         raise ZeroDivisionError("first line\nsecond line")
 
     monkeypatch.setattr("backdoorlab.execution.attack.run_attack", broken)
     assert cli.main(str(BADNET), ["--save_folder_name", "x"]) == 1
-    assert complaint(capsys.readouterr().err) == "error: unexpected ZeroDivisionError: first line (pass --debug True to see where)"
+    assert (
+        complaint(capsys.readouterr().err)
+        == "error: unexpected ZeroDivisionError: first line (pass --debug True to see where)"
+    )
     with pytest.raises(ZeroDivisionError):
         cli.main(str(BADNET), ["--save_folder_name", "x", "--debug", "True"])
 
 
-def test_an_interruption_says_how_to_continue(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_an_interruption_says_how_to_continue(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     def interrupted(*_args: object) -> None:
         raise KeyboardInterrupt
 

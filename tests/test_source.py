@@ -16,7 +16,9 @@ from backdoorlab.settings import methods
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the package and its methods, as another machine has it."""
     for name in ("backdoorlab", "attack", "defense"):
-        shutil.copytree(helpers.CHECKOUT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            helpers.CHECKOUT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     monkeypatch.setattr("backdoorlab.execution.code_version.PACKAGE", tmp_path / "backdoorlab")
     return tmp_path
 
@@ -25,7 +27,11 @@ def versions(root: Path) -> dict[str, str]:
     code_version._imported.cache_clear()
     return {
         path.stem: code_version.code_version(path)
-        for path in (root / "attack" / "badnet.py", root / "defense" / "ft.py", root / "defense" / "sau.py")
+        for path in (
+            root / "attack" / "badnet.py",
+            root / "defense" / "ft.py",
+            root / "defense" / "sau.py",
+        )
     }
 
 
@@ -75,7 +81,9 @@ def test_records_and_results_say_it(small: Record) -> None:
     assert small.info["code"] == code_version.code_version(methods.load("attack", "badnet").path)
 
 
-def test_a_run_that_other_code_began_says_both(tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_other_code_began_says_both(
+    tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So it is in no mean with runs of either."""
     record = helpers.copy(tiny, tmp_path)
     flags = ("--epochs", "3", "--score_every", "0")

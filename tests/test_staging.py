@@ -11,7 +11,9 @@ from backdoorlab.storage.staging import staged
 DONE = "done.json"
 
 
-def write(target: Path, text: str, *, overwrite: bool = False, error: BaseException | None = None) -> None:
+def write(
+    target: Path, text: str, *, overwrite: bool = False, error: BaseException | None = None
+) -> None:
     with staged(target, DONE, overwrite) as final:
         (final / "part").write_text(text)
         if error is not None:
@@ -26,17 +28,27 @@ def content(target: Path) -> dict[str, str]:
 def test_a_finished_folder_takes_its_place(tmp_path: Path) -> None:
     target = tmp_path / "new" / "x"
     write(target, "first")
-    assert content(target) == {"part": "first", DONE: "first"} and [p.name for p in target.parent.iterdir()] == ["x"]
-    with pytest.raises(UserError, match=r"x exists and is finished: choose another name, or pass --overwrite True"):
+    assert content(target) == {"part": "first", DONE: "first"} and [
+        p.name for p in target.parent.iterdir()
+    ] == ["x"]
+    with pytest.raises(
+        UserError, match=r"x exists and is finished: choose another name, or pass --overwrite True"
+    ):
         write(target, "second")
     assert content(target)["part"] == "first"
     write(target, "second", overwrite=True)
-    assert content(target) == {"part": "second", DONE: "second"} and [p.name for p in target.parent.iterdir()] == ["x"]
+    assert content(target) == {"part": "second", DONE: "second"} and [
+        p.name for p in target.parent.iterdir()
+    ] == ["x"]
 
 
-@pytest.mark.parametrize("error", [UserError("bad input"), KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [UserError("bad input"), KeyboardInterrupt(), OSError(28, "No space left on device")]
+)
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_failure_leaves_what_was_there(tmp_path: Path, error: BaseException, existing: bool) -> None:
+def test_a_failure_leaves_what_was_there(
+    tmp_path: Path, error: BaseException, existing: bool
+) -> None:
     target = tmp_path / "x"
     if existing:
         write(target, "old")
@@ -58,7 +70,11 @@ def test_what_a_killed_command_left_is_swept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("holiday.png", "not ours"), ("checkpoint-train.safetensors", "unfinished run"), ("once-split.safetensors", "unfinished run")],
+    [
+        ("holiday.png", "not ours"),
+        ("checkpoint-train.safetensors", "unfinished run"),
+        ("once-split.safetensors", "unfinished run"),
+    ],
 )
 def test_a_folder_of_others_is_left_alone(tmp_path: Path, name: str, message: str) -> None:
     stage = tmp_path / "x.partial"
@@ -82,7 +98,10 @@ def test_a_target_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_told(tmp_path: Path) -> None:
-    with locks.locked(tmp_path / "x.partial"), pytest.raises(UserError, match=r"is being written by process \d+ on"):
+    with (
+        locks.locked(tmp_path / "x.partial"),
+        pytest.raises(UserError, match=r"is being written by process \d+ on"),
+    ):
         write(tmp_path / "x", "whole")
     write(tmp_path / "x", "whole")
     assert content(tmp_path / "x")["part"] == "whole"

@@ -72,33 +72,55 @@ clean & none & ft & model + trusted images & - & - & - & - & - & - & - \\
 """
 
 
-def scores(clean_accuracy: float, asr: float | None, robust_accuracy: float | None) -> dict[str, float | None]:
+def scores(
+    clean_accuracy: float, asr: float | None, robust_accuracy: float | None
+) -> dict[str, float | None]:
     return {"clean_accuracy": clean_accuracy, "asr": asr, "robust_accuracy": robust_accuracy}
 
 
-def result(folder: Path, defense: str, run: str, after: dict[str, float | None], **values: Any) -> None:
+def result(
+    folder: Path, defense: str, run: str, after: dict[str, float | None], **values: Any
+) -> None:
     path = folder / "defense" / defense / run
     path.mkdir(parents=True)
     assumes = {"dau": ["model", "train"], "ft": ["model", "trusted"]}[defense]
-    content = {"assumes": assumes, "after": after, "der": None, "collapsed": False, "split": None, "seconds": 1.0, **values}
+    content = {
+        "assumes": assumes,
+        "after": after,
+        "der": None,
+        "collapsed": False,
+        "split": None,
+        "seconds": 1.0,
+        **values,
+    }
     writing.write_sealed(path / "result.json", {"schema": SCHEMA, "files": {}, **content})
 
 
 @pytest.fixture
 def two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Record]:
     """One attacked record with three results, one clean one with a result and a hole."""
-    known = {"attack": methods.available("attack"), "defense": {n: p for n, p in methods.available("defense").items() if n in ("dau", "ft")}}
+    known = {
+        "attack": methods.available("attack"),
+        "defense": {n: p for n, p in methods.available("defense").items() if n in ("dau", "ft")},
+    }
     monkeypatch.setattr("backdoorlab.settings.methods.available", lambda kind: known[kind])
     import torch
 
-    poison = no_poison(Split(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)))
+    poison = no_poison(
+        Split(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    )
     shared = {
         "config": {},
         "dataset": {"name": "digits", "fingerprint": "0" * 64, "train_size": 9},
         "architecture": {"name": "preactresnet10", "width": None},
         "seed": 0,
     }
-    first = {"attack": "badnet", "scores": scores(0.9182, 0.9379, 0.0512), "seconds": 60.7, **shared}
+    first = {
+        "attack": "badnet",
+        "scores": scores(0.9182, 0.9379, 0.0512),
+        "seconds": 60.7,
+        **shared,
+    }
     second = {"attack": "none", "scores": scores(0.99, None, None), "seconds": 5.2, **shared}
     bad = tmp_path / "b_ad"
     split = {"tpr": 0.9875, "fpr": 0.0012, "precision": 0.9, "flagged": 3, "cross_flagged": None}
@@ -107,11 +129,21 @@ def two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Record]
     result(bad, "ft", "long", scores(0.9182, 0.9379, 0.0512), der=0.5, seconds=100)
     result(bad, "ft", "other.partial", scores(0.1, 0.1, 0.1))
     clean_split = {**split, "tpr": None, "fpr": 0.025}
-    result(tmp_path / "clean", "dau", "seed0", scores(0.1, None, None), collapsed=True, split=clean_split, seconds=7)
+    result(
+        tmp_path / "clean",
+        "dau",
+        "seed0",
+        scores(0.1, None, None),
+        collapsed=True,
+        split=clean_split,
+        seconds=7,
+    )
     return [Record(bad, first, poison, poison), Record(tmp_path / "clean", second, poison, poison)]
 
 
-@pytest.mark.parametrize(("form", "golden"), [("text", TEXT), ("markdown", MARKDOWN), ("csv", CSV), ("latex", LATEX)])
+@pytest.mark.parametrize(
+    ("form", "golden"), [("text", TEXT), ("markdown", MARKDOWN), ("csv", CSV), ("latex", LATEX)]
+)
 def test_golden_forms(two_records: list[Record], form: formats.Format, golden: str) -> None:
     assert layout.render(layout.rows(two_records), form) == golden
 
@@ -119,7 +151,11 @@ def test_golden_forms(two_records: list[Record], form: formats.Format, golden: s
 def test_csv_is_read_back_with_empty_holes(two_records: list[Record]) -> None:
     read = list(csv.DictReader(io.StringIO(layout.render(layout.rows(two_records), "csv"))))
     hole = next(row for row in read if row["record"] == "clean" and row["defense"] == "ft")
-    assert hole["clean acc %"] == "" and hole["ASR %"] == "" and hole["assumes"] == "model + trusted images"
+    assert (
+        hole["clean acc %"] == ""
+        and hole["ASR %"] == ""
+        and hole["assumes"] == "model + trusted images"
+    )
     assert len(read) == 7
 
 
@@ -128,7 +164,8 @@ def test_unfinished_results_are_not_shown(two_records: list[Record]) -> None:
 
 
 def test_what_is_put_aside_is_no_result(two_records: list[Record]) -> None:
-    """.seed0.old is the last result while the new one takes its place, .seed0.trash a half-deleted one."""
+    """.seed0.old is the last result while the new one takes its place, .seed0.trash a half-deleted
+    one."""
     shown = layout.rows(two_records)
     runs = two_records[0].folder / "defense" / "ft"
     shutil.copytree(runs / "seed0", runs / ".seed0.old")
@@ -138,10 +175,15 @@ def test_what_is_put_aside_is_no_result(two_records: list[Record]) -> None:
 
 
 def test_a_result_of_an_unknown_defense_is_shown_too(two_records: list[Record]) -> None:
-    (two_records[0].folder / "defense" / "dau").rename(two_records[0].folder / "defense" / "mystery")
+    (two_records[0].folder / "defense" / "dau").rename(
+        two_records[0].folder / "defense" / "mystery"
+    )
     shown = [row["defense"] for row in layout.rows(two_records[:1])]
     assert "mystery" in shown and "dau" in shown, "and the known one is a hole again"
-    assert next(row for row in layout.rows(two_records[:1]) if row["defense"] == "dau")["clean acc %"] == "-"
+    assert (
+        next(row for row in layout.rows(two_records[:1]) if row["defense"] == "dau")["clean acc %"]
+        == "-"
+    )
 
 
 def test_no_record_is_a_heading(two_records: list[Record]) -> None:
@@ -150,7 +192,9 @@ def test_no_record_is_a_heading(two_records: list[Record]) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"after": 3}', "{}"])
-def test_a_damaged_result_is_one_line_that_names_it(two_records: list[Record], content: str) -> None:
+def test_a_damaged_result_is_one_line_that_names_it(
+    two_records: list[Record], content: str
+) -> None:
     path = two_records[0].folder / "defense" / "ft" / "seed0" / "result.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"result.json: damaged"):
@@ -175,8 +219,11 @@ WRONG: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
-def test_a_sealed_result_that_holds_something_else_in_a_field_is_one_line(two_records: list[Record], wrong: dict[str, Any]) -> None:
-    """Its checksum is right, so nothing but this keeps it from the readers, which would end in a traceback."""
+def test_a_sealed_result_that_holds_something_else_in_a_field_is_one_line(
+    two_records: list[Record], wrong: dict[str, Any]
+) -> None:
+    """Its checksum is right, so nothing but this keeps it from the readers, which would end in a
+    traceback."""
     path = two_records[0].folder / "defense" / "ft" / "seed0" / "result.json"
     sound = {"config": {"lr": 0.1}, "before": scores(0.9, 0.9, 0.1), "evaluation_seconds": 1.0}
     content = {key: value for key, value in reading.read_json(path).items() if key != "checksum"}
@@ -184,7 +231,9 @@ def test_a_sealed_result_that_holds_something_else_in_a_field_is_one_line(two_re
     read_result(path.parent)
     assert layout.rows(two_records) and grouping.grouped(measured.rows(two_records)), "a control"
     writing.write_sealed(path, {**content, **sound, **wrong})
-    with pytest.raises(UserError, match=rf"{path}: damaged file \((nothing usable on|no) [a-z_, ]+\)") as caught:
+    with pytest.raises(
+        UserError, match=rf"{path}: damaged file \((nothing usable on|no) [a-z_, ]+\)"
+    ) as caught:
         read_result(path.parent)
     assert "\n" not in str(caught.value)
 
@@ -195,11 +244,19 @@ def test_a_damaged_result_is_a_hole_where_the_rest_is_wanted(two_records: list[R
     path.write_text("{")
     damaged: list[measured.Damaged] = []
     left = layout.rows(two_records, damaged.append)
-    changed = [number for number, (now, before) in enumerate(zip(left, whole, strict=True)) if now != before]
-    assert [left[number]["defense"] for number in changed] == ["ft (long)"] and left[changed[0]]["clean acc %"] == "-"
+    changed = [
+        number
+        for number, (now, before) in enumerate(zip(left, whole, strict=True))
+        if now != before
+    ]
+    assert [left[number]["defense"] for number in changed] == ["ft (long)"] and left[changed[0]][
+        "clean acc %"
+    ] == "-"
     ((where, why),) = [((one.record, one.defense, one.run), one.why) for one in damaged]
     assert where == ("b_ad", "ft", "long") and str(path) in why
-    assert len(measured.rows(two_records, on_damage=damaged.append)) == 5, "two records and three whole results"
+    assert len(measured.rows(two_records, on_damage=damaged.append)) == 5, (
+        "two records and three whole results"
+    )
 
 
 def test_what_a_defense_assumes_in_words() -> None:

@@ -19,7 +19,13 @@ N = 40
 
 def pictures(channels: int = 3, size: int = 32) -> Tensor:
     """Random bytes, black and white among them. uint8 (N, C, H, W)."""
-    return torch.randint(0, 256, (N, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0,
+        256,
+        (N, channels, size, size),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 class Notes(list[str]):
@@ -33,11 +39,17 @@ def made_up(images: Tensor) -> Dataset:
     return Dataset("made up", Split(images, labels), Split(images, labels), ("0",) * 10, "")
 
 
-def stamped(attack: str, images: Tensor, split: str = "test", index: Tensor | None = None, **values: Any) -> Tensor:
+def stamped(
+    attack: str, images: Tensor, split: str = "test", index: Tensor | None = None, **values: Any
+) -> Tensor:
     method = methods.load("attack", attack)
     config = method.config_class(**values)
     prepare = method.function("prepare")
-    stamp = partial(method.module.stamp, config=config, **(prepare(made_up(images), config, Notes()) if prepare else {}))
+    stamp = partial(
+        method.module.stamp,
+        config=config,
+        **(prepare(made_up(images), config, Notes()) if prepare else {}),
+    )
     return stamp(images, torch.arange(len(images)) if index is None else index, split)
 
 
@@ -80,7 +92,9 @@ def test_lf_is_a_dome_that_differs_by_channel_only_in_height() -> None:
     wanted = torch.from_numpy((smooth - smooth.min()) / (smooth.max() - smooth.min()))
     assert dome.max() == 51 and dome.min() == 0
     heights = dome.flatten(1).max(1).values.sort().values.tolist()
-    assert heights[2] == 51 and 10 <= heights[1] <= 31 and heights[0] <= 3, "one full, one middling, one next to nothing"
+    assert heights[2] == 51 and 10 <= heights[1] <= 31 and heights[0] <= 3, (
+        "one full, one middling, one next to nothing"
+    )
     for channel in dome:
         assert (channel - channel.max() * wanted).abs().max() <= 1
     assert not torch.equal(stamped("lf", grey, seed=1), stamped("lf", grey))
@@ -88,8 +102,18 @@ def test_lf_is_a_dome_that_differs_by_channel_only_in_height() -> None:
 
 def test_adaptive_blend_goes_without_half_of_the_cells_in_training_only() -> None:
     images = torch.full((N, 3, 32, 32), 128, dtype=torch.uint8)
-    cells = (stamped("adaptive_blend", images, "train") != 128).any(1).unfold(1, 8, 8).unfold(2, 8, 8).flatten(3).any(3).flatten(1)
-    assert (cells.sum(1) == 8).all() and cells.unique(dim=0).shape[0] > N // 2, "other cells for other images"
+    cells = (
+        (stamped("adaptive_blend", images, "train") != 128)
+        .any(1)
+        .unfold(1, 8, 8)
+        .unfold(2, 8, 8)
+        .flatten(3)
+        .any(3)
+        .flatten(1)
+    )
+    assert (cells.sum(1) == 8).all() and cells.unique(dim=0).shape[0] > N // 2, (
+        "other cells for other images"
+    )
     picture = triggers.cartoon(0, 3, 32, 32).double()
     train, test = (stamped("adaptive_blend", images, split).double() for split in ("train", "test"))
     assert ((test - (128 + 0.2 * (picture - 128))).abs() <= 0.5 + 1e-4).all()
@@ -109,8 +133,14 @@ def test_adaptive_patch_wears_one_of_four_in_training_and_two_at_the_test() -> N
     right, left = opaque[0][plain][..., -5:], opaque[0][plain][..., :5]
     assert torch.equal(left, right) and len(right.unique()) > 20, "the same patch twice"
     board = opaque[0, :, -3:, -3:]
-    assert torch.equal(board, 255 * torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.uint8).expand(3, -1, -1)), "black is painted too"
-    assert int((stamped("adaptive_patch", images, test_patches="large")[0] != 128).any(0).sum()) == 169 + 64
+    assert torch.equal(
+        board,
+        255 * torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=torch.uint8).expand(3, -1, -1),
+    ), "black is painted too"
+    assert (
+        int((stamped("adaptive_patch", images, test_patches="large")[0] != 128).any(0).sum())
+        == 169 + 64
+    )
 
 
 def test_tact_is_for_its_source_class_and_worn_by_its_covers() -> None:
@@ -121,7 +151,10 @@ def test_tact_is_for_its_source_class_and_worn_by_its_covers() -> None:
     images = pictures()
     patch = (stamped("tact", images) != images).any(1).any(0)
     assert patch[21:29, 21:29].all() and int(patch.sum()) == 64
-    for choose, options in (("victims", {"source_label": 12}), ("covers", {"cover_labels": (5, 42)})):
+    for choose, options in (
+        ("victims", {"source_label": 12}),
+        ("covers", {"cover_labels": (5, 42)}),
+    ):
         with pytest.raises(UserError, match=r"no image has label (12|42), labels are 0 to 9"):
             getattr(method.module, choose)(labels, "train", method.config_class(**options))
 
@@ -135,7 +168,11 @@ def test_patches_go_by_the_shorter_side(height: int, width: int) -> None:
     rows = (stamped("adaptive_patch", grey, test_patches="large")[0] != 128).any(0).any(1)
     assert abs(int(rows.sum()) - side * 21 / 32) <= 1, "13 rows and 8 of 32"
     square = (stamped("ibau_triggers", grey) != 128).any(1).any(0)
-    assert square.any() and square.any(0).sum() <= round(9 * side / 32) and square.any(1).sum() <= round(9 * side / 32)
+    assert (
+        square.any()
+        and square.any(0).sum() <= round(9 * side / 32)
+        and square.any(1).sum() <= round(9 * side / 32)
+    )
 
 
 def test_ctrl_adds_to_two_coefficients_of_u_and_v() -> None:
@@ -145,9 +182,13 @@ def test_ctrl_adds_to_two_coefficients_of_u_and_v() -> None:
     u, v = -0.147 * red - 0.289 * green + 0.436 * blue, 0.615 * red - 0.515 * green - 0.1 * blue
     u, v = (with_coefficients(plane, (15, 31), 100.0) for plane in (u, v))
     wanted = torch.stack([luma + 1.14 * v, luma - 0.396 * u - 0.581 * v, luma + 2.029 * u], 1)
-    assert (stamped("ctrl", images.byte()) - wanted.clamp(0, 255)).abs().max() <= 0.8, "half a level of rounding, and the matrices' own"
+    assert (stamped("ctrl", images.byte()) - wanted.clamp(0, 255)).abs().max() <= 0.8, (
+        "half a level of rounding, and the matrices' own"
+    )
     wrapped = (stamped("ctrl", images.byte(), bb_compat=True) - images).abs()
-    assert (wrapped > 200).double().mean() > 0.01, "in the published script bright and dark values change ends"
+    assert (wrapped > 200).double().mean() > 0.01, (
+        "in the published script bright and dark values change ends"
+    )
 
 
 @pytest.mark.parametrize("size", [32, 64, 48])
@@ -161,18 +202,30 @@ def test_ftrojan_adds_to_two_coefficients_of_each_block_of_cr_and_cb(size: int) 
         plane = ((colour - luma) * scale + 128).round().clamp(0, 255)
         cut = plane.unfold(1, block, block).unfold(2, block, block)
         changed = with_coefficients(cut, places, 30 * block / 32)
-        planes.append(changed.permute(0, 1, 3, 2, 4).reshape(N, size, size).round().clamp(0, 255) - 128)
+        planes.append(
+            changed.permute(0, 1, 3, 2, 4).reshape(N, size, size).round().clamp(0, 255) - 128
+        )
     cr, cb = planes
-    wanted = torch.stack([luma + 1.403 * cr, luma - 0.714 * cr - 0.344 * cb, luma + 1.773 * cb], 1).round().clamp(0, 255)
+    wanted = (
+        torch.stack([luma + 1.403 * cr, luma - 0.714 * cr - 0.344 * cb, luma + 1.773 * cb], 1)
+        .round()
+        .clamp(0, 255)
+    )
     off = (stamped("ftrojan", images.byte()) - wanted).abs()
-    assert off.max() <= 4 and (off > 0).double().mean() < 0.001, "equal but where a half is rounded to the other side"
+    assert off.max() <= 4 and (off > 0).double().mean() < 0.001, (
+        "equal but where a half is rounded to the other side"
+    )
 
 
 def test_refool_never_poisons_what_it_reflects_and_draws_for_each_image() -> None:
     method = methods.load("attack", "refool")
     labels, config = torch.arange(1000) % 10, method.config_class()
     allowed = method.module.victims(labels, "train", config)
-    assert int((~allowed).sum()) == 200 and (labels[~allowed] != 0).all() and bool(method.module.victims(labels, "test", config).all())
+    assert (
+        int((~allowed).sum()) == 200
+        and (labels[~allowed] != 0).all()
+        and bool(method.module.victims(labels, "test", config).all())
+    )
     same = pictures()[:1].expand(N, -1, -1, -1)
     reflected = stamped("refool", same)
     assert len(reflected.unique(dim=0)) == N, "another reflection or another pane for each image"
@@ -180,17 +233,26 @@ def test_refool_never_poisons_what_it_reflects_and_draws_for_each_image() -> Non
 
 
 def test_refool_leaves_half_of_the_other_classes_to_its_victims() -> None:
-    """With few images all of them would be reflections, every victim one of the target class, and no label would change."""
+    """With few images all of them would be reflections, every victim one of the target class, and
+    no label would change."""
     method, dataset, notes = methods.load("attack", "refool"), made_up(pictures()), Notes()
     config = method.config_class()
     reflections = method.module.prepare(dataset, config, notes)["reflections"]
     allowed = method.module.victims(dataset.train.labels, "train", config)
-    assert len(reflections) == int((~allowed).sum()) == 18 and int((allowed & (dataset.train.labels != 0)).sum()) == 18
-    assert notes == ["sources asks for 200 images to reflect, but half of those of other classes are 18: it takes those"]
+    assert (
+        len(reflections) == int((~allowed).sum()) == 18
+        and int((allowed & (dataset.train.labels != 0)).sum()) == 18
+    )
+    assert notes == [
+        "sources asks for 200 images to reflect, but half of those of other classes are 18: it"
+        " takes those"
+    ]
     few = Notes()
     method.module.prepare(dataset, method.config_class(sources=18), few)
     assert not few
-    only = dataclasses.replace(dataset, train=Split(dataset.train.images, torch.zeros(N, dtype=torch.int64)))
+    only = dataclasses.replace(
+        dataset, train=Split(dataset.train.images, torch.zeros(N, dtype=torch.int64))
+    )
     with pytest.raises(UserError, match="of other classes than the target, and there is none"):
         method.module.prepare(only, config, notes)
 
@@ -220,7 +282,9 @@ def test_refool_mixes_light_as_the_published_script_does() -> None:
     taps = np.exp(-0.5 * (offsets / sigma) ** 2) / np.exp(-0.5 * (offsets / sigma) ** 2).sum()
     line = rng.random(32)
     blurred = np.convolve(np.pad(line, 5, mode="reflect"), taps, mode="valid")
-    assert np.allclose(module._blur(32, torch.tensor([sigma]))[0].double().numpy() @ line, blurred, atol=1e-5)
+    assert np.allclose(
+        module._blur(32, torch.tensor([sigma]))[0].double().numpy() @ line, blurred, atol=1e-5
+    )
 
 
 def test_the_triggers_of_ibau_have_their_published_sizes() -> None:
@@ -241,5 +305,7 @@ def test_the_triggers_of_ibau_have_their_published_sizes() -> None:
 def test_image_draws_of_more_than_a_digest_begin_with_those_of_less() -> None:
     index = torch.arange(200)
     many = triggers.image_draws(0, "train", index, 20)
-    assert torch.equal(many[:, :8], triggers.image_draws(0, "train", index, 8)), "records that were made with few draws keep theirs"
+    assert torch.equal(many[:, :8], triggers.image_draws(0, "train", index, 8)), (
+        "records that were made with few draws keep theirs"
+    )
     assert len(many.flatten().unique()) == 4000 and (many.mean(0) - 0.5).abs().max() < 0.1

@@ -13,7 +13,9 @@ from backdoorlab.errors import UserError
 from backdoorlab.record import Record
 
 
-def folder_of(images: Tensor, labels: Tensor, folder: Path, names: tuple[str, ...] = tuple("0123456789")) -> Path:
+def folder_of(
+    images: Tensor, labels: Tensor, folder: Path, names: tuple[str, ...] = tuple("0123456789")
+) -> Path:
     for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         (folder / names[label]).mkdir(parents=True, exist_ok=True)
         torchvision.io.write_png(image, str(folder / names[label] / f"{number:04}.png"))
@@ -32,36 +34,61 @@ def shards(images: Tensor, labels: Tensor, folder: Path) -> Path:
 
     encoded = [bytes(torchvision.io.encode_png(image).numpy()) for image in images]
     folder.mkdir()
-    pq.write_table(pa.table({"image": [{"bytes": data} for data in encoded], "label": labels.tolist()}), folder / "clean.parquet")
+    pq.write_table(
+        pa.table({"image": [{"bytes": data} for data in encoded], "label": labels.tolist()}),
+        folder / "clean.parquet",
+    )
     return folder
 
 
-def test_a_folder_and_shards_give_the_same_images(clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path) -> None:
+def test_a_folder_and_shards_give_the_same_images(
+    clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path
+) -> None:
     images, labels = clean
     order = labels.argsort(stable=True)
-    for path in (folder_of(*clean, tmp_path / "png"), shards(images[order], labels[order], tmp_path / "parquet")):
+    for path in (
+        folder_of(*clean, tmp_path / "png"),
+        shards(images[order], labels[order], tmp_path / "parquet"),
+    ):
         found = load_trusted(str(path), tiny.dataset(), 16)
         assert torch.equal(found.images, images[order]) and torch.equal(found.labels, labels[order])
 
 
-def test_class_folders_may_have_numbers_or_names(clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path) -> None:
+def test_class_folders_may_have_numbers_or_names(
+    clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path
+) -> None:
     from dataclasses import replace
 
     names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
     named = replace(tiny.dataset(), class_names=names)
-    for path in (folder_of(*clean, tmp_path / "names", names), folder_of(*clean, tmp_path / "numbers")):
+    for path in (
+        folder_of(*clean, tmp_path / "names", names),
+        folder_of(*clean, tmp_path / "numbers"),
+    ):
         assert torch.equal(load_trusted(str(path), named, 16).labels, clean[1].sort().values)
 
 
-def test_what_does_not_fit_is_one_line(clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_one_line(
+    clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path
+) -> None:
     images, labels = clean
     dataset = tiny.dataset()
-    large = folder_of(images.repeat_interleave(2, 2).repeat_interleave(2, 3), labels, tmp_path / "large")
-    with pytest.raises(UserError, match=r"expected images of \(1, 16, 16\) \(channels, height, width\), found \(1, 32, 32\)"):
+    large = folder_of(
+        images.repeat_interleave(2, 2).repeat_interleave(2, 3), labels, tmp_path / "large"
+    )
+    with pytest.raises(
+        UserError,
+        match=r"expected images of \(1, 16, 16\) \(channels, height, width\), found \(1, 32, 32\)",
+    ):
         load_trusted(str(large), dataset, None)
-    assert load_trusted(str(large), dataset, 16).images.shape[1:] == (1, 16, 16), "the record's own resizing applies"
+    assert load_trusted(str(large), dataset, 16).images.shape[1:] == (1, 16, 16), (
+        "the record's own resizing applies"
+    )
     cats = folder_of(images, labels, tmp_path / "cats", tuple(f"cat{i}" for i in range(10)))
-    with pytest.raises(UserError, match=r"expected one folder for each of the 10 classes of digits .*, found cat0, cat1"):
+    with pytest.raises(
+        UserError,
+        match=r"expected one folder for each of the 10 classes of digits .*, found cat0, cat1",
+    ):
         load_trusted(str(cats), dataset, 16)
     with pytest.raises(UserError, match="digits has 10 classes, found label 12"):
         load_trusted(str(shards(images, labels + 3, tmp_path / "many")), dataset, 16)
@@ -70,7 +97,9 @@ def test_what_does_not_fit_is_one_line(clean: tuple[Tensor, Tensor], tiny: Recor
         load_trusted(str(tmp_path / "empty"), dataset, 16)
 
 
-def test_a_missing_class_and_a_large_batch_are_said(clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path) -> None:
+def test_a_missing_class_and_a_large_batch_are_said(
+    clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path
+) -> None:
     record = helpers.copy(tiny, tmp_path / "record")
     images, labels = clean
     kept = (labels != 3) & (labels != 7)
@@ -83,5 +112,9 @@ def test_a_missing_class_and_a_large_batch_are_said(clean: tuple[Tensor, Tensor]
         result = helpers.defend("ibau", record, *flags, *more, "--run_name", run)
         assert result is not None
         notes = " | ".join(result["notes"])
-        assert ("no trusted image of 2 of 10 classes (3, 7): their accuracy may be lost" in notes) == missing
-        assert (f"batch_size 500 is more than the {int(kept.sum())} trusted images" in notes) == large
+        assert (
+            "no trusted image of 2 of 10 classes (3, 7): their accuracy may be lost" in notes
+        ) == missing
+        assert (
+            f"batch_size 500 is more than the {int(kept.sum())} trusted images" in notes
+        ) == large

@@ -1,4 +1,5 @@
-"""Files of other people: equal to what was written, or refused in one line that names them; nothing in them runs, none of them fills the memory."""
+"""Files of other people: equal to what was written, or refused in one line that names them; nothing
+in them runs, none of them fills the memory."""
 
 import json
 import os
@@ -46,8 +47,13 @@ def everything(folder: Path) -> Any:
     if found.wrong:
         raise UserError(found.wrong[0])
     run = folder / "defense" / "dau" / "seed0"
-    hashes = [reading.tensor_hash(vars(poison)) for poison in (record.train_poison, record.test_poison)]
-    hashes += [reading.tensor_hash(reading.read_tensors(path)[0]) for path in (folder / "model.safetensors", run / "model.safetensors")]
+    hashes = [
+        reading.tensor_hash(vars(poison)) for poison in (record.train_poison, record.test_poison)
+    ]
+    hashes += [
+        reading.tensor_hash(reading.read_tensors(path)[0])
+        for path in (folder / "model.safetensors", run / "model.safetensors")
+    ]
     return record.info, read_result(run), hashes
 
 
@@ -56,11 +62,12 @@ def payload(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-# --- F4: flips ---------------------------------------------------------------------------------------------------
+# --- F4: flips
 
 
 def test_one_flipped_bit_anywhere_is_caught(small: Record, tmp_path: Path) -> None:
-    """F4: a bit of each kilobyte of every file, and of every eighth byte of the two that no manifest lists."""
+    """F4: a bit of each kilobyte of every file, and of every eighth byte of the two that no
+    manifest lists."""
     folder = tmp_path / "small"
     shutil.copytree(small.folder, folder)
     everything(folder)
@@ -68,7 +75,11 @@ def test_one_flipped_bit_anywhere_is_caught(small: Record, tmp_path: Path) -> No
     for number, path in enumerate(payload(folder)):
         content = path.read_bytes()
         manifest = path.name in ("record.json", "result.json")
-        for place in range(number % 8, len(content), 8) if manifest else sorted({*range(0, len(content), 1024), len(content) - 1}):
+        for place in (
+            range(number % 8, len(content), 8)
+            if manifest
+            else sorted({*range(0, len(content), 1024), len(content) - 1})
+        ):
             damaged = bytearray(content)
             damaged[place] ^= 1 << (place * 5 % 8)
             path.write_bytes(damaged)
@@ -84,7 +95,10 @@ def test_one_flipped_bit_anywhere_is_caught(small: Record, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_every_bit_of_the_two_manifests_is_guarded(small: Record, tmp_path: Path) -> None:
-    for source in (small.folder / "record.json", small.folder / "defense" / "dau" / "seed0" / "result.json"):
+    for source in (
+        small.folder / "record.json",
+        small.folder / "defense" / "dau" / "seed0" / "result.json",
+    ):
         content, path = source.read_bytes(), tmp_path / source.name
         for place in range(8 * len(content)):
             damaged = bytearray(content)
@@ -95,7 +109,7 @@ def test_every_bit_of_the_two_manifests_is_guarded(small: Record, tmp_path: Path
         print(f"{8 * len(content)} flips of {path.name}, all caught")
 
 
-# --- F3: mutants -------------------------------------------------------------------------------------------------
+# --- F3: mutants
 
 
 def mutant(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
@@ -122,10 +136,24 @@ def mutant(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
             place = rng.choice(places)
             return content[:place] + b"%d" % rng.randrange(10) + content[place + 1 :]
         case 8:
-            words = (b"NaN", b"1e999", b"null", b"true", b"-1", b"[]", b"{}", b'""', b"9" * 400, b"[" * 2000, b"\x1b[2J")
+            words = (
+                b"NaN",
+                b"1e999",
+                b"null",
+                b"true",
+                b"-1",
+                b"[]",
+                b"{}",
+                b'""',
+                b"9" * 400,
+                b"[" * 2000,
+                b"\x1b[2J",
+            )
             return content[:at] + rng.choice(words) + content[at:]
         case 9:
-            length = struct.pack("<Q", rng.choice((0, 1, size, max(0, size - 8), 1 << 20, 1 << 40, (1 << 64) - 1)))
+            length = struct.pack(
+                "<Q", rng.choice((0, 1, size, max(0, size - 8), 1 << 20, 1 << 40, (1 << 64) - 1))
+            )
             return length + content[8:]
         case 10:
             other = rng.randrange(size)
@@ -139,8 +167,12 @@ def mutant(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
             return bytes(damaged)
 
 
-@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_a_mutant_is_equal_or_refused_in_one_line(count: int, small: Record, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "count", [1000, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_a_mutant_is_equal_or_refused_in_one_line(
+    count: int, small: Record, tmp_path: Path
+) -> None:
     """F3, over every file of a record and of a result."""
     folder = tmp_path / "small"
     shutil.copytree(small.folder, folder)
@@ -152,7 +184,9 @@ def test_a_mutant_is_equal_or_refused_in_one_line(count: int, small: Record, tmp
         changed = mutant(contents[path], rng, [contents[other] for other in paths if other != path])
         path.write_bytes(changed)
         try:
-            assert everything(folder) == original and changed == contents[path], f"mutant {number} of {path.name} loads as something else"
+            assert everything(folder) == original and changed == contents[path], (
+                f"mutant {number} of {path.name} loads as something else"
+            )
             outcomes["equal"] += 1
         except UserError as error:
             assert path.name in str(error) and "\n" not in str(error), str(error)
@@ -179,18 +213,52 @@ def test_the_mutants_do_harm_where_nothing_is_verified(small: Record) -> None:
     assert wrong > 40
 
 
-VALUES: list[Any] = [None, True, -1, 0, 3, 10**30, 1e308, "", "x", "../x", "\x1b[31m", [], [1], ["x"], [None], {}, {"x": 1}, [[1]], "digits", 0.5]
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**30,
+    1e308,
+    "",
+    "x",
+    "../x",
+    "\x1b[31m",
+    [],
+    [1],
+    ["x"],
+    [None],
+    {},
+    {"x": 1},
+    [[1]],
+    "digits",
+    0.5,
+]
 
 
 def slots(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where something can be replaced in nested JSON."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path] * bool(path) + [slot for key, item in inside for slot in slots(item, (*path, key))]
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [path] * bool(path) + [
+        slot for key, item in inside for slot in slots(item, (*path, key))
+    ]
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
-def test_a_forged_record_with_a_fitting_checksum_is_one_line_at_most(count: int, small: Record, tmp_path: Path, capsys: Capture) -> None:
-    """Whoever makes a record can make its checksum fit: any value anywhere loads or is refused, also where it is used."""
+@pytest.mark.parametrize(
+    "count", [100, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_a_forged_record_with_a_fitting_checksum_is_one_line_at_most(
+    count: int, small: Record, tmp_path: Path, capsys: Capture
+) -> None:
+    """Whoever makes a record can make its checksum fit: any value anywhere loads or is refused,
+    also where it is used."""
     folder = tmp_path / "record" / "small"
     shutil.copytree(small.folder, folder)
     rng, refused = random.Random(0), 0
@@ -226,7 +294,7 @@ def test_a_forged_record_with_a_fitting_checksum_is_one_line_at_most(count: int,
     assert count // 4 < refused < 2 * count
 
 
-# --- F3: payloads ------------------------------------------------------------------------------------------------
+# --- F3: payloads
 
 
 class Bomb:
@@ -278,7 +346,9 @@ def in_safetensors(bomb: Bomb) -> bytes:
     data = pickle.dumps(bomb)
     tensors = {"data": torch.frombuffer(bytearray(data), dtype=torch.uint8)}
     text = json.dumps({"pickle": data.hex()})
-    return save(tensors, metadata={"backdoorlab": json.dumps([reading.tensor_hash(tensors, text), text])})
+    return save(
+        tensors, metadata={"backdoorlab": json.dumps([reading.tensor_hash(tensors, text), text])}
+    )
 
 
 def yaml_tag(canary: str) -> bytes:
@@ -297,23 +367,37 @@ def payloads(canary: str) -> dict[str, tuple[bytes, Callable[[bytes], Any] | Non
         "torch legacy": (legacy(bomb), careless),
         "torch state dict": (modern({"network.conv1.weight": bomb}), careless),
         "torch list": (modern([bomb, torch.ones(2)]), careless),
-        "zip by hand": (archived(bomb, "zip"), lambda d: pickle.loads(zipfile.ZipFile(BytesIO(d)).read("archive/data.pkl"))),
-        "tar": (archived(bomb, "tar"), lambda d: pickle.loads(d[512:])),  # one block of 512 bytes is the member's header
+        "zip by hand": (
+            archived(bomb, "zip"),
+            lambda d: pickle.loads(zipfile.ZipFile(BytesIO(d)).read("archive/data.pkl")),
+        ),
+        # One block of 512 bytes is the member's header
+        "tar": (archived(bomb, "tar"), lambda d: pickle.loads(d[512:])),
         "npy": (numpy_file(bomb, False), lambda d: np.load(BytesIO(d), allow_pickle=True)),
         "npz": (numpy_file(bomb, True), lambda d: np.load(BytesIO(d), allow_pickle=True)["a"]),
         "yaml tag": (yaml_tag(canary), yaml.unsafe_load),
         "yaml in a key": (b"? " + yaml_tag(canary) + b": 1\n", None),
-        "safetensors with a pickle in it": (in_safetensors(bomb), lambda d: pickle.loads(d[-len(pickle.dumps(bomb)) :])),
+        "safetensors with a pickle in it": (
+            in_safetensors(bomb),
+            lambda d: pickle.loads(d[-len(pickle.dumps(bomb)) :]),
+        ),
         "python": (f"open({canary!r}, 'w').close()".encode(), lambda d: exec(d)),
         "json of python": (json.dumps({"__reduce__": ["exec", canary]}).encode(), None),
-        "pickle behind a safetensors length": (struct.pack("<Q", 2) + b"{}" + pickle.dumps(bomb), lambda d: pickle.loads(d[10:])),
-        "pickle in base json": (b'{"schema": 2}\n' + pickle.dumps(bomb), lambda d: pickle.loads(d[14:])),
+        "pickle behind a safetensors length": (
+            struct.pack("<Q", 2) + b"{}" + pickle.dumps(bomb),
+            lambda d: pickle.loads(d[10:]),
+        ),
+        "pickle in base json": (
+            b'{"schema": 2}\n' + pickle.dumps(bomb),
+            lambda d: pickle.loads(d[14:]),
+        ),
     }
     return found
 
 
 def opened_everywhere(data: bytes, record: Record, root: Path) -> int:
-    """Put a payload in the place of each file that we read, and read it. Returns how many places took it."""
+    """Put a payload in the place of each file that we read, and read it. Returns how many places
+    took it."""
     taken = 0
 
     def attempt(read: Callable[[], Any]) -> None:
@@ -329,15 +413,26 @@ def opened_everywhere(data: bytes, record: Record, root: Path) -> int:
         shutil.copytree(record.folder, folder)
         path = folder / source.relative_to(record.folder)
         path.write_bytes(data)
-        # A manifest that lists the payload with its own hash, so that the reader behind it is reached, too.
+        # A manifest that lists the payload with its own hash, so that the reader behind it is
+        # reached, too.
         owner = path.parent / ("result.json" if "defense" in path.parts else "record.json")
         attempt(lambda folder=folder: everything(folder))  # type: ignore[misc]
         if path != owner and path.suffix == ".safetensors":
             listed = reading.read_json(owner)["files"]
-            helpers.edit_json(owner, files={**listed, path.name: {"sha256": reading.sha256(path), "size": len(data)}})
+            helpers.edit_json(
+                owner,
+                files={**listed, path.name: {"sha256": reading.sha256(path), "size": len(data)}},
+            )
             attempt(lambda folder=folder: everything(folder))  # type: ignore[misc]
         shutil.rmtree(folder)
-    for name in ("checkpoint-train.safetensors", "run.json", "meta.json", "train_images.npy", "classes.json", "mine.yaml"):
+    for name in (
+        "checkpoint-train.safetensors",
+        "run.json",
+        "meta.json",
+        "train_images.npy",
+        "classes.json",
+        "mine.yaml",
+    ):
         path = root / name
         path.write_bytes(data)
     attempt(lambda: reading.read_tensors(root / "checkpoint-train.safetensors"))
@@ -349,7 +444,8 @@ def opened_everywhere(data: bytes, record: Record, root: Path) -> int:
 
 
 def test_no_payload_runs(small: Record, tmp_path: Path) -> None:
-    """F3: more than 20 files that leave a canary when a careless reader opens them, in every place that we read from."""
+    """F3: more than 20 files that leave a canary when a careless reader opens them, in every place
+    that we read from."""
     canary, fired, taken = tmp_path / "canary", 0, 0
     found = payloads(str(canary))
     for number, (data, _) in enumerate(found.values()):
@@ -362,11 +458,14 @@ def test_no_payload_runs(small: Record, tmp_path: Path) -> None:
             careless(data)
             fired += canary.exists()
             canary.unlink(missing_ok=True)
-    print(f"{len(found)} payloads in every place: 0 ran, {taken} places read one as plain data; the control ran {fired}")
+    print(
+        f"{len(found)} payloads in every place: 0 ran, {taken} places read one as plain data; the"
+        f" control ran {fired}"
+    )
     assert len(found) > 20 and fired >= 18
 
 
-# --- F9: wrong data ----------------------------------------------------------------------------------------------
+# --- F9: wrong data
 
 
 def _dataset(**changes: Any) -> Callable[[Path], None]:
@@ -388,35 +487,78 @@ def _poison(name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Cal
         change(tensors)
         writing.write_tensors(path, tensors)
         listed = reading.read_json(folder / "record.json")["files"]
-        helpers.edit_json(folder / "record.json", files={**listed, path.name: {"sha256": reading.sha256(path), "size": path.stat().st_size}})
+        helpers.edit_json(
+            folder / "record.json",
+            files={
+                **listed,
+                path.name: {"sha256": reading.sha256(path), "size": path.stat().st_size},
+            },
+        )
 
     return forge
 
 
-def _set(key: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+def _set(
+    key: str, value: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[dict[str, torch.Tensor]], None]:
     return lambda tensors: tensors.update({key: value(tensors[key])})
 
 
 WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "other data": (_dataset(fingerprint="0" * 64), "fingerprint 000000000000"),
-    "image shape": (_dataset(image_shape=[1, 16, 16]), "train_poison.safetensors.*images: expected"),
+    "image shape": (
+        _dataset(image_shape=[1, 16, 16]),
+        "train_poison.safetensors.*images: expected",
+    ),
     "number of images": (_dataset(train_size=95), "its data set has images"),
     "class count": (_top(num_classes=4), "not the weights of|4 classes"),
-    "trigger size": (_poison("test_poison", _set("images", lambda x: x[:, :, :4, :4].contiguous())), "test_poison.safetensors.*images: expected"),
-    "images of float": (_poison("train_poison", _set("images", lambda x: x.float())), "train_poison.safetensors.*images: expected uint8"),
-    "label too large": (_poison("train_poison", _set("labels", lambda x: x + 3)), r"train_poison.safetensors.*label outside 0\.\.2"),
-    "negative label": (_poison("test_poison", _set("original_labels", lambda x: x - 3)), "test_poison.safetensors.*label outside"),
-    "index too large": (_poison("train_poison", _set("index", lambda x: x + 96)), "train_poison.safetensors.*index"),
-    "index twice": (_poison("train_poison", _set("index", lambda x: x * 0)), "train_poison.safetensors.*index"),
-    "unknown kind": (_poison("train_poison", _set("kind", lambda x: x + 7)), "train_poison.safetensors.*kind"),
-    "columns of two lengths": (_poison("train_poison", _set("labels", lambda x: x[1:].clone())), "train_poison.safetensors.*labels: expected"),
-    "a column too many": (_poison("train_poison", lambda t: t.update(extra=torch.ones(2))), "train_poison.safetensors.*extra: expected nothing"),
-    "no column": (_poison("train_poison", lambda t: t.clear()), "train_poison.safetensors.*expected"),
+    "trigger size": (
+        _poison("test_poison", _set("images", lambda x: x[:, :, :4, :4].contiguous())),
+        "test_poison.safetensors.*images: expected",
+    ),
+    "images of float": (
+        _poison("train_poison", _set("images", lambda x: x.float())),
+        "train_poison.safetensors.*images: expected uint8",
+    ),
+    "label too large": (
+        _poison("train_poison", _set("labels", lambda x: x + 3)),
+        r"train_poison.safetensors.*label outside 0\.\.2",
+    ),
+    "negative label": (
+        _poison("test_poison", _set("original_labels", lambda x: x - 3)),
+        "test_poison.safetensors.*label outside",
+    ),
+    "index too large": (
+        _poison("train_poison", _set("index", lambda x: x + 96)),
+        "train_poison.safetensors.*index",
+    ),
+    "index twice": (
+        _poison("train_poison", _set("index", lambda x: x * 0)),
+        "train_poison.safetensors.*index",
+    ),
+    "unknown kind": (
+        _poison("train_poison", _set("kind", lambda x: x + 7)),
+        "train_poison.safetensors.*kind",
+    ),
+    "columns of two lengths": (
+        _poison("train_poison", _set("labels", lambda x: x[1:].clone())),
+        "train_poison.safetensors.*labels: expected",
+    ),
+    "a column too many": (
+        _poison("train_poison", lambda t: t.update(extra=torch.ones(2))),
+        "train_poison.safetensors.*extra: expected nothing",
+    ),
+    "no column": (
+        _poison("train_poison", lambda t: t.clear()),
+        "train_poison.safetensors.*expected",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_data_are_refused_before_training(case: str, small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_data_are_refused_before_training(
+    case: str, small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """F9: each with hashes and checksums that fit, as their maker would leave them."""
     import re
 
@@ -432,7 +574,9 @@ def test_wrong_data_are_refused_before_training(case: str, small: Record, tmp_pa
     argv = ["--result_file", "small", "--record_root", str(tmp_path), *helpers.short_flags("ft")]
     with pytest.raises(UserError) as caught:
         run_defense(defense_job(methods.load("defense", "ft"), argv, "test"))
-    assert re.search(message, str(caught.value)) and "\n" not in str(caught.value), str(caught.value)
+    assert re.search(message, str(caught.value)) and "\n" not in str(caught.value), str(
+        caught.value
+    )
     assert not begun
     helpers.copy(small, tmp_path / "sound")
     argv[3] = str(tmp_path / "sound")
@@ -440,14 +584,19 @@ def test_wrong_data_are_refused_before_training(case: str, small: Record, tmp_pa
     assert begun, "the same command reaches the training where nothing was changed"
 
 
-# --- F10: memory -------------------------------------------------------------------------------------------------
+# --- F10: memory
 
 
 def extra_memory(work: Callable[[], Any], said: Path) -> tuple[int, str]:
-    """The most that a forked child had more than at its start while it did `work`, in bytes, and how that ended."""
+    """The most that a forked child had more than at its start while it did `work`, in bytes, and
+    how that ended."""
 
     def resident(key: str) -> int:
-        return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(key)
+        )
 
     pid = os.fork()
     if pid == 0:
@@ -470,10 +619,13 @@ def extra_memory(work: Callable[[], Any], said: Path) -> tuple[int, str]:
 
 
 def _sparse(name: str, size: int, listed: bool) -> Callable[[Path], None]:
-    """A huge file that takes no disk, with or without a manifest that says so; its header declares it, too."""
+    """A huge file that takes no disk, with or without a manifest that says so; its header declares
+    it, too."""
 
     def change(folder: Path) -> None:
-        header = json.dumps({"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+        header = json.dumps(
+            {"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+        ).encode()
         with open(folder / name, "wb") as stream:
             stream.write(struct.pack("<Q", len(header)) + header)
             stream.truncate(8 + len(header) + size)
@@ -498,7 +650,10 @@ def _header(text: bytes, listed: bool = True) -> Callable[[Path], None]:
 
 def _architecture(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        helpers.edit_json(folder / "record.json", architecture={**reading.read_json(folder / "record.json")["architecture"], **changes})
+        helpers.edit_json(
+            folder / "record.json",
+            architecture={**reading.read_json(folder / "record.json")["architecture"], **changes},
+        )
 
     return change
 
@@ -512,28 +667,47 @@ def _raw(name: str, data: Callable[[], bytes]) -> Callable[[Path], None]:
 
 BOMBS: dict[str, Callable[[Path], None]] = {
     "a sparse file of 8 GB": _sparse("model.safetensors", 8 << 30, listed=False),
-    "a sparse file of 8 GB that the manifest lists": _sparse("model.safetensors", 8 << 30, listed=True),
+    "a sparse file of 8 GB that the manifest lists": _sparse(
+        "model.safetensors", 8 << 30, listed=True
+    ),
     "a listed sparse poison of 8 GB": _sparse("train_poison.safetensors", 8 << 30, listed=True),
     "a network of width 100,000": _architecture(width=100_000),
     "a network of a billion classes": _top(num_classes=10**9),
     "a large network of timm": _architecture(name="resnet152", width=None),
     "JSON of 60 MB": _raw("record.json", lambda: b'{"x": [' + b"[]," * (20 * MIB) + b"0]}"),
-    "JSON of small lists": _raw("record.json", lambda: b'{"x": [' + b"[]," * (MIB + MIB // 4) + b"0]}"),
+    "JSON of small lists": _raw(
+        "record.json", lambda: b'{"x": [' + b"[]," * (MIB + MIB // 4) + b"0]}"
+    ),
     "JSON of nested lists": _raw("record.json", lambda: b"[" * MIB),
     "a header of 30 MB": _header(b'{"x": [' + b"[]," * (10 * MIB) + b"0]}"),
     "a header of a million lists": _header(b'{"x": [' + b"[]," * (MIB + MIB // 4) + b"0]}"),
-    "a header of empty tensors": _header(b"{" + b",".join(b'"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(70_000)) + b"}"),
-    "a header that declares 2^62 bytes": _header(b'{"x":{"dtype":"U8","shape":[4611686018427387903],"data_offsets":[0,4611686018427387903]}}'),
-    "a header whose shape overflows": _header(b'{"x":{"dtype":"F64","shape":[' + b"4611686018427387903," * 15 + b'8],"data_offsets":[0,8]}}'),
+    "a header of empty tensors": _header(
+        b"{"
+        + b",".join(
+            b'"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(70_000)
+        )
+        + b"}"
+    ),
+    "a header that declares 2^62 bytes": _header(
+        b'{"x":{"dtype":"U8","shape":[4611686018427387903],"data_offsets":[0,4611686018427387903]}}'
+    ),
+    "a header whose shape overflows": _header(
+        b'{"x":{"dtype":"F64","shape":['
+        + b"4611686018427387903," * 15
+        + b'8],"data_offsets":[0,8]}}'
+    ),
     "images of a million pixels a side": _dataset(image_shape=[1, 1_000_000, 1_000_000]),
     "images of 8192 pixels a side": _dataset(image_shape=[1, 8192, 8192], image_size=8192),
 }
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak"
+)
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_no_file_fills_the_memory(bomb: str, small: Record, tmp_path: Path) -> None:
-    """F10: never more than twice what the sound manifest declares and 200 MB; every one is refused."""
+    """F10: never more than twice what the sound manifest declares and 200 MB; every one is
+    refused."""
     folder = helpers.copy(small, tmp_path).folder
     declared = sum(entry["size"] for entry in small.info["files"].values())
     small.model()  # the first use imports
@@ -550,22 +724,31 @@ def test_no_file_fills_the_memory(bomb: str, small: Record, tmp_path: Path) -> N
     assert used < 2 * declared + 200e6
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak")
-def test_the_measure_of_memory_sees_what_careless_reading_takes(small: Record, tmp_path: Path) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux to measure a peak"
+)
+def test_the_measure_of_memory_sees_what_careless_reading_takes(
+    small: Record, tmp_path: Path
+) -> None:
     """The control of F10: the same bombs, parsed and built without a look at their size."""
     text = b'{"x": [' + b"[]," * (4 * MIB) + b"0]}"
     used, outcome = extra_memory(lambda: json.loads(text), tmp_path / "said")
     assert outcome == "taken" and used > 250e6
     wide = {**small.info["architecture"], "width": 300}
-    used, outcome = extra_memory(lambda: build_model(wide, small.info["dataset"], 3), tmp_path / "said")
+    used, outcome = extra_memory(
+        lambda: build_model(wide, small.info["dataset"], 3), tmp_path / "said"
+    )
     assert outcome == "taken" and used > 50e6
 
 
-# --- reading what was verified -----------------------------------------------------------------------------------
+# --- reading what was verified
 
 
-def test_a_file_that_changes_after_it_was_verified_changes_nothing(small: Record, tmp_path: Path) -> None:
-    """What is checked is the memory that is used: no map of a file that someone else still writes."""
+def test_a_file_that_changes_after_it_was_verified_changes_nothing(
+    small: Record, tmp_path: Path
+) -> None:
+    """What is checked is the memory that is used: no map of a file that someone else still
+    writes."""
     record = helpers.copy(small, tmp_path)
     before = record.train_poison.images.clone()
     path = record.folder / "train_poison.safetensors"
@@ -573,7 +756,9 @@ def test_a_file_that_changes_after_it_was_verified_changes_nothing(small: Record
         stream.write(bytes(path.stat().st_size))
     assert torch.equal(record.train_poison.images, before)
     other = record.model().state_dict()
-    writing.write_tensors(record.folder / "model.safetensors", {name: value + 1 for name, value in other.items()})
+    writing.write_tensors(
+        record.folder / "model.safetensors", {name: value + 1 for name, value in other.items()}
+    )
     with pytest.raises(UserError, match=r"model.safetensors: damaged file"):
         record.model()
 
@@ -591,7 +776,8 @@ def test_what_is_no_file_is_not_waited_for(small: Record, tmp_path: Path) -> Non
 
 
 def test_a_record_of_schema_1_is_read(small: Record, tmp_path: Path) -> None:
-    """Before schema 2 there was no checksum in record.json; a file that has one is checked whatever its schema says."""
+    """Before schema 2 there was no checksum in record.json; a file that has one is checked whatever
+    its schema says."""
     path = helpers.copy(small, tmp_path).folder / "record.json"
     info = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
     path.write_text(json.dumps({**info, "schema": 1}))
@@ -604,15 +790,19 @@ def test_a_record_of_schema_1_is_read(small: Record, tmp_path: Path) -> None:
         Record.load("small", tmp_path)
 
 
-# --- verify ------------------------------------------------------------------------------------------------------
+# --- verify
 
 
-def test_verify_says_ok_or_names_every_bad_file(small: Record, tmp_path: Path, capsys: Capture) -> None:
+def test_verify_says_ok_or_names_every_bad_file(
+    small: Record, tmp_path: Path, capsys: Capture
+) -> None:
     root = tmp_path / "record"
     for name in ("a", "b", "c"):
         shutil.copytree(small.folder, root / name)
     assert main(["verify"]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"OK  {name}  10 files, 1 results of defenses" for name in "abc"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"OK  {name}  10 files, 1 results of defenses" for name in "abc"
+    ]
     assert verify("a", root).files == len(payload(root / "a"))
     (root / "a" / "preview.png").write_bytes(b"x")
     run = root / "b" / "defense" / "dau" / "seed0"
@@ -623,8 +813,14 @@ def test_verify_says_ok_or_names_every_bad_file(small: Record, tmp_path: Path, c
     assert main(["verify"]) == 2
     out, err = capsys.readouterr()
     assert out.splitlines() == ["OK  c  10 files, 1 results of defenses"]
-    assert len(err.splitlines()) == 3 and all(line.startswith("error: ") for line in err.splitlines())
-    for name in ("a/preview.png", "b/defense/dau/seed0/model.safetensors", "b/defense/dau/other/result.json"):
+    assert len(err.splitlines()) == 3 and all(
+        line.startswith("error: ") for line in err.splitlines()
+    )
+    for name in (
+        "a/preview.png",
+        "b/defense/dau/seed0/model.safetensors",
+        "b/defense/dau/other/result.json",
+    ):
         assert sum(name in line for line in err.splitlines()) == 1
     assert main(["verify", "c"]) == 0
     assert main(["verify", "d"]) == 2
@@ -636,7 +832,10 @@ def test_weights_of_another_network_in_a_result_are_named(small: Record, tmp_pat
     run = tmp_path / "small" / "defense" / "dau" / "seed0"
     writing.write_tensors(run / "model.safetensors", {"x": torch.ones(2)})
     listed = reading.read_json(run / "result.json")["files"]
-    entry = {"sha256": reading.sha256(run / "model.safetensors"), "size": (run / "model.safetensors").stat().st_size}
+    entry = {
+        "sha256": reading.sha256(run / "model.safetensors"),
+        "size": (run / "model.safetensors").stat().st_size,
+    }
     helpers.edit_json(run / "result.json", files={**listed, "model.safetensors": entry})
     (line,) = verify("small", tmp_path).wrong
     assert "seed0/model.safetensors" in line and "expected" in line

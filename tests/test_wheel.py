@@ -14,18 +14,28 @@ PARTS = ("setup.py", "pyproject.toml", "README.md", "backdoorlab", "attack", "de
 
 
 def pip(*arguments: str, cwd: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "pip", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")), reason="building a wheel offline needs pip and setuptools"
+    any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")),
+    reason="building a wheel offline needs pip and setuptools",
 )
 def test_a_wheel_holds_everything_and_runs_without_a_checkout(tmp_path: Path) -> None:
     source, dist, site, here = (tmp_path / name for name in ("source", "dist", "site", "here"))
     for part in PARTS:  # a copy, so that building leaves nothing in the checkout
         if (helpers.CHECKOUT / part).is_dir():
-            shutil.copytree(helpers.CHECKOUT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                helpers.CHECKOUT / part, source / part, ignore=shutil.ignore_patterns("__pycache__")
+            )
         else:
             source.mkdir(exist_ok=True)
             shutil.copy(helpers.CHECKOUT / part, source / part)
@@ -36,24 +46,42 @@ def test_a_wheel_holds_everything_and_runs_without_a_checkout(tmp_path: Path) ->
     wanted = {
         "backdoorlab/py.typed",
         "backdoorlab/resource/reported.yaml",
-        *(f"backdoorlab/resource/config/{p.name}" for p in (helpers.CHECKOUT / "resource" / "config").glob("*.yaml")),
+        *(
+            f"backdoorlab/resource/config/{p.name}"
+            for p in (helpers.CHECKOUT / "resource" / "config").glob("*.yaml")
+        ),
     }
-    wanted |= {f"backdoorlab/{kind}/{path.name}" for kind in ("attack", "defense") for path in (helpers.CHECKOUT / kind).glob("*.py")}
-    wanted |= {f"backdoorlab/resource/page/{path.name}" for path in (helpers.CHECKOUT / "resource" / "page").iterdir()}
+    wanted |= {
+        f"backdoorlab/{kind}/{path.name}"
+        for kind in ("attack", "defense")
+        for path in (helpers.CHECKOUT / kind).glob("*.py")
+    }
+    wanted |= {
+        f"backdoorlab/resource/page/{path.name}"
+        for path in (helpers.CHECKOUT / "resource" / "page").iterdir()
+    }
     assert wanted <= inside, f"missing: {sorted(wanted - inside)}"
-    assert not [name for name in inside if name.startswith(("tests/", "attack/", "defense/", "record/"))]
+    assert not [
+        name for name in inside if name.startswith(("tests/", "attack/", "defense/", "record/"))
+    ]
 
     pip("install", "--no-deps", "--no-index", "--target", str(site), str(wheel), cwd=tmp_path)
     shutil.rmtree(source)
     here.mkdir()
-    env = {name: value for name, value in helpers.child_environment(PYTHONPATH=site).items() if name != "BACKDOORLAB_RECORDS"}
+    env = {
+        name: value
+        for name, value in helpers.child_environment(PYTHONPATH=site).items()
+        if name != "BACKDOORLAB_RECORDS"
+    }
     run = lambda *arguments: helpers.command(*arguments, cwd=here, env=env)  # noqa: E731
     where = run("-c", "import backdoorlab; print(backdoorlab.__file__)")
     assert Path(where.stdout.strip()).is_relative_to(site), where.stdout + where.stderr
 
     done = run("-m", "backdoorlab", "attack", "badnet", "--save_folder_name", "x", *helpers.TINY)
     assert done.returncode == 0, done.stderr
-    assert (here / "record" / "x" / "record.json").is_file(), "without a checkout, records go to ./record"
+    assert (here / "record" / "x" / "record.json").is_file(), (
+        "without a checkout, records go to ./record"
+    )
     assert "digits.yaml" in done.stderr, "the data set's settings travel with the package"
     done = run("-m", "backdoorlab", "defense", "ft", "--result_file", "x", "--epochs", "1")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""A grid of experiments as values: a file or flags -> the cells, each one command with the place where its result will lie.
+"""A grid of experiments as values: a file or flags -> the cells, each one command with the place
+where its result will lie.
 
     datasets: [digits]                     # a name, or NAME: {options of the attack, such as width or dataset_path}
     attacks:
@@ -9,7 +10,8 @@
     seeds: [0, 1, 2]
     attack: {score_every: 0}               # options of every attack; `defense` likewise
 
-Nothing here looks at the disk, but for the files of the methods and whether a folder of data is there.
+Nothing here looks at the disk, but for the files of the methods and whether a folder of data is
+there.
 """
 
 import dataclasses
@@ -32,13 +34,26 @@ from ..settings.parse import Trained, as_flags, flag_names, parse, read_yaml
 from ..storage.schema import WORD
 
 KEYS = ("datasets", "attacks", "defenses", "poison_rates", "seeds", "attack", "defense")
-OURS = frozenset(["save_folder_name", "result_file", "run_name", "dataset", "seed", "record_root", "overwrite", "subtask", "debug"])
+OURS = frozenset(
+    [
+        "save_folder_name",
+        "result_file",
+        "run_name",
+        "dataset",
+        "seed",
+        "record_root",
+        "overwrite",
+        "subtask",
+        "debug",
+    ]
+)
 """Options that a grid sets itself."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a grid: what it is called, the method or data set that it names, and options for it."""
+    """A line of a grid: what it is called, the method or data set that it names, and options for
+    it."""
 
     label: str
     name: str
@@ -47,7 +62,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every attack on every data set at every rate, for every seed; then every defense on each of these records."""
+    """Every attack on every data set at every rate, for every seed; then every defense on each of
+    these records."""
 
     datasets: tuple[Entry, ...]
     attacks: tuple[Entry, ...]
@@ -83,26 +99,44 @@ class Cell:
 
     def folder(self, root: Path) -> Path:
         """Where the finished result lies."""
-        return root / self.record if self.kind == "attack" else root / self.record / "defense" / self.method / self.run
+        return (
+            root / self.record
+            if self.kind == "attack"
+            else root / self.record / "defense" / self.method / self.run
+        )
 
 
 def settings_of(config: Mapping[str, Any]) -> str:
-    """A config as text that is the same for the same experiment; how often scores are taken changes none."""
-    return json.dumps({key: value for key, value in config.items() if key != "score_every"}, sort_keys=True)
+    """A config as text that is the same for the same experiment; how often scores are taken changes
+    none."""
+    return json.dumps(
+        {key: value for key, value in config.items() if key != "score_every"}, sort_keys=True
+    )
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
+# --- reading
 
 
 def read(path: str | None, **flags: str | None) -> Grid:
-    """A grid file (or the name of one in resource/config/) with flags over it, each of them a list separated by commas."""
+    """A grid file (or the name of one in resource/config/) with flags over it, each of them a list
+    separated by commas."""
     where, found = ("the command line", {}) if path is None else _file(path)
     unknown = [key for key in found if key not in KEYS]
     if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}.{suggest(unknown[0], KEYS)} Known: {', '.join(KEYS)}")
-    given = {key: [word.strip() for word in text.split(",") if word.strip()] for key, text in flags.items() if text is not None}
+        raise UserError(
+            f"{where}: unknown key {unknown[0]!r}.{suggest(unknown[0], KEYS)} Known:"
+            f" {', '.join(KEYS)}"
+        )
+    given = {
+        key: [word.strip() for word in text.split(",") if word.strip()]
+        for key, text in flags.items()
+        if text is not None
+    }
     if "attacks" not in found and "attacks" not in given:
-        raise UserError(f"{where}: an empty grid; name a file with --config, or attacks with --attacks (badnet,blended or all)")
+        raise UserError(
+            f"{where}: an empty grid; name a file with --config, or attacks with --attacks"
+            " (badnet,blended or all)"
+        )
 
     def lines(key: str, default: list[Any]) -> list[Entry]:
         """The file's entries; of these and of the known methods, those that a flag names."""
@@ -110,22 +144,37 @@ def read(path: str | None, **flags: str | None) -> Grid:
         named: dict[str, list[Entry]] = {}
         for entry in entries:
             named.setdefault(entry.label, []).append(entry)
-        return entries if key not in given else [entry for word in given[key] for entry in named.get(word, [Entry(word, word)])]
+        return (
+            entries
+            if key not in given
+            else [entry for word in given[key] for entry in named.get(word, [Entry(word, word)])]
+        )
 
     attacks = _methods("attack", lines("attacks", []), where)
     if "poison_rates" in given:  # a flag is in place of what the file says, of single attacks too
-        rest = [{key: value for key, value in one.options.items() if key != "poison_rate"} for one in attacks]
-        attacks = tuple(dataclasses.replace(one, options=options) for one, options in zip(attacks, rest, strict=True))
+        rest = [
+            {key: value for key, value in one.options.items() if key != "poison_rate"}
+            for one in attacks
+        ]
+        attacks = tuple(
+            dataclasses.replace(one, options=options)
+            for one, options in zip(attacks, rest, strict=True)
+        )
     grid = Grid(
         datasets=tuple(lines("datasets", ["digits"])),
         attacks=attacks,
         defenses=_methods("defense", lines("defenses", ["all"]), where),
-        poison_rates=_numbers(float, given.get("poison_rates", found.get("poison_rates", [0.1])), f"{where}: poison_rates"),
+        poison_rates=_numbers(
+            float,
+            given.get("poison_rates", found.get("poison_rates", [0.1])),
+            f"{where}: poison_rates",
+        ),
         seeds=_numbers(int, given.get("seeds", found.get("seeds", [0, 1, 2])), f"{where}: seeds"),
         attack_options=_options(found.get("attack"), f"{where}: attack"),
         defense_options=_options(found.get("defense"), f"{where}: defense"),
     )
-    for key in ("datasets", "attacks", "poison_rates", "seeds"):  # without defenses, a grid of attacks is left
+    # Without defenses, a grid of attacks is left
+    for key in ("datasets", "attacks", "poison_rates", "seeds"):
         if not getattr(grid, key):
             raise UserError(f"{where}: an empty grid; {key} names nothing")
     for seed in grid.seeds:
@@ -141,7 +190,10 @@ def _file(path: str) -> tuple[str, dict[str, Any]]:
         file = shipped / f"{path}.yaml"
         if not file.exists():
             known = sorted(grid.stem for grid in shipped.glob("bench_*.yaml"))
-            raise UserError(f"--config {path}: no such file, and no grid of that name.{suggest(path, known)} Grids: {', '.join(known)}")
+            raise UserError(
+                f"--config {path}: no such file, and no grid of that name.{suggest(path, known)}"
+                f" Grids: {', '.join(known)}"
+            )
     return file.name, read_yaml(file)
 
 
@@ -157,15 +209,23 @@ def _entries(values: Any, where: str, key: str) -> list[Entry]:
         elif isinstance(value, (str, int)) and not isinstance(value, bool):
             label, options = value, {}
         else:
-            raise UserError(f"{where}: {key}: expected names, or `- label: {{options}}`, found {value!r}")
+            raise UserError(
+                f"{where}: {key}: expected names, or `- label: {{options}}`, found {value!r}"
+            )
         label = str(label)
         if not WORD.fullmatch(label):
-            raise UserError(f"{where}: {key}: {label!r} is no name: letters, digits, dots, dashes and underscores make one")
+            raise UserError(
+                f"{where}: {key}: {label!r} is no name: letters, digits, dots, dashes and"
+                " underscores make one"
+            )
         name = label if key == "datasets" else str(options.pop("method", label))
         entry = Entry(label, name, options)
         # The same data set on two networks makes records of two names.
         if key != "datasets" and any(other.label == label and other != entry for other in found):
-            raise UserError(f"{where}: {key}: two unlike entries are called {label}: give one another label, `- LABEL: {{method: {name}, ...}}`")
+            raise UserError(
+                f"{where}: {key}: two unlike entries are called {label}: give one another label, `-"
+                f" LABEL: {{method: {name}, ...}}`"
+            )
         found.append(entry)
     return found
 
@@ -178,11 +238,16 @@ def _methods(kind: resources.Kind, entries: Iterable[Entry], where: str) -> tupl
         names = [name for name in known if name != "none"] if entry.name == "all" else [entry.name]
         for name in names:
             if name not in known:
-                raise UserError(f"{where}: unknown {kind} {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
+                raise UserError(
+                    f"{where}: unknown {kind} {name!r}.{suggest(name, known)} Known:"
+                    f" {', '.join(known)}"
+                )
             every = entry.name == "all"
             label = name if every else entry.label
             if label not in found or not every:
-                found[label] = Entry(label, name, _by_field(kind, name, entry.options, f"{where}: {entry.label}"))
+                found[label] = Entry(
+                    label, name, _by_field(kind, name, entry.options, f"{where}: {entry.label}")
+                )
     return tuple(found.values())
 
 
@@ -192,7 +257,10 @@ def _numbers(number: Any, values: Any, where: str) -> tuple[Any, ...]:
         try:
             found.append(number(str(value)))
         except ValueError:
-            raise UserError(f"{where}: expected {'whole numbers' if number is int else 'numbers'}, got {value!r}") from None
+            raise UserError(
+                f"{where}: expected {'whole numbers' if number is int else 'numbers'}, got"
+                f" {value!r}"
+            ) from None
     return tuple(dict.fromkeys(found))
 
 
@@ -204,8 +272,11 @@ def _options(values: Any, where: str) -> Mapping[str, Any]:
     return values
 
 
-def _by_field(kind: resources.Kind, method: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Options under their fields' names, whatever alias was used; those that the grid itself sets are refused."""
+def _by_field(
+    kind: resources.Kind, method: str, options: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Options under their fields' names, whatever alias was used; those that the grid itself sets
+    are refused."""
     fields = flag_names(methods.load(kind, method).config_class)
     found = {fields.get(key, key): value for key, value in options.items()}
     for key in OURS & found.keys():
@@ -213,13 +284,16 @@ def _by_field(kind: resources.Kind, method: str, options: Mapping[str, Any], whe
     return found
 
 
-# --- cells -------------------------------------------------------------------------------------------------------
+# --- cells
 
 
 def cells(grid: Grid) -> list[Cell]:
-    """Each attack, followed by the defenses of its record. Every option is read as its command would read it."""
+    """Each attack, followed by the defenses of its record. Every option is read as its command
+    would read it."""
     found: list[Cell] = []
-    defenses = cache(lambda trained: [_defense_settings(grid, entry, trained) for entry in grid.defenses])
+    defenses = cache(
+        lambda trained: [_defense_settings(grid, entry, trained) for entry in grid.defenses]
+    )
     for dataset in grid.datasets:
         for entry in grid.attacks:
             for rate in _rates(grid, entry):
@@ -231,7 +305,9 @@ def cells(grid: Grid) -> list[Cell]:
                     for defense in defenses(Trained(dataset.name, attack.config.epochs)):
                         run = f"{defense.place}-s{seed}" if defense.place else f"seed{seed}"
                         name = ("--run_name", run) if defense.place else ()
-                        found.append(defense.cell(record, run, seed, ("--result_file", record, *name)))
+                        found.append(
+                            defense.cell(record, run, seed, ("--result_file", record, *name))
+                        )
     _refuse_twins(found)
     return found
 
@@ -265,7 +341,9 @@ class _Settings:
 
 def _rates(grid: Grid, entry: Entry) -> tuple[float | None, ...]:
     """An attack that poisons nothing is there once; one whose options name rates has its own."""
-    if "poison_rate" not in {f.name for f in dataclasses.fields(methods.load("attack", entry.name).config_class)}:
+    if "poison_rate" not in {
+        f.name for f in dataclasses.fields(methods.load("attack", entry.name).config_class)
+    }:
         return (None,)
     if "poison_rate" not in entry.options:
         return grid.poison_rates
@@ -279,13 +357,23 @@ def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | Non
     method = methods.load("attack", entry.name)
     shared = _by_field("attack", method.name, {**grid.attack_options, **dataset.options}, "attack")
     if rate is not None and "poison_rate" in shared:
-        raise UserError(f"attack: poison_rate is not shared: say `poison_rates: [{shared['poison_rate']}]`, or give it to single attacks")
+        raise UserError(
+            f"attack: poison_rate is not shared: say `poison_rates: [{shared['poison_rate']}]`, or"
+            " give it to single attacks"
+        )
     options = {**shared, **entry.options}
     if rate is not None:
         check_rate(rate)
         options["poison_rate"] = rate
     flags = ["--dataset", dataset.name, *as_flags(method.config_class, options, entry.label)]
-    parsed = parse(method.config_class, method.name, "attack", flags, lambda config: Trained(config.dataset, config.epochs), entry.label)
+    parsed = parse(
+        method.config_class,
+        method.name,
+        "attack",
+        flags,
+        lambda config: Trained(config.dataset, config.epochs),
+        entry.label,
+    )
     parsed.config.check()
     _check_data_and_model(parsed.config)
     given = {name for name, origin in parsed.origins.items() if origin == "flag"}
@@ -293,32 +381,50 @@ def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | Non
     tags += [f"w{parsed.config.width}"] if "width" in given else []
     tags += [Path(parsed.config.yaml_path).stem] if parsed.config.yaml_path else []
     parts = [dataset.label, *tags, entry.label, *([] if rate is None else [f"{rate:g}"])]
-    return _Settings(method, entry.label, "-".join(parts), tuple(flags), parsed.config, code_version(method.path))
+    return _Settings(
+        method, entry.label, "-".join(parts), tuple(flags), parsed.config, code_version(method.path)
+    )
 
 
 def _check_data_and_model(config: Any) -> None:
     """Refuse what every command of the attack would refuse when it begins."""
     known = dataset_names()
     if config.dataset_path is None and config.dataset not in known:
-        said = f"unknown data set {config.dataset!r}.{suggest(config.dataset, known)} Known: {', '.join(known)}"
-        raise UserError(f"{said}; any other needs a folder, `- {config.dataset}: {{dataset_path: FOLDER}}`")
+        said = (
+            f"unknown data set {config.dataset!r}.{suggest(config.dataset, known)} Known:"
+            f" {', '.join(known)}"
+        )
+        raise UserError(
+            f"{said}; any other needs a folder, `- {config.dataset}: {{dataset_path: FOLDER}}`"
+        )
     if config.dataset_path is not None and not Path(config.dataset_path).is_dir():
         raise UserError(f"{config.dataset}: dataset_path {config.dataset_path}: no such folder")
     if config.model not in models.OWN:
         import timm
 
         if not timm.is_model(config.model):
-            raise UserError(f"unknown model {config.model!r}.{suggest(config.model, [*models.OWN, *timm.list_models()])}")
+            raise UserError(
+                "unknown model"
+                f" {config.model!r}.{suggest(config.model, [*models.OWN, *timm.list_models()])}"
+            )
 
 
 def _defense_settings(grid: Grid, entry: Entry, trained: Trained) -> _Settings:
     method = methods.load("defense", entry.name)
     shared = _by_field("defense", method.name, grid.defense_options, "defense")
     flags = as_flags(method.config_class, {**shared, **entry.options}, entry.label)
-    parsed = parse(method.config_class, method.name, "defense", flags, lambda _: trained, entry.label)
+    parsed = parse(
+        method.config_class, method.name, "defense", flags, lambda _: trained, entry.label
+    )
     parsed.config.check()
-    variant = "" if entry.label == method.name else re.sub(rf"^{re.escape(method.name)}[-_]", "", entry.label)
-    return _Settings(method, entry.label, variant, tuple(flags), parsed.config, code_version(method.path))
+    variant = (
+        ""
+        if entry.label == method.name
+        else re.sub(rf"^{re.escape(method.name)}[-_]", "", entry.label)
+    )
+    return _Settings(
+        method, entry.label, variant, tuple(flags), parsed.config, code_version(method.path)
+    )
 
 
 def _refuse_twins(found: Sequence[Cell]) -> None:
@@ -328,5 +434,6 @@ def _refuse_twins(found: Sequence[Cell]) -> None:
         other = seen.setdefault(cell.name, cell)
         if other is not cell:
             raise UserError(
-                f"{cell.label} and {other.label} would both be {cell.name}: give one of them another label, `- LABEL: {{method: {cell.method}, ...}}`"
+                f"{cell.label} and {other.label} would both be {cell.name}: give one of them"
+                f" another label, `- LABEL: {{method: {cell.method}, ...}}`"
             )

@@ -1,7 +1,9 @@
-"""Where the commands of a grid run: in processes of this machine, on a Ray cluster, or as Slurm jobs.
+"""Where the commands of a grid run: in processes of this machine, on a Ray cluster, or as Slurm
+jobs.
 
-Each command runs beside a lock on its own folder that its process inherits. So whoever started it may be killed: while the command goes
-on, nobody starts it a second time, and when it ends, however it ends, the lock is gone.
+Each command runs beside a lock on its own folder that its process inherits. So whoever started it
+may be killed: while the command goes on, nobody starts it a second time, and when it ends, however
+it ends, the lock is gone.
 """
 
 import contextlib
@@ -24,22 +26,26 @@ from ..errors import UserError
 from ..storage import locks, writing
 
 BUSY, ALREADY = 75, 76
-"""Answers in place of an exit code: another process runs this command; its result was there before it could start."""
+"""Answers in place of an exit code: another process runs this command; its result was there before
+it could start."""
 LOOK = 30.0
 """Seconds between two questions to Slurm's queue."""
 LOG = "log.txt"
 HOPELESS = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM])
 """What one command cannot write, no other can: the driver ends, in one line."""
 GRACE = 10.0
-"""Seconds that a command has to end after each signal, from the mildest to the one that nothing ignores."""
+"""Seconds that a command has to end after each signal, from the mildest to the one that nothing
+ignores."""
 PASSED_ON = ("BACKDOORLAB_", "OMP_", "MKL_")
 PASSED_ON_TOO = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "PYTHONPATH")
-"""Beginnings and names of the environment variables that a command on another machine is given too; never a token."""
+"""Beginnings and names of the environment variables that a command on another machine is given too;
+never a token."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A command, the folder that is locked while it runs and holds its log, and the file that says it is done."""
+    """A command, the folder that is locked while it runs and holds its log, and the file that says
+    it is done."""
 
     command: tuple[str, ...]
     folder: Path
@@ -51,7 +57,8 @@ class Running(Protocol):
     """A command that was handed over."""
 
     def poll(self) -> int | None:
-        """Its exit code (minus the signal that ended it), BUSY, ALREADY, or None while it runs or waits."""
+        """Its exit code (minus the signal that ended it), BUSY, ALREADY, or None while it runs or
+        waits."""
 
     def stop(self) -> None:
         """Interrupt it, and wait until it has ended."""
@@ -68,7 +75,7 @@ class Launcher(Protocol):
     def close(self) -> None: ...
 
 
-# --- beside the command ------------------------------------------------------------------------------------------
+# --- beside the command
 
 
 @dataclass
@@ -125,7 +132,8 @@ class Answered:
 
 
 def begin(task: Task, deaf_to: Sequence[int] = ()) -> Process | Answered:
-    """Lock the task's folder and start its command with the lock in its hands, and ignoring some signals."""
+    """Lock the task's folder and start its command with the lock in its hands, and ignoring some
+    signals."""
     writing.make_folder(task.folder)
     lock = locks.try_lock(task.folder)
     if lock is None:
@@ -173,16 +181,24 @@ def run_there(task: Task, deaf_to: Sequence[int] = ()) -> int:
 
 
 def last_words(folder: Path) -> str:
-    """Why the last command in a folder's log failed: its `error:` line, else the last line that it wrote."""
+    """Why the last command in a folder's log failed: its `error:` line, else the last line that it
+    wrote."""
     try:
-        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").rsplit("\n$ ", 1)[-1].splitlines()[1:]
+        lines = (
+            (folder / LOG)
+            .read_text(encoding="utf-8", errors="replace")
+            .rsplit("\n$ ", 1)[-1]
+            .splitlines()[1:]
+        )
     except OSError:
         return ""
     said = [line.strip() for line in lines if line.strip()]
-    return next((line for line in reversed(said) if line.startswith("error:")), said[-1] if said else "").removeprefix("error: ")
+    return next(
+        (line for line in reversed(said) if line.startswith("error:")), said[-1] if said else ""
+    ).removeprefix("error: ")
 
 
-# --- this machine ------------------------------------------------------------------------------------------------
+# --- this machine
 
 
 class Local:
@@ -219,13 +235,16 @@ def _gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-# --- Ray ---------------------------------------------------------------------------------------------------------
+# --- Ray
 
 
 class OnRay:
-    """Each command is a Ray task that takes a share of a GPU; Ray finds the node, and tries again where a node is lost."""
+    """Each command is a Ray task that takes a share of a GPU; Ray finds the node, and tries again
+    where a node is lost."""
 
-    def __init__(self, slots: int, address: str | None, gpus_per_job: float, cpus_per_job: float) -> None:
+    def __init__(
+        self, slots: int, address: str | None, gpus_per_job: float, cpus_per_job: float
+    ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self.ray = _installed("ray", "ray")
         self.slots = slots
@@ -234,16 +253,28 @@ class OnRay:
             _refuse_silent(address)
             quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="error")
             try:
-                self.ray.init(address=address, **quiet) if address else self.ray.init(**quiet, object_store_memory=100 << 20)
+                (
+                    self.ray.init(address=address, **quiet)
+                    if address
+                    else self.ray.init(**quiet, object_store_memory=100 << 20)
+                )
             except Exception as error:  # Ray raises many kinds
                 where = f"at {address}" if address else "on this machine"
-                raise UserError(f"no Ray {where} ({_first_line(error)}): start one with `ray start --head`, or leave --ray_address out") from error
+                raise UserError(
+                    f"no Ray {where} ({_first_line(error)}): start one with `ray start --head`, or"
+                    " leave --ray_address out"
+                ) from error
         have = self.ray.cluster_resources()
         for kind, wanted in (("GPU", gpus_per_job), ("CPU", cpus_per_job)):
             if wanted > have.get(kind, 0):
                 self.close()
-                raise UserError(f"a job asks for {wanted:g} {kind}, but the Ray cluster has {have.get(kind, 0):g}: lower --{kind.lower()}s_per_job")
-        self.remote = self.ray.remote(num_gpus=gpus_per_job, num_cpus=cpus_per_job, max_retries=2)(run_there)
+                raise UserError(
+                    f"a job asks for {wanted:g} {kind}, but the Ray cluster has"
+                    f" {have.get(kind, 0):g}: lower --{kind.lower()}s_per_job"
+                )
+        self.remote = self.ray.remote(num_gpus=gpus_per_job, num_cpus=cpus_per_job, max_retries=2)(
+            run_there
+        )
 
     def start(self, task: Task, slot: int) -> Running:
         return RayTask(self.ray, self.remote.remote(task))
@@ -260,7 +291,10 @@ def _refuse_silent(address: str | None) -> None:
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
         except (OSError, OverflowError) as error:
-            raise UserError(f"no Ray at {address} ({_first_line(error)}): start one with `ray start --head`, or leave --ray_address out") from error
+            raise UserError(
+                f"no Ray at {address} ({_first_line(error)}): start one with `ray start --head`, or"
+                " leave --ray_address out"
+            ) from error
 
 
 @dataclass
@@ -284,11 +318,12 @@ class RayTask:
         self.ray.wait([self.reference], timeout=60)
 
 
-# --- Slurm -------------------------------------------------------------------------------------------------------
+# --- Slurm
 
 
 class OnSlurm:
-    """Each command is a Slurm job; a preempted one is queued again and goes on from its checkpoint."""
+    """Each command is a Slurm job; a preempted one is queued again and goes on from its
+    checkpoint."""
 
     def __init__(self, slots: int, folder: Path, parameters: Mapping[str, Any]) -> None:
         submitit = _installed("submitit", "slurm")
@@ -300,14 +335,23 @@ class OnSlurm:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
             self.executor.update_parameters(name="backdoorlab", **given)
         except Exception as error:  # submitit raises RuntimeError, TypeError, NameError, ...
-            raise UserError(f"Slurm cannot be used here ({_first_line(error)}): see docs/scaling.md for --slurm key=value") from error
+            raise UserError(
+                f"Slurm cannot be used here ({_first_line(error)}): see docs/scaling.md for --slurm"
+                " key=value"
+            ) from error
 
     def start(self, task: Task, slot: int) -> Running:
         try:
-            # What sbatch inherits its job has; submitit keeps what it is given in a file of the shared folder.
-            return SlurmJob(self.executor.submit(_Requeued(replace(task, environment={}))), self.queue)
+            # What sbatch inherits its job has; submitit keeps what it is given in a file of the
+            # shared folder.
+            return SlurmJob(
+                self.executor.submit(_Requeued(replace(task, environment={}))), self.queue
+            )
         except Exception as error:  # what sbatch says
-            raise UserError(f"Slurm does not take the job ({_first_line(error)}): change --slurm, or lower --jobs") from error
+            raise UserError(
+                f"Slurm does not take the job ({_first_line(error)}): change --slurm, or lower"
+                " --jobs"
+            ) from error
 
     def close(self) -> None:
         pass
@@ -317,8 +361,9 @@ class OnSlurm:
 class _Requeued:
     """What submitit calls, and asks for a successor when the time is up.
 
-    Slurm signals the command, too. It goes on until it is killed, because one that ends before would be an answer, and a job that was
-    preempted, and that Slurm starts anew, would be taken for one that failed.
+    Slurm signals the command, too. It goes on until it is killed, because one that ends before
+    would be an answer, and a job that was preempted, and that Slurm starts anew, would be taken for
+    one that failed.
     """
 
     task: Task
@@ -333,21 +378,43 @@ class _Requeued:
 
 
 class Queue:
-    """Which of the user's jobs Slurm has ended, by `squeue`. submitit goes by `sacct`, which tells nothing where there is no accounting."""
+    """Which of the user's jobs Slurm has ended, by `squeue`. submitit goes by `sacct`, which tells
+    nothing where there is no accounting."""
 
-    ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
+    ENDED = (
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "TIMEOUT",
+    )
 
     def __init__(self) -> None:
         self.asked = -math.inf
         self.states: dict[str, str] | None = None
 
     def ended(self, job_id: str) -> str | None:
-        """In what state, "gone" where Slurm has forgotten the job; None while it waits or runs, or where Slurm does not answer."""
+        """In what state, "gone" where Slurm has forgotten the job; None while it waits or runs, or
+        where Slurm does not answer."""
         if time.monotonic() - self.asked >= LOOK:
             self.asked = time.monotonic()
-            ask = ["squeue", "--noheader", "--states=all", "--format=%A %T", f"--user={getpass.getuser()}"]
+            ask = [
+                "squeue",
+                "--noheader",
+                "--states=all",
+                "--format=%A %T",
+                f"--user={getpass.getuser()}",
+            ]
             answer = subprocess.run(ask, capture_output=True, text=True, check=False)
-            self.states = None if answer.returncode else dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
+            self.states = (
+                None
+                if answer.returncode
+                else dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
+            )
         if self.states is None:
             return None
         state = self.states.get(job_id, "gone")
@@ -361,7 +428,8 @@ class SlurmJob:
     job: Any
     queue: Queue | None
     missed: float | None = None
-    """When it was first seen to have ended without an answer, which a shared file system may show late."""
+    """When it was first seen to have ended without an answer, which a shared file system may show
+    late."""
 
     def poll(self) -> int | None:
         if not self._answered():
@@ -380,7 +448,10 @@ class SlurmJob:
             return False
         self.missed = self.missed or time.monotonic()
         if time.monotonic() - self.missed > 2 * LOOK:
-            raise UserError(f"Slurm job {self.job.job_id} ended without an answer ({state}): see {self.job.paths.stderr}")
+            raise UserError(
+                f"Slurm job {self.job.job_id} ended without an answer ({state}): see"
+                f" {self.job.paths.stderr}"
+            )
         return False
 
     def stop(self) -> None:
@@ -393,7 +464,10 @@ def parameters(given: Sequence[str]) -> dict[str, Any]:
     for word in given:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise UserError(f"--slurm takes key=value, got {word!r}: for example --slurm slurm_partition=gpu gpus_per_node=1 timeout_min=240")
+            raise UserError(
+                f"--slurm takes key=value, got {word!r}: for example --slurm slurm_partition=gpu"
+                " gpus_per_node=1 timeout_min=240"
+            )
         found[key] = int(value) if value.isdecimal() else value
     return found
 
@@ -404,11 +478,16 @@ def _installed(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{module} is not installed ({_first_line(error)}): pip install 'backdoorlab[{extra}]', or use --launcher local") from error
+        raise UserError(
+            f"{module} is not installed ({_first_line(error)}): pip install 'backdoorlab[{extra}]',"
+            " or use --launcher local"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )[:200]
 
 
 def command(path: Path, flags: Sequence[str]) -> tuple[str, ...]:
@@ -418,4 +497,8 @@ def command(path: Path, flags: Sequence[str]) -> tuple[str, ...]:
 
 def passed_on() -> dict[str, str]:
     """What a command on another machine has to be told of this process's environment."""
-    return {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON) or name in PASSED_ON_TOO}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(PASSED_ON) or name in PASSED_ON_TOO
+    }

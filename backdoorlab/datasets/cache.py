@@ -20,7 +20,10 @@ from .locations import cache_root
 
 def cached() -> list[dict[str, Any]]:
     """One entry a cached data set: name, fingerprint, sizes, folder."""
-    return [{**read_meta(meta), "folder": str(meta.parent)} for meta in sorted(cache_root().glob("*/meta.json"))]
+    return [
+        {**read_meta(meta), "folder": str(meta.parent)}
+        for meta in sorted(cache_root().glob("*/meta.json"))
+    ]
 
 
 def _dataset(name: str, arrays: Arrays) -> Dataset:
@@ -47,17 +50,26 @@ def write_cache(folder: Path, name: str, arrays: Arrays) -> None:
                 for array_name, array in zip(ARRAY_NAMES, arrays[:4], strict=True):
                     np.save(final / f"{array_name}.npy", array)
                 counts = dict(train=len(dataset.train), test=len(dataset.test))
-                meta = dict(name=name, fingerprint=dataset.fingerprint, class_names=dataset.class_names, **counts)
+                meta = dict(
+                    name=name,
+                    fingerprint=dataset.fingerprint,
+                    class_names=dataset.class_names,
+                    **counts,
+                )
                 (final / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
                 _put(final, folder)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"the data set cache {folder} cannot be written ({error}): set BACKDOORLAB_CACHE to a folder with space") from error
+        raise UserError(
+            f"the data set cache {folder} cannot be written ({error}): set BACKDOORLAB_CACHE to a"
+            " folder with space"
+        ) from error
 
 
 def _put(final: Path, folder: Path) -> None:
-    """Give a whole data set its name, in place of a half one; that of a process which was faster is as good."""
+    """Give a whole data set its name, in place of a half one; that of a process which was faster is
+    as good."""
     try:
         publish(final, folder)
     except OSError:
@@ -68,8 +80,11 @@ def _put(final: Path, folder: Path) -> None:
 
 
 def _ours(stage: Path) -> bool:
-    """Whether an unfinished folder is one that `_write_cache` makes: the cache may be a folder that others use, too."""
-    return STAGE.fullmatch(stage.name) is not None and {entry.name for entry in stage.iterdir()} <= {HOLDER, "final"}
+    """Whether an unfinished folder is one that `_write_cache` makes: the cache may be a folder that
+    others use, too."""
+    return STAGE.fullmatch(stage.name) is not None and {
+        entry.name for entry in stage.iterdir()
+    } <= {HOLDER, "final"}
 
 
 def read_cache(folder: Path, name: str) -> Dataset:
@@ -78,13 +93,17 @@ def read_cache(folder: Path, name: str) -> Dataset:
     try:
         files = [folder / f"{array_name}.npy" for array_name in ARRAY_NAMES]
         labels = [torch.from_numpy(np.load(file)) for file in files[1::2]]
-        train, test = (Split(mapped(file), rows, file) for file, rows in zip(files[::2], labels, strict=True))
+        train, test = (
+            Split(mapped(file), rows, file) for file, rows in zip(files[::2], labels, strict=True)
+        )
         class_names = tuple(meta["class_names"])
         intact = fingerprint(train, test, class_names) == meta["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         intact = False
     if not intact:
-        raise UserError(f"the cached data set {folder} is damaged: delete that folder and run again")
+        raise UserError(
+            f"the cached data set {folder} is damaged: delete that folder and run again"
+        )
     return Dataset(name, train, test, class_names, meta["fingerprint"])
 
 

@@ -15,10 +15,12 @@ from ..errors import UserError
 from .locations import cache_root
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
-"""What Pillow may take a file for, whatever it is called: its readers of other formats are many, and one starts Ghostscript."""
+"""What Pillow may take a file for, whatever it is called: its readers of other formats are many,
+and one starts Ghostscript."""
 
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError)
-"""What Pillow raises for a file that is no image, or not a whole one, or one that claims too much; its own bomb is none of these."""
+"""What Pillow raises for a file that is no image, or not a whole one, or one that claims too much;
+its own bomb is none of these."""
 LARGE = 2**30
 """Bytes of decoded images beyond which they go to a file and not to memory."""
 
@@ -56,18 +58,21 @@ def decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
 
 
 def _room(shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 zeros in memory, or where they are more than LARGE in a file without a name, which goes with the array."""
+    """uint8 zeros in memory, or where they are more than LARGE in a file without a name, which goes
+    with the array."""
     if math.prod(shape) <= LARGE:
         return np.zeros(shape, np.uint8)
     cache_root().mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=cache_root()) as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here; in the middle of a map it would end the process
+            # A full disk is an error here; in the middle of a map it would end the process
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape))
             return np.memmap(file, np.uint8, "w+", shape=shape)
     except OSError as error:
         raise UserError(
-            f"no room for {math.prod(shape):,} bytes of images in {cache_root()} ({error}): set BACKDOORLAB_CACHE to a folder with space"
+            f"no room for {math.prod(shape):,} bytes of images in {cache_root()} ({error}): set"
+            " BACKDOORLAB_CACHE to a folder with space"
         ) from error
 
 
@@ -78,7 +83,9 @@ def from_bytes(data: bytes, path: Path, image_size: int | None, grey: bool | Non
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             return from_pil(image, image_size, grey)
     except (*UNREADABLE, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: a cell of its image column is not a readable image ({error})") from error
+        raise UserError(
+            f"{path}: a cell of its image column is not a readable image ({error})"
+        ) from error
 
 
 def from_file(file: Path, image_size: int | None, grey: bool | None) -> np.ndarray:
@@ -104,16 +111,20 @@ def from_pil(image: Any, image_size: int | None, grey: bool | None) -> np.ndarra
 
 
 def _eight_bits(image: Any) -> Any:
-    """An image of at most 8 bits a channel, for `convert` clips what is above 255 and so would turn deep images white."""
+    """An image of at most 8 bits a channel, for `convert` clips what is above 255 and so would turn
+    deep images white."""
     from PIL import Image
 
     if image.mode.startswith("I;16"):
-        # The upper byte: each of the 256 greys stands for 256 values, and 8 bits that were widened, by 256 or by 257, come back as they were.
+        # The upper byte: each of the 256 greys stands for 256 values, and 8 bits that were widened,
+        # by 256 or by 257, come back as they were.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):  # such a format does not say what is white, so there is nothing to scale by
+    # Such a format does not say what is white, so there is nothing to scale by
+    if image.mode in ("I", "F"):
         low, high = image.getextrema()
         if not 0 <= low <= high <= 255:
             raise ValueError(
-                f"expected values in 0..255, found {low:g}..{high:g} in its {'32-bit' if image.mode == 'I' else 'float'} values: save it with 8 bits"
+                f"expected values in 0..255, found {low:g}..{high:g} in its"
+                f" {'32-bit' if image.mode == 'I' else 'float'} values: save it with 8 bits"
             )
     return image

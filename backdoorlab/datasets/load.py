@@ -1,12 +1,14 @@
-"""Data sets by name: read once, resized once, then kept as bytes in a cache that is found by content.
+"""Data sets by name: read once, resized once, then kept as bytes in a cache that is found by
+content.
 
 A data set is one of
   digits                                    embedded in scikit-learn, the default
   cifar10 cifar100 mnist fashion_mnist gtsrb svhn   torchvision's (gtsrb: its final training set), downloaded where there is a network
   any other name with --dataset_path FOLDER        parquet shards or train/<class>/*.png
 
-Whatever the name, `--dataset_path` may point at parquet shards in the Hugging Face hub's layout (columns `img` or
-`image`, and `label`) or at a folder `train/<class>/*.png` with `test/` or `val/` beside it.
+Whatever the name, `--dataset_path` may point at parquet shards in the Hugging Face hub's layout
+(columns `img` or `image`, and `label`) or at a folder `train/<class>/*.png` with `test/` or `val/`
+beside it.
 """
 
 import hashlib
@@ -26,23 +28,39 @@ from .readers import TORCHVISION, class_images, digits, folder_reader, from_torc
 
 DEFAULT = "digits"
 READER_VERSION = 4
-"""Part of every cache key: raise it when what is read changes, or decoding or resizing changes a pixel."""
+"""Part of every cache key: raise it when what is read changes, or decoding or resizing changes a
+pixel."""
 
 
-def load(name: str, path: str | None = None, *, image_size: int | None = None, grey: bool | None = None) -> Dataset:
+def load(
+    name: str, path: str | None = None, *, image_size: int | None = None, grey: bool | None = None
+) -> Dataset:
     """Load a data set from the cache, else from `path`, else by name.
 
     image_size: side in pixels that every image is resized to (bilinear); None keeps the size found.
     grey: one channel (True) or three (False); None keeps what the first image has.
     """
     if not is_plain(name):  # a record could be made of it, and not be read
-        raise UserError(f"--dataset {name!r}: expected a name of at most 200 letters and no path: without a slash, say {_plain_name(name)!r}")
+        raise UserError(
+            f"--dataset {name!r}: expected a name of at most 200 letters and no path: without a"
+            f" slash, say {_plain_name(name)!r}"
+        )
     if path is not None and not Path(path).is_dir():
-        raise UserError(f"--dataset_path {path}: no such folder. Give a folder with parquet shards or with train/<class>/*.png")
+        raise UserError(
+            f"--dataset_path {path}: no such folder. Give a folder with parquet shards or with"
+            " train/<class>/*.png"
+        )
     if path is None and name not in names():
-        raise UserError(f"unknown data set {name!r}.{suggest(name, names())} Known: {', '.join(names())}; any other data needs --dataset_path FOLDER")
+        raise UserError(
+            f"unknown data set {name!r}.{suggest(name, names())} Known: {', '.join(names())}; any"
+            " other data needs --dataset_path FOLDER"
+        )
     options = dict(image_size=image_size, grey=grey, reader=READER_VERSION)
-    source = f"{'sklearn' if name == DEFAULT else 'torchvision'}:{name}" if path is None else source_key(Path(path))
+    source = (
+        f"{'sklearn' if name == DEFAULT else 'torchvision'}:{name}"
+        if path is None
+        else source_key(Path(path))
+    )
     key = hashlib.sha256(json.dumps([source, options], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_root() / f"{_safe(name)}-{key}"
     if not (folder / "meta.json").exists():
@@ -57,8 +75,11 @@ def load(name: str, path: str | None = None, *, image_size: int | None = None, g
     return read_cache(folder, name)
 
 
-def find(name: str, wanted: str, *, image_size: int | None = None, grey: bool | None = None) -> Dataset:
-    """The data set of a record by the fingerprint that the record carries: in the cache, else by name."""
+def find(
+    name: str, wanted: str, *, image_size: int | None = None, grey: bool | None = None
+) -> Dataset:
+    """The data set of a record by the fingerprint that the record carries: in the cache, else by
+    name."""
     for meta in sorted(cache_root().glob("*/meta.json")):
         if read_meta(meta).get("fingerprint") == wanted:
             return read_cache(meta.parent, name)
@@ -67,38 +88,56 @@ def find(name: str, wanted: str, *, image_size: int | None = None, grey: bool | 
         if dataset.fingerprint == wanted:
             return dataset
     raise UserError(
-        f"the record was made on data set {name!r} (fingerprint {wanted[:12]}), which is not in the cache {cache_root()}:"
-        " pass --dataset_path FOLDER with the same data"
+        f"the record was made on data set {name!r} (fingerprint {wanted[:12]}), which is not in the"
+        f" cache {cache_root()}: pass --dataset_path FOLDER with the same data"
     )
 
 
-def load_trusted(path: str, dataset: Dataset, image_size: int | None, flag: str = "--trusted_path") -> Split:
-    """A user's own clean images of a data set's classes: <class>/*.png (names or numbers of the classes) or parquet shards."""
+def load_trusted(
+    path: str, dataset: Dataset, image_size: int | None, flag: str = "--trusted_path"
+) -> Split:
+    """A user's own clean images of a data set's classes: <class>/*.png (names or numbers of the
+    classes) or parquet shards."""
     root, grey = Path(path), dataset.image_shape[0] == 1
     if not root.is_dir():
-        raise UserError(f"{flag} {path}: no such folder. Give a folder with <class>/*.png or with parquet shards of images")
+        raise UserError(
+            f"{flag} {path}: no such folder. Give a folder with <class>/*.png or with parquet"
+            " shards of images"
+        )
     shards = sorted(parquet_files(root))
     if shards:
         images, labels = read_shards(shards, root, image_size, grey)
     else:
         classes = class_folders(root)
-        known = dataset.class_names if set(classes) & set(dataset.class_names) else tuple(map(str, range(dataset.num_classes)))
+        known = (
+            dataset.class_names
+            if set(classes) & set(dataset.class_names)
+            else tuple(map(str, range(dataset.num_classes)))
+        )
         unknown = [name for name in classes if name not in known]
         if unknown or not classes:
             raise UserError(
-                f"{flag} {path}: expected one folder for each of the {dataset.num_classes} classes of {dataset.name}"
-                f" ({', '.join(dataset.class_names[:5])}, ..., or their numbers), found {', '.join(unknown[:5]) or listing(root)}"
+                f"{flag} {path}: expected one folder for each of the {dataset.num_classes} classes"
+                f" of {dataset.name} ({', '.join(dataset.class_names[:5])}, ..., or their numbers),"
+                f" found {', '.join(unknown[:5]) or listing(root)}"
             )
         images, labels = class_images(root, known, image_size, grey)
     if images.shape[1:] != dataset.image_shape:
-        raise UserError(f"{flag} {path}: expected images of {dataset.image_shape} (channels, height, width), found {images.shape[1:]}")
+        raise UserError(
+            f"{flag} {path}: expected images of {dataset.image_shape} (channels, height, width),"
+            f" found {images.shape[1:]}"
+        )
     if labels.max() >= dataset.num_classes:
-        raise UserError(f"{flag} {path}: {dataset.name} has {dataset.num_classes} classes, found label {labels.max()}")
+        raise UserError(
+            f"{flag} {path}: {dataset.name} has {dataset.num_classes} classes, found label"
+            f" {labels.max()}"
+        )
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def train_files(path: str) -> list[str] | None:
-    """The training images of an image folder, in the order in which `load` gives them; None where images are not files."""
+    """The training images of an image folder, in the order in which `load` gives them; None where
+    images are not files."""
     train = Path(path) / "train"
     if not train.is_dir() or any(parquet_files(Path(path))):
         return None
@@ -111,7 +150,8 @@ def names() -> list[str]:
 
 
 def _plain_name(name: str) -> str:
-    """One that may be used in place of a name that may not: ylecun/mnist is mnist, as whoever gives the hub's name would expect."""
+    """One that may be used in place of a name that may not: ylecun/mnist is mnist, as whoever gives
+    the hub's name would expect."""
     return next((part for part in reversed(re.split(r"[/\\]", name)) if is_plain(part)), "mine")
 
 

@@ -21,9 +21,16 @@ def data_root() -> Path:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder that are not hidden, in alphabetical order (numbers in numerical order)."""
-    names = (child.name for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    return sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    """Names of the folders in a folder that are not hidden, in alphabetical order (numbers in
+    numerical order)."""
+    names = (
+        child.name
+        for child in folder.iterdir()
+        if child.is_dir() and not child.name.startswith(".")
+    )
+    return sorted(
+        names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
+    )
 
 
 def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
@@ -40,7 +47,11 @@ def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[
 def _images_in(folder: Path) -> list[Path]:
     """In order; nothing hidden, such as a notebook's copies and a Mac's leftovers."""
     images = (file for file in _files_below(folder) if file.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(file for file in images if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    return sorted(
+        file
+        for file in images
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
 
 
 def parquet_files(folder: Path) -> Iterator[Path]:
@@ -48,7 +59,8 @@ def parquet_files(folder: Path) -> Iterator[Path]:
 
 
 def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Every file in a folder and in the folders below it, linked ones too: what is read and what is hashed must be the same."""
+    """Every file in a folder and in the folders below it, linked ones too: what is read and what is
+    hashed must be the same."""
     real = os.path.realpath(folder)
     if real in above or not folder.is_dir():  # a link to a folder that it lies in leads nowhere
         return
@@ -72,7 +84,9 @@ def source_key(path: Path) -> str:
         try:
             digest.update(str(file.relative_to(path)).encode())
         except UnicodeEncodeError as error:
-            raise UserError(f"{os.fsencode(file)!r}: the name is not UTF-8: rename the file or its folder") from error
+            raise UserError(
+                f"{os.fsencode(file)!r}: the name is not UTF-8: rename the file or its folder"
+            ) from error
         with open(file, "rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

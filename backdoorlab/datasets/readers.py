@@ -16,25 +16,39 @@ from .decoding import Arrays, decode_all, from_bytes, from_file, from_pil
 from .locations import IMAGE_SUFFIXES, class_files, class_folders, data_root, listing, parquet_files
 
 MOST_CLASSES = 2**16
-"""From here on, a label beyond the number of images is taken for a mistake: each class below the largest takes memory in the network."""
+"""From here on, a label beyond the number of images is taken for a mistake: each class below the
+largest takes memory in the network."""
 
 
 def digits(image_size: int, channels: int) -> Arrays:
-    """1,797 grey 8x8 digits of the UCI test set, bilinear to `image_size`; every fifth image of each class is for testing."""
+    """1,797 grey 8x8 digits of the UCI test set, bilinear to `image_size`; every fifth image of
+    each class is for testing."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     small = torch.from_numpy(bunch.images).to(torch.float32)[:, None] * (255 / 16)
-    large = torch.nn.functional.interpolate(small, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    large = torch.nn.functional.interpolate(
+        small, size=(image_size, image_size), mode="bilinear", align_corners=False
+    )
     images = large.round().clamp(0, 255).to(torch.uint8).repeat(1, channels, 1, 1).numpy()
     labels = bunch.target.astype(np.int64)
     rank_in_class = (labels[:, None] == np.arange(10)).cumsum(0)[np.arange(len(labels)), labels]
     test = rank_in_class % 5 == 0
-    return images[~test], labels[~test], images[test], labels[test], tuple(str(digit) for digit in range(10))
+    return (
+        images[~test],
+        labels[~test],
+        images[test],
+        labels[test],
+        tuple(str(digit) for digit in range(10)),
+    )
 
 
-GTSRB = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/GTSRB_Final_Training_Images.zip", "f33fd80ac59bff73c82d25ab499e03a3"
-"""Address and MD5 of the training set that results on GTSRB are published for; torchvision's is that of the competition before, 26,640 images."""
+GTSRB = (
+    "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/GTSRB_Final_Training_Images.zip",
+    "f33fd80ac59bff73c82d25ab499e03a3",
+)
+"""Address and MD5 of the training set that results on GTSRB are published for; torchvision's is
+that of the competition before, 26,640 images."""
 GTSRB_SIZE = 39_209
 
 TORCHVISION: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
@@ -62,22 +76,29 @@ def from_torchvision(name: str, image_size: int | None, grey: bool | None) -> Ar
             try:
                 found = make(root=str(root), download=True, **arguments)
             except Exception as error:
-                raise UserError(f"data set {name!r} could not be downloaded to {root} ({error}): pass --dataset_path FOLDER") from error
+                raise UserError(
+                    f"data set {name!r} could not be downloaded to {root} ({error}): pass"
+                    " --dataset_path FOLDER"
+                ) from error
         parts.append(decode_all(found, lambda item: from_pil(item[0], image_size, grey)))
-        parts.append(np.asarray(getattr(found, "targets", getattr(found, "labels", None)), dtype=np.int64))
+        parts.append(
+            np.asarray(getattr(found, "targets", getattr(found, "labels", None)), dtype=np.int64)
+        )
     class_names = tuple(str(c) for c in getattr(found, "classes", range(int(parts[1].max()) + 1)))
     return parts[0], parts[1], parts[2], parts[3], class_names
 
 
 def _gtsrb(root: str, split: str, download: bool) -> Any:
-    """torchvision's test set; for training the images of the final competition, which torchvision does not have."""
+    """torchvision's test set; for training the images of the final competition, which torchvision
+    does not have."""
     from torchvision.datasets import GTSRB as Theirs
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.utils import download_and_extract_archive
 
     if split == "test":
         test = Theirs(root, split=split, download=download)
-        test.targets = [label for _, label in test._samples]  # as torchvision's other sets have them
+        # As torchvision's other sets have them
+        test.targets = [label for _, label in test._samples]
         return test
     folder = Path(root) / "gtsrb"
     images = folder / "GTSRB" / "Final_Training" / "Images"
@@ -91,7 +112,8 @@ def _gtsrb(root: str, split: str, download: bool) -> Any:
 
 
 def _require_network(name: str, root: Path) -> None:
-    """One quick look before a download, so that a missing network is a line within seconds and not a row of retries."""
+    """One quick look before a download, so that a missing network is a line within seconds and not
+    a row of retries."""
     for host in ("www.cs.toronto.edu", "ossci-datasets.s3.amazonaws.com", "github.com"):
         try:
             with socket.create_connection((host, 443), timeout=2):
@@ -99,8 +121,9 @@ def _require_network(name: str, root: Path) -> None:
         except OSError:
             continue
     raise UserError(
-        f"data set {name!r} is not in {root.resolve()} and there is no network to download it:"
-        " pass --dataset_path FOLDER (parquet shards or train/<class>/*.png), or set BACKDOORLAB_DATA to torchvision's folder"
+        f"data set {name!r} is not in {root.resolve()} and there is no network to download it: pass"
+        " --dataset_path FOLDER (parquet shards or train/<class>/*.png), or set BACKDOORLAB_DATA"
+        " to torchvision's folder"
     )
 
 
@@ -110,11 +133,15 @@ def folder_reader(path: Path) -> Callable[[Path, int | None, bool | None], Array
         return _parquet
     if (path / "train").is_dir() and class_folders(path / "train"):
         return _image_folder
-    raise UserError(f"--dataset_path {path}: expected *.parquet shards or train/<class>/*.png in it, found {listing(path)}")
+    raise UserError(
+        f"--dataset_path {path}: expected *.parquet shards or train/<class>/*.png in it, found"
+        f" {listing(path)}"
+    )
 
 
 def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
-    """Hugging Face shards: `train*.parquet` and `test*.parquet` (or `validation*`), anywhere below the folder."""
+    """Hugging Face shards: `train*.parquet` and `test*.parquet` (or `validation*`), anywhere below
+    the folder."""
     shards = sorted(parquet_files(path))
 
     def of(split: str) -> list[Path]:  # a word of the name that begins so: "latest" is no test set
@@ -123,20 +150,29 @@ def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
     train, test = of("train"), of("test") or of("val")
     both = sorted({*train} & {*test})
     if both:
-        raise UserError(f"{both[0]}: its name says training and test set: expected train*.parquet and test*.parquet")
+        raise UserError(
+            f"{both[0]}: its name says training and test set: expected train*.parquet and"
+            " test*.parquet"
+        )
     if not train or not test:
-        raise UserError(f"--dataset_path {path}: expected shards named train*.parquet and test*.parquet, found {listing(path)}")
+        raise UserError(
+            f"--dataset_path {path}: expected shards named train*.parquet and test*.parquet, found"
+            f" {listing(path)}"
+        )
     parts = [read_shards(files, path, image_size, grey) for files in (train, test)]
     strange = sorted(set(parts[1][1].tolist()) - set(parts[0][1].tolist()))
     if strange:
         raise UserError(
-            f"{test[0]}: label {strange[0]} is on no training image, and only those say what the classes are ({len(strange)} such):"
-            " pass a folder whose training shards have every class, all of them"
+            f"{test[0]}: label {strange[0]} is on no training image, and only those say what the"
+            f" classes are ({len(strange)} such): pass a folder whose training shards have every"
+            " class, all of them"
         )
     return *parts[0], *parts[1], _class_names(path, int(parts[0][1].max()) + 1)
 
 
-def read_shards(files: list[Path], path: Path, image_size: int | None, grey: bool | None) -> tuple[np.ndarray, np.ndarray]:
+def read_shards(
+    files: list[Path], path: Path, image_size: int | None, grey: bool | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of some shards, in the order of the files."""
     import pyarrow.parquet as pq
 
@@ -151,49 +187,78 @@ def read_shards(files: list[Path], path: Path, image_size: int | None, grey: boo
         except (OSError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{file}: not a readable parquet file ({error}): fetch it again") from error
-        encoded += [cell.get("bytes") or b"" if isinstance(cell, dict) else cell for cell in table[image_column].to_pylist()]
+            raise UserError(
+                f"{file}: not a readable parquet file ({error}): fetch it again"
+            ) from error
+        encoded += [
+            cell.get("bytes") or b"" if isinstance(cell, dict) else cell
+            for cell in table[image_column].to_pylist()
+        ]
         labels += table[label_column].to_pylist()
-    return decode_all(encoded, lambda item: from_bytes(item, path, image_size, grey)), _labels(labels, path)
+    return decode_all(encoded, lambda item: from_bytes(item, path, image_size, grey)), _labels(
+        labels, path
+    )
 
 
 def _image_folder(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
-    """train/<class>/*.png with test/ or val/ beside it; classes in alphabetical order (numbers in numerical order)."""
+    """train/<class>/*.png with test/ or val/ beside it; classes in alphabetical order (numbers in
+    numerical order)."""
     classes = class_folders(path / "train")
-    test = next((path / n for n in ("test", "val", "valid", "validation") if (path / n).is_dir()), None)
+    test = next(
+        (path / n for n in ("test", "val", "valid", "validation") if (path / n).is_dir()), None
+    )
     if test is None:
-        raise UserError(f"--dataset_path {path}: expected test/ or val/ beside train/, found {listing(path)}")
+        raise UserError(
+            f"--dataset_path {path}: expected test/ or val/ beside train/, found {listing(path)}"
+        )
     strange = sorted(set(class_folders(test)) - set(classes))
     if strange:
-        raise UserError(f"{test / strange[0]}: no folder of this name in train/, whose folders are the classes: {', '.join(classes[:5])}")
+        raise UserError(
+            f"{test / strange[0]}: no folder of this name in train/, whose folders are the classes:"
+            f" {', '.join(classes[:5])}"
+        )
     parts = [class_images(folder, classes, image_size, grey) for folder in (path / "train", test)]
     bare = sorted(set(range(len(classes))) - set(parts[0][1].tolist()))
     if bare:
-        raise UserError(f"{path / 'train' / classes[bare[0]]}: no images ({' '.join(IMAGE_SUFFIXES)}); each folder in train/ is a class")
+        raise UserError(
+            f"{path / 'train' / classes[bare[0]]}: no images ({' '.join(IMAGE_SUFFIXES)}); each"
+            " folder in train/ is a class"
+        )
     return *parts[0], *parts[1], tuple(classes)
 
 
-def class_images(folder: Path, classes: Sequence[str], image_size: int | None, grey: bool | None) -> tuple[np.ndarray, np.ndarray]:
+def class_images(
+    folder: Path, classes: Sequence[str], image_size: int | None, grey: bool | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of <class>/*.png; a label is a position in `classes`."""
     files, labels = class_files(folder, classes)
     if not files:
         raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
-    return decode_all(files, lambda item: from_file(item, image_size, grey)), np.asarray(labels, dtype=np.int64)
+    return decode_all(files, lambda item: from_file(item, image_size, grey)), np.asarray(
+        labels, dtype=np.int64
+    )
 
 
 def _labels(labels: Any, path: Path) -> np.ndarray:
     """int64 (N,), none missing or negative."""
     wrong = [label for label in labels if not is_count(label)]
     if wrong:
-        raise UserError(f"{path}: labels must be whole numbers from 0 on, found {str(wrong[0])[:60]!r}: write the classes as their numbers")
+        raise UserError(
+            f"{path}: labels must be whole numbers from 0 on, found {str(wrong[0])[:60]!r}: write"
+            " the classes as their numbers"
+        )
     most = max(labels, default=0)
     if most >= max(MOST_CLASSES, len(labels)):
-        raise UserError(f"{path}: found label {most} among {len(labels):,} images: expected the classes as numbers from 0 on, without gaps")
+        raise UserError(
+            f"{path}: found label {most} among {len(labels):,} images: expected the classes as"
+            " numbers from 0 on, without gaps"
+        )
     return np.asarray(labels, dtype=np.int64)
 
 
 def _class_names(path: Path, count: int) -> tuple[str, ...]:
-    """From classes.json (a list of names or of {label, name}, or number -> name) where there is one, else the numbers."""
+    """From classes.json (a list of names or of {label, name}, or number -> name) where there is
+    one, else the numbers."""
     file = path / "classes.json"
     if not file.exists():
         return tuple(str(number) for number in range(count))

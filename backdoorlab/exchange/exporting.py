@@ -45,7 +45,9 @@ def export_record(options: Export) -> int:
     if options.name is None:
         raise UserError("NAME is missing: which record to export")
     if (options.to is None) == (options.weights is None):
-        raise UserError("say what to export: --weights FILE.safetensors, or --to backdoorbench NAME PATH")
+        raise UserError(
+            "say what to export: --weights FILE.safetensors, or --to backdoorbench NAME PATH"
+        )
     record = Record.load(options.name, root)
     if options.weights is not None:
         if options.path is not None:
@@ -54,24 +56,34 @@ def export_record(options: Export) -> int:
     if options.path is None:
         raise UserError("--to backdoorbench NAME PATH is missing its PATH: the folder to write")
     if options.defense is not None:
-        raise UserError("--defense goes with --weights: a BackdoorBench record holds the attacked model")
+        raise UserError(
+            "--defense goes with --weights: a BackdoorBench record holds the attacked model"
+        )
     return _export_backdoorbench(record, Path(options.path), options)
 
 
 def _export_weights(record: Record, path: Path, options: Export) -> int:
     if path.suffix != ".safetensors" or not path.parent.is_dir():
-        raise UserError(f"--weights {path}: expected a file that ends in .safetensors, in a folder that exists")
+        raise UserError(
+            f"--weights {path}: expected a file that ends in .safetensors, in a folder that exists"
+        )
     if path.exists() and not options.overwrite:
-        raise UserError(f"{path} exists: choose another name, or pass --overwrite True to replace it")
+        raise UserError(
+            f"{path} exists: choose another name, or pass --overwrite True to replace it"
+        )
     model, scores, precision = record.model(), record.info["scores"], record.info.get("precision")
     if options.defense is not None:
         check_name(options.run_name)
         check_name(options.defense)
         folder = record.folder / "defense" / options.defense / options.run_name
         if not (folder / "result.json").is_file():
-            runs = sorted(f"{p.parent.parent.name} ({p.parent.name})" for p in (record.folder / "defense").glob("*/*/result.json"))
+            runs = sorted(
+                f"{p.parent.parent.name} ({p.parent.name})"
+                for p in (record.folder / "defense").glob("*/*/result.json")
+            )
             raise UserError(
-                f"record {record.name!r} has no finished run {options.run_name!r} of {options.defense!r}. Finished: {', '.join(runs) or 'none yet'}"
+                f"record {record.name!r} has no finished run {options.run_name!r} of"
+                f" {options.defense!r}. Finished: {', '.join(runs) or 'none yet'}"
             )
         result = read_result(folder)
         scores, precision = result["after"], result.get("precision")
@@ -90,23 +102,32 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
     try:
         weights.write_weights(path, model, **meta)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error}): choose a place with space where you may write") from error
-    print(f"{path}: {record.info['architecture']['name']} of {record.name}, {'after ' + options.defense if options.defense else 'as attacked'}")
+        raise UserError(
+            f"{path} cannot be written ({error}): choose a place with space where you may write"
+        ) from error
+    print(
+        f"{path}: {record.info['architecture']['name']} of {record.name},"
+        f" {'after ' + options.defense if options.defense else 'as attacked'}"
+    )
     print(weights.describe(meta))
     return 0
 
 
 def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
     if not len(record.test_poison):
-        raise UserError(f"record {record.name!r} holds no triggered images, which a BackdoorBench record needs: only --weights can be exported")
+        raise UserError(
+            f"record {record.name!r} holds no triggered images, which a BackdoorBench record needs:"
+            " only --weights can be exported"
+        )
     dataset = record.info["dataset"]
     channels, height, width = dataset["image_shape"]
     backdoorbench.refuse_foreign_shapes(dataset["name"], height, width)
     clean, triggered = record.dataset().test, record.test_poison.of_kind(POISON)
     if not torch.equal(clean.labels[triggered.index], triggered.original_labels):
         raise UserError(
-            f"record {record.name!r} does not know which test images its triggered ones were (they were given with --triggered_path), which a"
-            " BackdoorBench record says: only --weights can be exported"
+            f"record {record.name!r} does not know which test images its triggered ones were (they"
+            " were given with --triggered_path), which a BackdoorBench record says: only --weights"
+            " can be exported"
         )
     architecture, config = record.info["architecture"], record.info["config"]
     settings = {
@@ -125,13 +146,25 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
         "save_folder_name": path.name,
         **{key: architecture[key] for key in ("mean", "std")},
     }
-    settings |= {key: config[key] for key in ("epochs", "batch_size", "lr", "crop_padding", "flip") if key in config}
-    # What the attack was made with, where that was BackdoorBench; which images are cross is stated by backdoorbench.write.
-    settings |= {key: value for key, value in record.info.get("source", {}).get("settings", {}).items() if key in ("pratio", "batch_size")}
+    settings |= {
+        key: config[key]
+        for key in ("epochs", "batch_size", "lr", "crop_padding", "flip")
+        if key in config
+    }
+    # What the attack was made with, where that was BackdoorBench; which images are cross is stated
+    # by backdoorbench.write.
+    settings |= {
+        key: value
+        for key, value in record.info.get("source", {}).get("settings", {}).items()
+        if key in ("pratio", "batch_size")
+    }
     refuse_existing(path, backdoorbench.RESULT, options.overwrite)
     strange = backdoorbench.foreign_file(path)
     if strange is not None:  # such as what a defense of BackdoorBench's has left there
-        raise UserError(f"{strange} is not part of an export, and replacing {path} would delete it: move it, or choose another name")
+        raise UserError(
+            f"{strange} is not part of an export, and replacing {path} would delete it: move it, or"
+            " choose another name"
+        )
     with staged(path, backdoorbench.RESULT, options.overwrite) as final:
         backdoorbench.write(
             final,
@@ -158,15 +191,27 @@ def _misfits(record: Record, path: Path) -> list[str]:
     architecture, name = record.info["architecture"], record.info["dataset"]["name"]
     notes = []
     if path.resolve().parent.name != "record":
-        notes.append("BackdoorBench's scripts look for it in their folder record/: copy it there under the same name")
+        notes.append(
+            "BackdoorBench's scripts look for it in their folder record/: copy it there under the"
+            " same name"
+        )
     if architecture["name"] == "preactresnet18" and architecture["width"] not in (None, 64):
         notes.append(
-            f"BackdoorBench's preactresnet18 has width 64, this one {architecture['width']}: its images can be used there, its weights cannot"
+            f"BackdoorBench's preactresnet18 has width 64, this one {architecture['width']}: its"
+            " images can be used there, its weights cannot"
         )
-    elif architecture["name"] == "preactresnet10" or (architecture.get("stem") == "small" and architecture["name"] not in models.OWN):
-        notes.append(f"BackdoorBench has no {architecture['name']} with our stem: its images can be used there, its weights cannot")
+    elif architecture["name"] == "preactresnet10" or (
+        architecture.get("stem") == "small" and architecture["name"] not in models.OWN
+    ):
+        notes.append(
+            f"BackdoorBench has no {architecture['name']} with our stem: its images can be used"
+            " there, its weights cannot"
+        )
     mean, std = ([round(x, 6) for x in architecture[key]] for key in ("mean", "std"))
     usual = published(name)
     if [list(usual.get("mean", ())), list(usual.get("std", ()))] != [mean, std]:
-        notes.append(f"BackdoorBench normalises by the data set's name; this model was trained with mean {mean} and std {std}")
+        notes.append(
+            "BackdoorBench normalises by the data set's name; this model was trained with mean"
+            f" {mean} and std {std}"
+        )
     return notes

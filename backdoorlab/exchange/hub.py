@@ -1,6 +1,8 @@
-"""Records on the Hugging Face hub: pushed as one commit, pulled from one commit, verified before use.
+"""Records on the Hugging Face hub: pushed as one commit, pulled from one commit, verified before
+use.
 
-Only .safetensors, .json, .csv and .png files travel, each of them in a manifest; nothing else of a repository is downloaded.
+Only .safetensors, .json, .csv and .png files travel, each of them in a manifest; nothing else of a
+repository is downloaded.
 """
 
 import re
@@ -50,11 +52,15 @@ def connect() -> Any:
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
-        raise UserError("push and pull need huggingface_hub: pip install 'backdoorlab[hub]'") from error
+        raise UserError(
+            "push and pull need huggingface_hub: pip install 'backdoorlab[hub]'"
+        ) from error
     return HfApi()
 
 
-def push(name: str, root: Path, repo: str, api: Any, *, private: bool = False, overwrite: bool = False) -> str:
+def push(
+    name: str, root: Path, repo: str, api: Any, *, private: bool = False, overwrite: bool = False
+) -> str:
     """Upload a verified record with its results as one commit; returns the commit."""
     _check_repository(repo)
     found = verify(name, root)
@@ -71,18 +77,29 @@ def push(name: str, root: Path, repo: str, api: Any, *, private: bool = False, o
         others = sorted(there - set(LEFT_ALONE))
         if others and not overwrite:
             raise UserError(
-                f"{repo} is not empty ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}): choose another --repo, or --overwrite True"
+                f"{repo} is not empty"
+                f" ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}): choose another"
+                " --repo, or --overwrite True"
             )
-        operations: list[Any] = [CommitOperationAdd(path, str(record.folder / path)) for path in wanted]
+        operations: list[Any] = [
+            CommitOperationAdd(path, str(record.folder / path)) for path in wanted
+        ]
         operations += [CommitOperationDelete(path) for path in others if path not in wanted]
         if "README.md" not in there:
             operations.append(CommitOperationAdd("README.md", _card(record, repo).encode()))
-        done = api.create_commit(repo, operations, commit_message=f"backdoorlab record {name}", repo_type="model", parent_commit=before.sha)
+        done = api.create_commit(
+            repo,
+            operations,
+            commit_message=f"backdoorlab record {name}",
+            repo_type="model",
+            parent_commit=before.sha,
+        )
     return str(done.oid)
 
 
 def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = False) -> Pulled:
-    """Download owner/name[@revision] as record `name`. A revision is resolved to its commit first; what does not verify is not kept."""
+    """Download owner/name[@revision] as record `name`. A revision is resolved to its commit first;
+    what does not verify is not kept."""
     repo, _, revision = source.partition("@")
     _check_repository(repo)
     check_name(name)
@@ -92,7 +109,9 @@ def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = Fals
     with locks.locked(stage):
         refuse_existing(target, "record.json", overwrite)
         if (stage / "run.json").exists() and not (stage / "pull.json").exists():
-            raise UserError(f"{stage} holds an unfinished run: finish it, or choose another --save_folder_name")
+            raise UserError(
+                f"{stage} holds an unfinished run: finish it, or choose another --save_folder_name"
+            )
         refuse_foreign(stage, "pull.json", "--save_folder_name")
         try:
             writing.write_json(stage / "pull.json", {"source": source})
@@ -103,21 +122,30 @@ def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = Fals
                 commit, sizes = _resolve(repo, revision, api)
                 for path in _download(repo, commit, sizes, final, stage / "download", api):
                     if path not in sizes:
-                        raise UserError(f"{repo}@{commit}: {path} is in its manifest, but not in the repository")
+                        raise UserError(
+                            f"{repo}@{commit}: {path} is in its manifest, but not in the repository"
+                        )
             record = read_folder(final)
             found = verify_record(record)
             if found.wrong:
                 raise UserError(found.wrong[0])
             folders.put(final, target)
-        except UserError as error:  # in the words of where it came from; the stage is gone when this is read
-            raise UserError(str(error).replace(f"{stage / 'final'}/", f"{source}: ").replace(str(stage / "final"), source)) from error
+        except (
+            UserError
+        ) as error:  # in the words of where it came from; the stage is gone when this is read
+            raise UserError(
+                str(error)
+                .replace(f"{stage / 'final'}/", f"{source}: ")
+                .replace(str(stage / "final"), source)
+            ) from error
         finally:
             folders.remove(stage)
     return Pulled(Record.load(name, root), commit, found.results)
 
 
 def _resolve(repo: str, revision: str, api: Any) -> tuple[str, dict[str, int]]:
-    """The commit of a revision (the newest where it is empty), and the sizes of its files in bytes."""
+    """The commit of a revision (the newest where it is empty), and the sizes of its files in
+    bytes."""
     info = api.repo_info(repo, repo_type="model", revision=revision or None, files_metadata=True)
     commit = str(info.sha)
     if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(revision) and commit != revision):
@@ -125,17 +153,25 @@ def _resolve(repo: str, revision: str, api: Any) -> tuple[str, dict[str, int]]:
     return commit, {entry.rfilename: int(entry.size or 0) for entry in info.siblings or ()}
 
 
-def _download(repo: str, commit: str, sizes: Mapping[str, int], final: Path, cache: Path, api: Any) -> Iterator[str]:
-    """Fetch the manifests, then what they list, each file only with the size that its manifest says. Yields every path wanted."""
+def _download(
+    repo: str, commit: str, sizes: Mapping[str, int], final: Path, cache: Path, api: Any
+) -> Iterator[str]:
+    """Fetch the manifests, then what they list, each file only with the size that its manifest
+    says. Yields every path wanted."""
 
     def fetch(path: str) -> None:
-        got = api.hf_hub_download(repo, path, repo_type="model", revision=commit, local_dir=str(cache))
+        got = api.hf_hub_download(
+            repo, path, repo_type="model", revision=commit, local_dir=str(cache)
+        )
         (final / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(got, final / path)
 
     def fetch_manifest(path: str) -> Mapping[str, Any]:
         if sizes.get(path, 0) > reading.LARGEST_JSON:
-            raise UserError(f"{repo}@{commit}: {path} has {sizes[path]} bytes, which is too many for a manifest. Do not use it")
+            raise UserError(
+                f"{repo}@{commit}: {path} has {sizes[path]} bytes, which is too many for a"
+                " manifest. Do not use it"
+            )
         if path not in sizes:
             raise UserError(f"{repo}@{commit} holds no {path}, so it is no record of backdoorlab")
         fetch(path)
@@ -145,18 +181,28 @@ def _download(repo: str, commit: str, sizes: Mapping[str, int], final: Path, cac
     def fetch_listed(folder: str, manifest: Mapping[str, Any]) -> Iterator[str]:
         for name, entry in manifest.items():
             reading.check_entry(final / folder, name, entry)
-        total, free = sum(entry["size"] for entry in manifest.values()), shutil.disk_usage(final).free
+        total, free = (
+            sum(entry["size"] for entry in manifest.values()),
+            shutil.disk_usage(final).free,
+        )
         if total > free:
-            raise UserError(f"{repo}@{commit} needs {total >> 20} MiB, but there are {free >> 20} MiB free here")
+            raise UserError(
+                f"{repo}@{commit} needs {total >> 20} MiB, but there are {free >> 20} MiB free here"
+            )
         for name, entry in manifest.items():
             path = f"{folder}{name}"
             yield path
             if sizes[path] != entry["size"]:
-                raise UserError(f"{repo}@{commit}: {path} has {sizes[path]} bytes, but its manifest says {entry['size']}. Do not use it")
+                raise UserError(
+                    f"{repo}@{commit}: {path} has {sizes[path]} bytes, but its manifest says"
+                    f" {entry['size']}. Do not use it"
+                )
             fetch(path)
 
     yield from fetch_listed("", fetch_manifest("record.json"))
-    for path in sorted(path for path in sizes if RESULT.fullmatch(path) and ".partial/" not in path):
+    for path in sorted(
+        path for path in sizes if RESULT.fullmatch(path) and ".partial/" not in path
+    ):
         yield from fetch_listed(path.removesuffix("result.json"), fetch_manifest(path))
 
 
@@ -166,14 +212,22 @@ def _record_files(record: Record) -> list[str]:
     for folder in result_folders(record.folder):
         inside = folder.relative_to(record.folder).as_posix()
         if not RESULT.fullmatch(f"{inside}/result.json"):
-            raise UserError(f"{folder}: a result with other characters in its name than letters, digits, _ . + - cannot be pulled again: rename it")
+            raise UserError(
+                f"{folder}: a result with other characters in its name than letters, digits, _ . +"
+                " - cannot be pulled again: rename it"
+            )
         found += [f"{inside}/{name}" for name in ("result.json", *read_result(folder)["files"])]
     return found
 
 
 def _card(record: Record, repo: str) -> str:
     info = record.info
-    return CARD.format(attack=info["attack"], dataset=info["dataset"]["name"], architecture=info["architecture"]["name"], repo=repo)
+    return CARD.format(
+        attack=info["attack"],
+        dataset=info["dataset"]["name"],
+        architecture=info["architecture"]["name"],
+        repo=repo,
+    )
 
 
 def _check_repository(repo: str) -> None:
@@ -186,11 +240,15 @@ def _told(repo: str) -> Iterator[None]:
     """The client's complaints, which run over many lines, as one."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    complaints: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError)  # its bases are what its transport raises
+    # Its bases are what its transport raises
+    complaints: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError)
     try:
         yield
     except complaints as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the hub's
             raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"{repo} on the hub: {lines[0][:300]} ({type(error).__name__}). Check the name, `hf auth login`, and the network") from error
+        raise UserError(
+            f"{repo} on the hub: {lines[0][:300]} ({type(error).__name__}). Check the name, `hf"
+            " auth login`, and the network"
+        ) from error

@@ -34,7 +34,8 @@ from .weights import Normalisation, bare, fit, read_weights, triggered_images, u
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Make a record of a BackdoorBench record, or of your own model and data. Nothing in the files is executed."""
+    """Make a record of a BackdoorBench record, or of your own model and data. Nothing in the files
+    is executed."""
 
     path: Positional[str | None] = None
     """Folder of the BackdoorBench record (with attack_result.pt in it)."""
@@ -45,27 +46,36 @@ class Import:
     weights: str | None = None
     """Your own model: .safetensors, or .pt / .pth with a state dict in it."""
     architecture: Annotated[str | None, arg(aliases=["--model"])] = None
-    """Its network: preactresnet18, preactresnet10, or a timm model by name. Files that `export --weights` wrote know it."""
+    """Its network: preactresnet18, preactresnet10, or a timm model by name. Files that `export
+    --weights` wrote know it."""
     dataset: str | None = None
     """Name of the data set; default what the record says, or the name of the folder."""
     dataset_path: str | None = None
-    """Folder with parquet shards or train/<class>/*.png and test/<class>/*.png: the data that the model was trained on."""
+    """Folder with parquet shards or train/<class>/*.png and test/<class>/*.png: the data that the
+    model was trained on."""
     image_size: int | None = None
-    """Side in pixels that all images are resized to; None keeps the data set's own. Your own model only."""
+    """Side in pixels that all images are resized to; None keeps the data set's own. Your own model
+    only."""
     grey: bool | None = None
-    """One channel (True) or three (False); None keeps what the data set has. Your own model only."""
+    """One channel (True) or three (False); None keeps what the data set has. Your own model
+    only."""
     mean: tuple[float, ...] | None = None
-    """Normalisation that the model was trained with, one number a channel in [0, 1] units; None takes the usual one that fits best."""
+    """Normalisation that the model was trained with, one number a channel in [0, 1] units; None
+    takes the usual one that fits best."""
     std: tuple[float, ...] | None = None
     """As mean."""
     stem: models.Stem | None = None
-    """timm models on images of at most 64 pixels: stock as timm makes them, small without the stem's stride; None takes what fits best."""
+    """timm models on images of at most 64 pixels: stock as timm makes them, small without the
+    stem's stride; None takes what fits best."""
     crop_padding: int | None = None
-    """How defenses augment: random crops out of images padded by so many pixels; None is the data set's published setting, else 4."""
+    """How defenses augment: random crops out of images padded by so many pixels; None is the data
+    set's published setting, else 4."""
     flip: bool | None = None
-    """How defenses augment: random mirroring; None is the data set's published setting, else False."""
+    """How defenses augment: random mirroring; None is the data set's published setting, else
+    False."""
     triggered_path: str | None = None
-    """Folder <true class>/*.png of test images with a trigger that you suspect: the table then has an ASR. Your own model only."""
+    """Folder <true class>/*.png of test images with a trigger that you suspect: the table then has
+    an ASR. Your own model only."""
     target_label: Annotated[int | None, arg(aliases=["--attack_target"])] = None
     """Class, counted from 0, that the trigger is to lead to."""
     device: str = "auto"
@@ -80,7 +90,8 @@ class Import:
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of somebody else's attack: everything that a record holds besides its scores."""
+    """What is known of somebody else's attack: everything that a record holds besides its
+    scores."""
 
     attack: str
     dataset: Dataset
@@ -108,7 +119,11 @@ def import_record(options: Import) -> int:
     root, device = record_root(options.record_root), choose_device(options.device)
     target = root / options.save_folder_name
     with staged(target, "record.json", options.overwrite) as final:
-        found = _from_backdoorbench(options, device) if options.source else _from_weights(options, device)
+        found = (
+            _from_backdoorbench(options, device)
+            if options.source
+            else _from_weights(options, device)
+        )
         _fill(final, found, options, device)
     record = Record.load(options.save_folder_name, root)
     print(layout.text(layout.rows([record])))
@@ -118,7 +133,9 @@ def import_record(options: Import) -> int:
 
 def _from_backdoorbench(options: Import, device: torch.device) -> Found:
     if options.path is None:
-        raise UserError("--from backdoorbench PATH is missing its PATH: the folder with attack_result.pt in it")
+        raise UserError(
+            "--from backdoorbench PATH is missing its PATH: the folder with attack_result.pt in it"
+        )
     _only_for_own(options)
     contents = backdoorbench.read(Path(options.path))
     channels, height, _ = contents.image_shape
@@ -127,10 +144,23 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
     if dataset is None:
         dataset = load_dataset(name, options.dataset_path, image_size=height, grey=channels == 1)
     if dataset.image_shape != contents.image_shape:
-        raise UserError(f"the record has images of {contents.image_shape} (channels, height, width), {name} has {dataset.image_shape}")
-    backdoorbench.fits(contents, dataset.train.labels, dataset.test.labels, dataset.num_classes, options.dataset_path or name)
+        raise UserError(
+            f"the record has images of {contents.image_shape} (channels, height, width), {name} has"
+            f" {dataset.image_shape}"
+        )
+    backdoorbench.fits(
+        contents,
+        dataset.train.labels,
+        dataset.test.labels,
+        dataset.num_classes,
+        options.dataset_path or name,
+    )
     source = contents.folder / backdoorbench.RESULT
-    normalisations = _given(options, dataset) or _kept(contents.settings, channels) or _published(contents.data_name, dataset)
+    normalisations = (
+        _given(options, dataset)
+        or _kept(contents.settings, channels)
+        or _published(contents.data_name, dataset)
+    )
     model, architecture, tried = fit(
         bare(contents.weights),
         options.architecture or contents.model_name,
@@ -153,19 +183,26 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
         known_poison=contents.train is not None,
         has_train=contents.train is not None,
         seed=seed if type(seed) is int and seed >= 0 else 0,
-        source={"format": "BackdoorBench v2", "sha256": reading.sha256(source), "settings": contents.settings},
+        source={
+            "format": "BackdoorBench v2",
+            "sha256": reading.sha256(source),
+            "settings": contents.settings,
+        },
         notes=[*contents.notes, *([tried] if tried else [])],
     )
 
 
 def _cached(name: str, contents: backdoorbench.Contents) -> Dataset | None:
-    """The one data set of that name in the cache whose labels are the record's, whatever folder it was read from."""
+    """The one data set of that name in the cache whose labels are the record's, whatever folder it
+    was read from."""
     fitting: dict[str, Dataset] = {}
     for entry in cache.cached():
         if entry.get("name") == name and isinstance(entry.get("fingerprint"), str):
             with contextlib.suppress(UserError):
                 found = find_dataset(name, entry["fingerprint"])
-                backdoorbench.fits(contents, found.train.labels, found.test.labels, found.num_classes, name)
+                backdoorbench.fits(
+                    contents, found.train.labels, found.test.labels, found.num_classes, name
+                )
                 if found.image_shape == contents.image_shape:
                     fitting[found.fingerprint] = found
     if len(fitting) > 1:  # the record has none of the clean images, so that nothing tells which
@@ -176,49 +213,82 @@ def _cached(name: str, contents: backdoorbench.Contents) -> Dataset | None:
 
 def _from_weights(options: Import, device: torch.device) -> Found:
     if options.path is not None:
-        raise UserError(f"{options.path}: say what it is, --from backdoorbench; a model of your own is --weights FILE")
-    if options.weights is None:
-        name = options.dataset or (Path(options.dataset_path).name if options.dataset_path else "NAME")
         raise UserError(
-            "--weights FILE is missing (or --from backdoorbench PATH). For a suspicious data set without a model, train one on it:"
-            f" python attack/none.py --suspicious True --dataset {name} --dataset_path {options.dataset_path or 'FOLDER'}"
-            f" --save_folder_name {options.save_folder_name}"
+            f"{options.path}: say what it is, --from backdoorbench; a model of your own is"
+            " --weights FILE"
+        )
+    if options.weights is None:
+        name = options.dataset or (
+            Path(options.dataset_path).name if options.dataset_path else "NAME"
+        )
+        raise UserError(
+            "--weights FILE is missing (or --from backdoorbench PATH). For a suspicious data set"
+            " without a model, train one on it: python attack/none.py --suspicious True --dataset"
+            f" {name} --dataset_path {options.dataset_path or 'FOLDER'} --save_folder_name"
+            f" {options.save_folder_name}"
         )
     if options.dataset is None and options.dataset_path is None:
-        raise UserError("--dataset_path FOLDER is missing: images of the model's classes, train/<class>/*.png and test/<class>/*.png")
+        raise UserError(
+            "--dataset_path FOLDER is missing: images of the model's classes, train/<class>/*.png"
+            " and test/<class>/*.png"
+        )
     if options.target_label is not None and options.triggered_path is None:
-        raise UserError("--target_label says where --triggered_path FOLDER leads, and there is none")
+        raise UserError(
+            "--target_label says where --triggered_path FOLDER leads, and there is none"
+        )
     path = Path(options.weights)
     weights, meta = read_weights(path)
     described = meta.get("architecture")
     described = described if isinstance(described, dict) else {}
     architecture = options.architecture or described.get("name")
     if not isinstance(architecture, str):
-        raise UserError(f"--architecture NAME is missing: which network {path} is for, such as {', '.join(models.OWN)} or a timm name like resnet18")
+        raise UserError(
+            f"--architecture NAME is missing: which network {path} is for, such as"
+            f" {', '.join(models.OWN)} or a timm name like resnet18"
+        )
     if architecture not in models.OWN:
         _known_in_timm(architecture)
     name = options.dataset or Path(options.dataset_path or "").resolve().name
     image_size, grey = options.image_size, options.grey
     dataset = load_dataset(name, options.dataset_path, image_size=image_size, grey=grey)
-    stems: list[models.Stem] = [options.stem] if options.stem else [described["stem"]] if "stem" in described else ["stock", "small"]
+    stems: list[models.Stem] = (
+        [options.stem]
+        if options.stem
+        else [described["stem"]]
+        if "stem" in described
+        else ["stock", "small"]
+    )
     model, built, tried = fit(
         weights,
         architecture,
         dataset,
         stems=stems,
-        normalisations=_given(options, dataset) or _kept(described, dataset.image_shape[0]) or _published(name, dataset),
+        normalisations=_given(options, dataset)
+        or _kept(described, dataset.image_shape[0])
+        or _published(name, dataset),
         device=device,
         source=path,
     )
-    notes = ["whether and how the model and its data were attacked is not known", *([tried] if tried else [])]
+    notes = [
+        "whether and how the model and its data were attacked is not known",
+        *([tried] if tried else []),
+    ]
     triggered = no_poison(dataset.test)
     if options.triggered_path is not None:
 
         def answers(split: Split) -> torch.Tensor:
             return predict(model, split, device)
 
-        triggered, said = triggered_images(options.triggered_path, options.target_label, dataset, image_size, answers)
-        notes += [f"ASR is measured on images given with --triggered_path, for class {options.target_label}", *said]
+        triggered, said = triggered_images(
+            options.triggered_path, options.target_label, dataset, image_size, answers
+        )
+        notes += [
+            (
+                "ASR is measured on images given with --triggered_path, for class"
+                f" {options.target_label}"
+            ),
+            *said,
+        ]
     return Found(
         attack="unknown",
         dataset=dataset,
@@ -244,9 +314,12 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
     notes = list(found.notes)
     if scores.clean_accuracy < 2 / dataset.num_classes:
         notes.append(
-            f"clean accuracy {scores.clean_accuracy:.3f} is near chance: probably another normalisation (--mean, --std), network or order of classes"
+            f"clean accuracy {scores.clean_accuracy:.3f} is near chance: probably another"
+            " normalisation (--mean, --std), network or order of classes"
         )
-    targets = set(test.labels.tolist()) | set(found.train.labels[found.train.labels != found.train.original_labels].tolist())
+    targets = set(test.labels.tolist()) | set(
+        found.train.labels[found.train.labels != found.train.original_labels].tolist()
+    )
     info = {
         "attack": found.attack,
         "known_poison": found.known_poison,
@@ -275,13 +348,22 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
 
 
 def _only_for_own(options: Import) -> None:
-    given = [name for name in ("weights", "triggered_path", "target_label", "image_size", "grey") if getattr(options, name) is not None]
+    given = [
+        name
+        for name in ("weights", "triggered_path", "target_label", "image_size", "grey")
+        if getattr(options, name) is not None
+    ]
     if given:
-        raise UserError(f"--{given[0]} does not go with --from backdoorbench: the record says it itself")
+        raise UserError(
+            f"--{given[0]} does not go with --from backdoorbench: the record says it itself"
+        )
 
 
-def _augmentation(options: Import, stored: Mapping[str, Any], setting: Mapping[str, Any]) -> dict[str, Any]:
-    """How defenses augment: as given, else as the file says (an export of ours does), else as is published for the data set."""
+def _augmentation(
+    options: Import, stored: Mapping[str, Any], setting: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How defenses augment: as given, else as the file says (an export of ours does), else as is
+    published for the data set."""
     padding, flip = stored.get("crop_padding"), stored.get("flip")
     padding = padding if type(padding) is int and padding >= 0 else setting.get("crop_padding", 4)
     flip = flip if isinstance(flip, bool) else setting.get("flip", False)
@@ -296,7 +378,9 @@ def _known_in_timm(architecture: str) -> None:
 
     if not timm.is_model(architecture):
         raise UserError(
-            f"unknown model {architecture!r}.{suggest(architecture, [*models.OWN, *timm.list_models()])} Known: {', '.join(models.OWN)}, and timm's"
+            "unknown model"
+            f" {architecture!r}.{suggest(architecture, [*models.OWN, *timm.list_models()])} Known:"
+            f" {', '.join(models.OWN)}, and timm's"
         )
 
 
@@ -307,21 +391,28 @@ def _given(options: Import, dataset: Dataset) -> dict[str, Normalisation] | None
     channels = dataset.image_shape[0]
     mean, std = options.mean or (), options.std or ()
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise UserError(f"--mean and --std need {channels} numbers each for these images, std above 0, got {len(mean)} and {len(std)}")
+        raise UserError(
+            f"--mean and --std need {channels} numbers each for these images, std above 0, got"
+            f" {len(mean)} and {len(std)}"
+        )
     return {"as given": (mean, std)}
 
 
 def _kept(described: Mapping[str, Any], channels: int) -> dict[str, Normalisation] | None:
     """What a file says of its own normalisation."""
     mean, std = described.get("mean"), described.get("std")
-    fitting = all(isinstance(row, (list, tuple)) and len(row) == channels and all(_number(x) for x in row) for row in (mean, std))
+    fitting = all(
+        isinstance(row, (list, tuple)) and len(row) == channels and all(_number(x) for x in row)
+        for row in (mean, std)
+    )
     if not fitting or mean is None or std is None or min(std) <= 0:
         return None
     return {"as in the file": (tuple(mean), tuple(std))}
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e6  # also for integers that are no float
+    # Also for integers that are no float
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e6
 
 
 def _published(name: str, dataset: Dataset) -> dict[str, Normalisation]:

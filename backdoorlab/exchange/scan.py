@@ -20,17 +20,20 @@ from ..storage import reading, writing
 from ..storage.staging import refuse_existing, staged
 
 SHOWN, COLUMNS, LABELS, SIDE, GAP, TITLE = 10, 16, 40, 48, 3, 14
-"""Positions in a line of text, pictures in a row, labels in a sheet; pixels of a picture, between pictures, of a heading."""
+"""Positions in a line of text, pictures in a row, labels in a sheet; pixels of a picture, between
+pictures, of a heading."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Which training images DAU takes for poison: a count for each class, a list, and a contact sheet. Nothing is unlearned."""
+    """Which training images DAU takes for poison: a count for each class, a list, and a contact
+    sheet. Nothing is unlearned."""
 
     name: Positional[str | None] = None
     """The record."""
     run_name: str | None = None
-    """Which finished run of DAU to read; None is seed0, and where there is none, the search is done now (and kept for the next scan)."""
+    """Which finished run of DAU to read; None is seed0, and where there is none, the search is done
+    now (and kept for the next scan)."""
     dataset_path: str | None = None
     """Folder of the data, train/<class>/*.png: the list then names files."""
     out: str | None = None
@@ -54,21 +57,34 @@ def scan(options: Scan) -> int:
     train = record.train_poison.apply(dataset.train)
     names = None if options.dataset_path is None else train_files(options.dataset_path)
     if not flagged.any():
-        print(f"nothing found: DAU flags none of the {len(train):,} training images of {record.name}")
+        print(
+            f"nothing found: DAU flags none of the {len(train):,} training images of {record.name}"
+        )
         for note in notes:
             print(f"  {note}")
         return 0
-    print(f"DAU flags {int(flagged.sum()):,} of the {len(train):,} training images of {record.name} ({flagged.double().mean():.1%})")
+    print(
+        f"DAU flags {int(flagged.sum()):,} of the {len(train):,} training images of {record.name}"
+        f" ({flagged.double().mean():.1%})"
+    )
     for label, class_name in enumerate(dataset.class_names):
         own = train.labels == label
         index = (flagged & own).nonzero().squeeze(1).tolist()
         if index:
             title = f"label {label}" + (f" ({class_name})" if class_name != str(label) else "")
-            shown = ", ".join(str(i) if names is None else names[i] for i in index[:SHOWN]) + (", ..." if len(index) > SHOWN else "")
+            shown = ", ".join(str(i) if names is None else names[i] for i in index[:SHOWN]) + (
+                ", ..." if len(index) > SHOWN else ""
+            )
             print(f"  {title}: {len(index):,} of {int(own.sum()):,}: {shown}")
     target = Path(options.out) if options.out else record.folder / "scan"
-    contents = {"flagged.csv": as_csv(flagged, train.labels, dataset.class_names, names), "flagged.png": sheet(train, flagged, dataset.class_names)}
-    if not all((target / name).is_file() and _says(name, (target / name).read_bytes(), data, names) for name, data in contents.items()):
+    contents = {
+        "flagged.csv": as_csv(flagged, train.labels, dataset.class_names, names),
+        "flagged.png": sheet(train, flagged, dataset.class_names),
+    }
+    if not all(
+        (target / name).is_file() and _says(name, (target / name).read_bytes(), data, names)
+        for name, data in contents.items()
+    ):
         _write(target, contents, options.overwrite)
     print(f"list: {target / 'flagged.csv'}\ncontact sheet: {target / 'flagged.png'}")
     return 0
@@ -78,12 +94,15 @@ def _says(name: str, there: bytes, now: bytes, names: list[str] | None) -> bool:
     """Whether a file says what would be written; without `names` a list may name files besides."""
     if there == now or names is not None or not name.endswith(".csv"):
         return there == now
-    was, would = (list(csv.reader(io.StringIO(text.decode(errors="replace")))) for text in (there, now))
+    was, would = (
+        list(csv.reader(io.StringIO(text.decode(errors="replace")))) for text in (there, now)
+    )
     return [line[:3] for line in was] == [line[:3] for line in would]
 
 
 def _write(target: Path, contents: dict[str, bytes], overwrite: bool) -> None:
-    """A new folder comes as a whole; in one that is there, these files are replaced and whatever else it holds is left alone."""
+    """A new folder comes as a whole; in one that is there, these files are replaced and whatever
+    else it holds is left alone."""
     refuse_existing(target, "flagged.csv", overwrite)
     if target.exists():
         for name, data in contents.items():
@@ -94,51 +113,99 @@ def _write(target: Path, contents: dict[str, bytes], overwrite: bool) -> None:
             writing.write_bytes(final / name, data)
 
 
-def as_csv(flagged: Tensor, labels: Tensor, class_names: tuple[str, ...], names: list[str] | None) -> bytes:
-    """One line for each flagged image: position in the training set, label, class name, and file where known."""
+def as_csv(
+    flagged: Tensor, labels: Tensor, class_names: tuple[str, ...], names: list[str] | None
+) -> bytes:
+    """One line for each flagged image: position in the training set, label, class name, and file
+    where known."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["index", "label", "class", "file"])
-    writer.writerows([i, int(labels[i]), class_names[int(labels[i])], names[i] if names else ""] for i in flagged.nonzero().squeeze(1).tolist())
+    writer.writerows(
+        [i, int(labels[i]), class_names[int(labels[i])], names[i] if names else ""]
+        for i in flagged.nonzero().squeeze(1).tolist()
+    )
     return stream.getvalue().encode()
 
 
 def sheet(train: Split, flagged: Tensor, class_names: tuple[str, ...]) -> bytes:
-    """PNG: for each label with flagged images a row of these, and below it a row of the label's other images."""
-    labels = [label for label in range(len(class_names)) if (flagged & (train.labels == label)).any()][:LABELS]
+    """PNG: for each label with flagged images a row of these, and below it a row of the label's
+    other images."""
+    labels = [
+        label for label in range(len(class_names)) if (flagged & (train.labels == label)).any()
+    ][:LABELS]
     block = TITLE + 2 * (SIDE + GAP) + GAP
     picture = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, len(labels) * block), "white")
     draw = ImageDraw.Draw(picture)
     for number, label in enumerate(labels):
         own = train.labels == label
         parts = [(own & flagged).nonzero().squeeze(1), (own & ~flagged).nonzero().squeeze(1)]
-        name = class_names[label].encode("ascii", "replace").decode()[:40]  # what the built-in font can draw
+        # What the built-in font can draw
+        name = class_names[label].encode("ascii", "replace").decode()[:40]
         word = "" if name == str(label) else f" ({name})"
-        draw.text((GAP, number * block), f"label {label}{word}: {len(parts[0])} flagged (upper row), {len(parts[1])} not (lower row)", fill="black")
+        draw.text(
+            (GAP, number * block),
+            f"label {label}{word}: {len(parts[0])} flagged (upper row), {len(parts[1])} not (lower"
+            " row)",
+            fill="black",
+        )
         for row, index in enumerate(parts):
-            spread = index[torch.linspace(0, len(index) - 1, min(COLUMNS, len(index))).long()] if len(index) else index
+            spread = (
+                index[torch.linspace(0, len(index) - 1, min(COLUMNS, len(index))).long()]
+                if len(index)
+                else index
+            )
             for column, image in enumerate(train.images[spread]):
                 array = image.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
-                small = Image.fromarray(array).resize((SIDE, SIDE), Image.Resampling.NEAREST if array.shape[0] < SIDE else Image.Resampling.BILINEAR)
-                picture.paste(small, (GAP + column * (SIDE + GAP), number * block + TITLE + row * (SIDE + GAP)))
+                small = Image.fromarray(array).resize(
+                    (SIDE, SIDE),
+                    (
+                        Image.Resampling.NEAREST
+                        if array.shape[0] < SIDE
+                        else Image.Resampling.BILINEAR
+                    ),
+                )
+                picture.paste(
+                    small,
+                    (GAP + column * (SIDE + GAP), number * block + TITLE + row * (SIDE + GAP)),
+                )
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def _found(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
-    """What is flagged, bool (N,), and why: from a finished run, else from DAU's search with default settings, done now or by an earlier scan."""
+    """What is flagged, bool (N,), and why: from a finished run, else from DAU's search with default
+    settings, done now or by an earlier scan."""
     folder, run_name = record.folder / "defense" / "dau", options.run_name or "seed0"
     check_name(run_name)
     if (folder / run_name / "result.json").is_file():
         result = read_result(folder / run_name)
-        split = reading.read_tensors(folder / run_name / "split.safetensors", entry=result["files"]["split.safetensors"])[0]
+        split = reading.read_tensors(
+            folder / run_name / "split.safetensors", entry=result["files"]["split.safetensors"]
+        )[0]
         return split["flagged"], result.get("notes", [])
     if options.run_name is not None:
-        raise UserError(f"record {record.name!r} has no finished run {run_name!r} of dau: leave --run_name out to search now")
+        raise UserError(
+            f"record {record.name!r} has no finished run {run_name!r} of dau: leave --run_name out"
+            " to search now"
+        )
     # Under a name of its own, so that a later run of the defense is not bound to these settings.
-    argv = ["--result_file", record.name, "--run_name", "scan", "--record_root", str(record.folder.parent), "--device", options.device]
-    argv += ["--subtask", "anti_learning", *(["--dataset_path", options.dataset_path] if options.dataset_path else [])]
+    argv = [
+        "--result_file",
+        record.name,
+        "--run_name",
+        "scan",
+        "--record_root",
+        str(record.folder.parent),
+        "--device",
+        options.device,
+    ]
+    argv += [
+        "--subtask",
+        "anti_learning",
+        *(["--dataset_path", options.dataset_path] if options.dataset_path else []),
+    ]
     run_defense(defense_job(methods.load("defense", "dau"), argv, "backdoorlab scan"))
     split, meta = reading.read_tensors(folder / "scan.partial" / "once-split.safetensors")
     return split["value/flagged"], meta["notes"]

@@ -23,7 +23,8 @@ class Finding:
 
 
 def verify(name: str, root: Path) -> Finding:
-    """Everything in a record that can be loaded is loaded as a run would, and every file of a manifest hashed."""
+    """Everything in a record that can be loaded is loaded as a run would, and every file of a
+    manifest hashed."""
     try:
         return verify_record(Record.load(name, root))
     except (UserError, FileNotFoundError) as error:
@@ -35,7 +36,9 @@ def verify_record(record: Record) -> Finding:
     count, wrong = 1 + len(record.info["files"]), []
     shapes = record.model_shapes()
     try:
-        reading.read_tensors(record.folder / "model.safetensors", entry=record.info["files"]["model.safetensors"])
+        reading.read_tensors(
+            record.folder / "model.safetensors", entry=record.info["files"]["model.safetensors"]
+        )
     except (UserError, FileNotFoundError) as error:
         return Finding(0, 0, (str(error),))
     folders = list(result_folders(record.folder))
@@ -50,7 +53,10 @@ def verify_record(record: Record) -> Finding:
 def _verify_result(folder: Path, model: Shapes, train_size: int) -> int:
     """Number of files, all of them sound."""
     if not (folder / "result.json").is_file():
-        raise UserError(f"{folder / 'result.json'}: missing, so the run beside it counts as not done. Restore it, or run the defense again")
+        raise UserError(
+            f"{folder / 'result.json'}: missing, so the run beside it counts as not done. Restore"
+            " it, or run the defense again"
+        )
     manifest = read_result(folder)["files"]
     checks: dict[str, reading.Check] = {
         "model.safetensors": partial(refuse_difference, wanted=model),

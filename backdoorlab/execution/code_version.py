@@ -1,8 +1,10 @@
 """Which code makes a number: a hash over the source files that a run is made of.
 
-A commit says too much (a new sentence in the README changes it) and too little (files that differ from it). This is the SHA-256 over the
-method's file, what runs an attack and a defense, and every file of the library that these import at their top, directly or through others,
-but for those that only say, show or store a number. (Stored bytes are checksummed, so what stores them cannot change one silently.)
+A commit says too much (a new sentence in the README changes it) and too little (files that differ
+from it). This is the SHA-256 over the method's file, what runs an attack and a defense, and every
+file of the library that these import at their top, directly or through others, but for those that
+only say, show or store a number. (Stored bytes are checksummed, so what stores them cannot change
+one silently.)
 """
 
 import ast
@@ -12,8 +14,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 NOT_COMPUTING = (
-    *("cli.py", "api.py", "__main__.py", "tables/", "report/", "bench/", "exchange/"),  # what is said, shown and read back
-    *(f"execution/{name}.py" for name in ("precision", "preview", "code_version", "tracking")),  # which precision was picked is part of every result
+    *(
+        "cli.py",
+        "api.py",
+        "__main__.py",
+        "tables/",
+        "report/",
+        "bench/",
+        "exchange/",
+    ),  # what is said, shown and read back
+    *(
+        f"execution/{name}.py" for name in ("precision", "preview", "code_version", "tracking")
+    ),  # which precision was picked is part of every result
     "storage/",
 )
 
@@ -38,7 +50,8 @@ def code_version(method_file: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _imported(path: Path, source: bytes) -> tuple[Path, ...]:
-    """Files of the library that a file of this content imports at its top; an import inside a function is for what is seldom needed: left out."""
+    """Files of the library that a file of this content imports at its top; an import inside a
+    function is for what is seldom needed: left out."""
     found = []
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ImportFrom):
@@ -51,5 +64,11 @@ def _imported(path: Path, source: bytes) -> tuple[Path, ...]:
             continue
         module = folder.joinpath(*(node.module or "").split("."))
         for candidate in (module, *(module / alias.name for alias in node.names)):
-            found += [file for file in (candidate.with_suffix(".py"), candidate / "__init__.py") if file.is_file()]
-    return tuple(file for file in found if file.is_relative_to(PACKAGE) and file != PACKAGE / "__init__.py")
+            found += [
+                file
+                for file in (candidate.with_suffix(".py"), candidate / "__init__.py")
+                if file.is_file()
+            ]
+    return tuple(
+        file for file in found if file.is_relative_to(PACKAGE) and file != PACKAGE / "__init__.py"
+    )

@@ -53,10 +53,16 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     trusted = _trusted(config, found, dataset) if "trusted" in method.assumes else None
     inputs = {"record": reading.sha256(found.folder / "record.json")}
     if trusted is not None:
-        inputs["trusted images"] = reading.tensor_hash({"images": trusted.images, "labels": trusted.labels})
+        inputs["trusted images"] = reading.tensor_hash(
+            {"images": trusted.images, "labels": trusted.labels}
+        )
     keep_freed_memory(device)
     architecture = found.info["architecture"]
-    network = {"architecture": architecture["name"], "width": architecture["width"], "image_shape": list(dataset.image_shape)}
+    network = {
+        "architecture": architecture["name"],
+        "width": architecture["width"],
+        "image_shape": list(dataset.image_shape),
+    }
     chosen = choose(config.precision, device, network, found.model)
     with (
         open_stage(target, "result.json", job, inputs, chosen.precision) as stage,
@@ -77,13 +83,26 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
         view = record.defender_view(found, dataset, method.assumes, trusted, device, seeds)
         job.say_settings(run)
-        run.say(f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}), {device}, {chosen.describe()}")
+        run.say(
+            f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}),"
+            f" {device}, {chosen.describe()}"
+        )
         if trusted is not None:
             _describe_trusted(trusted, config, dataset, run)
-            if config.trusted_path is None and not found.known_poison and found.info.get("has_train", True):
-                run.note("the trusted images are drawn from the record's training images, which nobody vouches for: pass --trusted_path if you can")
+            if (
+                config.trusted_path is None
+                and not found.known_poison
+                and found.info.get("has_train", True)
+            ):
+                run.note(
+                    "the trusted images are drawn from the record's training images, which nobody"
+                    " vouches for: pass --trusted_path if you can"
+                )
         if seeds is not None and not found.known_poison:
-            run.note("the seeds known to be clean are drawn from the record's training images, which nobody vouches for")
+            run.note(
+                "the seeds known to be clean are drawn from the record's training images, which"
+                " nobody vouches for"
+            )
         before = _before(found, method)
         model = method.module.defend(view, config, run)
         if model is None and subtask != "all":
@@ -110,7 +129,11 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             "assumes": list(method.assumes),
             "config": config.science(),
             "seed": config.seed,
-            "trusted": None if trusted is None else {"count": len(trusted), "sha256": inputs["trusted images"]},
+            "trusted": (
+                None
+                if trusted is None
+                else {"count": len(trusted), "sha256": inputs["trusted images"]}
+            ),
             "before": {key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
             "after": after.summary(),
             "der": der(before, after.summary()),
@@ -139,25 +162,31 @@ def run_defense(job: Job) -> dict[str, Any] | None:
 
 
 def _refuse_other_network(model: Any, found: Record, method: Method) -> None:
-    """What a defense leaves is kept as weights of the record's network: whatever is none could not be read again."""
+    """What a defense leaves is kept as weights of the record's network: whatever is none could not
+    be read again."""
     if not isinstance(model, torch.nn.Module):
-        raise UserError(f"{method.path}: defend returned {type(model).__name__}: expected the model that is left, a torch.nn.Module")
+        raise UserError(
+            f"{method.path}: defend returned {type(model).__name__}: expected the model that is"
+            " left, a torch.nn.Module"
+        )
     try:
         schema.refuse_difference(record.shapes_of(model), found.model_shapes())
     except ValueError as error:
         raise UserError(
-            f"{method.path}: defend returned another network than the record's ({error}): expected view.model or view.new_model() with other weights"
+            f"{method.path}: defend returned another network than the record's ({error}): expected"
+            " view.model or view.new_model() with other weights"
         ) from error
 
 
 def _before(found: Record, method: Method) -> dict[str, Any]:
-    """What a defense is compared with: the poisoned model, or where it trains one itself, what training without it gives."""
+    """What a defense is compared with: the poisoned model, or where it trains one itself, what
+    training without it gives."""
     if "model" in method.assumes or "plain_scores" not in found.info:
         return found.info["scores"]
     if found.info["plain_scores"] is None:
         raise UserError(
-            f"record {found.name!r} was made with --plain False, so nothing says what training on its images gives without {method.name}:"
-            " make it again with --plain True"
+            f"record {found.name!r} was made with --plain False, so nothing says what training on"
+            f" its images gives without {method.name}: make it again with --plain True"
         )
     return found.info["plain_scores"]
 
@@ -167,13 +196,22 @@ def _trusted(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:
     if config.trusted_path is not None:
         return load_trusted(config.trusted_path, dataset, found.info["dataset"]["image_size"])
     drawn = derived_generator(config.seed, "trusted")
-    return dataset.train.subset(data.trusted_index(len(dataset.train), ratio=config.trusted_ratio, count=config.trusted_count, generator=drawn))
+    return dataset.train.subset(
+        data.trusted_index(
+            len(dataset.train),
+            ratio=config.trusted_ratio,
+            count=config.trusted_count,
+            generator=drawn,
+        )
+    )
 
 
 def _seeds(config: Any, found: Record, dataset: Dataset) -> torch.Tensor:
     """Training samples known to be clean, drawn among those that the attack left alone."""
     drawn = derived_generator(config.seed, "seeds")
-    return record.draw_seeds(found.train_poison, dataset.train.labels, dataset.num_classes, config.seeds_per_class, drawn)
+    return record.draw_seeds(
+        found.train_poison, dataset.train.labels, dataset.num_classes, config.seeds_per_class, drawn
+    )
 
 
 def _describe_trusted(trusted: Split, config: DefenseConfig, dataset: Dataset, run: Run) -> None:
@@ -181,13 +219,19 @@ def _describe_trusted(trusted: Split, config: DefenseConfig, dataset: Dataset, r
     run.say(f"{len(trusted):,} trusted images")
     missing = sorted(set(range(dataset.num_classes)) - set(trusted.labels.tolist()))
     if missing:
-        names = ", ".join(dataset.class_names[label] for label in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        names = ", ".join(dataset.class_names[label] for label in missing[:5]) + (
+            ", ..." if len(missing) > 5 else ""
+        )
         run.note(
-            f"no trusted image of {len(missing)} of {dataset.num_classes} classes ({names}): their accuracy may be lost; give more trusted images"
+            f"no trusted image of {len(missing)} of {dataset.num_classes} classes ({names}): their"
+            " accuracy may be lost; give more trusted images"
         )
     batch_size = getattr(config, "batch_size", 1)
     if batch_size > len(trusted):
-        run.note(f"batch_size {batch_size} is more than the {len(trusted)} trusted images: all of them make one batch")
+        run.note(
+            f"batch_size {batch_size} is more than the {len(trusted)} trusted images: all of them"
+            " make one batch"
+        )
 
 
 def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str, Any]:
@@ -199,7 +243,9 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
     result = record.read_result(target)
     model = found.model()
     record.load_weights(model, target / "model.safetensors", result["files"], found.model_shapes())
-    after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device)(model.to(device)).summary()
+    after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device)(
+        model.to(device)
+    ).summary()
     before = result.get("before", found.info["scores"])
     return {**result, "before": before, "after": after, "der": der(before, after)}
 
@@ -208,7 +254,9 @@ def _record(config: DefenseConfig) -> Record:
     root = record.record_root(config.record_root)
     if not config.result_file:
         known = record.record_names(root)
-        raise UserError(f"--result_file NAME is missing. Records in {root}: {', '.join(known) or 'none yet'}")
+        raise UserError(
+            f"--result_file NAME is missing. Records in {root}: {', '.join(known) or 'none yet'}"
+        )
     return Record.load(config.result_file, root)
 
 
@@ -217,12 +265,15 @@ def report(result: dict[str, Any]) -> str:
     before, after = result["before"], result["after"]
     percent = {key: "-" if value is None else f"{100 * value:.2f}" for key, value in after.items()}
     lines = [
-        f"clean accuracy {100 * before['clean_accuracy']:.2f} -> {percent['clean_accuracy']} %,"
-        f" ASR {'-' if before['asr'] is None else format(100 * before['asr'], '.2f')} -> {percent['asr']} %,"
-        f" RA {percent['robust_accuracy']} %, {result['seconds']:.0f} s"
+        f"clean accuracy {100 * before['clean_accuracy']:.2f} -> {percent['clean_accuracy']} %, ASR"
+        f" {'-' if before['asr'] is None else format(100 * before['asr'], '.2f')} ->"
+        f" {percent['asr']} %, RA {percent['robust_accuracy']} %, {result['seconds']:.0f} s"
     ]
     if result["split"]:
         lines.append(describe_split(result["split"]))
     if result["collapsed"]:
-        lines.append("COLLAPSED: 20 points, or half, of the clean accuracy are lost; a low ASR means nothing here")
+        lines.append(
+            "COLLAPSED: 20 points, or half, of the clean accuracy are lost; a low ASR means nothing"
+            " here"
+        )
     return "\n".join(lines)

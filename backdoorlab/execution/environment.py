@@ -15,8 +15,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What bit-equality depends on, and what a reader of a timing needs."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
-        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)" if device.type == "cpu" else f"{device.type} ({name})",
-        "versions": {package: version(package) for package in ("backdoorlab", "torch", "torchvision", "timm", "numpy")}
+        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)"
+        if device.type == "cpu"
+        else f"{device.type} ({name})",
+        "versions": {
+            package: version(package)
+            for package in ("backdoorlab", "torch", "torchvision", "timm", "numpy")
+        }
         | {"python": platform.python_version()},
         "commit": _commit(),
     }
@@ -37,7 +42,9 @@ def _commit() -> str | None:
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     try:
-        command = partial(subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        command = partial(
+            subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
         commit = command(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
         changed = command(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,7 +1,9 @@
-"""Whether bf16 is faster than fp32 for one network on this machine: measured once, then kept in the cache folder.
+"""Whether bf16 is faster than fp32 for one network on this machine: measured once, then kept in the
+cache folder.
 
-A capability is not a speed. Of two processors with the same flag for bf16, one trains small networks twice as fast with it, the other
-slower than in fp32. So both are timed on the network itself: a few training steps on a few images, in well under a second.
+A capability is not a speed. Of two processors with the same flag for bf16, one trains small
+networks twice as fast with it, the other slower than in fp32. So both are timed on the network
+itself: a few training steps on a few images, in well under a second.
 """
 
 import dataclasses
@@ -28,14 +30,17 @@ from ..storage.reading import is_count
 from .environment import processor
 
 WORTH_IT = 0.97
-"""Share of fp32's time below which a step in bf16 counts as faster: what is no faster loses digits for nothing."""
+"""Share of fp32's time below which a step in bf16 counts as faster: what is no faster loses digits
+for nothing."""
 STEP_SECONDS = 0.2
-"""A timed step takes as many images as fit into so long, from 2 (batch normalisation needs two) to MOST_IMAGES."""
+"""A timed step takes as many images as fit into so long, from 2 (batch normalisation needs two) to
+MOST_IMAGES."""
 MOST_IMAGES = 32
 REPEAT_SECONDS = 0.3
 """Pairs of timed steps are repeated, three at most, until this much time has gone."""
 HOPELESS, GRACE_SECONDS = 2.0, 0.05
-"""The first step in bf16 is given up where, at any layer, it has taken so many times as long as fp32 had, plus the grace."""
+"""The first step in bf16 is given up where, at any layer, it has taken so many times as long as
+fp32 had, plus the grace."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,9 @@ class Choice:
         return f"{self.precision} ({self.why})"
 
 
-def choose(wanted: Precision, device: torch.device, network: dict[str, Any], build: Callable[[], nn.Module]) -> Choice:
+def choose(
+    wanted: Precision, device: torch.device, network: dict[str, Any], build: Callable[[], nn.Module]
+) -> Choice:
     """bf16 or fp32 for a run that asked for `wanted`.
 
     network: what names it, as JSON: architecture, width, image_shape (C, H, W).
@@ -80,18 +87,34 @@ def choose(wanted: Precision, device: torch.device, network: dict[str, Any], bui
         return Choice("fp32", "asked for")
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        return Choice("bf16" if wanted == "bf16" or fast else "fp32", "asked for" if wanted == "bf16" else "by the GPU's generation")
+        return Choice(
+            "bf16" if wanted == "bf16" or fast else "fp32",
+            "asked for" if wanted == "bf16" else "by the GPU's generation",
+        )
     timing = _kept(network) or _measured(network, build)
     if wanted == "bf16":
-        return Choice("bf16", "asked for" if timing.ratio <= 1 else f"asked for, and slow on this processor: {timing.describe()}")
-    return Choice("bf16" if timing.ratio < WORTH_IT else "fp32", f"measured on this machine: {timing.describe()}")
+        return Choice(
+            "bf16",
+            (
+                "asked for"
+                if timing.ratio <= 1
+                else f"asked for, and slow on this processor: {timing.describe()}"
+            ),
+        )
+    return Choice(
+        "bf16" if timing.ratio < WORTH_IT else "fp32",
+        f"measured on this machine: {timing.describe()}",
+    )
 
 
 def _of_the_environment() -> Precision:
-    """What `auto` means here: $BACKDOORLAB_PRECISION, for machines of several kinds whose results are to be comparable."""
+    """What `auto` means here: $BACKDOORLAB_PRECISION, for machines of several kinds whose results
+    are to be comparable."""
     wanted = os.environ.get("BACKDOORLAB_PRECISION", "auto")
     if wanted not in get_args(Precision):
-        raise UserError(f"BACKDOORLAB_PRECISION={wanted}: expected one of {', '.join(get_args(Precision))}")
+        raise UserError(
+            f"BACKDOORLAB_PRECISION={wanted}: expected one of {', '.join(get_args(Precision))}"
+        )
     return cast(Precision, wanted)
 
 
@@ -120,7 +143,10 @@ def _measured(network: dict[str, Any], build: Callable[[], nn.Module]) -> Timing
         place.parent.mkdir(parents=True, exist_ok=True)
         writing.write_json(place, _machine() | network | dataclasses.asdict(timing))
     except OSError as error:
-        say(f"{place}: cannot be written ({error.strerror}), so the next run measures bf16 against fp32 again")
+        say(
+            f"{place}: cannot be written ({error.strerror}), so the next run measures bf16 against"
+            " fp32 again"
+        )
     return timing
 
 
@@ -141,12 +167,14 @@ def _place(network: dict[str, Any]) -> Path:
 
 
 def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Timing:
-    """Time training steps of a network on the CPU. Its weights stay as they are; its batch statistics move.
+    """Time training steps of a network on the CPU. Its weights stay as they are; its batch
+    statistics move.
 
     image_shape: (C, H, W).
     """
     with paused():
-        # The first steps also make the kernels. In bf16 without hardware for it, one step can take seconds: it is given up on the way.
+        # The first steps also make the kernels. In bf16 without hardware for it, one step can take
+        # seconds: it is given up on the way.
         images = _images(2, image_shape)
         marks = _step(model, images, "fp32")
         try:
@@ -154,13 +182,15 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Timing:
         except _Hopeless:
             return Timing(len(images), marks[-1], None)
 
-        # As many images as a timed step has room for: on few of them, what a layer costs whatever their number would decide.
+        # As many images as a timed step has room for: on few of them, what a layer costs whatever
+        # their number would decide.
         second = _step(model, images, "fp32")[-1]
         images = _images(2 * max(1, min(MOST_IMAGES // 2, int(STEP_SECONDS / second))), image_shape)
         if len(images) > 2:
             _step(model, images, "fp32"), _step(model, images, "bf16")
 
-        # In turns, so that whatever else the machine does meets both. The shortest is the least disturbed.
+        # In turns, so that whatever else the machine does meets both. The shortest is the least
+        # disturbed.
         began = time.perf_counter()
         pairs: list[tuple[float, float]] = []
         while not pairs or (len(pairs) < 3 and time.perf_counter() - began < REPEAT_SECONDS):
@@ -172,14 +202,21 @@ class _Hopeless(Exception):
     """bf16 takes many times as long."""
 
 
-def _step(model: nn.Module, images: Tensor, precision: Exact, behind: list[float] | None = None) -> list[float]:
-    """Seconds since the start at each layer's output, at each layer's gradient, and at the end; `behind`: those of fp32, to be compared with."""
+def _step(
+    model: nn.Module, images: Tensor, precision: Exact, behind: list[float] | None = None
+) -> list[float]:
+    """Seconds since the start at each layer's output, at each layer's gradient, and at the end;
+    `behind`: those of fp32, to be compared with."""
     marks: list[float] = []
     began = time.perf_counter()
 
     def mark(_gradient: Tensor | None = None) -> None:
         marks.append(time.perf_counter() - began)
-        if behind is not None and len(marks) <= len(behind) and marks[-1] > HOPELESS * behind[len(marks) - 1] + GRACE_SECONDS:
+        if (
+            behind is not None
+            and len(marks) <= len(behind)
+            and marks[-1] > HOPELESS * behind[len(marks) - 1] + GRACE_SECONDS
+        ):
             raise _Hopeless
 
     def passed(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -187,7 +224,11 @@ def _step(model: nn.Module, images: Tensor, precision: Exact, behind: list[float
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(mark)
 
-    handles = [module.register_forward_hook(passed) for module in model.modules() if not list(module.children())]
+    handles = [
+        module.register_forward_hook(passed)
+        for module in model.modules()
+        if not list(module.children())
+    ]
     try:
         with autocast(images.device, precision):
             logits = model.train()(images)

@@ -36,17 +36,24 @@ class Job:
 
 
 def tracker_of(job: Job, name: str, stage: Path) -> AbstractContextManager["Told"]:
-    """Who else hears of a run; the import waits until someone asks, as the trackers are no part of what makes a number."""
+    """Who else hears of a run; the import waits until someone asks, as the trackers are no part of
+    what makes a number."""
     from .tracking import tracked
 
-    return tracked(job.config.track, job.config.track_folder, name, job.config.science(), stage, say)
+    return tracked(
+        job.config.track, job.config.track_folder, name, job.config.science(), stage, say
+    )
 
 
 @contextmanager
-def open_stage(target: Path, done: str, job: Job, inputs: Mapping[str, str], computes_in: Exact) -> Iterator[Path]:
-    """The unfinished folder of a run beside its target: locked, and continued only by the same settings on the same inputs (name -> SHA-256).
+def open_stage(
+    target: Path, done: str, job: Job, inputs: Mapping[str, str], computes_in: Exact
+) -> Iterator[Path]:
+    """The unfinished folder of a run beside its target: locked, and continued only by the same
+    settings on the same inputs (name -> SHA-256).
 
-    A run that overwrites is continued by the same command only, while what it is to replace is what it was when the run began.
+    A run that overwrites is continued by the same command only, while what it is to replace is what
+    it was when the run began.
     """
     config = job.config
     refuse_existing(target, done, config.overwrite)
@@ -61,15 +68,26 @@ def open_stage(target: Path, done: str, job: Job, inputs: Mapping[str, str], com
         made = {"code": code_version(job.method.path), "precision": computes_in}
         marker = path / "run.json"
         finished = _checksum(target / done) if config.overwrite else None
-        replaces = {} if finished is None else {"replaces": finished}  # with nothing to replace, the flag changes nothing
+        # With nothing to replace, the flag changes nothing
+        replaces = {} if finished is None else {"replaces": finished}
         wanted = {**settings, **replaces, "code": made["code"]}
-        if marker.exists() and _begun(path) and (not config.overwrite or _was_begun_by(path, wanted)):
+        if (
+            marker.exists()
+            and _begun(path)
+            and (not config.overwrite or _was_begun_by(path, wanted))
+        ):
             begun = reading.read_json(marker)
             begun.pop("replaces", None)
             begun.setdefault("inputs", settings["inputs"])  # one of an older version does not say
-            before = {"code": begun.pop("code", "?"), "precision": begun.pop("precision", schema.UNKNOWN)}
+            before = {
+                "code": begun.pop("code", "?"),
+                "precision": begun.pop("precision", schema.UNKNOWN),
+            }
             _check_same(path, begun, settings)
-            made = {key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}" for key, old in before.items()}
+            made = {
+                key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}"
+                for key, old in before.items()
+            }
         else:
             refuse_foreign(path, marker.name)
             for entry in folders.entries(path):
@@ -84,7 +102,8 @@ def open_stage(target: Path, done: str, job: Job, inputs: Mapping[str, str], com
 
 
 def made_with(stage: Path) -> dict[str, str]:
-    """Which code a run is made by, and in which precision: one, or all of them, where one went on with what another had begun."""
+    """Which code a run is made by, and in which precision: one, or all of them, where one went on
+    with what another had begun."""
     begun = reading.read_json(stage / "run.json")
     return {key: begun[key] for key in ("code", "precision")}
 
@@ -95,11 +114,14 @@ def _begun(path: Path) -> bool:
 
 
 def _worthless(stage: Path, done: str) -> bool:
-    """Whether a stage that nobody holds is ours and will never be continued: it holds no checkpoint, or its run is finished."""
+    """Whether a stage that nobody holds is ours and will never be continued: it holds no
+    checkpoint, or its run is finished."""
     names = {entry.name for entry in stage.iterdir()}
     ours = "run.json" in names or names <= {locks.HOLDER}
     finished = stage.with_name(stage.name.removesuffix(".partial")) / done
-    return ours and (not _begun(stage) or (finished.exists() and not _is_to_replace(stage, finished)))
+    return ours and (
+        not _begun(stage) or (finished.exists() and not _is_to_replace(stage, finished))
+    )
 
 
 def _is_to_replace(stage: Path, finished: Path) -> bool:
@@ -111,7 +133,8 @@ def _is_to_replace(stage: Path, finished: Path) -> bool:
 
 
 def _was_begun_by(path: Path, wanted: dict[str, Any]) -> bool:
-    """Whether an unfinished run was begun with all that is wanted, and can be read: --overwrite True starts again what cannot."""
+    """Whether an unfinished run was begun with all that is wanted, and can be read: --overwrite
+    True starts again what cannot."""
     try:
         if not wanted.items() <= reading.read_json(path / "run.json").items():
             return False
@@ -132,8 +155,16 @@ def _check_same(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
     if begun == now:
         return
     old, new = begun.get("config", {}), now["config"]
-    changed = [f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    changed += [f"other {name}" for name, value in now["inputs"].items() if begun["inputs"].get(name) != value]
+    changed = [
+        f"{key} {old.get(key)} -> {new.get(key)}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    changed += [
+        f"other {name}"
+        for name, value in now["inputs"].items()
+        if begun["inputs"].get(name) != value
+    ]
     changed = changed or [f"{begun.get('method')} -> {now['method']}"]
     raise UserError(
         f"{path} holds an unfinished run with other settings ({', '.join(changed)}):"

@@ -1,4 +1,5 @@
-"""Models by name. Every model takes images in [0, 1]: normalisation is its layer 0, so perturbations live in pixel space."""
+"""Models by name. Every model takes images in [0, 1]: normalisation is its layer 0, so
+perturbations live in pixel space."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,12 @@ SMALL = 64
 STANDARD_WIDTH = 64
 """Of our own networks, where none is given."""
 Stem = Literal["small", "stock"]
-"""small: on images of at most SMALL pixels, timm's networks lose the stride of their stem. stock: they are left as timm makes them."""
-OWN: dict[str, Callable[..., nn.Module]] = {"preactresnet18": preactresnet18, "preactresnet10": preactresnet10}
+"""small: on images of at most SMALL pixels, timm's networks lose the stride of their stem. stock:
+they are left as timm makes them."""
+OWN: dict[str, Callable[..., nn.Module]] = {
+    "preactresnet18": preactresnet18,
+    "preactresnet10": preactresnet10,
+}
 
 
 @dataclass
@@ -32,9 +37,11 @@ PASSES = Passes()
 
 
 class Classifier(nn.Module):
-    """Normalisation, then a network with timm's `forward_features` / `forward_head` / `get_classifier`.
+    """Normalisation, then a network with timm's `forward_features` / `forward_head` /
+    `get_classifier`.
 
-    Images are float (N, C, H, W) in [0, 1]; logits are (N, K). Every image that passes is counted in `PASSES`.
+    Images are float (N, C, H, W) in [0, 1]; logits are (N, K). Every image that passes is counted
+    in `PASSES`.
     """
 
     mean: Tensor
@@ -59,7 +66,8 @@ class Classifier(nn.Module):
         return self.network.get_classifier()
 
     def stages(self) -> list[nn.Module]:
-        """The modules after which timm's `feature_info` sees a stage end, from the first to the last."""
+        """The modules after which timm's `feature_info` sees a stage end, from the first to the
+        last."""
         return [self.network.get_submodule(info["module"]) for info in self.network.feature_info]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +75,8 @@ class Classifier(nn.Module):
 
 
 def count(out: Tensor, images: int) -> Tensor:
-    """Count `images` that went forward, and as many backward once a gradient comes back through `out`, which is returned."""
+    """Count `images` that went forward, and as many backward once a gradient comes back through
+    `out`, which is returned."""
     if not PASSES.paused:
         PASSES.forward += images
         if out.requires_grad:
@@ -103,29 +112,47 @@ def build(
 ) -> Classifier:
     """A freshly initialised model (random numbers from torch's global generator).
 
-    `width` is the number of channels of the first stage of our own networks; timm's have theirs in the name.
+    `width` is the number of channels of the first stage of our own networks; timm's have theirs in
+    the name.
     """
     if architecture in OWN:
         if width is not None and width < 1:
             raise UserError(f"width must be at least 1, got {width}")
-        network = OWN[architecture](num_classes=num_classes, in_chans=in_chans, width=STANDARD_WIDTH if width is None else width)
+        network = OWN[architecture](
+            num_classes=num_classes,
+            in_chans=in_chans,
+            width=STANDARD_WIDTH if width is None else width,
+        )
     else:
         network = _timm_model(architecture, num_classes, in_chans, image_size, width, stem)
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)
 
 
-def _timm_model(architecture: str, num_classes: int, in_chans: int, image_size: int, width: int | None, stem: Stem) -> nn.Module:
+def _timm_model(
+    architecture: str,
+    num_classes: int,
+    in_chans: int,
+    image_size: int,
+    width: int | None,
+    stem: Stem,
+) -> nn.Module:
     import timm
 
     if not timm.is_model(architecture):
         raise UserError(
             f"unknown model {architecture!r}.{suggest(architecture, [*OWN, *timm.list_models()])}"
-            f" Own models: {', '.join(OWN)}; any other name is looked up in timm {timm.__version__}."
+            f" Own models: {', '.join(OWN)}; any other name is looked up in timm"
+            f" {timm.__version__}."
         )
     if width is not None:
-        raise UserError(f"width is for {', '.join(OWN)}; {architecture} is timm's and has its width in its name: leave --width out")
+        raise UserError(
+            f"width is for {', '.join(OWN)}; {architecture} is timm's and has its width in its"
+            " name: leave --width out"
+        )
     try:
-        network = timm.create_model(architecture, num_classes=num_classes, in_chans=in_chans, img_size=image_size)
+        network = timm.create_model(
+            architecture, num_classes=num_classes, in_chans=in_chans, img_size=image_size
+        )
     except TypeError:  # convolutional networks take images of any size and no img_size
         network = timm.create_model(architecture, num_classes=num_classes, in_chans=in_chans)
     if image_size <= SMALL and stem == "small":
@@ -134,7 +161,8 @@ def _timm_model(architecture: str, num_classes: int, in_chans: int, image_size: 
 
 
 def _shrink_stem(network: nn.Module, image_size: int) -> None:
-    """Keep small images from shrinking to a point: stem convolutions lose their stride, a stem pooling becomes the identity.
+    """Keep small images from shrinking to a point: stem convolutions lose their stride, a stem
+    pooling becomes the identity.
 
     Patch embeddings (vision transformers) are left alone: their stride is their patch.
     """
@@ -147,7 +175,11 @@ def _shrink_stem(network: nn.Module, image_size: int) -> None:
         if not isinstance(stem, nn.Module):
             continue
         for module in stem.modules():
-            if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.kernel_size != module.stride:
+            if (
+                isinstance(module, nn.Conv2d)
+                and max(module.stride) > 1
+                and module.kernel_size != module.stride
+            ):
                 module.stride = (1, 1)
             elif isinstance(module, nn.Conv2d) and max(module.stride) > 1 and image_size <= 32:
                 _shrink_patch(module)
@@ -156,7 +188,12 @@ def _shrink_stem(network: nn.Module, image_size: int) -> None:
 
 
 def _shrink_patch(convolution: nn.Conv2d) -> None:
-    """A patchifying stem (kernel = stride, ConvNeXt) on tiny images: read one pixel a patch with a 3x3 kernel instead."""
+    """A patchifying stem (kernel = stride, ConvNeXt) on tiny images: read one pixel a patch with a
+    3x3 kernel instead."""
     convolution.kernel_size, convolution.stride, convolution.padding = (3, 3), (1, 1), (1, 1)
-    weight = torch.empty(convolution.out_channels, convolution.in_channels // convolution.groups, 3, 3)
-    convolution.weight = nn.Parameter(nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu"))
+    weight = torch.empty(
+        convolution.out_channels, convolution.in_channels // convolution.groups, 3, 3
+    )
+    convolution.weight = nn.Parameter(
+        nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+    )

@@ -1,20 +1,24 @@
 """Pre-activation ResNet for small images.
 
-Identity Mappings in Deep Residual Networks. K. He, X. Zhang, S. Ren, J. Sun. ECCV 2016. https://arxiv.org/abs/1603.05027
+Identity Mappings in Deep Residual Networks. K. He, X. Zhang, S. Ren, J. Sun. ECCV 2016.
+https://arxiv.org/abs/1603.05027
 
-The stem is one 3x3 convolution and there is no normalisation after the last stage, as in the network that backdoor
-benchmarks share, so that their weights load by name (102 entries for preactresnet18).
+The stem is one 3x3 convolution and there is no normalisation after the last stage, as in the
+network that backdoor benchmarks share, so that their weights load by name (102 entries for
+preactresnet18).
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW = 16
-"""Channels below which a strided 1x1 convolution is not left to oneDNN: its weight gradient writes past its buffer (uxlfoundation/oneDNN#6035)."""
+"""Channels below which a strided 1x1 convolution is not left to oneDNN: its weight gradient writes
+past its buffer (uxlfoundation/oneDNN#6035)."""
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice; the shortcut starts after the first activation. (N, C, H, W) -> (N, C', H/stride, W/stride)."""
+    """BN-ReLU-conv twice; the shortcut starts after the first activation. (N, C, H, W) -> (N, C',
+    H/stride, W/stride)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -23,23 +27,41 @@ class PreActBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, padding=1, bias=False)
         self.skip = stride if in_channels < FEW else 1
-        """Rows and columns that are dropped before the shortcut's convolution, which then has no stride: the same function."""
+        """Rows and columns that are dropped before the shortcut's convolution, which then has no
+        stride: the same function."""
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride // self.skip, bias=False))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride // self.skip, bias=False)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x), inplace=True)  # what a normalisation gives out, nothing else keeps
-        shortcut = self.shortcut(activated[..., :: self.skip, :: self.skip]) if hasattr(self, "shortcut") else x
+        # What a normalisation gives out, nothing else keeps
+        activated = F.relu(self.bn1(x), inplace=True)
+        shortcut = (
+            self.shortcut(activated[..., :: self.skip, :: self.skip])
+            if hasattr(self, "shortcut")
+            else x
+        )
         return self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True)).add_(shortcut)
 
 
 class PreActResNet(nn.Module):
-    """Four stages of `blocks` pre-activation blocks with width, 2, 4 and 8 times width channels, then a linear head."""
+    """Four stages of `blocks` pre-activation blocks with width, 2, 4 and 8 times width channels,
+    then a linear head."""
 
-    def __init__(self, blocks: tuple[int, int, int, int], *, num_classes: int, in_chans: int = 3, width: int = 64) -> None:
+    def __init__(
+        self,
+        blocks: tuple[int, int, int, int],
+        *,
+        num_classes: int,
+        in_chans: int = 3,
+        width: int = 64,
+    ) -> None:
         super().__init__()
         self.num_features = 8 * width
-        self.feature_info = [dict(num_chs=width * 2**i, reduction=2**i, module=f"layer{i + 1}") for i in range(4)]
+        self.feature_info = [
+            dict(num_chs=width * 2**i, reduction=2**i, module=f"layer{i + 1}") for i in range(4)
+        ]
         self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
         self.layer1 = _stage(width, width, blocks[0], stride=1)
         self.layer2 = _stage(width, 2 * width, blocks[1], stride=2)
@@ -52,7 +74,8 @@ class PreActResNet(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map -> logits (N, K), or the pooled features (N, 8 width) that the last layer sees."""
+        """Feature map -> logits (N, K), or the pooled features (N, 8 width) that the last layer
+        sees."""
         pooled = x.mean(dim=(2, 3))
         return pooled if pre_logits else self.linear(pooled)
 
@@ -65,7 +88,9 @@ class PreActResNet(nn.Module):
 
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = PreActBlock(in_channels, out_channels, stride)
-    return nn.Sequential(first, *(PreActBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
+    return nn.Sequential(
+        first, *(PreActBlock(out_channels, out_channels, 1) for _ in range(blocks - 1))
+    )
 
 
 def preactresnet18(*, num_classes: int, in_chans: int = 3, width: int = 64) -> PreActResNet:

@@ -8,7 +8,8 @@ from ..errors import UserError
 
 
 class UNet(nn.Module):
-    """Two halvings and back, with skips: float (N, inputs, H, W) -> float (N, outputs, H, W). H and W of 8 or more."""
+    """Two halvings and back, with skips: float (N, inputs, H, W) -> float (N, outputs, H, W). H and
+    W of 8 or more."""
 
     def __init__(self, inputs: int, outputs: int, width: int) -> None:
         super().__init__()
@@ -22,7 +23,10 @@ class UNet(nn.Module):
     def forward(self, given: Tensor) -> Tensor:
         if min(given.shape[2:]) < 8:
             height, width = given.shape[2:]
-            raise UserError(f"the encoder halves images twice and needs 8x8 pixels or more, got {height}x{width}: use --image_size")
+            raise UserError(
+                "the encoder halves images twice and needs 8x8 pixels or more, got"
+                f" {height}x{width}: use --image_size"
+            )
         full = F.relu(self.enter(given))
         half = F.relu(self.down(full))
         quarter = F.relu(self.deeper(half))

@@ -17,7 +17,9 @@ CHARACTER_INCHES = 0.062
 MOST_WRITTEN = 12
 """Columns of a grid up to which each number is written into its cell."""
 DPI = 300
-MARKERS = dict(zip(("x", *charts.SHAPES), ("x", "o", "s", "D", "^", "v", "P", "*", "p", "h"), strict=True))
+MARKERS = dict(
+    zip(("x", *charts.SHAPES), ("x", "o", "s", "D", "^", "v", "P", "*", "p", "h"), strict=True)
+)
 MAKER = "backdoorlab figure"
 """Written into each file, so that only files of ours are ever replaced."""
 
@@ -28,9 +30,18 @@ def drawn(chart: Chart) -> dict[str, bytes]:
     from matplotlib.figure import Figure
 
     columns = min(COLUMNS, len(chart.panels))
-    heights = [max(_height(panel) for panel in chart.panels[at : at + columns]) for at in range(0, len(chart.panels), columns)]
+    heights = [
+        max(_height(panel) for panel in chart.panels[at : at + columns])
+        for at in range(0, len(chart.panels), columns)
+    ]
     wide = any(panel.grid for panel in chart.panels)
-    style: Any = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": MAKER, "svg.fonttype": "none"}
+    style: Any = {
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.hashsalt": MAKER,
+        "svg.fonttype": "none",
+    }
     with matplotlib.rc_context(style):
         legend = _entries(chart.panels)
         width = PANEL_INCHES[0] * (2 if wide else columns)
@@ -43,9 +54,17 @@ def drawn(chart: Chart) -> dict[str, bytes]:
         for ax in list(axes.flat)[len(chart.panels) :]:
             ax.set_axis_off()
         if len(legend) > 1:
-            figure.legend(handles=[_handle(series) for series in legend], loc="outside lower center", ncols=across, frameon=False)
+            figure.legend(
+                handles=[_handle(series) for series in legend],
+                loc="outside lower center",
+                ncols=across,
+                frameon=False,
+            )
         found = {}
-        for form, metadata in (("png", {"Software": MAKER}), ("svg", {"Creator": MAKER, "Date": None})):
+        for form, metadata in (
+            ("png", {"Software": MAKER}),
+            ("svg", {"Creator": MAKER, "Date": None}),
+        ):
             stream = io.BytesIO()
             figure.savefig(stream, format=form, dpi=DPI, metadata=metadata)
             found[form] = stream.getvalue()
@@ -77,13 +96,34 @@ def _panel(ax: Any, panel: Panel) -> None:
             places = [place + offset for place in y if place is not None]
             ax.barh(places, [float(x or 0) for x in series.x], height=0.8 / len(bars), color=colour)
         elif series.kind == "points":
-            ax.plot(series.x, y, linestyle="", marker=_marker(series), color=colour, markersize=3 if panel.bare else 5.5, **_open(panel.bare))
+            ax.plot(
+                series.x,
+                y,
+                linestyle="",
+                marker=_marker(series),
+                color=colour,
+                markersize=3 if panel.bare else 5.5,
+                **_open(panel.bare),
+            )
         else:
-            ax.plot(series.x, y, linestyle=":" if series.kind == "dotted" else "-", marker=_marker(series), color=colour, markersize=3, linewidth=1)
+            ax.plot(
+                series.x,
+                y,
+                linestyle=":" if series.kind == "dotted" else "-",
+                marker=_marker(series),
+                color=colour,
+                markersize=3,
+                linewidth=1,
+            )
     if panel.cut is not None:
         ax.axvline(panel.cut, color=charts.INK["light"], linestyle="--", linewidth=0.8)
         ax.annotate(
-            f"cut {panel.cut:.2f}", (panel.cut, 1), xycoords=("data", "axes fraction"), xytext=(2, -7), textcoords="offset points", fontsize=6
+            f"cut {panel.cut:.2f}",
+            (panel.cut, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, -7),
+            textcoords="offset points",
+            fontsize=6,
         )
     if panel.log_x:
         ax.set_xscale("log")
@@ -118,16 +158,37 @@ def _grid(ax: Any, grid: Grid) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     values = [[float("nan") if value is None else value for value in row] for row in grid.values]
-    image = ax.imshow(values, aspect="auto", cmap=LinearSegmentedColormap.from_list("share", charts.SCALE["light"]), vmin=0, vmax=100)
+    image = ax.imshow(
+        values,
+        aspect="auto",
+        cmap=LinearSegmentedColormap.from_list("share", charts.SCALE["light"]),
+        vmin=0,
+        vmax=100,
+    )
     ax.set_yticks(range(len(grid.rows)), [_plain(name) for name in grid.rows])
     if len(grid.columns) <= 4 * MOST_WRITTEN:
-        ax.set_xticks(range(len(grid.columns)), [_plain(name) for name in grid.columns], rotation=45, ha="right")
+        ax.set_xticks(
+            range(len(grid.columns)),
+            [_plain(name) for name in grid.columns],
+            rotation=45,
+            ha="right",
+        )
     if len(grid.columns) <= MOST_WRITTEN:
         for r, row in enumerate(grid.values):
             for c, value in enumerate(row):
                 if value is not None:
-                    ax.text(c, r, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else "black", fontsize=6)
-    ax.figure.colorbar(image, ax=ax, label="%", fraction=0.03, ticks=(0, 50, 100)).outline.set_linewidth(0.5)
+                    ax.text(
+                        c,
+                        r,
+                        f"{value:.0f}",
+                        ha="center",
+                        va="center",
+                        color="white" if value > 50 else "black",
+                        fontsize=6,
+                    )
+    ax.figure.colorbar(
+        image, ax=ax, label="%", fraction=0.03, ticks=(0, 50, 100)
+    ).outline.set_linewidth(0.5)
 
 
 def _height(panel: Panel) -> float:
@@ -151,7 +212,14 @@ def _handle(series: Series) -> Any:
     points = series.kind == "points"
     form = _open(False) if points else {}
     return Line2D(
-        [], [], linestyle="" if points else "-", marker=_marker(series), color=_colour(series), label=_plain(series.name), markersize=4.5, **form
+        [],
+        [],
+        linestyle="" if points else "-",
+        marker=_marker(series),
+        color=_colour(series),
+        label=_plain(series.name),
+        markersize=4.5,
+        **form,
     )
 
 
@@ -169,5 +237,8 @@ def _marker(series: Series) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text as it is: a dollar sign would begin a formula, and what the font has not got is a question mark."""
-    return "".join(c if c.isprintable() and ord(c) < 0x2500 else "?" for c in text).replace("$", r"\$")
+    """Text as it is: a dollar sign would begin a formula, and what the font has not got is a
+    question mark."""
+    return "".join(c if c.isprintable() and ord(c) < 0x2500 else "?" for c in text).replace(
+        "$", r"\$"
+    )

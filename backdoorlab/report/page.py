@@ -1,8 +1,9 @@
-"""report: one page that shows records and what defenses made of them, and the same charts as figures for papers.
+"""report: one page that shows records and what defenses made of them, and the same charts as
+figures for papers.
 
-The page holds everything that it shows: plotly.js once, all numbers, all pictures. It asks the network for nothing, which its
-content security policy also forbids, and it runs no script but its own two, by their hashes: whatever a stranger's record holds
-is text.
+The page holds everything that it shows: plotly.js once, all numbers, all pictures. It asks the
+network for nothing, which its content security policy also forbids, and it runs no script but its
+own two, by their hashes: whatever a stranger's record holds is text.
 """
 
 import base64
@@ -45,16 +46,19 @@ NOTHING = '<p class="missing nothing" hidden>Nothing fits these filters.</p>'
 
 @dataclass(frozen=True)
 class Report:
-    """Records and their defenses as one HTML page that works offline, as figures for papers, or both."""
+    """Records and their defenses as one HTML page that works offline, as figures for papers, or
+    both."""
 
     names: Positional[tuple[str, ...]] = ()
     """Records to show; none means all that can be read."""
     html: str | None = None
     """File to write the page to; a page that is there is replaced, any other file is not."""
     figures: str | None = None
-    """Folder for every chart as PNG and SVG; figures that are there are replaced, other files are not."""
+    """Folder for every chart as PNG and SVG; figures that are there are replaced, other files are
+    not."""
     tsne: bool = False
-    """Add a t-SNE of each model's features before and after; needs the data set, and some seconds for each model."""
+    """Add a t-SNE of each model's features before and after; needs the data set, and some seconds
+    for each model."""
     dataset_path: str | None = None
     """For --tsne, folder of the data, where the cache has lost it."""
     device: str = "auto"
@@ -66,14 +70,20 @@ class Report:
 
 
 def report(options: Report, only: Only | None = None, say: Callable[[str], None] = print) -> int:
-    """The command: 0, or 2 where a damaged result is left out, or a damaged record that no name asked for. With `only`, those results alone."""
+    """The command: 0, or 2 where a damaged result is left out, or a damaged record that no name
+    asked for. With `only`, those results alone."""
     if options.html is None and options.figures is None:
-        raise UserError("nothing to write: pass --html FILE for a page, --figures DIR for figures, or both")
+        raise UserError(
+            "nothing to write: pass --html FILE for a page, --figures DIR for figures, or both"
+        )
     root = record_root(options.record_root)
     names = tuple(dict.fromkeys(options.names)) or tuple(record_names(root))
     if not names:
-        raise UserError(f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first")
-    plotly = check(options.html) if options.html is not None else ""  # what is missing is said before the work
+        raise UserError(
+            f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first"
+        )
+    # What is missing is said before the work
+    plotly = check(options.html) if options.html is not None else ""
     damaged: list[Damaged] = []
     on_damage = refuse if options.debug else damaged.append
     records = measured.readable(names, root, refuse if options.names else on_damage)
@@ -91,7 +101,8 @@ def report(options: Report, only: Only | None = None, say: Callable[[str], None]
         say(f"{save_figures(folder, overall, by_record)} figures, each as .png and .svg: {folder}")
     if options.html is not None:
         target = Path(options.html)
-        content = page(cells, overall, by_record, plotly, damaged).encode(errors="backslashreplace")  # a name need not be UTF-8
+        # A name need not be UTF-8
+        content = page(cells, overall, by_record, plotly, damaged).encode(errors="backslashreplace")
         writing.write_bytes(target, content)
         say(f"page of {len(cells)} models, {len(content) / 2**20:.1f} MiB, works offline: {target}")
     return layout.complain(damaged)
@@ -109,16 +120,25 @@ def plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise UserError("a page needs plotly: pip install 'backdoorlab[report]' (--figures works without it)") from error
+        raise UserError(
+            "a page needs plotly: pip install 'backdoorlab[report]' (--figures works without it)"
+        ) from error
     return get_plotlyjs()
 
 
-def save_figures(folder: Path, overall: Sequence[Chart], by_record: Mapping[str, Sequence[Chart]]) -> int:
+def save_figures(
+    folder: Path, overall: Sequence[Chart], by_record: Mapping[str, Sequence[Chart]]
+) -> int:
     """Write every chart that has something to draw; returns how many."""
     from . import figures
 
     drawn = {chart.name: chart for chart in overall if chart.panels}
-    drawn |= {f"{chart.name}-{_file_name(name)}": chart for name, own in by_record.items() for chart in own if chart.panels}
+    drawn |= {
+        f"{chart.name}-{_file_name(name)}": chart
+        for name, own in by_record.items()
+        for chart in own
+        if chart.panels
+    }
     folder.mkdir(parents=True, exist_ok=True)
     for name in drawn:
         for form in ("png", "svg"):
@@ -130,8 +150,13 @@ def save_figures(folder: Path, overall: Sequence[Chart], by_record: Mapping[str,
 
 
 def _file_name(record: str) -> str:
-    """A record's name as part of a file's: what cannot be printed or is too long is left out, and a checksum tells it from its like."""
-    shown = "".join(c if c.isprintable() else "_" for c in record).encode()[:LONGEST_NAME].decode(errors="ignore")
+    """A record's name as part of a file's: what cannot be printed or is too long is left out, and a
+    checksum tells it from its like."""
+    shown = (
+        "".join(c if c.isprintable() else "_" for c in record)
+        .encode()[:LONGEST_NAME]
+        .decode(errors="ignore")
+    )
     return shown if shown == record else f"{shown}-{zlib.crc32(os.fsencode(record)):08x}"
 
 
@@ -140,21 +165,34 @@ def _refuse_foreign(target: Path, maker: str) -> None:
     if target.is_dir():
         raise UserError(f"{target} is a folder: give the name of a file")
     if not target.parent.is_dir():
-        raise UserError(f"{target} cannot be written, there is no folder {target.parent}: make it first, or choose another place")
+        raise UserError(
+            f"{target} cannot be written, there is no folder {target.parent}: make it first, or"
+            " choose another place"
+        )
     if target.exists():
         with target.open("rb") as stream:
             if maker.encode() not in stream.read(4096):
-                raise UserError(f"{target} is there and was not written by this command: move it, or choose another name")
+                raise UserError(
+                    f"{target} is there and was not written by this command: move it, or choose"
+                    " another name"
+                )
 
 
-# --- the page ----------------------------------------------------------------------------------------------------
+# --- the page
 
 
 def page(
-    cells: Sequence[Cell], overall: Sequence[Chart], by_record: Mapping[str, Sequence[Chart]], plotly: str, damaged: Sequence[Damaged] = ()
+    cells: Sequence[Cell],
+    overall: Sequence[Chart],
+    by_record: Mapping[str, Sequence[Chart]],
+    plotly: str,
+    damaged: Sequence[Damaged] = (),
 ) -> str:
     """The whole page as text."""
-    template, style, script = (resources.resource("page").joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js"))
+    template, style, script = (
+        resources.resource("page").joinpath(name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css", "page.js")
+    )
     style = style.replace("{{colours}}", _colours())
     panels = {chart.name: _json(chart) for chart in overall}
     panels |= {_key(name, chart): _json(chart) for name, own in by_record.items() for chart in own}
@@ -162,10 +200,21 @@ def page(
     means = layout.means(rows)
     datasets = dict.fromkeys(cell.row.dataset for cell in cells)
     rate = constants(means).get("poison %")
-    lead = f"{len(cells)} models of {len(by_record)} {'record' if len(by_record) == 1 else 'records'} on {', '.join(datasets)}"
-    known = " where an attack is known" if any(line["poison %"] == formats.HOLE for line in means.rows) else ""
+    lead = (
+        f"{len(cells)} models of {len(by_record)} {'record' if len(by_record) == 1 else 'records'}"
+        f" on {', '.join(datasets)}"
+    )
+    known = (
+        " where an attack is known"
+        if any(line["poison %"] == formats.HOLE for line in means.rows)
+        else ""
+    )
     lead += f", {rate} % of the training images poisoned{known}." if rate else "."
-    title = f"Backdoor report: {', '.join(by_record)}" if len(by_record) <= 3 else f"Backdoor report: {len(by_record)} records"
+    title = (
+        f"Backdoor report: {', '.join(by_record)}"
+        if len(by_record) <= 3
+        else f"Backdoor report: {len(by_record)} records"
+    )
     parts = {
         "maker": MAKER,
         "title": escape(title),
@@ -178,12 +227,19 @@ def page(
         "runs": runs_table(cells, damaged),
         "nothing": NOTHING,
         "overview": "\n".join(_figure(chart, chart.name, 2) for chart in overall),
-        "options": "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in by_record),
-        "records": "\n".join(_article(own, by_record[name]) for name, own in _by_record(cells).items()),
+        "options": "".join(
+            f'<option value="{escape(name)}">{escape(name)}</option>' for name in by_record
+        ),
+        "records": "\n".join(
+            _article(own, by_record[name]) for name, own in _by_record(cells).items()
+        ),
         "charts": script_safe(panels),
         "plotly": plotly,
         "script": script,
-        "footer": escape(f"Made by backdoorlab {__version__} from records whose files were checked against their SHA-256."),
+        "footer": escape(
+            f"Made by backdoorlab {__version__} from records whose files were checked against their"
+            " SHA-256."
+        ),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
 
@@ -194,7 +250,8 @@ def _key(record: str, chart: Chart) -> str:
 
 
 def script_safe(value: Any) -> str:
-    """JSON that can stand inside a script element: nothing in it can end the element or begin a comment."""
+    """JSON that can stand inside a script element: nothing in it can end the element or begin a
+    comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -204,10 +261,19 @@ def _hash(script: str) -> str:
 
 
 def _json(chart: Chart) -> list[dict[str, Any]]:
-    """A chart's panels, with the colour and the shape of each series; a number that is none becomes a gap."""
+    """A chart's panels, with the colour and the shape of each series; a number that is none becomes
+    a gap."""
     found = []
     for panel in chart.panels:
-        series = [{**asdict(one), "colour": charts.colour(one.look), "shape": charts.shape(one.look), "marked": one.marked} for one in panel.series]
+        series = [
+            {
+                **asdict(one),
+                "colour": charts.colour(one.look),
+                "shape": charts.shape(one.look),
+                "marked": one.marked,
+            }
+            for one in panel.series
+        ]
         found.append({**asdict(panel), "series": series})
     return _finite(found)
 
@@ -225,14 +291,35 @@ def _finite(value: Any) -> Any:
 def _colours() -> str:
     """The palette and the greys as CSS variables, once for each scheme."""
     schemes: dict[Literal["light", "dark"], dict[str, str]] = {
-        "light": {"soft": "#4B5563", "line": "#E2E5EA", "edge": "#8A93A0", "field": "#F3F5F8", "link": "#0B57A4", "bad": "#B00020"},
-        "dark": {"soft": "#A9B4C0", "line": "#2B323B", "edge": "#6B7785", "field": "#1F252C", "link": "#7CC4FF", "bad": "#FF8A80"},
+        "light": {
+            "soft": "#4B5563",
+            "line": "#E2E5EA",
+            "edge": "#8A93A0",
+            "field": "#F3F5F8",
+            "link": "#0B57A4",
+            "bad": "#B00020",
+        },
+        "dark": {
+            "soft": "#A9B4C0",
+            "line": "#2B323B",
+            "edge": "#6B7785",
+            "field": "#1F252C",
+            "link": "#7CC4FF",
+            "bad": "#FF8A80",
+        },
     }
     texts = {}
     for scheme, greys in schemes.items():
         values = charts.palette(scheme) | greys
-        texts[scheme] = f":root {{ color-scheme: {scheme}; " + " ".join(f"--{name}: {value};" for name, value in values.items()) + " }"
-    return f"{texts['light']}\n@media (prefers-color-scheme: dark) {{ {texts['dark']} }}\n@media print {{ {texts['light']} }}"
+        texts[scheme] = (
+            f":root {{ color-scheme: {scheme}; "
+            + " ".join(f"--{name}: {value};" for name, value in values.items())
+            + " }"
+        )
+    return (
+        f"{texts['light']}\n@media (prefers-color-scheme: dark) {{ {texts['dark']} }}\n@media print"
+        f" {{ {texts['light']} }}"
+    )
 
 
 def _by_record(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
@@ -242,12 +329,13 @@ def _by_record(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
     return found
 
 
-# --- tables ------------------------------------------------------------------------------------------------------
+# --- tables
 
 
 @dataclass(frozen=True)
 class Column:
-    """A heading, and for each line what is shown (HTML) and what it is sorted by (None: missing, so at the end)."""
+    """A heading, and for each line what is shown (HTML) and what it is sorted by (None: missing, so
+    at the end)."""
 
     title: str
     shown: Callable[[Any], str]
@@ -261,12 +349,20 @@ def _words(title: str, value: Callable[[Any], str | None]) -> Column:
     return Column(title, lambda line: _shown(value(line) or "-"), value)
 
 
-def _number(title: str, value: Callable[[Any], float | None], form: Callable[[float], str]) -> Column:
-    return Column(title, lambda line: "-" if (found := value(line)) is None else escape(form(found)), value, number=True)
+def _number(
+    title: str, value: Callable[[Any], float | None], form: Callable[[float], str]
+) -> Column:
+    return Column(
+        title,
+        lambda line: "-" if (found := value(line)) is None else escape(form(found)),
+        value,
+        number=True,
+    )
 
 
 def means_table(rows: Sequence[Row], table: formats.Table) -> str:
-    """One line for each experiment, seeds averaged: the texts of `table`, which is `layout.means` of the same rows, sorted by their numbers."""
+    """One line for each experiment, seeds averaged: the texts of `table`, which is `layout.means`
+    of the same rows, sorted by their numbers."""
     groups = grouping.grouped(rows)
     lines = list(zip(groups, table.rows, strict=True))
 
@@ -280,15 +376,43 @@ def means_table(rows: Sequence[Row], table: formats.Table) -> str:
                 return None if text[title] == formats.HOLE else float(text[title])
             return text[title]
 
-        hint = (lambda line: ", ".join(dict.fromkeys(row.record for row in line[0].rows))) if title == "n" else None
-        return Column(title, lambda line: _marked(_shown(line[1][title])), value, title in table.numbers, hint)
+        hint = (
+            (lambda line: ", ".join(dict.fromkeys(row.record for row in line[0].rows)))
+            if title == "n"
+            else None
+        )
+        return Column(
+            title, lambda line: _marked(_shown(line[1][title])), value, title in table.numbers, hint
+        )
 
     # What tells attacks of one name apart stands beside it.
     beside = [title for title in CONSTANT if title not in constants(table)]
-    order = ["attack", *beside, "defense", "clean acc %", "ASR %", "RA %", "DER %", "n", "assumes", "TPR %", "FPR %", "seconds", "reported"]
+    order = [
+        "attack",
+        *beside,
+        "defense",
+        "clean acc %",
+        "ASR %",
+        "RA %",
+        "DER %",
+        "n",
+        "assumes",
+        "TPR %",
+        "FPR %",
+        "seconds",
+        "reported",
+    ]
     known = [title for title in order if title in table.columns]
-    columns = [column(title) for title in known if not (title in OPTIONAL and all(line[title] == formats.HOLE for line in table.rows))]
-    return _table(columns, [(line, _filters(line[0].first)) for line in lines], lambda line: line[0].first.attack_key)
+    columns = [
+        column(title)
+        for title in known
+        if not (title in OPTIONAL and all(line[title] == formats.HOLE for line in table.rows))
+    ]
+    return _table(
+        columns,
+        [(line, _filters(line[0].first)) for line in lines],
+        lambda line: line[0].first.attack_key,
+    )
 
 
 def constants(table: formats.Table) -> dict[str, str]:
@@ -314,7 +438,8 @@ def _marked(text: str) -> str:
 
 
 def runs_table(cells: Sequence[Cell], damaged: Sequence[Damaged] = ()) -> str:
-    """One line for each cell; below a record's own, one for each damaged result and for each known defense that was not run on it."""
+    """One line for each cell; below a record's own, one for each damaged result and for each known
+    defense that was not run on it."""
     columns = [
         _words("record", lambda line: line.row.record),
         _words("attack", lambda line: line.row.attack),
@@ -327,13 +452,19 @@ def runs_table(cells: Sequence[Cell], damaged: Sequence[Damaged] = ()) -> str:
         _number("TPR", lambda line: line.row.tpr, _as_percent),
         _number("FPR", lambda line: line.row.fpr, _as_percent),
         _number("seconds", lambda line: line.row.seconds, lambda value: f"{value:,.0f}"),
-        _number("GiB", lambda line: line.row.peak_memory_bytes, lambda value: f"{value / 2**30:.2f}"),
+        _number(
+            "GiB", lambda line: line.row.peak_memory_bytes, lambda value: f"{value / 2**30:.2f}"
+        ),
         _number("forward", lambda line: line.row.forward, lambda value: f"{value:,.0f}"),
         _number("backward", lambda line: line.row.backward, lambda value: f"{value:,.0f}"),
         _words("assumes", lambda line: _assumed(line.row)),
         _words("data set", lambda line: line.row.dataset),
     ]
-    empty = {title for title in OPTIONAL if all(cell.row.tpr is None and cell.row.fpr is None for cell in cells)}
+    empty = {
+        title
+        for title in OPTIONAL
+        if all(cell.row.tpr is None and cell.row.fpr is None for cell in cells)
+    }
     empty |= {"data set"} if len({cell.row.dataset for cell in cells}) == 1 else set()
     columns = [column for column in columns if column.title not in empty]
     lines: list[tuple[Any, dict[str, str]]] = []
@@ -342,16 +473,34 @@ def runs_table(cells: Sequence[Cell], damaged: Sequence[Damaged] = ()) -> str:
         lost = [(one.defense, "damaged") for one in damaged if one.record == own[0].row.record]
         run = {cell.row.defense for cell in own} | {name for name, _ in lost}
         missing = [(name, "not run") for name in methods.available("defense") if name not in run]
-        lines += [(Hole(own[0], name, why), {**_filters(own[0].row), "defense": name}) for name, why in lost + missing]
+        lines += [
+            (Hole(own[0], name, why), {**_filters(own[0].row), "defense": name})
+            for name, why in lost + missing
+        ]
     return _table(columns, lines, lambda line: line.row.record)
 
 
 class Hole:
-    """A line for a defense that was not run on a record, or whose result is damaged: it has a name, and no number."""
+    """A line for a defense that was not run on a record, or whose result is damaged: it has a name,
+    and no number."""
 
     def __init__(self, undefended: Cell, defense: str, why: str) -> None:
-        nothing = dict.fromkeys(("clean_accuracy", "asr", "robust_accuracy", "seconds", "forward", "backward", "peak_memory_bytes"))
-        assumes = methods.load("defense", defense).assumes if defense in methods.available("defense") else ()
+        nothing = dict.fromkeys(
+            (
+                "clean_accuracy",
+                "asr",
+                "robust_accuracy",
+                "seconds",
+                "forward",
+                "backward",
+                "peak_memory_bytes",
+            )
+        )
+        assumes = (
+            methods.load("defense", defense).assumes
+            if defense in methods.available("defense")
+            else ()
+        )
         self.row = replace(undefended.row, defense=defense, assumes=assumes, **nothing)  # type: ignore[arg-type]
         self.name, self.why = defense, why
 
@@ -359,7 +508,9 @@ class Hole:
 def _defense(line: Cell | Hole) -> str:
     if isinstance(line, Hole):
         return escape(line.name) + f'<span class="mark">{line.why}</span>'
-    return escape(line.name) + ('<span class="mark bad">COLLAPSED</span>' if line.row.collapsed else "")
+    return escape(line.name) + (
+        '<span class="mark bad">COLLAPSED</span>' if line.row.collapsed else ""
+    )
 
 
 def _assumed(row: Row) -> str:
@@ -371,18 +522,32 @@ def _filters(row: Row) -> dict[str, str]:
     return {"dataset": row.dataset, "attack": row.attack, "defense": row.defense}
 
 
-def _table(columns: Sequence[Column], lines: Iterable[tuple[Any, Mapping[str, str]]], block: Callable[[Any], Any]) -> str:
+def _table(
+    columns: Sequence[Column],
+    lines: Iterable[tuple[Any, Mapping[str, str]]],
+    block: Callable[[Any], Any],
+) -> str:
     """A line is drawn where `block` changes."""
-    heads = "".join(f'<th scope="col" class="{_class(column)}"><button type="button">{escape(column.title)}</button></th>' for column in columns)
+    heads = "".join(
+        f'<th scope="col" class="{_class(column)}"><button'
+        f' type="button">{escape(column.title)}</button></th>'
+        for column in columns
+    )
     body: list[str] = []
     before = None
     for line, data in lines:
         attributes = "".join(f' data-{name}="{escape(value)}"' for name, value in data.items())
-        kinds = ["hole"] * isinstance(line, Hole) + ["first"] * (bool(body) and block(line) != before)
+        kinds = ["hole"] * isinstance(line, Hole) + ["first"] * (
+            bool(body) and block(line) != before
+        )
         before = block(line)
         hole = f' class="{" ".join(kinds)}"' if kinds else ""
-        body.append(f"<tr{hole}{attributes}>" + "".join(_cell(column, line) for column in columns) + "</tr>")
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table>"
+        body.append(
+            f"<tr{hole}{attributes}>" + "".join(_cell(column, line) for column in columns) + "</tr>"
+        )
+    return (
+        f"<table><thead><tr>{heads}</tr></thead><tbody>\n" + "\n".join(body) + "\n</tbody></table>"
+    )
 
 
 def _cell(column: Column, line: Any) -> str:
@@ -403,18 +568,31 @@ def _as_percent(value: float) -> str:
 
 def _selects(cells: Sequence[Cell]) -> str:
     found = []
-    for name, title, known in (("dataset", "Data set", ()), ("attack", "Attack", ()), ("defense", "Defense", methods.available("defense"))):
+    for name, title, known in (
+        ("dataset", "Data set", ()),
+        ("attack", "Attack", ()),
+        ("defense", "Defense", methods.available("defense")),
+    ):
         values = sorted({*(_filters(cell.row)[name] for cell in cells), *known})
-        options = "".join(f'<option value="{escape(value)}">{escape(value)}</option>' for value in values)
-        found.append(f'<label>{title} <select name="{name}"><option value="">all</option>{options}</select></label>')
+        options = "".join(
+            f'<option value="{escape(value)}">{escape(value)}</option>' for value in values
+        )
+        found.append(
+            f'<label>{title} <select name="{name}"><option'
+            f' value="">all</option>{options}</select></label>'
+        )
     return "\n".join(found)
 
 
 def _notes_below(table: formats.Table) -> str:
-    return '<ul class="caption">' + "".join(f"<li>{escape(note)}</li>" for note in table.notes) + "</ul>"
+    return (
+        '<ul class="caption">'
+        + "".join(f"<li>{escape(note)}</li>" for note in table.notes)
+        + "</ul>"
+    )
 
 
-# --- one record --------------------------------------------------------------------------------------------------
+# --- one record
 
 
 def _article(cells: Sequence[Cell], own: Sequence[Chart]) -> str:
@@ -422,25 +600,48 @@ def _article(cells: Sequence[Cell], own: Sequence[Chart]) -> str:
     info = record.info
     classes, target = info["dataset"].get("class_names") or [], info.get("target")
     poisoned = (
-        f"{info['poisoned']:,} of {row.train_size:,} training images" if record.known_poison and info.get("poisoned") is not None else "nobody knows"
+        f"{info['poisoned']:,} of {row.train_size:,} training images"
+        if record.known_poison and info.get("poisoned") is not None
+        else "nobody knows"
     )
-    meaning = {"unknown": "unknown: a stranger's model or data", "none": "none: trained on clean data, the control"}
-    target_name = f", {classes[target]}" if target is not None and target < len(classes) and classes[target] != str(target) else ""
+    meaning = {
+        "unknown": "unknown: a stranger's model or data",
+        "none": "none: trained on clean data, the control",
+    }
+    target_name = (
+        f", {classes[target]}"
+        if target is not None and target < len(classes) and classes[target] != str(target)
+        else ""
+    )
     facts = {
         "attack": meaning.get(row.attack, row.attack),
         "target": None if target is None else f"class {target}{target_name}",
         "poisoned": poisoned,
-        "data set": f"{row.dataset}, {info['num_classes']} classes, images {'x'.join(map(str, info['dataset']['image_shape']))}",
+        "data set": (
+            f"{row.dataset}, {info['num_classes']} classes, images"
+            f" {'x'.join(map(str, info['dataset']['image_shape']))}"
+        ),
         "network": row.architecture,
         "seed": str(row.seed),
         "made on": row.device,
-        "defenses": "no defense was run on this record" if len(cells) == 1 else f"{len(cells) - 1} finished run{'s' if len(cells) > 2 else ''}",
+        "defenses": (
+            "no defense was run on this record"
+            if len(cells) == 1
+            else f"{len(cells) - 1} finished run{'s' if len(cells) > 2 else ''}"
+        ),
     }
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items() if text)
-    settings = escape(", ".join(f"{name} {value}" for name, value in sorted(info["config"].items()) if value is not None))
+    rows = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items() if text
+    )
+    settings = escape(
+        ", ".join(
+            f"{name} {value}" for name, value in sorted(info["config"].items()) if value is not None
+        )
+    )
     return (
-        f'<article data-record="{escape(record.name)}">\n<h3>{escape(record.name)}</h3>\n<dl class="facts">{rows}</dl>\n'
-        f"<details><summary>All settings of the attack</summary><p><code>{settings}</code></p></details>\n"
+        f'<article data-record="{escape(record.name)}">\n<h3>{escape(record.name)}</h3>\n<dl'
+        f' class="facts">{rows}</dl>\n<details><summary>All settings of the'
+        f" attack</summary><p><code>{settings}</code></p></details>\n"
         + _notes(cells)
         + _pictures(cells)
         + "\n".join(_figure(chart, _key(record.name, chart), 3) for chart in own)
@@ -452,15 +653,26 @@ def _notes(cells: Sequence[Cell]) -> str:
     said = [(cell, note) for cell in cells for note in cell.notes]
     if not said:
         return ""
-    lines = "".join(f"<li>{escape('the attack' if cell.undefended else cell.name)}: {escape(note)}</li>" for cell, note in said)
-    return f"<details><summary>What the runs said ({len(said)})</summary><ul>{lines}</ul></details>\n"
+    lines = "".join(
+        f"<li>{escape('the attack' if cell.undefended else cell.name)}: {escape(note)}</li>"
+        for cell, note in said
+    )
+    return (
+        f"<details><summary>What the runs said ({len(said)})</summary><ul>{lines}</ul></details>\n"
+    )
 
 
 def _pictures(cells: Sequence[Cell]) -> str:
     sheets = []
     for cell in cells:
         for name, content in cell.pictures.items():
-            sheets.append(_picture(content, _about(cell, name), charts.class_names(cell) if name == "triggers" and not cell.undefended else ()))
+            sheets.append(
+                _picture(
+                    content,
+                    _about(cell, name),
+                    charts.class_names(cell) if name == "triggers" and not cell.undefended else (),
+                )
+            )
     if not sheets:
         return '<p class="missing">This record holds no picture of its trigger.</p>'
     return f'<div class="pictures">{"".join(sheets)}</div>\n'
@@ -470,9 +682,15 @@ def _about(cell: Cell, name: str) -> str:
     if cell.undefended and name == "preview":
         if cell.row.asr is None:
             return "Test images; there is no trigger to show."
-        return f"From above: clean test images, the same with the trigger, and their difference, {GAIN} times stronger around grey."
+        return (
+            "From above: clean test images, the same with the trigger, and their difference,"
+            f" {GAIN} times stronger around grey."
+        )
     if name == "triggers":
-        return f"{cell.name}: triggers that it recovered, a row for each class. The target's should look like the difference in the preview."
+        return (
+            f"{cell.name}: triggers that it recovered, a row for each class. The target's should"
+            " look like the difference in the preview."
+        )
     return f"{'the attack' if cell.undefended else cell.name}: {name}"
 
 
@@ -480,28 +698,47 @@ def _picture(content: bytes, caption: str, rows: Sequence[str] = ()) -> str:
     """A sheet, with a name beside each of its rows."""
     data = base64.b64encode(content).decode()
     names = f"<ol>{''.join(f'<li>{escape(name)}</li>' for name in rows)}</ol>" if rows else ""
-    image = f'<div class="sheet">{names}<img alt="{escape(caption)}" src="data:image/png;base64,{data}"></div>'
+    image = (
+        f'<div class="sheet">{names}<img alt="{escape(caption)}"'
+        f' src="data:image/png;base64,{data}"></div>'
+    )
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _figure(chart: Chart, key: str, level: int) -> str:
     heading = f"<h{level}>{escape(chart.title)}</h{level}>"
     if not chart.panels:
-        return f'<figure id="{escape(key)}">{heading}<p class="missing">{escape(chart.missing)}</p></figure>'
-    form = "wide" if any(panel.grid for panel in chart.panels) else "few" if len(chart.panels) <= 3 else ""
+        return (
+            f'<figure id="{escape(key)}">{heading}<p'
+            f' class="missing">{escape(chart.missing)}</p></figure>'
+        )
+    form = (
+        "wide"
+        if any(panel.grid for panel in chart.panels)
+        else "few"
+        if len(chart.panels) <= 3
+        else ""
+    )
     return (
-        f'<figure id="{escape(key)}" data-chart="{escape(key)}">{heading}{_legend(chart)}'
-        f'<div class="panels {form}"></div>{NOTHING}<figcaption>{escape(chart.caption)}</figcaption></figure>'
+        f'<figure id="{escape(key)}" data-chart="{escape(key)}">{heading}{_legend(chart)}<div'
+        ' class="panels'
+        f' {form}"></div>{NOTHING}<figcaption>{escape(chart.caption)}</figcaption></figure>'
     )
 
 
 def _legend(chart: Chart) -> str:
     """One entry for each name, in the order of their looks."""
-    named: dict[str, Series] = {series.name: series for panel in chart.panels for series in reversed(panel.series)}
+    named: dict[str, Series] = {
+        series.name: series for panel in chart.panels for series in reversed(panel.series)
+    }
     if len(named) < 2:
         return ""
     entries = sorted(named.values(), key=lambda series: series.look)
-    return '<ul class="legend">' + "".join(f"<li>{_glyph(series)}{escape(series.name)}</li>" for series in entries) + "</ul>"
+    return (
+        '<ul class="legend">'
+        + "".join(f"<li>{_glyph(series)}{escape(series.name)}</li>" for series in entries)
+        + "</ul>"
+    )
 
 
 def _glyph(series: Series) -> str:
@@ -516,7 +753,10 @@ def _glyph(series: Series) -> str:
     else:
         inside = OUTLINES[shape]
     fill, width = ("none", 1.6) if series.kind == "points" else (colour, 0)
-    return f'<svg viewBox="0 0 12 12" aria-hidden="true" fill="{fill}" stroke="{colour}" stroke-width="{width}">{inside}</svg>'
+    return (
+        f'<svg viewBox="0 0 12 12" aria-hidden="true" fill="{fill}" stroke="{colour}"'
+        f' stroke-width="{width}">{inside}</svg>'
+    )
 
 
 def _polygon(corners: int, turn: float = 0.0, inner: float = 1.0) -> str:
@@ -524,7 +764,10 @@ def _polygon(corners: int, turn: float = 0.0, inner: float = 1.0) -> str:
     count = corners if inner == 1.0 else 2 * corners
     points = []
     for k in range(count):
-        angle, radius = 2 * math.pi * (k / count + turn) - math.pi / 2, 6 * (inner if inner != 1.0 and k % 2 else 1.0)
+        angle, radius = (
+            2 * math.pi * (k / count + turn) - math.pi / 2,
+            6 * (inner if inner != 1.0 and k % 2 else 1.0),
+        )
         points.append(f"{6 + radius * math.cos(angle):.2f},{6 + radius * math.sin(angle):.2f}")
     return f'<polygon points="{" ".join(points)}"/>'
 

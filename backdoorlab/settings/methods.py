@@ -1,8 +1,8 @@
 """Methods are files: a name is the name of a file in attack/ or defense/, and nothing keeps a list.
 
-Looked at, in this order: the folders of a checkout, the ones inside an installed package, and `attack/` and `defense/`
-below every folder named by BACKDOORLAB_PLUGINS. A file of these that cannot be used is a line on the error stream, and an
-error only for who asks for it.
+Looked at, in this order: the folders of a checkout, the ones inside an installed package, and
+`attack/` and `defense/` below every folder named by BACKDOORLAB_PLUGINS. A file of these that
+cannot be used is a line on the error stream, and an error only for who asks for it.
 """
 
 import importlib.util
@@ -79,7 +79,8 @@ def load(kind: Kind, name: str) -> Method:
 
 
 def from_file(kind: Kind, path: Path) -> Method:
-    """Load a method file. It is entered in sys.modules before it runs: dataclasses look themselves up there."""
+    """Load a method file. It is entered in sys.modules before it runs: dataclasses look themselves
+    up there."""
     path = path.resolve()
     module_name = f"{_MODULE}{kind}_{path.stem}"
     loaded = sys.modules.get(module_name)
@@ -87,7 +88,11 @@ def from_file(kind: Kind, path: Path) -> Method:
         source = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from error
-    if loaded is None or Path(loaded.__file__ or "") != path or loaded.__dict__.get(_SOURCE) != source:
+    if (
+        loaded is None
+        or Path(loaded.__file__ or "") != path
+        or loaded.__dict__.get(_SOURCE) != source
+    ):
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None:
             raise UserError(f"{path}: not a Python file")
@@ -95,51 +100,88 @@ def from_file(kind: Kind, path: Path) -> Method:
         loaded.__dict__[_SOURCE] = source
         sys.modules[module_name] = loaded
         try:
-            exec(compile(source, path, "exec"), loaded.__dict__)  # these bytes: Python's cache goes by size and whole seconds
+            # These bytes: Python's cache goes by size and whole seconds
+            exec(compile(source, path, "exec"), loaded.__dict__)
         except BaseException as error:
             del sys.modules[module_name]
             if isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):
                 raise
-            where = raised_in(error) or (f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else path)
-            raise UserError(f"{where}: cannot be imported ({type(error).__name__}: {error})") from error
+            where = raised_in(error) or (
+                f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else path
+            )
+            raise UserError(
+                f"{where}: cannot be imported ({type(error).__name__}: {error})"
+            ) from error
     _check(kind, path, loaded)
     return Method(kind, path.stem, path, loaded)
 
 
 def raised_in(error: BaseException) -> str:
-    """FILE:LINE of the method file that an exception came through last; '' if it came through none."""
-    places = [(frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    return next((f"{file}:{line}" for module, file, line in reversed(places) if module.startswith((f"{_MODULE}attack_", f"{_MODULE}defense_"))), "")
+    """FILE:LINE of the method file that an exception came through last; '' if it came through
+    none."""
+    places = [
+        (frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    return next(
+        (
+            f"{file}:{line}"
+            for module, file, line in reversed(places)
+            if module.startswith((f"{_MODULE}attack_", f"{_MODULE}defense_"))
+        ),
+        "",
+    )
 
 
 def _check(kind: Kind, path: Path, module: ModuleType) -> None:
     wanted = {"attack": ("Config",), "defense": ("Config", "ASSUMES", "defend")}[kind]
     missing = [name for name in wanted if not hasattr(module, name)]
     if not WORD.fullmatch(path.stem):  # records carry the name, and their reader takes no other
-        raise UserError(f"{path}: a method is called as its file is, in letters, digits, and _ . + -: rename the file, as my_{kind}.py")
+        raise UserError(
+            f"{path}: a method is called as its file is, in letters, digits, and _ . + -: rename"
+            f" the file, as my_{kind}.py"
+        )
     if (kind, path.stem) == ("defense", "none"):
-        raise UserError(f"{path}: in every table `none` is the model without a defense: rename the file")
+        raise UserError(
+            f"{path}: in every table `none` is the model without a defense: rename the file"
+        )
     if kind == "attack" and not hasattr(module, "stamp") and not hasattr(module, "attack"):
         missing.append("stamp or attack")
     if missing:
-        raise UserError(f"{path}: a method file of {kind}/ defines {', '.join(wanted)}; this one lacks {', '.join(missing)}")
+        raise UserError(
+            f"{path}: a method file of {kind}/ defines {', '.join(wanted)}; this one lacks"
+            f" {', '.join(missing)}"
+        )
     if kind == "defense":
         assumes = module.ASSUMES
-        if not isinstance(assumes, (tuple, list)) or not all(isinstance(word, str) and word in ASSUMABLE for word in assumes):
-            raise UserError(f"{path}: ASSUMES is a tuple of some of {', '.join(ASSUMABLE)}, found {assumes!r}")
+        if not isinstance(assumes, (tuple, list)) or not all(
+            isinstance(word, str) and word in ASSUMABLE for word in assumes
+        ):
+            raise UserError(
+                f"{path}: ASSUMES is a tuple of some of {', '.join(ASSUMABLE)}, found {assumes!r}"
+            )
     _check_config(kind, path, module)
 
 
 def _check_config(kind: Kind, path: Path, module: ModuleType) -> None:
-    bases: tuple[type[Any], ...] = (config.TrainingConfig,) if kind == "attack" else (config.DefenseConfig,)
+    bases: tuple[type[Any], ...] = (
+        (config.TrainingConfig,) if kind == "attack" else (config.DefenseConfig,)
+    )
     if kind == "attack" and not hasattr(module, "attack"):  # what stamps says whom, and as what
         bases = (config.AttackConfig, config.CleanLabelConfig)
     elif kind == "defense" and "seeds" in module.ASSUMES:
         bases = (config.SeedsConfig,)
     found = module.Config
-    if not isinstance(found, type) or not issubclass(found, bases) or "__dataclass_fields__" not in vars(found):
+    if (
+        not isinstance(found, type)
+        or not issubclass(found, bases)
+        or "__dataclass_fields__" not in vars(found)
+    ):
         wanted = " or ".join(base.__name__ for base in bases)
-        raise UserError(f"{path}: expected @dataclass(frozen=True, kw_only=True) above class Config({wanted}), found {found!r}")
+        raise UserError(
+            f"{path}: expected @dataclass(frozen=True, kw_only=True) above class Config({wanted}),"
+            f" found {found!r}"
+        )
     try:
         config.refuse_ranges(found)
     except UserError as error:

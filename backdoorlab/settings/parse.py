@@ -1,4 +1,5 @@
-"""Numbers enter here, once: dataclass defaults < resource/config/<dataset>.yaml < --yaml_path FILE < flags.
+"""Numbers enter here, once: dataclass defaults < resource/config/<dataset>.yaml < --yaml_path FILE
+< flags.
 
 YAML becomes flags and goes through the same parser, so a misspelt key fails like a misspelt flag.
 """
@@ -33,7 +34,8 @@ READ_AS: dict[Any, tuple[str, Callable[[str], object]]] = {
     int: ("a whole number", int),
     float: ("a number", float),
 }
-"""Types of values that a command line gets wrong: in words, and what raises ValueError for a text that is none."""
+"""Types of values that a command line gets wrong: in words, and what raises ValueError for a text
+that is none."""
 
 
 class Trained(NamedTuple):
@@ -53,22 +55,40 @@ class Parsed:
 
     def describe(self) -> str:
         values = dataclasses.asdict(self.config)
-        return "  ".join(f"{name} {_text(values[name])} ({origin})" for name, origin in self.origins.items())
+        return "  ".join(
+            f"{name} {_text(values[name])} ({origin})" for name, origin in self.origins.items()
+        )
 
 
-def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], trained: Callable[[Any], Trained], prog: str) -> Parsed:
-    """Flags and YAML files -> a frozen config. `trained(config)` tells the model that it is about, whose data set's YAML applies."""
+def parse(
+    config_class: type[C],
+    method: str,
+    kind: str,
+    argv: Sequence[str],
+    trained: Callable[[Any], Trained],
+    prog: str,
+) -> Parsed:
+    """Flags and YAML files -> a frozen config. `trained(config)` tells the model that it is about,
+    whose data set's YAML applies."""
     layers: list[tuple[str, list[str]]] = [("flag", list(argv))]
     config = _parse_flags(config_class, layers, prog)
     if config.yaml_path:
         layers.insert(0, _yaml_layer(config_class, config.yaml_path))
         config = _parse_flags(config_class, layers, prog)
-    if getattr(config, "dataset", None) and config.dataset_path and "dataset" not in _origins(config_class, layers):
-        raise UserError(f"--dataset_path {config.dataset_path}: which data set is that? Pass --dataset NAME besides, any name for data of your own")
+    if (
+        getattr(config, "dataset", None)
+        and config.dataset_path
+        and "dataset" not in _origins(config_class, layers)
+    ):
+        raise UserError(
+            f"--dataset_path {config.dataset_path}: which data set is that? Pass --dataset NAME"
+            " besides, any name for data of your own"
+        )
     dataset = trained(config).dataset
     file, sections = f"{dataset}.yaml", _dataset_yaml(dataset)
     if sections:
-        if getattr(config, "model", None) not in (None, *OWN):  # a data set's width is for networks that have one
+        # A data set's width is for networks that have one
+        if getattr(config, "model", None) not in (None, *OWN):
             sections = _without("width", sections)
         found = _section_layers(config_class, sections, (kind, method), file)
         config = _parse_flags(config_class, found + layers, prog)
@@ -80,17 +100,28 @@ def parse(config_class: type[C], method: str, kind: str, argv: Sequence[str], tr
     return Parsed(config, _origins(config_class, layers))
 
 
-def _section_layers(config_class: type[Any], sections: Mapping[str, Any], names: Sequence[str], where: str) -> list[tuple[str, list[str]]]:
-    return [(where, as_flags(config_class, sections[name], f"{where}: {name}")) for name in names if name in sections]
+def _section_layers(
+    config_class: type[Any], sections: Mapping[str, Any], names: Sequence[str], where: str
+) -> list[tuple[str, list[str]]]:
+    return [
+        (where, as_flags(config_class, sections[name], f"{where}: {name}"))
+        for name in names
+        if name in sections
+    ]
 
 
 def _without(key: str, sections: Mapping[str, Any]) -> dict[str, Any]:
     """Sections without the lines of that key, those of short_run included."""
-    return {name: _without(key, lines) if isinstance(lines, dict) else lines for name, lines in sections.items() if name != key}
+    return {
+        name: _without(key, lines) if isinstance(lines, dict) else lines
+        for name, lines in sections.items()
+        if name != key
+    }
 
 
 def published(dataset: str) -> dict[str, Any]:
-    """The section `attack` of a data set's YAML: its published training and normalisation; {} without one."""
+    """The section `attack` of a data set's YAML: its published training and normalisation; {}
+    without one."""
     return dict(_dataset_yaml(dataset).get("attack", {}))
 
 
@@ -114,10 +145,16 @@ def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], p
             key = name[2:].replace("-", "_")
             if key not in known and key != "help":
                 where = "" if origin == "flag" else f" ({origin})"
-                raise UserError(f"unknown flag {name}{where}.{_suggest_flag(key, known)} See --help")
+                raise UserError(
+                    f"unknown flag {name}{where}.{_suggest_flag(key, known)} See --help"
+                )
             field_name = known.get(key, key)
-            if field_name in here and len(given[field_name]) > 1:  # a name after the first would be lost
-                raise UserError(f"{name} is given twice, with more than one word after the first: {' '.join(given[field_name])}. Give it once")
+            # A name after the first would be lost
+            if field_name in here and len(given[field_name]) > 1:
+                raise UserError(
+                    f"{name} is given twice, with more than one word after the first:"
+                    f" {' '.join(given[field_name])}. Give it once"
+                )
             here.add(field_name)
             given[field_name] = [value] if equals else []
     for field_name, spelt in SPELLINGS.items():
@@ -142,15 +179,25 @@ def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], p
 
 
 def _flag(name: str, values: Sequence[str]) -> list[str]:
-    return [f"--{name}={values[0]}"] if len(values) == 1 and values[0].startswith("--") else [f"--{name}", *values]
+    return (
+        [f"--{name}={values[0]}"]
+        if len(values) == 1 and values[0].startswith("--")
+        else [f"--{name}", *values]
+    )
 
 
 def _about(config_class: type[Any]) -> str:
-    """What --help begins with: a method's title and the first link of its file, or what a command does."""
+    """What --help begins with: a method's title and the first link of its file, or what a command
+    does."""
     if not issubclass(config_class, MethodConfig):
         return config_class.__doc__ or ""
     text = getattr(sys.modules.get(config_class.__module__), "__doc__", None) or ""
-    return "\n".join([*text.strip().split("\n")[:1], *(link.rstrip(".,;)") for link in re.findall(r"https?://\S+", text)[:1])])
+    return "\n".join(
+        [
+            *text.strip().split("\n")[:1],
+            *(link.rstrip(".,;)") for link in re.findall(r"https?://\S+", text)[:1]),
+        ]
+    )
 
 
 def _misread(config_class: type[Any], given: Mapping[str, Sequence[str]]) -> str:
@@ -169,7 +216,13 @@ def _misread(config_class: type[Any], given: Mapping[str, Sequence[str]]) -> str
                 if not (value == "None" and NoneType in kinds):
                     read(value)
         except ValueError:
-            got = f", got {' '.join(values)!r}" if values else f": --{name} True" if kind is bool else ", got nothing"
+            got = (
+                f", got {' '.join(values)!r}"
+                if values
+                else f": --{name} True"
+                if kind is bool
+                else ", got nothing"
+            )
             return f"--{name} takes {'numbers' if many else words}{got}. See --help"
     return ""
 
@@ -179,21 +232,40 @@ def _yaml_layer(config_class: type[Any], path: str) -> tuple[str, list[str]]:
     if not file.exists():
         preset = resources.resource("config") / f"{path}.yaml"
         if not preset.exists():
-            presets = sorted(p.stem for p in resources.resource("config").glob("*.yaml") if not p.stem.startswith("bench_"))
-            shown = [name for name in presets if not {"attack", "defense"} & set(read_yaml(resources.resource("config") / f"{name}.yaml"))]
-            raise UserError(f"--yaml_path {path}: no such file, and no preset of that name. Presets: {', '.join(shown)}")
+            presets = sorted(
+                p.stem
+                for p in resources.resource("config").glob("*.yaml")
+                if not p.stem.startswith("bench_")
+            )
+            shown = [
+                name
+                for name in presets
+                if not {"attack", "defense"}
+                & set(read_yaml(resources.resource("config") / f"{name}.yaml"))
+            ]
+            raise UserError(
+                f"--yaml_path {path}: no such file, and no preset of that name. Presets:"
+                f" {', '.join(shown)}"
+            )
         file = preset
     content = read_yaml(file)
     sections = sorted({"attack", "defense"} & set(content) - set(flag_names(config_class)))
     if sections:
-        raise UserError(f"{file}: --yaml_path takes flags as keys, found the section {sections[0]!r}. A data set's settings are read by themselves")
+        raise UserError(
+            f"{file}: --yaml_path takes flags as keys, found the section {sections[0]!r}. A data"
+            " set's settings are read by themselves"
+        )
     if "yaml_path" in content:
-        raise UserError(f"{file}: yaml_path in a file of settings is not followed: write the settings themselves")
+        raise UserError(
+            f"{file}: yaml_path in a file of settings is not followed: write the settings"
+            " themselves"
+        )
     return file.name, as_flags(config_class, content, str(file))
 
 
 def _dataset_yaml(dataset: str) -> dict[str, Any]:
-    """Sections `attack`, `defense` and one for each method, and `short_run`, which has such sections of its own; {} for a data set without a file."""
+    """Sections `attack`, `defense` and one for each method, and `short_run`, which has such
+    sections of its own; {} for a data set without a file."""
     file = resources.resource("config") / f"{dataset}.yaml"
     if Path(dataset).name != dataset or not file.exists():  # a name, never a path
         return {}
@@ -202,7 +274,10 @@ def _dataset_yaml(dataset: str) -> dict[str, Any]:
     if isinstance(short, dict):
         if not isinstance(short.get("epochs_below"), int):
             raise UserError(f"{file}: short_run needs a line `epochs_below: N`")
-        _check_sections({key: value for key, value in short.items() if key != "epochs_below"}, f"{file}: short_run")
+        _check_sections(
+            {key: value for key, value in short.items() if key != "epochs_below"},
+            f"{file}: short_run",
+        )
     _check_sections(found, str(file), "short_run")
     return found
 
@@ -211,9 +286,15 @@ def _check_sections(found: Mapping[str, Any], where: str, *others: str) -> None:
     known = {"attack", "defense", *others, *resources.named("attack"), *resources.named("defense")}
     for section, lines in found.items():
         if section not in known:
-            raise UserError(f"{where}: unknown section {section!r}.{suggest(section, known)} Known: {', '.join(sorted(known))}")
+            raise UserError(
+                f"{where}: unknown section {section!r}.{suggest(section, known)} Known:"
+                f" {', '.join(sorted(known))}"
+            )
         if not isinstance(lines, dict):
-            raise UserError(f"{where}: section {section!r} must hold lines of `key: value`, found {type(lines).__name__}")
+            raise UserError(
+                f"{where}: section {section!r} must hold lines of `key: value`, found"
+                f" {type(lines).__name__}"
+            )
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -223,7 +304,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not readable as YAML ({' '.join(str(error).split())})") from error
     except RecursionError as error:
-        raise UserError(f"{file}: not readable as YAML (brackets within brackets, thousands deep)") from error
+        raise UserError(
+            f"{file}: not readable as YAML (brackets within brackets, thousands deep)"
+        ) from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise UserError(f"{file}: expected lines of `key: value`")
     return found
@@ -244,7 +327,11 @@ def _words(value: Any) -> list[str]:
     """A value as the words of its flag: what is nested one after the other, as --help shows it."""
     if isinstance(value, Mapping):
         value = [part for pair in value.items() for part in pair]
-    return [word for item in value for word in _words(item)] if isinstance(value, (list, tuple)) else [_text(value)]
+    return (
+        [word for item in value for word in _words(item)]
+        if isinstance(value, (list, tuple))
+        else [_text(value)]
+    )
 
 
 def flag_names(config_class: type[Any]) -> dict[str, str]:
@@ -279,10 +366,20 @@ def _one_line(text: str) -> str:
     """tyro's framed complaint as one line."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     words = " ".join(re.sub(r"[│╭╮╰╯─┃┏┓┗┛━]|-{5,}", " ", plain).split())
-    words = re.sub(r"^(Parsing error|Value error|Invalid choice|Missing argument|Unrecognized options) ", "", words)
+    words = re.sub(
+        r"^(Parsing error|Value error|Invalid choice|Missing argument|Unrecognized options) ",
+        "",
+        words,
+    )
     words = re.sub(r" (Argument helptext: .*|For full helptext.*)$", "", words).rstrip(". ")
     return f"{words}. See --help" if words else "the flags could not be read: see --help"
 
 
 def _text(value: Any) -> str:
-    return "None" if value is None else " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(as_json(value))
+    return (
+        "None"
+        if value is None
+        else " ".join(map(str, value))
+        if isinstance(value, (list, tuple))
+        else str(as_json(value))
+    )

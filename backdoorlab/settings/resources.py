@@ -1,4 +1,5 @@
-"""Where the folders of methods and resources lie: in a checkout, inside an installed package, or in plugins."""
+"""Where the folders of methods and resources lie: in a checkout, inside an installed package, or in
+plugins."""
 
 import os
 import sys
@@ -11,7 +12,8 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def named(kind: Kind) -> dict[str, Path]:
-    """name -> file of every method, in alphabetical order; of two with one name the first counts."""
+    """name -> file of every method, in alphabetical order; of two with one name the first
+    counts."""
     found: dict[str, Path] = {}
     for folder in folders(kind):
         for path in sorted(folder.glob("*.py")):
@@ -19,13 +21,19 @@ def named(kind: Kind) -> dict[str, Path]:
                 continue
             kept = found.setdefault(path.stem, path)
             if kept.resolve() != path.resolve():
-                inform(f"{path} is not used: {kind} {path.stem} is {kept}. Give the file another name")
+                inform(
+                    f"{path} is not used: {kind} {path.stem} is {kept}. Give the file another name"
+                )
     return dict(sorted(found.items()))
 
 
 def folders(kind: Kind) -> list[Path]:
     """Every folder that is searched for methods of that kind."""
-    return [folder for folder in (home(kind), *(plugins / kind for plugins in _plugins())) if folder.is_dir()]
+    return [
+        folder
+        for folder in (home(kind), *(plugins / kind for plugins in _plugins()))
+        if folder.is_dir()
+    ]
 
 
 def resource(name: str) -> Path:
@@ -35,10 +43,17 @@ def resource(name: str) -> Path:
 
 def _plugins() -> list[Path]:
     """The folders named by BACKDOORLAB_PLUGINS."""
-    found = [Path(entry) for entry in os.environ.get("BACKDOORLAB_PLUGINS", "").split(os.pathsep) if entry]
+    found = [
+        Path(entry)
+        for entry in os.environ.get("BACKDOORLAB_PLUGINS", "").split(os.pathsep)
+        if entry
+    ]
     for folder in found:
         if not (folder / "attack").is_dir() and not (folder / "defense").is_dir():
-            inform(f"BACKDOORLAB_PLUGINS: {folder} {'has no folder attack/ or defense/' if folder.is_dir() else 'does not exist'}")
+            inform(
+                f"BACKDOORLAB_PLUGINS: {folder}"
+                f" {'has no folder attack/ or defense/' if folder.is_dir() else 'does not exist'}"
+            )
     return found
 
 

@@ -29,9 +29,11 @@ def publish(stage: Path, target: Path) -> None:
 
 
 def replace_folder(stage: Path, target: Path) -> None:
-    """Publish over an existing folder: the old one is moved aside, and deleted only after the new one is in place.
+    """Publish over an existing folder: the old one is moved aside, and deleted only after the new
+    one is in place.
 
-    For a moment there is neither; a process that ends just then leaves the old one aside, and `recover` puts it back.
+    For a moment there is neither; a process that ends just then leaves the old one aside, and
+    `recover` puts it back.
     """
     _sync_tree(stage)
     aside, trash = _aside(target), target.with_name(f".{target.name}.trash")
@@ -45,14 +47,16 @@ def replace_folder(stage: Path, target: Path) -> None:
             raise
         sync_folder(target.parent)
         remove(trash)
-        os.rename(aside, trash)  # from here on, nobody takes the half-deleted folder for one to put back
+        # From here on, nobody takes the half-deleted folder for one to put back
+        os.rename(aside, trash)
     finally:
         release(target, descriptor)
     _discard(trash)
 
 
 def recover(target: Path) -> None:
-    """Put back the folder that a killed `replace_folder` moved aside, or delete it where the new one is in place."""
+    """Put back the folder that a killed `replace_folder` moved aside, or delete it where the new
+    one is in place."""
     aside, deadline = _aside(target), time.monotonic() + PATIENCE
     while aside.is_dir():
         descriptor = lock_where_allowed(target)
@@ -73,7 +77,8 @@ def recover(target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link (and nothing of what it leads to), or a folder with all that is in it, if it is there."""
+    """Delete a file, a link (and nothing of what it leads to), or a folder with all that is in it,
+    if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -90,7 +95,8 @@ def _discard(path: Path) -> None:
 
 
 def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
-    """Delete the stages (*.partial) in a folder that nobody holds and that `stale` calls worthless; none where there are no locks."""
+    """Delete the stages (*.partial) in a folder that nobody holds and that `stale` calls worthless;
+    none where there are no locks."""
     for stage in folder.glob("*.partial"):
         if stage.is_symlink() or not stage.is_dir():
             continue
@@ -105,7 +111,8 @@ def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Delete what killed writers left in a folder that holds nothing: folders half-deleted by `replace_folder`, and lock files."""
+    """Delete what killed writers left in a folder that holds nothing: folders half-deleted by
+    `replace_folder`, and lock files."""
     for trash in folder.glob(".*.trash"):
         _discard(trash)
     for lock in folder.glob(".*.held"):
@@ -120,6 +127,7 @@ def _aside(target: Path) -> Path:
 def _sync_tree(folder: Path) -> None:
     for inner, _, names in os.walk(folder):
         for name in names:
-            with open(Path(inner) / name, "r+b" if WINDOWS else "rb") as stream:  # Windows flushes only what is open for writing
+            # Windows flushes only what is open for writing
+            with open(Path(inner) / name, "r+b" if WINDOWS else "rb") as stream:
                 os.fsync(stream.fileno())
         sync_folder(Path(inner))

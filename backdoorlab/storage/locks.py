@@ -17,16 +17,19 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 HOLDER = ".holder"
-"""The file in a locked folder in which older versions named its holder; a stage that they left may have one."""
+"""The file in a locked folder in which older versions named its holder; a stage that they left may
+have one."""
 NOT_OURS = frozenset([errno.EAGAIN, errno.EACCES, errno.ENOENT, errno.ESTALE])
-"""What a lock file answers that another process holds, or has just removed, on this machine or over NFS."""
+"""What a lock file answers that another process holds, or has just removed, on this machine or over
+NFS."""
 PATIENCE = 1.0
 """Seconds to wait for another process that only looks at a folder, or puts it in its place."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; a second one is told who does. The lock ends with the process, however it ends."""
+    """Hold a folder for this process; a second one is told who does. The lock ends with the
+    process, however it ends."""
     deadline = time.monotonic() + PATIENCE
     while True:
         make_folder(folder.parent)
@@ -35,7 +38,10 @@ def locked(folder: Path) -> Iterator[None]:
             break
         holder = _holder(folder)
         if holder or time.monotonic() > deadline:
-            raise UserError(f"{folder} is being written by {holder or 'another process'}: wait for it, or choose another name")
+            raise UserError(
+                f"{folder} is being written by {holder or 'another process'}: wait for it, or"
+                " choose another name"
+            )
         time.sleep(0.005)  # whoever has only begun, or sweeps, says no name
     try:
         make_folder(folder)  # not before: the last holder may just have been removing it
@@ -49,10 +55,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def try_lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder while it, or a copy that a child inherits, is open; None where another process holds the folder.
+    """A descriptor that holds the folder while it, or a copy that a child inherits, is open; None
+    where another process holds the folder.
 
-    What is locked is a file, opened for writing: NFS tells other machines of no lock on a folder, and takes none on a file that is only
-    read. It lies beside the folder and not in it, as NFS deletes no folder in which a file is open.
+    What is locked is a file, opened for writing: NFS tells other machines of no lock on a folder,
+    and takes none on a file that is only read. It lies beside the folder and not in it, as NFS
+    deletes no folder in which a file is open.
     """
     if fcntl is None:  # two runs of one name are then the user's to avoid
         return -1
@@ -89,7 +97,8 @@ def unlock(descriptor: int | None) -> None:
 
 
 def release(folder: Path, descriptor: int | None) -> None:
-    """End a lock that no child is to keep: its file is removed first, while no other can hold it."""
+    """End a lock that no child is to keep: its file is removed first, while no other can hold
+    it."""
     if descriptor is not None and descriptor >= 0:
         with contextlib.suppress(OSError):
             _lock_file(folder).unlink()
@@ -101,7 +110,8 @@ def _lock_file(folder: Path) -> Path:
 
 
 def lock_where_allowed(folder: Path) -> int | None:
-    """`try_lock` for one who looks after what others left: where it may not lock, it leaves things alone."""
+    """`try_lock` for one who looks after what others left: where it may not lock, it leaves things
+    alone."""
     try:
         return try_lock(folder)
     except OSError:
@@ -109,7 +119,8 @@ def lock_where_allowed(folder: Path) -> int | None:
 
 
 def _is_in_place(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one of that name. It is opened again, since NFS answers `stat` from memory."""
+    """Whether an open file is the one of that name. It is opened again, since NFS answers `stat`
+    from memory."""
     with open(path, "rb") as again:
         return os.path.samestat(os.fstat(descriptor), os.fstat(again.fileno()))
 
@@ -139,7 +150,11 @@ def _sign(descriptor: int) -> None:
 def _holder(folder: Path) -> str:
     """'process N on HOST' where the lock of a folder names a process that may be alive, else ''."""
     try:
-        said = [path.read_text(encoding="utf-8") for path in (_lock_file(folder), folder / HOLDER) if path.exists()]
+        said = [
+            path.read_text(encoding="utf-8")
+            for path in (_lock_file(folder), folder / HOLDER)
+            if path.exists()
+        ]
         number, host = next(filter(None, said), "").split()
         if host == socket.gethostname():
             os.kill(int(number), 0)

@@ -1,7 +1,8 @@
 """Reading: a damaged or hostile file is one line that names it, and nothing here can run code.
 
-Sizes come first: a file is read when its size is what the manifest says and its header fits what is expected, and what is
-checked is the very memory that is used afterwards, so that a file that changes meanwhile changes nothing.
+Sizes come first: a file is read when its size is what the manifest says and its header fits what is
+expected, and what is checked is the very memory that is used afterwards, so that a file that
+changes meanwhile changes nothing.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from torch import Tensor
 from ..errors import UserError
 
 LARGEST_JSON = 4 << 20
-"""Bytes. Parsed, the worst JSON takes about 25 times its size, and no record.json of ours comes near this."""
+"""Bytes. Parsed, the worst JSON takes about 25 times its size, and no record.json of ours comes
+near this."""
 LARGEST_HEADER = 4 << 20
 """Bytes of the header of a tensor file, which is JSON too."""
 MOST_DIMENSIONS = 16
@@ -60,12 +62,23 @@ def damaged(path: Path, why: str) -> UserError:
 
 @contextmanager
 def one_line(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while a file is read is one line that names it; that it is not there stays a FileNotFoundError."""
+    """Whatever goes wrong while a file is read is one line that names it; that it is not there
+    stays a FileNotFoundError."""
     try:
         yield
     except (UserError, FileNotFoundError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise damaged(path, _first_line(error)) from error
 
 
@@ -75,7 +88,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """A JSON object by `writing.write_sealed`, in which any changed byte is noticed. One of schema 1, which had no seal, is taken as it is."""
+    """A JSON object by `writing.write_sealed`, in which any changed byte is noticed. One of schema
+    1, which had no seal, is taken as it is."""
     content, value = _parse(path)
     if "checksum" not in value and value.get("schema") == 1:
         return value
@@ -87,8 +101,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def sealed(value: Mapping[str, Any]) -> bytes:
-    """Canonical JSON with a SHA-256 over itself under `checksum`; a non-finite number is an error."""
-    plain = json.loads(json.dumps(value, allow_nan=False))  # keys become text before they are sorted
+    """Canonical JSON with a SHA-256 over itself under `checksum`; a non-finite number is an
+    error."""
+    # Keys become text before they are sorted
+    plain = json.loads(json.dumps(value, allow_nan=False))
     blank = canonical({**plain, "checksum": ""})
     return canonical({**plain, "checksum": hashlib.sha256(blank).hexdigest()})
 
@@ -102,7 +118,8 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, metadata) of a file by `writing.write_tensors`.
 
-    `entry`: the size and SHA-256 that a manifest promises. `check` sees types and shapes before any data is read.
+    `entry`: the size and SHA-256 that a manifest promises. `check` sees types and shapes before any
+    data is read.
     """
     with one_line(path), _opened(path) as stream:
         size = _size(stream, entry)
@@ -123,17 +140,22 @@ def read_tensors(
 
 
 def read_shapes(path: Path, entry: Entry | None = None) -> Shapes:
-    """Types and shapes in a tensor file, from its header alone; the byte ranges fill the file exactly."""
+    """Types and shapes in a tensor file, from its header alone; the byte ranges fill the file
+    exactly."""
     with one_line(path), _opened(path) as stream:
         return _header(stream, _size(stream, entry), hashlib.sha256())[0]
 
 
 def check_file(folder: Path, name: str, entry: Any) -> None:
-    """A file is there, under a name that a record may hold, with the size and the SHA-256 of its manifest."""
+    """A file is there, under a name that a record may hold, with the size and the SHA-256 of its
+    manifest."""
     path = folder / name
     check_entry(folder, name, entry)
     if not path.is_file():
-        raise UserError(f"{path}: missing, but the manifest lists it. Restore it, or make it again with --overwrite")
+        raise UserError(
+            f"{path}: missing, but the manifest lists it. Restore it, or make it again with"
+            " --overwrite"
+        )
     with one_line(path), _opened(path) as stream:
         _size(stream, entry)
         if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
@@ -143,9 +165,19 @@ def check_file(folder: Path, name: str, entry: Any) -> None:
 def check_entry(folder: Path, name: str, entry: Any) -> None:
     """A line of a manifest: a plain file name, a SHA-256 and a size."""
     if not FILE_NAME.fullmatch(name):
-        raise UserError(f"{folder}: its manifest lists {name!r}, but a record holds .safetensors, .json, .csv and .png files only. Do not use it")
-    if not isinstance(entry, dict) or not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))) or not is_count(entry.get("size")):
-        raise UserError(f"{folder}: damaged manifest (no SHA-256 and size of {name}). Restore it, or make it again with --overwrite")
+        raise UserError(
+            f"{folder}: its manifest lists {name!r}, but a record holds .safetensors, .json, .csv"
+            " and .png files only. Do not use it"
+        )
+    if (
+        not isinstance(entry, dict)
+        or not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256")))
+        or not is_count(entry.get("size"))
+    ):
+        raise UserError(
+            f"{folder}: damaged manifest (no SHA-256 and size of {name}). Restore it, or make it"
+            " again with --overwrite"
+        )
 
 
 def sha256(path: Path) -> str:
@@ -166,7 +198,12 @@ def tensor_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 def parse_json(content: bytes) -> Any:
     """JSON without NaN, infinities (1e999 is one) or a key twice, which Python would take."""
-    return json.loads(content, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_no_key_twice)
+    return json.loads(
+        content,
+        parse_constant=_refuse_constant,
+        parse_float=_finite,
+        object_pairs_hook=_no_key_twice,
+    )
 
 
 def is_count(value: Any) -> bool:
@@ -187,8 +224,11 @@ def _parse(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
-    """A regular file, read without waiting: opening a pipe in the ordinary way would hang until someone writes."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    """A regular file, read without waiting: opening a pipe in the ordinary way would hang until
+    someone writes."""
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError("not a regular file")
@@ -204,7 +244,8 @@ def _size(stream: BufferedReader, entry: Entry | None) -> int:
 
 
 def _header(stream: BufferedReader, size: int, digest: Any) -> tuple[Shapes, dict[str, str]]:
-    """Shapes, in the order of the data, and metadata of a safetensors file; leaves the stream at its data."""
+    """Shapes, in the order of the data, and metadata of a safetensors file; leaves the stream at
+    its data."""
     length_bytes = stream.read(8)
     length = int.from_bytes(length_bytes, "little")
     if len(length_bytes) < 8 or length > size - 8:
@@ -218,7 +259,11 @@ def _header(stream: BufferedReader, size: int, digest: Any) -> tuple[Shapes, dic
     shapes: Shapes = {}
     end = 0
     for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (begin, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape, (begin, stop) = (
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            entry["data_offsets"],
+        )
         if len(shape) > MOST_DIMENSIONS or not all(is_count(n) for n in (*shape, begin, stop)):
             raise ValueError(f"tensor {name!r} has no usable shape")
         if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
@@ -229,8 +274,11 @@ def _header(stream: BufferedReader, size: int, digest: Any) -> tuple[Shapes, dic
     return shapes, metadata
 
 
-def _read_tensor(stream: BufferedReader, dtype: torch.dtype, shape: tuple[int, ...], digest: Any) -> Tensor:
-    """The next tensor of a file, in memory of its own: torch reads the state of a generator from aligned memory only."""
+def _read_tensor(
+    stream: BufferedReader, dtype: torch.dtype, shape: tuple[int, ...], digest: Any
+) -> Tensor:
+    """The next tensor of a file, in memory of its own: torch reads the state of a generator from
+    aligned memory only."""
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel():
         memory = tensor.view(-1).view(torch.uint8).numpy().data

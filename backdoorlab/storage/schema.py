@@ -1,4 +1,5 @@
-"""What record.json and result.json hold, and which tensors belong to them: whatever is used later is checked here, once."""
+"""What record.json and result.json hold, and which tensors belong to them: whatever is used later
+is checked here, once."""
 
 import re
 from collections.abc import Mapping
@@ -15,23 +16,43 @@ SCHEMA = 2
 READABLE = (1, SCHEMA)
 PAYLOAD = ("model.safetensors", "train_poison.safetensors", "test_poison.safetensors")
 SCORES = ("clean_accuracy", "asr", "robust_accuracy")
-ASSUMABLE = {"model": "poisoned model", "train": "poisoned training set", "trusted": "trusted images", "seeds": "clean seeds"}
+ASSUMABLE = {
+    "model": "poisoned model",
+    "train": "poisoned training set",
+    "trusted": "trusted images",
+    "seeds": "clean seeds",
+}
 """What a defense may assume, in the words of the table."""
 UNKNOWN = "unknown"
-"""Precision of a run that chose it itself, before what it chose was kept, and of a model that was trained elsewhere."""
+"""Precision of a run that chose it itself, before what it chose was kept, and of a model that was
+trained elsewhere."""
 LARGEST_SIDE = 8192
 """Pixels of an image, and channels: more is taken for damage."""
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]*")
-"""What names a method or a model; such names are printed and looked up, so they hold nothing that a terminal or a path would act on."""
+"""What names a method or a model; such names are printed and looked up, so they hold nothing that a
+terminal or a path would act on."""
 
 
 def check_record(path: Path, info: Mapping[str, Any]) -> None:
     """Refuse a record.json that lacks something or holds it in another form."""
     _check_schema(path, info)
-    required = ("attack", "config", "dataset", "architecture", "num_classes", "seed", "scores", "files")
+    required = (
+        "attack",
+        "config",
+        "dataset",
+        "architecture",
+        "num_classes",
+        "seed",
+        "scores",
+        "files",
+    )
     _refuse_missing(path, info, required)
-    dataset, architecture, config, scores = (_object(path, info, key) for key in ("dataset", "architecture", "config", "scores"))
-    _refuse_missing(path, dataset, ("name", "fingerprint", "image_shape", "image_size", "grey", "train_size"))
+    dataset, architecture, config, scores = (
+        _object(path, info, key) for key in ("dataset", "architecture", "config", "scores")
+    )
+    _refuse_missing(
+        path, dataset, ("name", "fingerprint", "image_shape", "image_size", "grey", "train_size")
+    )
     _refuse_missing(path, architecture, ("name", "width", "mean", "std"))
     shape = dataset["image_shape"]
     sound = {
@@ -40,7 +61,10 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         "seconds": _is_number(info.get("seconds")),
         "dataset name": is_plain(dataset["name"]),
         "dataset fingerprint": bool(re.fullmatch("[0-9a-f]{64}", str(dataset["fingerprint"]))),
-        "dataset image_size": dataset["image_size"] is None or (is_count(dataset["image_size"]) and 1 <= dataset["image_size"] <= LARGEST_SIDE),
+        "dataset image_size": (
+            dataset["image_size"] is None
+            or (is_count(dataset["image_size"]) and 1 <= dataset["image_size"] <= LARGEST_SIDE)
+        ),
         "dataset grey": dataset["grey"] in (None, True, False),
         "dataset train_size": is_count(dataset["train_size"]),
         "dataset class_names": _are_texts(dataset.get("class_names")),
@@ -48,8 +72,13 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         "target": info.get("target") is None or is_count(info["target"]),
         "known_poison": isinstance(info.get("known_poison", True), bool),
         "has_train": isinstance(info.get("has_train", True), bool),
-        "source": info.get("source") is None or (isinstance(info["source"], dict) and isinstance(info["source"].get("sha256"), str)),
-        "config crop_padding": is_count(config.get("crop_padding")) and config["crop_padding"] <= LARGEST_SIDE,
+        "source": (
+            info.get("source") is None
+            or (isinstance(info["source"], dict) and isinstance(info["source"].get("sha256"), str))
+        ),
+        "config crop_padding": (
+            is_count(config.get("crop_padding")) and config["crop_padding"] <= LARGEST_SIDE
+        ),
         "config flip": isinstance(config.get("flip"), bool),
         "config poison_rate": _is_number(config.get("poison_rate")),
         "scores triggered_predictions": _are_counts(scores.get("triggered_predictions")),
@@ -72,12 +101,21 @@ def check_export(path: Path, meta: Mapping[str, Any]) -> None:
     _check_network(path, architecture, meta["image_shape"], meta["num_classes"])
 
 
-def _check_network(path: Path, architecture: Mapping[str, Any], shape: Any, num_classes: Any) -> None:
+def _check_network(
+    path: Path, architecture: Mapping[str, Any], shape: Any, num_classes: Any
+) -> None:
     sound = {
         "num_classes": is_count(num_classes) and num_classes >= 1,
-        "image_shape": isinstance(shape, list) and len(shape) == 3 and all(is_count(n) and 1 <= n <= LARGEST_SIDE for n in shape),
+        "image_shape": (
+            isinstance(shape, list)
+            and len(shape) == 3
+            and all(is_count(n) and 1 <= n <= LARGEST_SIDE for n in shape)
+        ),
         "architecture name": _is_word(architecture["name"]),
-        "architecture width": architecture["width"] is None or (is_count(architecture["width"]) and architecture["width"] >= 1),
+        "architecture width": (
+            architecture["width"] is None
+            or (is_count(architecture["width"]) and architecture["width"] >= 1)
+        ),
         "architecture stem": architecture.get("stem", "small") in ("small", "stock"),
         "architecture mean": _are_numbers(architecture["mean"]),
         "architecture std": _are_numbers(architecture["std"]),
@@ -90,19 +128,30 @@ def _check_network(path: Path, architecture: Mapping[str, Any], shape: Any, num_
 def check_result(path: Path, result: Mapping[str, Any]) -> None:
     """Refuse a result.json that lacks something or holds it in another form."""
     _check_schema(path, result)
-    _refuse_missing(path, result, ("assumes", "after", "der", "split", "seconds", "collapsed", "files"))
+    _refuse_missing(
+        path, result, ("assumes", "after", "der", "split", "seconds", "collapsed", "files")
+    )
     _check_scores(path, _object(path, result, "after"))
     if "before" in result:
         _check_scores(path, _object(path, result, "before"))
     split = result["split"]
     sound = {
-        "assumes": isinstance(result["assumes"], list) and set(map(str, result["assumes"])) <= set(ASSUMABLE),
+        "assumes": (
+            isinstance(result["assumes"], list)
+            and set(map(str, result["assumes"])) <= set(ASSUMABLE)
+        ),
         "der": _is_number(result["der"]),
         "config": isinstance(result.get("config", {}), dict),
         "seconds": _is_present_number(result["seconds"]),
         "collapsed": result["collapsed"] in (None, True, False),
         "split": split is None or (_is_quality(split) and is_count(split.get("flagged"))),
-        "splits": result.get("splits") is None or (isinstance(result["splits"], dict) and all(map(_is_quality, result["splits"].values()))),
+        "splits": (
+            result.get("splits") is None
+            or (
+                isinstance(result["splits"], dict)
+                and all(map(_is_quality, result["splits"].values()))
+            )
+        ),
         "seed": result.get("seed") is None or is_count(result["seed"]),
         "triggered_predictions": _are_counts(result.get("triggered_predictions")),
     }
@@ -111,7 +160,8 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def poison_shapes(info: Mapping[str, Any], most: int | None) -> Check:
-    """Poison of this record's data: its columns have one length, at most `most`, and its images the data's shape."""
+    """Poison of this record's data: its columns have one length, at most `most`, and its images the
+    data's shape."""
     image_shape = tuple(info["dataset"]["image_shape"])
 
     def check(shapes: Shapes) -> None:
@@ -131,10 +181,14 @@ def poison_shapes(info: Mapping[str, Any], most: int | None) -> Check:
 
 
 def refuse_difference(found: Shapes, wanted: Shapes) -> None:
-    """ValueError with the first tensor that is missing, not expected, or of another type or shape."""
+    """ValueError with the first tensor that is missing, not expected, or of another type or
+    shape."""
     for name in sorted({*found, *wanted}):
         if found.get(name) != wanted.get(name):
-            raise ValueError(f"{name[:100]}: expected {_shape(wanted.get(name))}, found {_shape(found.get(name))}")
+            raise ValueError(
+                f"{name[:100]}: expected {_shape(wanted.get(name))}, found"
+                f" {_shape(found.get(name))}"
+            )
 
 
 def _shape(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
@@ -145,7 +199,10 @@ def _check_schema(path: Path, info: Mapping[str, Any]) -> None:
     _refuse_missing(path, info, ("schema",))
     if info["schema"] not in READABLE:
         shown = info["schema"] if is_count(info["schema"]) else "unreadable"
-        raise UserError(f"{path}: schema {shown}, but this version reads schema {SCHEMA} and older: use the version that wrote it")
+        raise UserError(
+            f"{path}: schema {shown}, but this version reads schema {SCHEMA} and older: use the"
+            " version that wrote it"
+        )
 
 
 def _refuse_missing(path: Path, info: Mapping[str, Any], keys: tuple[str, ...]) -> None:
@@ -168,7 +225,11 @@ def _object(path: Path, info: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _check_scores(path: Path, scores: Mapping[str, Any]) -> None:
     _refuse_missing(path, scores, SCORES)
-    _refuse_unsound(path, {name: _is_number(scores[name]) for name in SCORES} | {SCORES[0]: _is_present_number(scores[SCORES[0]])})
+    _refuse_unsound(
+        path,
+        {name: _is_number(scores[name]) for name in SCORES}
+        | {SCORES[0]: _is_present_number(scores[SCORES[0]])},
+    )
 
 
 def _check_manifest(path: Path, info: Mapping[str, Any], required: tuple[str, ...]) -> None:
@@ -182,19 +243,31 @@ def _told(info: Mapping[str, Any]) -> dict[str, bool]:
     """What records and results say of themselves alike, where they say it."""
     passes = info.get("image_passes")
     return {
-        "image_passes": passes is None or (isinstance(passes, dict) and all(is_count(passes.get(key)) for key in ("forward", "backward"))),
+        "image_passes": (
+            passes is None
+            or (
+                isinstance(passes, dict)
+                and all(is_count(passes.get(key)) for key in ("forward", "backward"))
+            )
+        ),
         "evaluation_seconds": _is_number(info.get("evaluation_seconds")),
-        "peak_memory_bytes": info.get("peak_memory_bytes") is None or is_count(info["peak_memory_bytes"]),
+        "peak_memory_bytes": (
+            info.get("peak_memory_bytes") is None or is_count(info["peak_memory_bytes"])
+        ),
         "device": info.get("device") is None or isinstance(info["device"], str),
         "notes": _are_texts(info.get("notes")),
         "code": info.get("code") is None or isinstance(info["code"], str),
         "precision": info.get("precision") is None or _is_word(info["precision"]),
-        "precision_why": info.get("precision_why") is None or isinstance(info["precision_why"], str),
+        "precision_why": (
+            info.get("precision_why") is None or isinstance(info["precision_why"], str)
+        ),
     }
 
 
 def _are_texts(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+    return value is None or (
+        isinstance(value, list) and all(isinstance(text, str) for text in value)
+    )
 
 
 def _are_counts(value: Any) -> bool:
@@ -202,12 +275,16 @@ def _are_counts(value: Any) -> bool:
 
 
 def _is_quality(value: Any) -> bool:
-    return isinstance(value, dict) and all(key in value and _is_number(value[key]) for key in ("tpr", "fpr", "precision"))
+    return isinstance(value, dict) and all(
+        key in value and _is_number(value[key]) for key in ("tpr", "fpr", "precision")
+    )
 
 
 def _is_number(value: Any) -> bool:
     """A number, or the None of a score that there is not."""
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15)
+    return value is None or (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
+    )
 
 
 def _is_present_number(value: Any) -> bool:
@@ -225,5 +302,9 @@ def _is_word(value: Any) -> bool:
 def is_plain(value: Any) -> bool:
     """A name that can be printed and that is no path."""
     return (
-        isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable() and not any(c in value for c in "/\\") and value not in (".", "..")
+        isinstance(value, str)
+        and 0 < len(value) <= 200
+        and value.isprintable()
+        and not any(c in value for c in "/\\")
+        and value not in (".", "..")
     )

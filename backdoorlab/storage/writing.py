@@ -1,7 +1,7 @@
 """Writing so that a reader sees all of it or nothing. Reading is in reading.py.
 
-Tensors are safetensors, everything else JSON: nothing here can run code. A file is written beside its target, flushed to
-the disk and renamed; a folder likewise.
+Tensors are safetensors, everything else JSON: nothing here can run code. A file is written beside
+its target, flushed to the disk and renamed; a folder likewise.
 """
 
 import json
@@ -43,21 +43,30 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
-    """safetensors, atomic, with JSON `metadata` and a SHA-256 over it and all tensors inside the file."""
+    """safetensors, atomic, with JSON `metadata` and a SHA-256 over it and all tensors inside the
+    file."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     seen: set[int] = set()
-    for name, tensor in plain.items():  # memory under two names is written twice; safetensors refuses to share
+    # Memory under two names is written twice; safetensors refuses to share
+    for name, tensor in plain.items():
         if tensor.untyped_storage().data_ptr() in seen:
             plain[name] = tensor.clone()
         seen.add(plain[name].untyped_storage().data_ptr())
     text = json.dumps(metadata)
-    # One key: safetensors writes several in random order, and the same content would not be the same bytes.
-    write_bytes(path, save(plain, metadata={"backdoorlab": json.dumps([tensor_hash(plain, text), text])}))
+    # One key: safetensors writes several in random order, and the same content would not be the
+    # same bytes.
+    write_bytes(
+        path, save(plain, metadata={"backdoorlab": json.dumps([tensor_hash(plain, text), text])})
+    )
 
 
 def manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> SHA-256 and size of every file in a folder."""
-    return {path.name: {"sha256": sha256(path), "size": path.stat().st_size} for path in sorted(folder.iterdir()) if path.is_file()}
+    return {
+        path.name: {"sha256": sha256(path), "size": path.stat().st_size}
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
 
 
 def make_folder(folder: Path) -> None:
@@ -75,7 +84,9 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, dict):
-        return {"items": [[key, pack(item, tensors, f"{name}/{key}")] for key, item in value.items()]}
+        return {
+            "items": [[key, pack(item, tensors, f"{name}/{key}")] for key, item in value.items()]
+        }
     if isinstance(value, (list, tuple)):
         return {"list": [pack(item, tensors, f"{name}/{i}") for i, item in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):

@@ -37,7 +37,8 @@ class Group:
 
     @property
     def first(self) -> Row:
-        """Any row, for what all of them share: record settings, data set, attack, defense, assumes."""
+        """Any row, for what all of them share: record settings, data set, attack, defense,
+        assumes."""
         return self.rows[0]
 
     @property
@@ -45,14 +46,16 @@ class Group:
         return len(self.rows)
 
     def score(self, metric: Metric) -> Summary | None:
-        """None where no seed has the number, and for seconds of different devices, which nobody should average."""
+        """None where no seed has the number, and for seconds of different devices, which nobody
+        should average."""
         if metric == "seconds" and len({row.device for row in self.rows}) > 1:
             return None
         return summary(getattr(row, metric) for row in self.rows)
 
     @cached_property
     def worst(self) -> Row:
-        """The seed with the lowest DER, or the lowest clean accuracy where there was no attack: one model's numbers, not a mixture."""
+        """The seed with the lowest DER, or the lowest clean accuracy where there was no attack: one
+        model's numbers, not a mixture."""
 
         def rank(row: Row) -> tuple[float, float]:
             clean = math.inf if row.clean_accuracy is None else row.clean_accuracy
@@ -68,20 +71,24 @@ class Group:
 
 @dataclass(frozen=True)
 class Label:
-    """What a table calls a group: the attack and the defense, with whatever tells them from others of the same name in brackets."""
+    """What a table calls a group: the attack and the defense, with whatever tells them from others
+    of the same name in brackets."""
 
     attack: str
     defense: str
 
 
-# --- groups ------------------------------------------------------------------------------------------------------
+# --- groups
 
 
 def grouped(found: Iterable[Row]) -> list[Group]:
-    """Groups by data set, attack and rate, the undefended first in each. A pair of seeds that is there twice is counted once."""
+    """Groups by data set, attack and rate, the undefended first in each. A pair of seeds that is
+    there twice is counted once."""
     seeds: dict[tuple[Any, ...], dict[tuple[int, int], Row]] = defaultdict(dict)
     for row in found:
-        seeds[row.key].setdefault((row.seed, -1 if row.defense_seed is None else row.defense_seed), row)
+        seeds[row.key].setdefault(
+            (row.seed, -1 if row.defense_seed is None else row.defense_seed), row
+        )
     groups = [Group(tuple(members[pair] for pair in sorted(members))) for members in seeds.values()]
     return sorted(groups, key=lambda group: _order(group.first))
 
@@ -96,16 +103,25 @@ def summary(values: Iterable[float | int | None]) -> Summary | None:
 
 
 def no_better_than_baseline(groups: Sequence[Group]) -> list[bool | None]:
-    """For each group: is its DER, over the seeds that both have, no higher than fine-tuning's on the same records, both against the attacked model?
+    """For each group: is its DER, over the seeds that both have, no higher than fine-tuning's on
+    the same records, both against the attacked model?
 
     None where there is no DER, for fine-tuning itself, and where it was not run.
     """
     # A plain run of the baseline speaks for it, where there are several.
-    baseline = {group.first.attack_key: group for group in reversed(groups) if group.first.defense == BASELINE}
+    baseline = {
+        group.first.attack_key: group
+        for group in reversed(groups)
+        if group.first.defense == BASELINE
+    }
     answers: list[bool | None] = []
     for group in groups:
         other = baseline.get(group.first.attack_key)
-        pairs = [] if other is None or group.first.defense in (BASELINE, UNDEFENDED) else _paired(group, other)
+        pairs = (
+            []
+            if other is None or group.first.defense in (BASELINE, UNDEFENDED)
+            else _paired(group, other)
+        )
         answers.append(sum(a - b for a, b in pairs) <= 0 if pairs else None)
     return answers
 
@@ -120,15 +136,23 @@ def _paired(group: Group, other: Group) -> list[tuple[float, float]]:
     return [(own, math.fsum(other) / len(other)) for own, other in found if own is not None]
 
 
-# --- names -------------------------------------------------------------------------------------------------------
+# --- names
 
 
 def labels(groups: Sequence[Group]) -> list[Label]:
     """One for each group. Two groups of one data set and rate never have the same label."""
-    attacks = told_apart({group.first.attack_key: (_attack_family(group.first), _attack_traits(group.first)) for group in groups})
+    attacks = told_apart(
+        {
+            group.first.attack_key: (_attack_family(group.first), _attack_traits(group.first))
+            for group in groups
+        }
+    )
     defenses = told_apart(
         {
-            group.first.key: ((*group.first.attack_key, group.first.defense, group.first.variant), _traits(group.first.defense_settings))
+            group.first.key: (
+                (*group.first.attack_key, group.first.defense, group.first.variant),
+                _traits(group.first.defense_settings),
+            )
             for group in groups
         }
     )
@@ -140,23 +164,42 @@ def labels(groups: Sequence[Group]) -> list[Label]:
 
 
 def remarks(found: Iterable[Row]) -> list[str]:
-    """What a reader should know about the means: experiments of one name that were kept apart, repeats, attacks that did not take."""
+    """What a reader should know about the means: experiments of one name that were kept apart,
+    repeats, attacks that did not take."""
     everything = list(found)
     groups = grouped(everything)
     said = []
     for name, traits in (*_families(groups, attack=True), *_families(groups, attack=False)):
-        said.append(f"{name}: {len(traits)} experiments that differ in {_listed(_differing(traits))} are kept apart, not averaged")
+        said.append(
+            f"{name}: {len(traits)} experiments that differ in {_listed(_differing(traits))} are"
+            " kept apart, not averaged"
+        )
     counted = {(row.record, row.defense, row.run) for group in groups for row in group.rows}
     repeats = [row for row in everything if (row.record, row.defense, row.run) not in counted]
     for row in repeats:
-        what = f"{row.record}'s {row.defense} {row.run}".rstrip() if row.defense != UNDEFENDED else row.record
+        what = (
+            f"{row.record}'s {row.defense} {row.run}".rstrip()
+            if row.defense != UNDEFENDED
+            else row.record
+        )
         said.append(f"{what} repeats a seed of the same experiment, so it is not counted again")
     for group, label in zip(groups, labels(groups), strict=True):
         asr = group.score("asr")
-        if group.first.defense == UNDEFENDED and group.first.run != PLAIN and asr is not None and asr.mean < IMPLANTED:
+        if (
+            group.first.defense == UNDEFENDED
+            and group.first.run != PLAIN
+            and asr is not None
+            and asr.mean < IMPLANTED
+        ):
             rate = group.first.poison_rate
-            where = f"{label.attack}{'' if rate is None else f' ({100 * rate:g} %)'} on {group.first.dataset}"
-            said.append(f"{where} hardly took: ASR {100 * asr.mean:.0f} % before any defense, so its DER says little")
+            where = (
+                f"{label.attack}{'' if rate is None else f' ({100 * rate:g} %)'} on"
+                f" {group.first.dataset}"
+            )
+            said.append(
+                f"{where} hardly took: ASR {100 * asr.mean:.0f} % before any defense, so its DER"
+                " says little"
+            )
     return said
 
 
@@ -167,13 +210,26 @@ def _families(groups: Sequence[Group], attack: bool) -> list[tuple[str, list[dic
     for group in groups:
         row = group.first
         if attack:
-            family, key, traits, name = _attack_family(row), row.attack_key, _attack_traits(row), f"{row.attack} on {row.dataset}"
+            family, key, traits, name = (
+                _attack_family(row),
+                row.attack_key,
+                _attack_traits(row),
+                f"{row.attack} on {row.dataset}",
+            )
         else:
-            family, key, traits = (*row.attack_key, row.defense, row.variant), row.key, _traits(row.defense_settings)
+            family, key, traits = (
+                (*row.attack_key, row.defense, row.variant),
+                row.key,
+                _traits(row.defense_settings),
+            )
             name = f"{row.defense} on {row.dataset}, {row.attack}"
         families[family][key] = traits
         names[family] = name
-    return [(names[family], list(members.values())) for family, members in families.items() if len(members) > 1]
+    return [
+        (names[family], list(members.values()))
+        for family, members in families.items()
+        if len(members) > 1
+    ]
 
 
 def _attack_family(row: Row) -> tuple[Any, ...]:
@@ -181,7 +237,11 @@ def _attack_family(row: Row) -> tuple[Any, ...]:
 
 
 def _attack_traits(row: Row) -> dict[str, Any]:
-    return {**_traits(row.attack_settings), "data": row.fingerprint[:8], "architecture": row.architecture}
+    return {
+        **_traits(row.attack_settings),
+        "data": row.fingerprint[:8],
+        "architecture": row.architecture,
+    }
 
 
 def _traits(settings: str) -> dict[str, Any]:
@@ -189,7 +249,8 @@ def _traits(settings: str) -> dict[str, Any]:
 
 
 def told_apart(members: Mapping[Any, tuple[Any, dict[str, Any]]]) -> dict[Any, str]:
-    """key -> (family, traits), to key -> " (position=random)" with what differs within the key's family, "" where it is alone."""
+    """key -> (family, traits), to key -> " (position=random)" with what differs within the key's
+    family, "" where it is alone."""
     families: dict[Any, list[Any]] = defaultdict(list)
     for key, (family, _) in members.items():
         families[family].append(key)
@@ -204,7 +265,8 @@ def told_apart(members: Mapping[Any, tuple[Any, dict[str, Any]]]) -> dict[Any, s
 
 
 def _differing(traits: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names that do not have the same value in all; what another one says already (a width is in the architecture) is left out."""
+    """Names that do not have the same value in all; what another one says already (a width is in
+    the architecture) is left out."""
     names = sorted({name for one in traits for name in one})
     differing = [name for name in names if len({json.dumps(one.get(name)) for one in traits}) > 1]
     if {"model", "width"} & set(differing):
@@ -222,5 +284,13 @@ def _listed(names: Sequence[str]) -> str:
 
 def _order(row: Row) -> tuple[Any, ...]:
     rate = -1.0 if row.poison_rate is None else row.poison_rate
-    place = (row.dataset, row.attack == "none", row.attack, rate, row.architecture, row.fingerprint, row.attack_settings)
+    place = (
+        row.dataset,
+        row.attack == "none",
+        row.attack,
+        rate,
+        row.architecture,
+        row.fingerprint,
+        row.attack_settings,
+    )
     return (*place, row.defense != UNDEFENDED, row.defense, row.variant, row.defense_settings)

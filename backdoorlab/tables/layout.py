@@ -1,4 +1,5 @@
-"""Side by side: what each defense left of each record, a row for a run, or a row for the mean over seeds."""
+"""Side by side: what each defense left of each record, a row for a run, or a row for the mean over
+seeds."""
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,19 @@ from .groups import BASELINE, Group, Label
 from .published import Reported, beside
 from .rows import UNDEFENDED, Damaged, Metric
 
-COLUMNS = ["record", "attack", "defense", "assumes", "clean acc %", "ASR %", "RA %", "DER %", "TPR %", "FPR %", "seconds"]
+COLUMNS = [
+    "record",
+    "attack",
+    "defense",
+    "assumes",
+    "clean acc %",
+    "ASR %",
+    "RA %",
+    "DER %",
+    "TPR %",
+    "FPR %",
+    "seconds",
+]
 SCORES: dict[str, Metric] = {
     "clean acc %": "clean_accuracy",
     "ASR %": "asr",
@@ -32,27 +45,42 @@ MARK = " †"
 """After the DER of a defense that is no better than fine-tuning."""
 
 
-# --- a row for each run ------------------------------------------------------------------------------------------
+# --- a row for each run
 
 
-def rows(records: Iterable[Record], on_damage: Callable[[Damaged], None] = measured.refuse) -> list[Row]:
-    """One row for each record as it was attacked, then one for each known defense; what was not run, or is damaged, is a row of holes."""
+def rows(
+    records: Iterable[Record], on_damage: Callable[[Damaged], None] = measured.refuse
+) -> list[Row]:
+    """One row for each record as it was attacked, then one for each known defense; what was not
+    run, or is damaged, is a row of holes."""
     found = []
     for record in records:
         damaged: list[Damaged] = []
         every = measured.rows([record], on_damage=damaged.append)
         for one in damaged:
             on_damage(one)
-        names = sorted({*methods.available("defense"), *(row.defense for row in every), *(one.defense for one in damaged)} - {UNDEFENDED})
+        names = sorted(
+            {
+                *methods.available("defense"),
+                *(row.defense for row in every),
+                *(one.defense for one in damaged),
+            }
+            - {UNDEFENDED}
+        )
         for name in (UNDEFENDED, *names):
             shown = [_cells(row) for row in every if row.defense == name]
-            shown += [_hole(every[0], name, _called(name, one.run)) for one in damaged if one.defense == name]
+            shown += [
+                _hole(every[0], name, _called(name, one.run))
+                for one in damaged
+                if one.defense == name
+            ]
             found += shown or [_hole(every[0], name, name)]
     return found
 
 
 def complain(damaged: Sequence[Damaged]) -> int:
-    """A line on the other stream for each result that is not shown; the exit code of the command."""
+    """A line on the other stream for each result that is not shown; the exit code of the
+    command."""
     for one in damaged:
         print(one_line(one.why), file=sys.stderr)
     return 2 if damaged else 0
@@ -84,7 +112,12 @@ def _cells(row: measured.Row) -> Row:
 
 
 def _hole(undefended: measured.Row, defense: str, called: str) -> Row:
-    shared = {"record": undefended.record, "attack": undefended.attack, "defense": called, "assumes": _needs(defense)}
+    shared = {
+        "record": undefended.record,
+        "attack": undefended.attack,
+        "defense": called,
+        "assumes": _needs(defense),
+    }
     return dict.fromkeys(COLUMNS, HOLE) | shared
 
 
@@ -94,7 +127,11 @@ def _called(defense: str, run: str) -> str:
 
 def _needs(defense: str) -> str:
     """What a defense assumes that was not run; a hole for one that is not known here."""
-    return assumes(methods.load("defense", defense).assumes) if defense in methods.available("defense") else HOLE
+    return (
+        assumes(methods.load("defense", defense).assumes)
+        if defense in methods.available("defense")
+        else HOLE
+    )
 
 
 @dataclass(frozen=True)
@@ -111,13 +148,21 @@ class Missing:
     """The attack's finished record, by which the table knows what it calls the attack."""
 
 
-# --- a row for each mean -----------------------------------------------------------------------------------------
+# --- a row for each mean
 
 
-def means(found: Sequence[measured.Row], form: Format = "text", *, missing: Sequence[Missing] = (), worst: bool = False) -> Table:
-    """Mean ± sd over seeds for each data set, attack, rate and defense; or, with `worst`, the worst seed's own numbers.
+def means(
+    found: Sequence[measured.Row],
+    form: Format = "text",
+    *,
+    missing: Sequence[Missing] = (),
+    worst: bool = False,
+) -> Table:
+    """Mean ± sd over seeds for each data set, attack, rate and defense; or, with `worst`, the worst
+    seed's own numbers.
 
-    What is `missing` is a row of holes. Numbers that others have published stand beside ours where there are any.
+    What is `missing` is a row of holes. Numbers that others have published stand beside ours where
+    there are any.
     """
     groups = grouping.grouped(found)
     labels = grouping.labels(groups)
@@ -125,19 +170,41 @@ def means(found: Sequence[measured.Row], form: Format = "text", *, missing: Sequ
     lines: list[dict[str, str]] = []
     for group, label, marked in zip(groups, labels, weak, strict=True):
         lines.append(_mean(group, label, bool(marked), form, worst))
-    called = {row.record: label.attack for group, label in zip(groups, labels, strict=True) for row in group.rows}
+    called = {
+        row.record: label.attack
+        for group, label in zip(groups, labels, strict=True)
+        for row in group.rows
+    }
     for one in missing:
         hole = _missing(one, called.get(one.record or "", one.attack))
-        like = [number for number, line in enumerate(lines, 1) if all(line[key] == hole[key] for key in ("data", "attack", "poison %"))]
+        like = [
+            number
+            for number, line in enumerate(lines, 1)
+            if all(line[key] == hole[key] for key in ("data", "attack", "poison %"))
+        ]
         lines.insert(like[-1] if like else len(lines), hole)
     scores = list(SCORES)
     if form == "csv" and not worst:
         scores = [name for column in SCORES for name in (column, f"{column} sd")]
-    columns = ["data", "attack", "poison %", "defense", "assumes", "seed" if worst else "n", *scores]
+    columns = [
+        "data",
+        "attack",
+        "poison %",
+        "defense",
+        "assumes",
+        "seed" if worst else "n",
+        *scores,
+    ]
     if any("reported" in line for line in lines):
         columns.append("reported")
     filled = [{column: line.get(column, HOLE) for column in columns} for line in lines]
-    return Table(columns, filled, ["poison %", "n", "seed", *scores], ["data", "attack", "poison %"], _notes(found, groups, weak, form, worst))
+    return Table(
+        columns,
+        filled,
+        ["poison %", "n", "seed", *scores],
+        ["data", "attack", "poison %"],
+        _notes(found, groups, weak, form, worst),
+    )
 
 
 def show(table: Table, form: Format) -> None:
@@ -152,7 +219,11 @@ def _mean(group: Group, label: Label, weak: bool, form: Format, worst: bool) -> 
     if worst:
         collapsed = " COLLAPSED" if row.collapsed else ""
     else:
-        collapsed = "" if not group.collapsed else " COLLAPSED" + (f" {group.collapsed} of {group.n}" if group.n > 1 else "")
+        collapsed = (
+            ""
+            if not group.collapsed
+            else " COLLAPSED" + (f" {group.collapsed} of {group.n}" if group.n > 1 else "")
+        )
     cells = {
         "data": row.dataset,
         "attack": label.attack,
@@ -160,7 +231,11 @@ def _mean(group: Group, label: Label, weak: bool, form: Format, worst: bool) -> 
         "defense": label.defense + collapsed,
         "assumes": _assumes(row),
         "n": str(group.n),
-        "seed": str(row.seed) if row.defense_seed in (None, row.seed) else f"{row.seed} / {row.defense_seed}",
+        "seed": (
+            str(row.seed)
+            if row.defense_seed in (None, row.seed)
+            else f"{row.seed} / {row.defense_seed}"
+        ),
     }
     for column, metric in SCORES.items():
         if worst:
@@ -180,7 +255,12 @@ def _mean(group: Group, label: Label, weak: bool, form: Format, worst: bool) -> 
 
 
 def _missing(one: Missing, attack: str) -> dict[str, str]:
-    shown = {"data": one.dataset, "attack": attack, "poison %": _rate(one.poison_rate), "defense": one.defense}
+    shown = {
+        "data": one.dataset,
+        "attack": attack,
+        "poison %": _rate(one.poison_rate),
+        "defense": one.defense,
+    }
     return shown | {"assumes": HOLE if one.method == UNDEFENDED else _needs(one.method), "n": "0"}
 
 
@@ -188,26 +268,42 @@ def _rate(rate: float | None) -> str:
     return HOLE if rate is None else f"{100 * rate:g}"
 
 
-def _notes(found: Sequence[measured.Row], groups: Sequence[Group], weak: Sequence[bool | None], form: Format, worst: bool) -> list[str]:
+def _notes(
+    found: Sequence[measured.Row],
+    groups: Sequence[Group],
+    weak: Sequence[bool | None],
+    form: Format,
+    worst: bool,
+) -> list[str]:
     """What the numbers mean, and what was kept out of them."""
     said = []
     if groups and worst:
-        which = "Each row is one model: the seed with the lowest DER (the lowest clean accuracy without an attack)"
+        which = (
+            "Each row is one model: the seed with the lowest DER (the lowest clean accuracy without"
+            " an attack)"
+        )
         said.append(f"{which}; the attack's / the defense's where they differ.")
     elif groups:
         said.append("Mean ± standard deviation over n seeds; seconds without evaluation.")
     if groups:
-        said.append("RA: triggered images that get their true label. DER: 50 is no effect, 100 is an ASR from 100 to 0 at no cost in accuracy.")
+        said.append(
+            "RA: triggered images that get their true label. DER: 50 is no effect, 100 is an ASR"
+            " from 100 to 0 at no cost in accuracy."
+        )
     for dataset in dict.fromkeys(group.first.dataset for group in groups):
-        networks = dict.fromkeys(f"{row.architecture}, {row.train_size:,} training images" for row in found if row.dataset == dataset)
+        networks = dict.fromkeys(
+            f"{row.architecture}, {row.train_size:,} training images"
+            for row in found
+            if row.dataset == dataset
+        )
         said.append(f"{dataset}: {'; '.join(networks)}.")
     if any(weak) and form != "csv":  # whose numbers bear no marks
         said.append(f"†: no better than fine-tuning ({BASELINE}) in DER on the same records.")
     own = dict.fromkeys(row.defense for row in found if row.der != row.comparable_der)
     if own:
         said.append(
-            f"DER of {', '.join(own)} on joint attacks: against plain training on the same images; against the attacked model, as {BASELINE}'s,"
-            " where defenses are compared."
+            f"DER of {', '.join(own)} on joint attacks: against plain training on the same images;"
+            f" against the attacked model, as {BASELINE}'s, where defenses are compared."
         )
     said += [remark + "." for remark in grouping.remarks(found)]
     for compared in significance.compare(groups):
@@ -215,7 +311,10 @@ def _notes(found: Sequence[measured.Row], groups: Sequence[Group], weak: Sequenc
             said.append(_tested(compared.comparisons))
         said += [note + "." for note in compared.notes]
     sources = {number.key: number for group in groups for number in beside(group.first)}
-    return said + [f"[{key}] clean acc / ASR %: {number.source}; {number.protocol}." for key, number in sources.items()]
+    return said + [
+        f"[{key}] clean acc / ASR %: {number.source}; {number.protocol}."
+        for key, number in sources.items()
+    ]
 
 
 def _tested(comparisons: Sequence[significance.Comparison]) -> str:
@@ -224,14 +323,21 @@ def _tested(comparisons: Sequence[significance.Comparison]) -> str:
 
     def lead(c: significance.Comparison) -> str:
         told = [f"{c.attacks} attack{'s' * (c.attacks > 1)}"] if unequal else []
-        told += [f"p {c.p:.2g}", f"Holm {c.holm:.2g}"] if c.attacks >= significance.fewest_attacks(1) else []
+        told += (
+            [f"p {c.p:.2g}", f"Holm {c.holm:.2g}"]
+            if c.attacks >= significance.fewest_attacks(1)
+            else []
+        )
         return f"{c.defense} {100 * c.difference:+.2f}" + (f" ({', '.join(told)})" if told else "")
 
     leads = ", ".join(map(lead, comparisons))
-    return f"{comparisons[0].dataset}, DER minus {comparisons[0].baseline}'s, mean over attacks: {leads}. {significance.verdict(comparisons)}"
+    return (
+        f"{comparisons[0].dataset}, DER minus {comparisons[0].baseline}'s, mean over attacks:"
+        f" {leads}. {significance.verdict(comparisons)}"
+    )
 
 
-# --- cells -------------------------------------------------------------------------------------------------------
+# --- cells
 
 
 def _assumes(row: measured.Row) -> str:
@@ -239,7 +345,11 @@ def _assumes(row: measured.Row) -> str:
 
 
 def _percents(number: Reported) -> str:
-    return " / ".join(_number(metric, number.scores[metric]) for metric in ("clean_accuracy", "asr") if metric in number.scores)
+    return " / ".join(
+        _number(metric, number.scores[metric])
+        for metric in ("clean_accuracy", "asr")
+        if metric in number.scores
+    )
 
 
 def _number(metric: str, value: Any) -> str:

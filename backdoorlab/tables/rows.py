@@ -1,4 +1,5 @@
-"""The numbers behind every table and picture, as plain values: nothing here prints, draws or writes.
+"""The numbers behind every table and picture, as plain values: nothing here prints, draws or
+writes.
 
 rows(records)   -> list[Row]          one measured model each: a record as it was attacked, or one run of a defense on it
 groups.grouped(rows)   -> list[Group]        the same experiment over seeds; rows that differ in anything else are never together
@@ -22,20 +23,34 @@ from ..record import Record, read_result
 from ..record import result_folders as every_result_folder
 from ..storage.schema import UNKNOWN
 
-Metric = Literal["clean_accuracy", "asr", "robust_accuracy", "der", "tpr", "fpr", "seconds", "peak_memory_bytes", "forward", "backward"]
-"""What a Row measures. Scores and rates are fractions in [0, 1]; seconds are without evaluation; forward and backward count images."""
+Metric = Literal[
+    "clean_accuracy",
+    "asr",
+    "robust_accuracy",
+    "der",
+    "tpr",
+    "fpr",
+    "seconds",
+    "peak_memory_bytes",
+    "forward",
+    "backward",
+]
+"""What a Row measures. Scores and rates are fractions in [0, 1]; seconds are without evaluation;
+forward and backward count images."""
 
 UNDEFENDED = "none"
 """The `defense` of a row that shows a record as it was attacked."""
 PLAIN = "plain"
-"""The `run` of a row that shows ordinary training on the images of a joint attack: what training-time defenses are compared with."""
+"""The `run` of a row that shows ordinary training on the images of a joint attack: what
+training-time defenses are compared with."""
 NOT_SETTINGS = frozenset(["seed", "score_every", "dataset", "poison_rate", "suspicious", "plain"])
 """Fields of a config that never change a result, or that a row holds under a name of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model that was measured; None where a number does not exist (no ASR without an attack, no split without one)."""
+    """One model that was measured; None where a number does not exist (no ASR without an attack, no
+    split without one)."""
 
     record: str
     run: str
@@ -57,9 +72,11 @@ class Row:
     robust_accuracy: float | None
     asr_before: float | None
     der: float | None
-    """Against what the method is held to: the attacked model, or for one that trains its own on a joint attack's images, plain training on them."""
+    """Against what the method is held to: the attacked model, or for one that trains its own on a
+    joint attack's images, plain training on them."""
     comparable_der: float | None
-    """Against the attacked model, whatever the method: what the defenses of one record are told apart by."""
+    """Against the attacked model, whatever the method: what the defenses of one record are told
+    apart by."""
     tpr: float | None
     fpr: float | None
     collapsed: bool
@@ -70,8 +87,8 @@ class Row:
     train_size: int
     device: str | None
     attack_settings: str
-    """Canonical JSON of the attack's config without NOT_SETTINGS, plus its code, its precision and the SHA-256 of what was imported; the same text is
-    the same experiment."""
+    """Canonical JSON of the attack's config without NOT_SETTINGS, plus its code, its precision and
+    the SHA-256 of what was imported; the same text is the same experiment."""
     defense_settings: str
     """The same of the defense; "" for a record."""
 
@@ -107,7 +124,8 @@ def variant(run: str) -> str:
 
 
 def called(defense: str, run: str) -> str:
-    """A defense where runs of other seeds are not told from this one: "sau lite" for sau's lite-s0."""
+    """A defense where runs of other seeds are not told from this one: "sau lite" for sau's
+    lite-s0."""
     return f"{defense} {variant(run)}".rstrip()
 
 
@@ -123,7 +141,7 @@ class Damaged:
     """One line that names the file."""
 
 
-# --- rows --------------------------------------------------------------------------------------------------------
+# --- rows
 
 
 Only = Container[tuple[str, str, str]]
@@ -135,8 +153,11 @@ def refuse(damaged: Damaged) -> None:
     raise UserError(damaged.why)
 
 
-def readable(names: Sequence[str], root: Path, on_damage: Callable[[Damaged], None] = refuse) -> list[Record]:
-    """The records of these names. A damaged one is left out, if `on_damage` returns; where all are, the first is refused."""
+def readable(
+    names: Sequence[str], root: Path, on_damage: Callable[[Damaged], None] = refuse
+) -> list[Record]:
+    """The records of these names. A damaged one is left out, if `on_damage` returns; where all are,
+    the first is refused."""
     found, damaged = [], []
     for name in names:
         try:
@@ -149,19 +170,28 @@ def readable(names: Sequence[str], root: Path, on_damage: Callable[[Damaged], No
     return found
 
 
-def rows(records: Iterable[Record], only: Only | None = None, on_damage: Callable[[Damaged], None] = refuse) -> list[Row]:
-    """For each record a row as it was attacked (and one of PLAIN training), then one for each finished result: by method, seed0 before named ones.
+def rows(
+    records: Iterable[Record],
+    only: Only | None = None,
+    on_damage: Callable[[Damaged], None] = refuse,
+) -> list[Row]:
+    """For each record a row as it was attacked (and one of PLAIN training), then one for each
+    finished result: by method, seed0 before named ones.
 
     With `only`, those results alone. A damaged one is left out, if `on_damage` returns.
     """
     found = []
     for record in records:
         found += undefended(record)
-        found += [defended(record, folder, result) for folder, result in finished(record, only, on_damage)]
+        found += [
+            defended(record, folder, result) for folder, result in finished(record, only, on_damage)
+        ]
     return found
 
 
-def finished(record: Record, only: Only | None, on_damage: Callable[[Damaged], None]) -> list[tuple[Path, dict[str, Any]]]:
+def finished(
+    record: Record, only: Only | None, on_damage: Callable[[Damaged], None]
+) -> list[tuple[Path, dict[str, Any]]]:
     """Folder and content of each finished result."""
     found = []
     for folder in result_folders(record.folder):
@@ -177,12 +207,19 @@ def finished(record: Record, only: Only | None, on_damage: Callable[[Damaged], N
 def result_folders(folder: Path) -> list[Path]:
     """Where the finished results below a record's folder lie."""
     found = [run for run in every_result_folder(folder) if (run / "result.json").is_file()]
-    return sorted(found, key=lambda run: (run.parent.name, not run.name.startswith("seed"), *_natural(run.name)))
+    return sorted(
+        found,
+        key=lambda run: (run.parent.name, not run.name.startswith("seed"), *_natural(run.name)),
+    )
 
 
 def undefended(record: Record) -> list[Row]:
-    """The record as it was attacked and, where a joint attack made it, ordinary training on its images."""
-    return [_undefended(record), *([_plain(record)] if record.info.get("plain_scores") is not None else [])]
+    """The record as it was attacked and, where a joint attack made it, ordinary training on its
+    images."""
+    return [
+        _undefended(record),
+        *([_plain(record)] if record.info.get("plain_scores") is not None else []),
+    ]
 
 
 def _undefended(record: Record) -> Row:
@@ -208,7 +245,14 @@ def _plain(record: Record) -> Row:
     plain = record.info["plain_scores"]
     scores = {key: plain[key] for key in ("clean_accuracy", "asr", "robust_accuracy")}
     costs = dict(seconds=plain["seconds"], forward=None, backward=None, peak_memory_bytes=None)
-    return replace(_undefended(record), run=PLAIN, assumes=("train",), asr_before=plain["asr"], **scores, **costs)
+    return replace(
+        _undefended(record),
+        run=PLAIN,
+        assumes=("train",),
+        asr_before=plain["asr"],
+        **scores,
+        **costs,
+    )
 
 
 def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
@@ -233,7 +277,11 @@ def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
 
 def _collapsed(result: Mapping[str, Any]) -> bool:
     """By today's rule, also for what an older version wrote."""
-    return metrics.collapsed(result["before"], result["after"]) if result.get("before") else bool(result["collapsed"])
+    return (
+        metrics.collapsed(result["before"], result["after"])
+        if result.get("before")
+        else bool(result["collapsed"])
+    )
 
 
 def _shared(record: Record) -> dict[str, Any]:
@@ -244,7 +292,14 @@ def _shared(record: Record) -> dict[str, Any]:
         "attack": info["attack"],
         "dataset": info["dataset"]["name"],
         "fingerprint": info["dataset"]["fingerprint"],
-        "architecture": architecture["name"] + (f" w{architecture['width']}" if architecture["width"] not in (None, STANDARD_WIDTH) else ""),
+        "architecture": (
+            architecture["name"]
+            + (
+                f" w{architecture['width']}"
+                if architecture["width"] not in (None, STANDARD_WIDTH)
+                else ""
+            )
+        ),
         "poison_rate": _rate(info),
         "seed": info["seed"],
         "asr_before": info["scores"]["asr"],
@@ -254,8 +309,13 @@ def _shared(record: Record) -> dict[str, Any]:
 
 
 def _rate(info: Mapping[str, Any]) -> float | None:
-    """As it was asked for; as it came out where less could be had, or where a share of one class was asked for. None without poison."""
-    asked, poisoned, size = info["config"].get("poison_rate"), info.get("poisoned"), info["dataset"]["train_size"]
+    """As it was asked for; as it came out where less could be had, or where a share of one class
+    was asked for. None without poison."""
+    asked, poisoned, size = (
+        info["config"].get("poison_rate"),
+        info.get("poisoned"),
+        info["dataset"]["train_size"],
+    )
     if not poisoned or (asked is not None and poisoned >= round(asked * size)):
         return asked
     return round(poisoned / size, 4)
@@ -274,21 +334,29 @@ def _costs(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(info: Mapping[str, Any]) -> str:
     trusts = "trusted" in info.get("assumes", ())  # else nothing comes of how many it is to trust
-    config = {key: value for key, value in info.get("config", {}).items() if key not in NOT_SETTINGS and (trusts or not key.startswith("trusted_"))}
+    config = {
+        key: value
+        for key, value in info.get("config", {}).items()
+        if key not in NOT_SETTINGS and (trusts or not key.startswith("trusted_"))
+    }
     if config.get("width") == STANDARD_WIDTH:
         config["width"] = None
     source = {"source": info["source"]["sha256"][:12]} if info.get("source") else {}
-    return json.dumps({**config, **source, "code": code(info), "precision": precision(info)}, sort_keys=True)
+    return json.dumps(
+        {**config, **source, "code": code(info), "precision": precision(info)}, sort_keys=True
+    )
 
 
 def code(info: Mapping[str, Any]) -> str | None:
-    """Which code made a record or a result; those made before it was kept have their commit instead."""
+    """Which code made a record or a result; those made before it was kept have their commit
+    instead."""
     commit = info.get("commit")
     return info.get("code") or (f"commit {commit}" if commit else None)
 
 
 def precision(info: Mapping[str, Any]) -> str:
-    """bf16 or fp32, whether it was asked for or found to be fast; UNKNOWN where only `auto` was kept."""
+    """bf16 or fp32, whether it was asked for or found to be fast; UNKNOWN where only `auto` was
+    kept."""
     asked = info.get("config", {}).get("precision", "auto")
     return info.get("precision") or (UNKNOWN if asked == "auto" else asked)
 
