@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
-from backdoorlab.data import Dataset, batches, place
-from backdoorlab.engine import Course, make_optimizer
+from backdoorlab.data import Dataset, batches, to_device
+from backdoorlab.engine import LRSchedule, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import labels_of, snapshot
 from backdoorlab.poison import Labels
@@ -101,9 +101,12 @@ class History(nn.Module):
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     recipe, labels = config.recipe(), labels_of(dataset, config)
     train_poison, test_poison = snapshot(dataset, config, run, partial(stamp, config=config))
-    model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
+    model, train = new_model(dataset, config).to(run.device), to_device(dataset.train, run.device)
     optimizer = make_optimizer(model.parameters(), recipe)
-    course, history = Course(optimizer, recipe, len(train)), History(config.history).to(run.device)
+    course, history = (
+        LRSchedule(optimizer, recipe, len(train)),
+        History(config.history).to(run.device),
+    )
     for _ in run.epochs(
         "train", recipe.epochs, model=model, optimizer=optimizer, course=course, history=history
     ):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
-from backdoorlab.data import Batch, Dataset, Split, place, to_float
+from backdoorlab.data import Batch, Dataset, Split, to_device, to_float
 from backdoorlab.device import derived_generator
 from backdoorlab.joint import cross_accuracy, in_batch, labels_of, snapshot, train_changed
 from backdoorlab.poison import stamped
@@ -76,7 +76,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     train_poison, test_poison = snapshot(
         dataset, config, run, quantise, negative, config.negative_rate
     )
-    model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
+    model, train = new_model(dataset, config).to(run.device), to_device(dataset.train, run.device)
     triggered = stamped(dataset.train, torch.arange(len(train)), quantise, "train").to(
         train.images.device
     )

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
-from backdoorlab.data import Batch, Dataset, batches, place, to_float
+from backdoorlab.data import Batch, Dataset, batches, to_device, to_float
 from backdoorlab.device import derived_generator
-from backdoorlab.engine import Course, make_optimizer
+from backdoorlab.engine import LRSchedule, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import cross_accuracy, in_batch, labels_of, seeded, snapshot
 from backdoorlab.models import Classifier
@@ -133,7 +133,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
             "the generator halves images three times and needs sides divisible by 8, got"
             f" {height}x{width}: use --image_size"
         )
-    model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
+    model, train = new_model(dataset, config).to(run.device), to_device(dataset.train, run.device)
     with seeded(config.seed, "generator"):
         generator, masker = (
             network(channels, out, config.generator_width).to(run.device) for out in (channels, 1)
@@ -191,7 +191,7 @@ def train_jointly(
         snapshot, dataset, config, run, own, cross, config.cross_ratio * config.poison_rate
     )
     optimizer = make_optimizer(model.parameters(), recipe)
-    course = Course(optimizer, recipe, len(train))
+    course = LRSchedule(optimizer, recipe, len(train))
     painter = torch.optim.Adam(generator.parameters(), lr=config.generator_lr, betas=(0.5, 0.9))
     state: dict[str, Any] = dict(
         generator=generator, optimizer=optimizer, painter=painter, course=course
@@ -256,12 +256,14 @@ def paint_some(
 def pairs(train: Any, config: Config, run: Run) -> Iterator[tuple[Batch, Batch]]:
     """Batches of two independent shuffles, augmented before any trigger."""
     recipe = config.recipe()
-    whole = dict(device=run.device, generator=run.generator, augment=recipe.augment, drop_last=True)
+    whole: dict[str, Any] = dict(
+        device=run.device, generator=run.generator, augment=recipe.augment, drop_last=True
+    )
     return zip(
         batches(train, recipe.batch_size, **whole),
         batches(train, recipe.batch_size, **whole),
         strict=True,
-    )  # type: ignore[arg-type]
+    )
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:

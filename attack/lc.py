@@ -94,7 +94,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
 
     def harden(images: Tensor, index: Tensor) -> Tensor:
         labels = dataset.train.labels[index]
-        made = run.once(
+        made = run.cached(
             f"hardened-{int(index[0])}",
             lambda: {"images": hardened(surrogate, images, labels, config, run)},
         )

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
-from backdoorlab.data import Dataset, batches, place, to_bytes, to_float
-from backdoorlab.engine import Course, make_optimizer
+from backdoorlab.data import Dataset, batches, to_bytes, to_device, to_float
+from backdoorlab.engine import LRSchedule, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import labels_of, psnr, seeded, snapshot, vary
 from backdoorlab.models import Classifier
@@ -107,7 +107,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
             f"trigger_epochs {trigger_epochs} are some of the {config.epochs} epochs: lower"
             " --trigger_epochs or raise --epochs"
         )
-    model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
+    model, train = new_model(dataset, config).to(run.device), to_device(dataset.train, run.device)
     with seeded(config.seed, "trigger"):
         trigger, ahead = (
             network(channels, config.trigger_width).to(run.device),
@@ -125,7 +125,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
         model.parameters(), replace(recipe, lr=config.first_lr, weight_decay=0.0)
     )
     second = make_optimizer(model.parameters(), recipe)
-    course = Course(second, replace(recipe, epochs=last), len(train))
+    course = LRSchedule(second, replace(recipe, epochs=last), len(train))
     state = dict(
         trigger=trigger, ahead=ahead, painter=painter, first=first, second=second, course=course
     )

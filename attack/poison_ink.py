@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
-from backdoorlab.data import Dataset, place, to_bytes, to_float
+from backdoorlab.data import Dataset, to_bytes, to_device, to_float
 from backdoorlab.engine import random_batches
 from backdoorlab.errors import UserError
 from backdoorlab.joint import psnr, seeded, vary
@@ -115,7 +115,7 @@ def train_networks(
         [*encoder.parameters(), *reader.parameters()], lr=config.encoder_lr
     )
     train, size, recipe = (
-        place(dataset.train, run.device),
+        to_device(dataset.train, run.device),
         config.encoder_batch_size,
         config.recipe(),
     )

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
-from backdoorlab.data import Dataset, place, to_bytes, to_float
+from backdoorlab.data import Dataset, to_bytes, to_device, to_float
 from backdoorlab.device import derived_generator
 from backdoorlab.engine import random_batches
 from backdoorlab.joint import psnr, seeded
@@ -139,7 +139,7 @@ def train_encoder(
     optimizer = torch.optim.Adam(
         [*encoder.parameters(), *reader.parameters()], lr=config.encoder_lr
     )
-    train, size = place(dataset.train, run.device), config.encoder_batch_size
+    train, size = to_device(dataset.train, run.device), config.encoder_batch_size
     state = {"encoder": encoder, "reader": reader, "optimizer": optimizer}
     for batch in random_batches(train, config.encoder_steps, size, run, stage="encoder", **state):
         messages = (

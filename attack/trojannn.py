@@ -74,7 +74,7 @@ def paste(images: Tensor, index: Tensor, split: str, config: Config, stain: Tens
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     surrogate = train_surrogate(dataset, config, run, config.surrogate_epochs)
-    made = run.once("stain", lambda: optimised_stain(surrogate, dataset.image_shape, config, run))
+    made = run.cached("stain", lambda: optimised_stain(surrogate, dataset.image_shape, config, run))
     outcome = static_attack(
         dataset, config, run, paste, prepare=lambda *_: {"stain": made["stain"]}
     )

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
-from backdoorlab.data import Batch, Dataset, place, to_float
+from backdoorlab.data import Batch, Dataset, to_device, to_float
 from backdoorlab.device import derived_generator
 from backdoorlab.joint import cross_accuracy, in_batch, labels_of, snapshot, train_changed
 from backdoorlab.poisoning import Outcome, new_model
@@ -86,7 +86,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
         cross,
         config.cross_ratio * config.poison_rate,
     )
-    model, train = new_model(dataset, config).to(run.device), place(dataset.train, run.device)
+    model, train = new_model(dataset, config).to(run.device), to_device(dataset.train, run.device)
     train_changed(
         model,
         train,

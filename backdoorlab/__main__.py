@@ -301,11 +301,13 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   attack NAME --save_folder_name RECORD   run an attack (the same as python attack/NAME.py ...)
   defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
   table [RECORD ...] [--format FORMAT]    records and defenses side by side; --mean True: over seeds
-  bench --config GRID                     attacks x defenses x seeds: runs what is missing, then shows the means
-  report [RECORD ...] --html FILE         the same as a page to look at, offline; --figures DIR for papers
-  import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH), or your own --weights
-  export RECORD ...                       to BackdoorBench (--to backdoorbench PATH), or a model (--weights FILE)
-  scan RECORD                             the training images that DAU takes for poison, with a contact sheet
+  bench --config GRID                     attacks x defenses x seeds: run what is missing, show means
+  report [RECORD ...] --html FILE         the same as an offline page; --figures DIR for papers
+  import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH),
+                                          or your own model (--weights FILE)
+  export RECORD ...                       to BackdoorBench (--to backdoorbench PATH),
+                                          or as a model (--weights FILE)
+  scan RECORD                             the training images that DAU takes for poison
   verify [RECORD ...]                     hash records and results again; names what is damaged
   push RECORD --repo OWNER/NAME           upload a record to the Hugging Face hub
   pull OWNER/NAME[@COMMIT] --save_folder_name RECORD

@@ -127,7 +127,7 @@ class TrainingConfig(MethodConfig):
     optimizer: Annotated[Literal["sgd", "adam"], arg(aliases=["--client_optimizer"])] = "sgd"
     """Optimizer of the training."""
     schedule: Annotated[Schedule, arg(aliases=["--lr_scheduler"])] = "cosine"
-    """Course of the learning rate."""
+    """LRSchedule of the learning rate."""
     schedule_epochs: int | None = None
     """Length of the cosine in epochs; None is the length of the training."""
     crop_padding: int = 4

@@ -97,7 +97,7 @@ class Batch:
     """int64 (B,), on the device: positions in the split."""
 
 
-def place(split: Split, device: torch.device) -> Split:
+def to_device(split: Split, device: torch.device) -> Split:
     """Move a split to the device where it takes less than half of what is free there; else leave it
     in host memory."""
     if device.type != "cuda":

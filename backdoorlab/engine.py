@@ -46,7 +46,7 @@ def train(
     """Cross-entropy on the given labels. Trains `model` in place; resumable under the name
     `stage`."""
     optimizer = make_optimizer(model.parameters(), recipe)
-    scheduler = Course(optimizer, recipe, len(split))
+    scheduler = LRSchedule(optimizer, recipe, len(split))
     forward = Forward(
         model.train(),
         run,
@@ -162,7 +162,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimi
     )
 
 
-class Course:
+class LRSchedule:
     """The learning rate's way through a training on `size` images, part of its checkpoint: told of
     every step and every epoch."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import JointConfig
 from .data import Batch, Dataset, Split, batches
 from .device import derived_generator
-from .engine import Course, Forward, Recipe, make_optimizer
+from .engine import Forward, LRSchedule, Recipe, make_optimizer
 from .metrics import Evaluator, predict
 from .poison import CROSS, Labels, Poison, Stamp, poison_test, poison_train, stamped
 from .run import Run
@@ -138,7 +138,7 @@ def train_changed(
     """Ordinary training but for each batch's images: `change` gives them, the attacker's label
     first, and how many have it; then they are varied."""
     optimizer = make_optimizer(model.parameters(), recipe)
-    course = Course(optimizer, recipe, len(train))
+    course = LRSchedule(optimizer, recipe, len(train))
     forward = Forward(
         model.train(),
         run,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import Split, in_order, place
+from .data import Split, in_order, to_device
 from .errors import UserError, described
 from .models import paused
 from .poison import CROSS, POISON, Poison
@@ -143,7 +143,10 @@ class Evaluator:
             num_classes,
             device,
         )
-        self.test, self.triggered_split = place(test, device), place(triggered.triggered(), device)
+        self.test, self.triggered_split = (
+            to_device(test, device),
+            to_device(triggered.triggered(), device),
+        )
         self._last: tuple[str, Scores] | None = None
 
     def __call__(self, model: nn.Module) -> Scores:

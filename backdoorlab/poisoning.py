@@ -181,7 +181,7 @@ def poison_and_train(
     """Train a fresh model on the poisoned set in the ordinary way, scored after each epoch."""
     model = new_model(dataset, config).to(run.device)
     run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device))
-    received = data.place(train_poison.apply(dataset.train), run.device)
+    received = data.to_device(train_poison.apply(dataset.train), run.device)
     engine.train(model, received, config.recipe(), run, stage=stage)
     return Outcome(model, train_poison, test_poison)
 
@@ -220,5 +220,5 @@ def train_surrogate(
     many). In evaluation mode."""
     model = new_model(dataset, config).to(run.device)
     recipe = config.recipe() if epochs is None else replace(config.recipe(), epochs=epochs)
-    engine.train(model, data.place(dataset.train, run.device), recipe, run, stage="surrogate")
+    engine.train(model, data.to_device(dataset.train, run.device), recipe, run, stage="surrogate")
     return model.eval()

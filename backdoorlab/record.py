@@ -195,9 +195,8 @@ class DefenderView:
     """How the data set is augmented in ordinary training."""
     granted: Mapping[str, Any]
 
-    @property
-    def model(self) -> Classifier:
-        """The backdoored model, a fresh copy at each access."""
+    def load_model(self) -> Classifier:
+        """The backdoored model, a copy of its own at each call."""
         return copy.deepcopy(self._get("model"))
 
     @property

@@ -223,10 +223,10 @@ class Run:
                 )
         self._logged |= values
 
-    def once(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def cached(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Compute named tensors, or read what an earlier, killed start of this run computed."""
-        _check_name("once", name)
-        path = self.folder / f"once-{name}.safetensors"
+        _check_name("cached", name)
+        path = self.folder / f"cached-{name}.safetensors"
         if path.exists():
             tensors, meta = reading.read_tensors(path)
             self._restore(tensors, meta)

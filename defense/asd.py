@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import SeedsConfig
-from backdoorlab.data import Batch, Split, batches, in_order, place
+from backdoorlab.data import Batch, Split, batches, in_order, to_device
 from backdoorlab.engine import Forward
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier
@@ -92,7 +92,7 @@ class Config(SeedsConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
-    train, seeds, model = place(view.train, run.device), view.seeds, view.new_model()
+    train, seeds, model = to_device(view.train, run.device), view.seeds, view.new_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     total = config.stage1_epochs + config.stage2_epochs + config.stage3_epochs
     steps = max(1, total * config.iterations)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import Split, batches, place, to_bytes, to_float
+from backdoorlab.data import Split, batches, to_bytes, to_device, to_float
 from backdoorlab.errors import UserError
 from backdoorlab.perturb import frozen
 from backdoorlab.record import DefenderView
@@ -133,14 +133,14 @@ class Config(DefenseConfig):
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     if not config.levels:
         raise UserError("--levels: expected at least one number in (0, 1], got none")
-    model = view.model.eval()
+    model = view.load_model().eval()
     shape = trigger_shape(view.image_shape, config)
-    search, held_out = halves(place(view.trusted, run.device), view.num_classes, config, run)
+    search, held_out = halves(to_device(view.trusted, run.device), view.num_classes, config, run)
 
     def recover() -> dict[str, Tensor]:
         return recover_triggers(model, search, held_out, shape, view.num_classes, config, run)
 
-    found = run.once("triggers", recover)
+    found = run.cached("triggers", recover)
     scores, bank = found["scores"], found["bank"].to(run.device)
     best = scores.amax(1)
     target = int(best.argmax())

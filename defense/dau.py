@@ -42,7 +42,7 @@ from torch.optim.swa_utils import update_bn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import Split, batches, place
+from backdoorlab.data import Split, batches, to_device
 from backdoorlab.engine import Forward
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, extract, predictions
@@ -207,12 +207,12 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
         flagged, one_class = find_poison(view, config, run)
         return {"flagged": flagged, "one_class": torch.tensor(one_class)}
 
-    found = run.once("split", split)
+    found = run.cached("split", split)
     flagged, one_class = found["flagged"], bool(found["one_class"])
     if config.subtask == "anti_learning":
         return None
     if not flagged.any():
-        return view.model
+        return view.load_model()
     model = unlearn(view, flagged, config, run)
     note_what_stays(model, view.train, flagged, run)
     return (
@@ -228,12 +228,12 @@ def find_poison(
 
     `pool`, bool (N,), is found unless given.
     """
-    head = linear(view.model.get_classifier())
-    train = place(view.train, run.device)
-    features = extract(view.model, train, run)
+    head = linear(view.load_model().get_classifier())
+    train = to_device(view.train, run.device)
+    features = extract(view.load_model(), train, run)
     one_class = False
     if pool is None:
-        pool, one_class = find_pool(view, view.model, train, features, config, run)
+        pool, one_class = find_pool(view, view.load_model(), train, features, config, run)
     if not pool.any():
         run.report_split(pool)
         return pool, False
@@ -844,7 +844,7 @@ def unlearn(view: DefenderView, flagged: Tensor, config: Config, run: Run) -> nn
     return descend(
         "unlearn",
         config.epochs,
-        view.model,
+        view.load_model(),
         view.train,
         torch.arange(len(flagged)),
         flagged,
@@ -876,7 +876,7 @@ def recover(
 ) -> nn.Module:
     """Step 5, from the unlearned model: nothing is unlearned any more, and flagged samples have the
     labels that were read in them."""
-    labels = run.once(
+    labels = run.cached(
         "labels",
         lambda: {"labels": labels_without_trigger(model, view.train, flagged, one_class, run)},
     )["labels"]
@@ -910,7 +910,7 @@ def descend(
 ) -> nn.Module:
     """Passes over the samples of `index`, int64 (M,), that unlearn the poisoned ones, bool (N,),
     and learn the others."""
-    train, poisoned = place(train, run.device), poisoned.to(run.device)
+    train, poisoned = to_device(train, run.device), poisoned.to(run.device)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=config.lr,

@@ -19,7 +19,7 @@ from torch import nn
 from backdoorlab import engine
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import place
+from backdoorlab.data import to_device
 from backdoorlab.engine import Recipe
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
@@ -51,7 +51,7 @@ class Config(DefenseConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
-    model = view.model
+    model = view.load_model()
     recipe = Recipe(
         epochs=config.epochs,
         batch_size=min(config.batch_size, len(view.trusted)),
@@ -60,7 +60,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         weight_decay=config.weight_decay,
         augment=view.augment,
     )
-    engine.train(model, place(view.trusted, run.device), recipe, run, stage="finetune")
+    engine.train(model, to_device(view.trusted, run.device), recipe, run, stage="finetune")
     return model
 
 

@@ -41,7 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import NO_AUGMENT, Batch, batches, place
+from backdoorlab.data import NO_AUGMENT, Batch, batches, to_device
 from backdoorlab.errors import UserError
 from backdoorlab.perturb import frozen, l2, project, same_reach
 from backdoorlab.record import DefenderView
@@ -111,7 +111,7 @@ class Config(DefenseConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
-    model, trusted = view.model, place(view.trusted, run.device)
+    model, trusted = view.load_model(), to_device(view.trusted, run.device)
     augment = view.augment if config.augment else NO_AUGMENT
     radius = config.radius or same_reach(10 / math.sqrt(3 * 32 * 32), view.image_shape)
     if not config.projected:

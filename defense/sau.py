@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import batches, place
+from backdoorlab.data import batches, to_device
 from backdoorlab.features import predictions
 from backdoorlab.perturb import Norm, frozen, project, same_reach, steepest
 from backdoorlab.record import DefenderView
@@ -94,7 +94,11 @@ class Config(DefenseConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
-    model, poisoned, trusted = view.model, view.model, place(view.trusted, run.device)
+    model, poisoned, trusted = (
+        view.load_model(),
+        view.load_model(),
+        to_device(view.trusted, run.device),
+    )
     poisoned.eval().requires_grad_(False)
     # The search's batches shrink, and each new size would be tuned anew
     torch.backends.cudnn.benchmark = False

@@ -18,9 +18,9 @@ HERE = Path(__file__).parent
 # The scripts find each other when they are run by path; here the folder is not the first place
 sys.path.insert(0, str(HERE))
 
-import measure  # noqa: E402
+import measure
 
-from backdoorlab.device import choose_device  # noqa: E402
+from backdoorlab.device import choose_device
 
 SUITES = ("precisions", "pipeline", "convolutions", "defenses", "whole")
 

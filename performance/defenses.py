@@ -23,7 +23,7 @@ from measure import Row, busy, describe_machine, fast_bf16, fresh_process, media
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from backdoorlab.data import Augment, Split, place
+from backdoorlab.data import Augment, Split, to_device
 from backdoorlab.device import Exact, choose_device, seed_everything
 from backdoorlab.engine import Forward
 from backdoorlab.features import extract
@@ -215,7 +215,7 @@ def _dau(width: int, options: argparse.Namespace, device: torch.device) -> Row:
 
     def ours() -> None:
         dau.anti_learn(
-            extract(model, place(split, device), run),
+            extract(model, to_device(split, device), run),
             pool,
             model.get_classifier(),
             config.beta1,
@@ -331,7 +331,7 @@ def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Itera
     )
     conventional = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     view = DefenderView("", CLASSES, (3, 32, 32), (), Augment(4, True), {})
-    placed = place(split, device)
+    placed = to_device(split, device)
     for pool, size in (("100 seeds", 100), ("half of the set", 25_000)):
         clean = torch.zeros(len(split), dtype=torch.bool)
         clean[torch.randperm(len(split), generator=draws)[:size]] = True

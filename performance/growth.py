@@ -53,14 +53,19 @@ Work = Callable[[DefenderView, Run], Any]
 
 
 def _attack(view: DefenderView, run: Run) -> None:
-    train(view.model, view.train, Recipe(epochs=1, batch_size=128, lr=0.01, augment=AUGMENT), run)
+    train(
+        view.load_model(),
+        view.train,
+        Recipe(epochs=1, batch_size=128, lr=0.01, augment=AUGMENT),
+        run,
+    )
 
 
 def _dau(view: DefenderView, run: Run) -> None:
     """Features, heads on a pool of 1 %, and a pass of unlearning 10 %: what DAU does where it finds
     poison."""
     dau: Any = methods.load("defense", "dau").module
-    config, model = dau.Config(epochs=1, head_epochs=1), view.model
+    config, model = dau.Config(epochs=1, head_epochs=1), view.load_model()
     features = extract(model, view.train, run)
     flagged = torch.arange(len(view.train)) % 10 == 0
     pool = torch.arange(len(view.train)) % 100 == 0

@@ -40,7 +40,7 @@ from published import Images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from backdoorlab.data import Augment, Batch, Split, batches, channel_statistics, mapped, place
+from backdoorlab.data import Augment, Batch, Split, batches, channel_statistics, mapped, to_device
 from backdoorlab.datasets import cache
 from backdoorlab.datasets.load import find as find_dataset
 from backdoorlab.datasets.load import load as load_dataset
@@ -94,7 +94,7 @@ def _data_path(
 ) -> Iterator[Row]:
     count = min(len(split), 50 * BATCH)
     images = Images(split.subset(torch.arange(count)), AUGMENT, (mean, std))
-    ours = place(split, device)
+    ours = to_device(split, device)
     layer0 = Classifier(Nothing(), mean, std).to(device)
 
     def our_rate() -> float:
@@ -182,7 +182,7 @@ def _data_share(
     """Waiting for the batch against the whole step with it, normalisation counted to the model as
     in training."""
     steps = 50 if device.type == "cuda" else 5
-    source = place(split, device)
+    source = to_device(split, device)
     step = _training_step(16, split, mean, std, device, "bf16" if fast_bf16(device) else "fp32")
     count = max(len(source) // BATCH, 1) * BATCH
 
@@ -231,7 +231,7 @@ def _from_file(
         file = Path(folder) / "images.npy"
         np.save(file, split.images.cpu().numpy())
         sources = [
-            place(Split(split.images, split.labels), device),
+            to_device(Split(split.images, split.labels), device),
             Split(mapped(file), split.labels, file),
         ]
 
@@ -269,7 +269,7 @@ def _bf16(
         )
     steps, repetitions = (30, 5) if device.type == "cuda" else (1, 3)
     precisions: tuple[Exact, Exact] = ("fp32", "bf16")
-    batch = next(_our_batches(place(split, device), device))
+    batch = next(_our_batches(to_device(split, device), device))
     single, half = (
         _training_step(64, split, mean, std, device, precision) for precision in precisions
     )

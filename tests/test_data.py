@@ -31,8 +31,8 @@ from backdoorlab.data import (
     channel_statistics,
     fingerprint,
     mapped,
-    place,
     to_bytes,
+    to_device,
     to_float,
     trusted_index,
 )
@@ -340,7 +340,7 @@ def test_subset_copies_and_place_keeps_a_cpu_split() -> None:
     assert torch.equal(part.images, split.images[[3, 1]]) and part.labels.tolist() == [3, 1]
     part.images[0] = 0
     assert split.images[3].any()
-    assert place(split, CPU) is split
+    assert to_device(split, CPU) is split
 
 
 def test_trusted_images_are_drawn_uniformly_without_replacement() -> None:

@@ -121,7 +121,7 @@ class Config(DefenseConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
-    model = view.model
+    model = view.load_model()
     with torch.no_grad():
         for parameter in model.get_classifier().parameters():
             parameter *= config.factor
@@ -204,7 +204,9 @@ def test_a_file_that_was_edited_is_loaded_anew(
     # Of one length, within a second: what Python's own cache of modules goes by
     for text in ("before", "after!", "after!"):
         file.write_text(
-            PLUGIN.replace("model = view.model", f"model = view.model\n    run.note({text!r})")
+            PLUGIN.replace(
+                "model = view.load_model()", f"model = view.load_model()\n    run.note({text!r})"
+            )
         )
         result = helpers.defend("edited", record, "--overwrite", "True")
         assert result is not None
@@ -274,7 +276,7 @@ def test_a_method_gets_only_what_its_file_assumes(
     folder = tmp_path / "mine" / "defense"
     folder.mkdir(parents=True)
     (folder / "greedy.py").write_text(
-        PLUGIN.replace("model = view.model", "model = view.model\n    view.train")
+        PLUGIN.replace("model = view.load_model()", "model = view.load_model()\n    view.train")
     )
     monkeypatch.setenv("BACKDOORLAB_PLUGINS", str(tmp_path / "mine"))
     with pytest.raises(PermissionError, match="does not assume 'train'"):
@@ -452,8 +454,8 @@ def test_seeds_and_nested_flags_are_for_plugins_too(
         " ClassVar",
     )
     text = text.replace(
-        "    model = view.model\n",
-        "    model = view.model\n    run.once('x', dict)\n    assert len(view.seeds) =="
+        "    model = view.load_model()\n",
+        "    model = view.load_model()\n    run.cached('x', dict)\n    assert len(view.seeds) =="
         " view.num_classes * 2\n",
     )
     flags = ("--seeds_per_class", "2", "--pairs", "3", "4", "5", "6", "--where", "y/z")

@@ -56,7 +56,7 @@ class Folder:
         )
         folder = self.root / repo / str(commit)
         found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        size = lambda path: path.stat().st_size if files_metadata else None  # noqa: E731
+        size = lambda path: path.stat().st_size if files_metadata else None
         return SimpleNamespace(
             sha=commit,
             siblings=[

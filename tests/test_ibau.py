@@ -274,7 +274,7 @@ def through(network: nn.Module) -> Any:
         torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
         torch.arange(6),
     )
-    loss = lambda delta: torch.nn.functional.cross_entropy(network(images + delta), labels)  # noqa: E731
+    loss = lambda delta: torch.nn.functional.cross_entropy(network(images + delta), labels)
     return ibau.hypergradient(
         loss,
         lambda d: 0.001 * d.square().sum() - loss(d),

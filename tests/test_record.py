@@ -173,11 +173,11 @@ def test_what_is_not_assumed_is_not_there(tiny: Record, assumed: str) -> None:
 
 def test_the_model_is_a_fresh_copy_each_time(tiny: Record) -> None:
     view = view_of(tiny, "model")
-    first = view.model
+    first = view.load_model()
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.zero_()
-    original, second = tiny.model().state_dict(), view.model.state_dict()
+    original, second = tiny.model().state_dict(), view.load_model().state_dict()
     assert all(torch.equal(original[name], second[name]) for name in original)
     assert all(not p.any() for p in first.parameters())
 

@@ -271,7 +271,7 @@ def test_a_run_that_went_on_in_another_precision_says_both(tmp_path: Path, small
     computed: tuple[Exact, ...] = ("bf16", "bf16", "fp32", "fp32")
     for here in computed:
         with open_stage(target, "result.json", job, {}, here) as stage:
-            (stage / "once-something.safetensors").touch()
+            (stage / "cached-something.safetensors").touch()
             said.append(made_with(stage)["precision"])
     assert said == ["bf16", "bf16", "bf16+fp32", "bf16+fp32"]
 
@@ -630,7 +630,7 @@ digits: preactresnet10 w16, 1,442 training images.
 †: no better than fine-tuning (ft) in DER on the same records.
 digits, DER minus ft's, mean over attacks: sau -5.00. Fewer than six attacks cannot show significance: with 1 the smallest p that an exact \
 sign-flip test can give is 1, 1 after Holm.
-"""  # noqa: E501
+"""
 
 
 def test_golden_means() -> None:

@@ -320,7 +320,7 @@ def test_an_unfinished_defense_is_continued_with_the_same_trusted_images_only(
                 target, "result.json", job, {"record": "x", "trusted images": trusted}, "fp32"
             ) as stage,
         ):
-            (stage / "once-something.safetensors").touch()
+            (stage / "cached-something.safetensors").touch()
     marker = target.with_name("seed0.partial") / "run.json"
     kept = {key: value for key, value in reading.read_json(marker).items() if key != "inputs"}
     writing.write_json(marker, kept)
@@ -622,17 +622,17 @@ def test_once_computes_once_and_restores_the_random_state(tmp_path: Path) -> Non
         return {"x": torch.rand(3, generator=run.generator)}
 
     run = new_run(tmp_path)
-    first = run.once("thing", compute)
+    first = run.cached("thing", compute)
     run.note("after")
     after = torch.rand(2, generator=run.generator)
     run = new_run(tmp_path)
-    again = run.once("thing", compute)
+    again = run.cached("thing", compute)
     assert torch.equal(first["x"], again["x"]) and len(calls) == 1
     assert torch.equal(after, torch.rand(2, generator=run.generator)), (
         "draws after it are the same, too"
     )
     assert "after" not in run.notes
-    assert not torch.equal(run.once("other", compute)["x"], first["x"]) and len(calls) == 2
+    assert not torch.equal(run.cached("other", compute)["x"], first["x"]) and len(calls) == 2
 
 
 @pytest.mark.parametrize("name", ["my sheet", "", "a/b", ".hidden", "../x", "x" * 101, "sheet\n"])
@@ -692,7 +692,7 @@ def test_a_picture_whose_name_a_result_may_not_hold_is_refused_when_it_is_given(
                 " 'my_epochs'"
             ),
         ),
-        (lambda run: run.once("a/b", dict), "run.once('a/b'): a name is of at most"),
+        (lambda run: run.cached("a/b", dict), "run.cached('a/b'): a name is of at most"),
     ],
 )
 def test_what_a_method_says_wrongly_is_refused_where_it_says_it(

@@ -283,7 +283,7 @@ def test_a_timm_model_by_name_on_the_digits(tmp_path: Path) -> None:
 def test_dau_in_three_subtasks(backdoored: Record, tmp_path: Path, capsys: Capture) -> None:
     record = helpers.copy(backdoored, tmp_path / "record")
     folder = record.folder / "defense" / "dau"
-    run = lambda subtask: cli.main(  # noqa: E731
+    run = lambda subtask: cli.main(
         str(DAU),
         [
             "--result_file",
@@ -300,7 +300,7 @@ def test_dau_in_three_subtasks(backdoored: Record, tmp_path: Path, capsys: Captu
     assert run("anti_learning") == 0
     assert (
         not (folder / "seed0").exists()
-        and (folder / "seed0.partial" / "once-split.safetensors").exists()
+        and (folder / "seed0.partial" / "cached-split.safetensors").exists()
     )
     assert run("unlearning") == 0
     result = reading.read_json(folder / "seed0" / "result.json")

@@ -73,7 +73,7 @@ def test_what_a_killed_command_left_is_swept(tmp_path: Path) -> None:
     [
         ("holiday.png", "not ours"),
         ("checkpoint-train.safetensors", "unfinished run"),
-        ("once-split.safetensors", "unfinished run"),
+        ("cached-split.safetensors", "unfinished run"),
     ],
 )
 def test_a_folder_of_others_is_left_alone(tmp_path: Path, name: str, message: str) -> None:

@@ -73,7 +73,7 @@ def test_a_wheel_holds_everything_and_runs_without_a_checkout(tmp_path: Path) ->
         for name, value in helpers.child_environment(PYTHONPATH=site).items()
         if name != "BACKDOORLAB_RECORDS"
     }
-    run = lambda *arguments: helpers.command(*arguments, cwd=here, env=env)  # noqa: E731
+    run = lambda *arguments: helpers.command(*arguments, cwd=here, env=env)
     where = run("-c", "import backdoorlab; print(backdoorlab.__file__)")
     assert Path(where.stdout.strip()).is_relative_to(site), where.stdout + where.stderr
 

@@ -327,7 +327,8 @@ class Drive:
         for slot, cell in zip(free, due, strict=False):
             try:
                 self.running[slot] = cell, self.launcher.start(self._task(cell), slot)
-            except UserError as error:  # a queue that is full or slow to answer takes it later; what runs is not to suffer
+            except UserError as error:
+                # A queue that is full or slow to answer takes it later; what runs is not to suffer.
                 if not self.running:
                     raise
                 self.not_before[cell] = time.monotonic() + REFUSED

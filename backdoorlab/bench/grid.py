@@ -1,7 +1,7 @@
 """A grid of experiments as values: a file or flags -> the cells, each one command with the place
 where its result will lie.
 
-    datasets: [digits]                     # a name, or NAME: {options of the attack, such as width or dataset_path}
+    datasets: [digits]                     # a name, or NAME: {options of the attack, such as width}
     attacks:
       - badnet                             # a method, or all
       - badnet-random: {method: badnet, position: random}

@@ -3,7 +3,8 @@ content.
 
 A data set is one of
   digits                                    embedded in scikit-learn, the default
-  cifar10 cifar100 mnist fashion_mnist gtsrb svhn   torchvision's (gtsrb: its final training set), downloaded where there is a network
+  cifar10 cifar100 mnist fashion_mnist gtsrb svhn   torchvision's, downloaded where there is a network
+                                                   (gtsrb: its final training set)
   any other name with --dataset_path FOLDER        parquet shards or train/<class>/*.png
 
 Whatever the name, `--dataset_path` may point at parquet shards in the Hugging Face hub's layout

@@ -3,9 +3,11 @@ poisoned image.
 
 Written from a description of the format, not from its code. What a reader has to know:
 
-  - Stored paths depend on the folder that a script was started in (`./record/X/...`, or `../record/X/...` in older files):
-    only their last three parts say anything, and they are looked up in the record's own folder.
-  - A mark says "changed", not "poisoned": WaNet, Input-aware and BPP also mark images that keep their true label (cross).
+  - Stored paths depend on the folder that a script was started in (`./record/X/...`, or
+    `../record/X/...` in older files): only their last three parts say anything, and they are looked
+    up in the record's own folder.
+  - A mark says "changed", not "poisoned": WaNet, Input-aware and BPP also mark images that keep
+    their true label (cross).
   - Version 1 kept lists of images instead of files; it is recognised and refused.
 """
 

@@ -207,7 +207,8 @@ class _OldNames(_InPython):
         if module.startswith("numpy._core"):
             self.write(
                 pickle.GLOBAL
-                + f"numpy.core{module.removeprefix('numpy._core')}\n{name or obj.__qualname__}\n".encode()
+                + f"numpy.core{module.removeprefix('numpy._core')}\n".encode()
+                + f"{name or obj.__qualname__}\n".encode()
             )
             self.memoize(obj)
         else:

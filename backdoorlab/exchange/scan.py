@@ -207,5 +207,5 @@ def _found(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
         *(["--dataset_path", options.dataset_path] if options.dataset_path else []),
     ]
     run_defense(defense_job(methods.load("defense", "dau"), argv, "backdoorlab scan"))
-    split, meta = reading.read_tensors(folder / "scan.partial" / "once-split.safetensors")
+    split, meta = reading.read_tensors(folder / "scan.partial" / "cached-split.safetensors")
     return split["value/flagged"], meta["notes"]

@@ -49,7 +49,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as stream:
             ours = "backdoorlab" in (stream.metadata() or {})
-            tensors = {} if ours else {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {} if ours else {name: stream.get_tensor(name) for name in stream.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: not readable as safetensors ({str(error).splitlines()[0]}). Fetch it again"

@@ -174,7 +174,7 @@ def _refuse_other_network(model: Any, found: Record, method: Method) -> None:
     except ValueError as error:
         raise UserError(
             f"{method.path}: defend returned another network than the record's ({error}): expected"
-            " view.model or view.new_model() with other weights"
+            " view.load_model() or view.new_model() with other weights"
         ) from error
 
 

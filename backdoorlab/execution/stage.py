@@ -17,8 +17,8 @@ from ..storage.staging import refuse_existing, refuse_foreign
 from .code_version import code_version
 
 if TYPE_CHECKING:
-    from .tracking import Told
-CONTINUED = ("checkpoint-*.safetensors", "once-*.safetensors")
+    from .tracking import Tracker
+CONTINUED = ("checkpoint-*.safetensors", "cached-*.safetensors")
 """The files of an unfinished run that it goes on from."""
 
 
@@ -35,7 +35,7 @@ class Job:
             run.say(f"settings: {self.parsed.describe()}; all others are defaults, see --help")
 
 
-def tracker_of(job: Job, name: str, stage: Path) -> AbstractContextManager["Told"]:
+def tracker_of(job: Job, name: str, stage: Path) -> AbstractContextManager["Tracker"]:
     """Who else hears of a run; the import waits until someone asks, as the trackers are no part of
     what makes a number."""
     from .tracking import tracked

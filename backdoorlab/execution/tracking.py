@@ -41,10 +41,10 @@ def tracked(
     settings: Mapping[str, Any],
     stage: Path,
     say: Callable[[str], None],
-) -> Iterator["Told"]:
+) -> Iterator["Tracker"]:
     """The tracker for a run called `name`; `stage` is the run's unfinished folder, in which its
     identity survives a kill."""
-    told = Told(
+    told = Tracker(
         _start(tracker, Path(folder), name, settings, stage) if tracker != "none" else None,
         tracker,
         say,
@@ -55,7 +55,7 @@ def tracked(
         told.end()
 
 
-class Told:
+class Tracker:
     """A sink that never ends a run: the first failure is said, and nothing is sent after it."""
 
     def __init__(self, sink: Sink | None, tracker: str, say: Callable[[str], None]) -> None:
@@ -119,7 +119,7 @@ def _start(tracker: str, folder: Path, name: str, settings: Mapping[str, Any], s
 def tensorboard(folder: Path, name: str, settings: Mapping[str, Any], stage: Path) -> Sink:
     """Event files in folder/name, for `tensorboard --logdir folder`. A run that is continued purges
     what it sends again."""
-    import tensorboard as _  # noqa: F401 (torch's own complaint does not name the package)
+    import tensorboard as _
     from torch.utils.tensorboard import SummaryWriter
 
     (folder / name).mkdir(parents=True, exist_ok=True)

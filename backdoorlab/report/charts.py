@@ -526,7 +526,7 @@ def _rates(cell: Cell, flagged: float, missed: float) -> dict[str, float | None]
     not."""
     poisoned = int(cell.record.train_poison.mask(cell.row.train_size).sum())
     hit, clean = poisoned - missed, cell.row.train_size - poisoned
-    share = lambda part, whole: 100 * part / whole if whole else None  # noqa: E731
+    share = lambda part, whole: 100 * part / whole if whole else None
     return {
         "tpr": share(hit, poisoned),
         "precision": share(hit, flagged),

@@ -41,7 +41,7 @@ def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[P
         try:
             refuse_existing(target, done, overwrite)
             entries = folders.entries(stage)
-            if any(entry.name.startswith(("checkpoint-", "once-")) for entry in entries):
+            if any(entry.name.startswith(("checkpoint-", "cached-")) for entry in entries):
                 raise UserError(
                     f"{stage} holds an unfinished run: finish it, delete it, or choose another name"
                 )

@@ -1,8 +1,10 @@
 """The numbers behind every table and picture, as plain values: nothing here prints, draws or
 writes.
 
-rows(records)   -> list[Row]          one measured model each: a record as it was attacked, or one run of a defense on it
-groups.grouped(rows)   -> list[Group]        the same experiment over seeds; rows that differ in anything else are never together
+rows(records)                -> list[Row]       one measured model each: a record as it was attacked,
+                                                or one run of a defense on it
+groups.grouped(rows)         -> list[Group]     the same experiment over seeds; rows that differ in
+                                                anything else are never together
 group.score(m)  -> Summary | None     mean, sd and n of one metric over the seeds of a group
 groups.labels(groups)  -> list[Label]        what to call each group, with the settings that tell it from its like
 groups.remarks(rows)   -> list[str]          one sentence for each thing that was kept apart or left out
