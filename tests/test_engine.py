@@ -9,7 +9,7 @@ import pytest
 
 COUNT = """
 import resource, sys, torch
-from backdoorlab.engine import keep_freed_memory
+from backdoorlab.device import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory(torch.device("cpu"))
 def pages():
