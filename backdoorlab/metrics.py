@@ -53,7 +53,7 @@ class Scores:
         return asdict(self)
 
 
-def der(before: dict[str, Any], after: dict[str, Any]) -> float | None:
+def der(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
     """Defense effectiveness rating in [0, 1]: 0.5 is no effect, 1 is ASR from 1 to 0 at no cost in
     clean accuracy."""
     if before["asr"] is None or after["asr"] is None:
