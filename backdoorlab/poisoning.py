@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import data, engine, models
+from . import data, engine
 from .config import CleanLabelConfig, CoverConfig, TrainingConfig
 from .data import Dataset, Split
 from .device import derived_generator
@@ -15,6 +15,7 @@ from .errors import UserError, described
 from .metrics import Evaluator
 from .models import Classifier
 from .poison import CROSS, POISON, Labels, Poison, Stamp, changed_share, poison_test, poison_train
+from .record import build_model
 from .run import Run
 
 
@@ -202,15 +203,8 @@ def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
             f"--mean and --std need {channels} numbers each for these images, got {len(mean)} and"
             f" {len(std)}"
         )
-    return models.build(
-        config.model,
-        num_classes=dataset.num_classes,
-        in_chans=channels,
-        mean=mean,
-        std=std,
-        width=config.width,
-        image_size=dataset.image_shape[1],
-    )
+    architecture = {"name": config.model, "width": config.width, "mean": mean, "std": std}
+    return build_model(architecture, dataset.image_shape, dataset.num_classes)
 
 
 def train_surrogate(
