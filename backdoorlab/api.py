@@ -49,6 +49,7 @@ def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] 
         `subtask` stops before there is a result.
     """
     found = methods.load("defense", method)
+    # A record knows its folder, so it is found again whatever the root is.
     place = (
         {"result_file": record}
         if isinstance(record, str)
@@ -83,6 +84,7 @@ def table(
             f" {format!r}.{suggest(format, get_args(formats.Format))}"
         )
 
+    # With no name given, a damaged record must not hide the others.
     place = record_root(root)
     damaged: list[measured.Damaged] = []
     if records is None:
@@ -93,6 +95,7 @@ def table(
             record if isinstance(record, Record) else Record.load(record, place) for record in named
         ]
 
+    # One row for each group of seeds, or one for each run.
     if mean or worst:
         shown = formats.render(
             layout.means(measured.rows(found, on_damage=damaged.append), format, worst=worst),
@@ -100,6 +103,7 @@ def table(
         )
     else:
         shown = layout.render(layout.rows(found, damaged.append), format)
+    # On stderr, so that a table in a file stays a table.
     layout.complain(damaged)
     return shown
 

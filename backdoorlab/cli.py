@@ -100,6 +100,7 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     Returns:
         The command's exit code; 2 for bad input, 1 for a defect of ours, 130 for Ctrl-C.
     """
+    # The flags may be what is wrong, so they are not parsed for this one.
     debug = "--debug True" in " ".join(argv).replace("=", " ")
     try:
         _check_torch()
@@ -112,11 +113,13 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         return 130
+    # The reader has closed the pipe, as `head` does.
     except BrokenPipeError:
         return 0
     except Exception as error:
         from .settings.methods import raised_in
 
+        # Name the method's file, if the error came from there.
         where = f", in {came}" if (came := raised_in(error)) else ""
         if isinstance(error, OSError) and error.errno is not None:
             if debug:

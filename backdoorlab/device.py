@@ -80,10 +80,12 @@ def seed_everything(seed: int, device: torch.device) -> None:
     if not 0 <= seed < 2**31:
         raise UserError(f"seed must lie in 0..{2**31 - 1}, got {seed}")
 
+    # Libraries that methods call may draw from any of the three.
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     if device.type == "cuda":
+        # Without it, sums in cuBLAS depend on which streams are free.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = True
         # torch then makes the context current by itself.
@@ -115,6 +117,7 @@ def derived_generator(seed: int, purpose: str) -> torch.Generator:
         seed: the run's seed.
         purpose: another word gives other draws.
     """
+    # A hash, for seeds next to each other would give related streams.
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 

@@ -54,6 +54,7 @@ def train(
         run: the context of the attack or defense.
         stage: name of the stage, under which a killed run continues.
     """
+    # The forward passes are captured for the modes of a training.
     optimizer = make_optimizer(model.parameters(), recipe)
     scheduler = LRSchedule(optimizer, recipe, len(split))
     steps = recipe.epochs * (len(split) // recipe.batch_size)
@@ -71,6 +72,7 @@ def train(
             augment=recipe.augment,
             drop_last=True,
         ):
+            # Logits are float32 again before the loss, whatever the precision.
             run.step(optimizer, F.cross_entropy(forward(batch.images).float(), batch.labels))
             scheduler.after_step()
         scheduler.after_epoch(run.mean("loss"))
@@ -108,6 +110,7 @@ class Forward:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Pass images (B, C, H, W) through the model under the run's precision."""
+        # A captured pass counts nothing by itself.
         if images.shape in self._graphs:
             return count(self._graphs[images.shape](images), len(images))
         with self._run.autocast():
@@ -118,11 +121,13 @@ class Forward:
 
         Batch statistics, random numbers and counted passes stay as they were.
         """
+        # Capture runs a few passes, which move batch statistics: they are put back.
         device, model = self._run.device, _Whole(self._model)
         images = torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         # Torch waits for the stream that it warns about.
         warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+
         try:
             with (
                 torch.cuda.device(device),
@@ -168,6 +173,7 @@ def random_batches(
         stage: name of the stage.
         state: what changes from step to step, as for `run.epochs`.
     """
+    # A stage counts rounds of steps as its epochs, and draws a round's images at once.
     for done in run.epochs(stage, math.ceil(steps / ROUND), **state):
         count = min(ROUND, steps - done * ROUND) * batch_size
         order = torch.randint(len(split), (count,), generator=run.generator)
@@ -176,6 +182,7 @@ def random_batches(
 
 def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimizer:
     """Make the recipe's optimizer, SGD with momentum or Adam, fused into one kernel."""
+    # One kernel for all parameters: a step of a small network is bound by launches.
     if recipe.optimizer == "adam":
         return torch.optim.Adam(
             parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
@@ -208,6 +215,7 @@ class LRSchedule:
 
     def after_step(self) -> None:
         """Move on by one step."""
+        # Only this schedule counts steps; all others count epochs.
         if self._schedule == "onecycle":
             self._scheduler.step()
 

@@ -28,6 +28,7 @@ def described(value: object) -> str:
 
 def one_line(complaint: object) -> str:
     """Write a complaint as one printable line, whatever file name or text of others is in it."""
+    # Control characters of a file name could move the cursor of a terminal.
     return "error: " + "".join(
         c if c.isprintable() else " " for c in " ".join(str(complaint).split())
     )

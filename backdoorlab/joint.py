@@ -66,10 +66,14 @@ def vary(
     Returns:
         float (B, C, H, W).
     """
+    # All draws are made, whatever is switched off, so that later ones stay the same.
     count, (height, width) = len(images), images.shape[2:]
     draws = torch.rand(6, 1 if shared else count, generator=generator).expand(6, count)
+
+    # Whole pixels of shift, as a crop out of padded images has them.
     padding = recipe.augment.crop_padding * (draws[0] < crop_share)
     shift = ((2 * padding + 1) * draws[1:3]).floor() - padding
+    # Degrees become radians; images that are not rotated have the angle 0.
     angle = torch.deg2rad((2 * draws[3] - 1) * ROTATION * (draws[4] < rotation_share))
     mirror = 1 - 2 * ((draws[5] < 0.5) & recipe.augment.flip).float()
 
@@ -91,6 +95,7 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
         seed: the run's seed.
         purpose: another one gives other networks.
     """
+    # The global state is put back afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_generator(seed, purpose).initial_seed())
         yield
@@ -125,6 +130,7 @@ def snapshot(
     Returns:
         The poisoned rows of the training set, and the triggered test images.
     """
+    # Victims are drawn as a static attack draws them.
     labels, drawn = labels_of(dataset, config), derived_generator(config.seed, "victims")
     train = poison_train(
         dataset.train,
@@ -188,8 +194,10 @@ def train_changed(
         for batch in batches(
             train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=True
         ):
+            # Poisoned images come first, so that their labels are the first, too.
             images, poisoned = poison_batch(batch)
             given = torch.cat([labels.of(batch.labels[:poisoned]), batch.labels[poisoned:]])
+            # Augmented after the trigger was put on, as any training image is.
             logits = forward(vary(images, recipe, run.generator, shared=shared))
             run.step(optimizer, F.cross_entropy(logits.float(), given))
             schedule.after_step()

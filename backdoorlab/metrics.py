@@ -72,6 +72,7 @@ def der(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
     """
     if before["asr"] is None or after["asr"] is None:
         return None
+    # Neither a higher ASR nor a higher accuracy counts.
     gain = max(0.0, before["asr"] - after["asr"])
     cost = max(0.0, before["clean_accuracy"] - after["clean_accuracy"])
     return (gain - cost + 1) / 2
@@ -79,6 +80,7 @@ def der(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
 
 def collapsed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
     """Whether a defense destroyed the model: it lost COLLAPSE, or half, of the clean accuracy."""
+    # Rounded, for a loss of exactly COLLAPSE must not hang on the last bit.
     had, left = before["clean_accuracy"], after["clean_accuracy"]
     return left < had / 2 or round(had - left, 9) >= COLLAPSE
 
@@ -99,10 +101,12 @@ def score(
         triggered: the triggered images; ASR and RA count those of kind POISON.
         num_classes: number of classes.
     """
+    # Images that the attack is not meant for are scored apart.
     spared = triggered.kind == CROSS
     cross = _cross(predictions[spared], triggered) if bool(spared.any()) else None
     predictions, triggered = predictions[~spared], triggered.of_kind(POISON)
 
+    # ASR and RA come from the same predictions, so their sum is at most 1.
     right = clean_predictions == clean_labels
     hit = predictions == triggered.labels
     robust = predictions == triggered.original_labels
@@ -127,6 +131,7 @@ def _cross(predictions: Tensor, triggered: Poison) -> dict[str, float | None]:
 
     In all2all the attacker has no label for them, so there is no ASR.
     """
+    # In all2one all poisoned images have one label, that of the target.
     targets = triggered.of_kind(POISON).labels.unique()
     asr = _share(predictions == targets) if len(targets) == 1 else None
     return {"accuracy": _share(predictions == triggered.of_kind(CROSS).original_labels), "asr": asr}
@@ -143,6 +148,7 @@ def split_quality(flagged: Tensor, poison: Poison) -> dict[str, Any]:
         tpr, fpr and precision in [0, 1], None where their denominator is 0; the numbers `flagged`
         and `missed`; and `cross_flagged`, the share of cross images that is flagged.
     """
+    # Cross images carry a trigger, but their true label: here they count as clean.
     flagged = flagged.cpu()
     poisoned, cross = poison.mask(len(flagged)), poison.mask(len(flagged), CROSS)
     return {
@@ -181,6 +187,7 @@ class Evaluator:
 
     def __call__(self, model: nn.Module) -> Scores:
         """Score a model on both sets."""
+        # The hash of all weights and buffers costs less than one pass over the test images.
         key = reading.tensor_hash(
             {name: value.detach().cpu() for name, value in model.state_dict().items()}
         )
@@ -205,6 +212,7 @@ def predict(model: nn.Module, split: Split, device: torch.device) -> Tensor:
     Returns:
         int64 (N,) on the CPU.
     """
+    # Each part has a mode of its own: a method may have frozen one of them.
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

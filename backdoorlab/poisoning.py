@@ -60,6 +60,7 @@ def static_attack(
         covers: the training images that may become cover samples, with the true label. None: all.
             Read if the config has a cover_rate.
     """
+    # Some stamps need images to mix in, or a trained network.
     prepared = prepare(dataset, config, run) if prepare else {}
     if not isinstance(prepared, dict):
         raise UserError(
@@ -67,6 +68,7 @@ def static_attack(
             f" dict, got {described(prepared)}"
         )
 
+    # Train and test images get the same stamp, each by its own victims.
     fixed: Stamp = partial(stamp, config=config, **prepared)
     labels = Labels(config.target_label, config.label_mode, dataset.num_classes)
     train_poison = _poisoned_training_set(
@@ -108,6 +110,7 @@ def _poisoned_training_set(
             rate = _share_of_class(config, int(pool.sum())) / size
     cover_rate = config.cover_rate if isinstance(config, CoverConfig) else 0.0
 
+    # Victims and covers are drawn by a generator of their own.
     poison = poison_train(
         train,
         stamp,
@@ -118,6 +121,7 @@ def _poisoned_training_set(
         cover_rate=cover_rate,
         covers=_chosen(covers, "covers", train, "train", config) if covers else None,
     )
+
     _note_rates(poison, rate, cover_rate, size, run)
     if isinstance(config, CleanLabelConfig):
         of_class = int((train.labels == config.target_label).sum())
@@ -205,7 +209,10 @@ def poison_and_train(
         stage: name of the training's stage.
     """
     model = new_model(dataset, config).to(run.device)
+    # Epochs of the training are scored on the images that ASR will be measured on.
     run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device))
+
+    # Only the poisoned rows are copied; the others stay in the map of the data set.
     received = data.to_device(train_poison.apply(dataset.train), run.device)
     engine.train(model, received, config.recipe(), run, stage=stage)
     return Outcome(model, train_poison, test_poison)
@@ -216,6 +223,7 @@ def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
 
     It is normalised by the config's numbers, else by those of the training images.
     """
+    # Statistics are measured only if one of the two is not given.
     measured = (
         data.channel_statistics(dataset.train)
         if config.mean is None or config.std is None

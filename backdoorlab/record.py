@@ -29,6 +29,7 @@ def record_root(given: str | None = None) -> Path:
         return Path(given)
     if os.environ.get("BACKDOORLAB_RECORDS"):
         return Path(os.environ["BACKDOORLAB_RECORDS"])
+    # An installed package has no checkout beside it.
     checkout = Path(__file__).parent.parent
     return checkout / "record" if (checkout / "setup.py").exists() else Path("record")
 
@@ -37,6 +38,7 @@ def record_names(root: Path) -> list[str]:
     """List the finished records below `root`, in alphabetical order."""
     if not root.is_dir():
         return []
+    # A kill between two renames leaves the old record aside; it is put back first.
     for aside in root.glob(".*.old"):
         folders.recover(root / aside.name[1 : -len(".old")])
     return sorted(
@@ -108,6 +110,8 @@ class Record:
         check_name(name)
         folder = root / name
         folders.recover(folder)
+
+        # An unknown name is answered with what helps: the unfinished run, or the known names.
         if not (folder / "record.json").is_file():
             if (root / f"{name}.partial").is_dir():
                 raise UserError(
@@ -149,6 +153,7 @@ class Record:
         Args:
             path: where the data are; needed only if the cache has lost them.
         """
+        # The same name can be other data: the fingerprint decides.
         wanted = self.info["dataset"]
         options = dict(image_size=wanted["image_size"], grey=wanted["grey"])
         if path is None:
@@ -171,6 +176,7 @@ class Record:
 
     def _check_data(self, found: Dataset) -> None:
         """Refuse data that are not as record.json describes them besides the fingerprint."""
+        # Shapes and weights of the record were checked against these numbers.
         said = (
             tuple(self.info["dataset"]["image_shape"]),
             self.info["dataset"]["train_size"],
@@ -269,12 +275,15 @@ def defender_view(
                 f"record {record.name!r} was imported without its training set, which this defense"
                 " needs: use one that does not assume it"
             )
+        # Poisoned rows are in place, and nothing marks them.
         granted["train"] = record.train_poison.apply(dataset.train)
+
     if "trusted" in assumes:
         granted["trusted"] = trusted
     if "seeds" in assumes:
         granted["seeds"] = seeds
 
+    # What everybody may know of a model and its data.
     return DefenderView(
         architecture=record.info["architecture"]["name"],
         num_classes=dataset.num_classes,
@@ -300,8 +309,10 @@ def draw_seeds(
     Returns:
         int64 (num_classes * per_class,), increasing.
     """
+    # Cover samples keep their label, but they are no clean samples, either.
     touched = torch.zeros(len(labels), dtype=torch.bool)
     touched[poison.index] = True
+
     drawn = []
     for label in range(num_classes):
         clean = ((labels == label) & ~touched).nonzero().squeeze(1)
@@ -310,6 +321,7 @@ def draw_seeds(
                 f"expected {per_class} clean seeds of each class, but class {label} has"
                 f" {len(clean)} clean samples: lower --seeds_per_class"
             )
+        # The first of a permutation are a uniform draw without replacement.
         drawn.append(clean[torch.randperm(len(clean), generator=generator)[:per_class]])
     return torch.cat(drawn).sort().values
 
@@ -325,6 +337,7 @@ def build_model(
         num_classes: number of classes.
     """
     channels, height, _ = image_shape
+    # "small" is the stem of every network that was trained here.
     return models.build(
         architecture["name"],
         num_classes=num_classes,
@@ -344,6 +357,7 @@ def _model_shapes(info: Mapping[str, Any]) -> reading.Shapes:
 
 @lru_cache(maxsize=64)
 def _shapes(arguments: str) -> reading.Shapes:
+    # On the meta device a network takes no memory, however large record.json says that it is.
     with torch.device("meta"):
         return shapes_of(build_model(*json.loads(arguments)))
 
@@ -399,6 +413,7 @@ def write(
 def read_folder(folder: Path) -> Record:
     """Read and verify the record in a folder."""
     path = folder / "record.json"
+    # record.json has a checksum of its own, and those of all other files.
     info = reading.read_sealed(path)
     check_record(path, info)
     manifest = info["files"]
@@ -489,6 +504,8 @@ def _read_poison(
     """Read a file of poison, and refuse positions, labels and kinds that cannot be."""
     tensors, _ = reading.read_tensors(path, entry=entry, check=check)
     poison = Poison(**tensors)
+
+    # record.json does not say how many test images there are.
     size = info["dataset"]["train_size"] if path.name == "train_poison.safetensors" else 1 << 62
     with reading.one_line(path):
         if len(poison) and (
@@ -497,6 +514,7 @@ def _read_poison(
             or int(poison.index[-1]) >= size
         ):
             raise ValueError("its index does not rise within the data set")
+        # Labels become rows of a table and of a loss: none may lie outside.
         for labels in (poison.labels, poison.original_labels):
             if (
                 len(labels)

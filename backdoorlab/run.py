@@ -184,17 +184,11 @@ class Run:
         parts = {"model": model, **state} if model is not None else state
         path = self.folder / f"checkpoint-{stage}.safetensors"
         done = self._resumed(path, stage, total, parts)
-        bar = tqdm(
-            range(done, total),
-            desc=stage,
-            initial=done,
-            total=total,
-            disable=None,
-            leave=False,
-            unit="epoch",
-        )
+        left, style = range(done, total), {"disable": None, "leave": False, "unit": "epoch"}
+        bar = tqdm(left, desc=stage, initial=done, total=total, **style)
 
         for epoch in bar:
+            # What is watched, logged and reported belongs to one epoch.
             self._where = f"stage {stage}, epoch {epoch}"
             began = time.perf_counter()
             self._sums.clear()
@@ -202,6 +196,7 @@ class Run:
             self._logged, self._splits = {}, []
             yield epoch
 
+            # Seconds are those of the training alone: scores come after them.
             self._check_finite()
             seconds = round(time.perf_counter() - began, 3)
             row: dict[str, Any] = {"stage": stage, "epoch": epoch, "seconds": seconds}
@@ -240,12 +235,14 @@ class Run:
             gradients: one for each of the optimizer's parameters, in their order; used in place
                 of the gradients of `loss`.
         """
+        # The parameters' own gradients are replaced, never added to.
         optimizer.zero_grad(set_to_none=True)
         if gradients is None:
             loss.backward()
         else:
             for parameter, gradient in zip(_parameters(optimizer), gradients, strict=True):
                 parameter.grad = gradient
+
         optimizer.step()
         self.watch(loss=loss)
 
@@ -253,6 +250,7 @@ class Run:
         """Average scalars over the epoch, on the device, into its line of history."""
         _check_free("watch", values)
 
+        # Sums stay on the device in float64: `.item()` in each step would wait for a GPU.
         for name, value in values.items():
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
@@ -289,11 +287,13 @@ class Run:
         """
         _check_name("cached", name)
         path = self.folder / f"cached-{name}.safetensors"
+        # Read back: an earlier start of this run has computed them.
         if path.exists():
             tensors, meta = reading.read_tensors(path)
             self._restore(tensors, meta)
             return {key: tensors[f"value/{key}"] for key in meta["keys"]}
 
+        # Computed now, and saved with the state in which the run goes on.
         self._where = name
         values = {key: value.cpu() for key, value in compute().items()}
         tensors, meta = self._state()
@@ -305,6 +305,7 @@ class Run:
         """Print a sentence and keep it in the result, for the reader of the table."""
         if not isinstance(text, str):
             raise UserError(f"run.note({text!r}): expected a sentence, got {described(text)}")
+        # A continued run says again what it noted before.
         if text not in self.notes:
             self.notes.append(text)
             self.say(text)
@@ -336,6 +337,7 @@ class Run:
                 f" image, got {described(suspicion)}"
             )
 
+        # Only the answer itself is kept beside the result.
         if name == "split":
             self.flagged = flagged.cpu()
             self.suspicion = None if suspicion is None else suspicion.detach().float().cpu()
@@ -356,6 +358,7 @@ class Run:
                 f"run.picture({name!r}): expected rows of images, uint8 (n, C, H, W) each, got"
                 f" {described(wrong[0])}"
             )
+        # On the CPU, so that a sheet takes no memory of a GPU until the end.
         self.pictures[name] = [images.cpu() for images in rows]
 
     # --- what the executor and attacks call
@@ -385,7 +388,8 @@ class Run:
         values = "  ".join(
             f"{name} {short(value)}" for name, value in shown.items() if value is not None
         )
-        if bar.disable:  # no terminal: one plain line an epoch
+        # Without a terminal there is no bar, but one plain line an epoch.
+        if bar.disable:
             self.say(f"{row['stage']} {row['epoch'] + 1}/{total}  {values}")
         else:
             bar.set_postfix_str(values)
@@ -419,6 +423,7 @@ class Run:
         if self.suspicion is not None:
             tensors["suspicion"] = self.suspicion
 
+        # Scores lie with the executor, which puts them beside.
         meta: dict[str, Any] = {"notes": self.notes, "progress": vars(self.progress)}
         self._callbacks.save(meta)
         return tensors, meta
@@ -442,6 +447,7 @@ class Run:
                 " use --overwrite"
             )
 
+        # Random state is restored last, whatever is drawn until then.
         for name, part in parts.items():
             part.load_state_dict(writing.unpack(meta["state"][name], tensors))
             if isinstance(part, torch.optim.Optimizer):
@@ -458,6 +464,7 @@ class Run:
         if self.device.type == "cuda" and "rng/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
 
+        # The time until here was no work of the method, so the clock starts now.
         self._callbacks.restore(meta)
         self.notes, self.progress = meta["notes"], Progress(**meta["progress"])
         self.flagged, self.suspicion = tensors.get("flagged"), tensors.get("suspicion")
@@ -509,6 +516,7 @@ def peak_memory(device: torch.device) -> int:
         import resource
     except ImportError:  # not on Windows
         return 0
+    # macOS counts bytes, other systems KiB.
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 

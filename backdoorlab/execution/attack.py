@@ -125,6 +125,7 @@ def run_attack(job: Job) -> Record:
         outcome, scores, info = execute(prepared, run, log)
         publish(prepared, outcome, info, log, stage)
         costs = {key: info.costs[key] for key in ("seconds", "peak_memory_bytes")}
+        # Trackers get the final scores only once the record is in its place.
         tracker.final(after=scores.summary(), cost=costs)
     return Record.load(config.save_folder_name, prepared.root)
 
@@ -136,6 +137,7 @@ def prepare(job: Job) -> Prepared:
     if not config.save_folder_name:
         raise UserError("--save_folder_name NAME is missing: the record will be record/NAME")
     record.check_name(config.save_folder_name)
+
     root = record.record_root(config.record_root)
     device = choose_device(config.device)
 
@@ -148,6 +150,7 @@ def prepare(job: Job) -> Prepared:
     if isinstance(config, TriggerConfig):
         check_target(config.target_label, dataset.num_classes)
 
+    # Where the precision is measured, an untrained network of the same shape tells the speed.
     keep_freed_memory(device)
     network = {
         "architecture": config.model,
@@ -166,6 +169,8 @@ def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[Outcome, Score
     """
     job, dataset, config = prepared.job, prepared.dataset, prepared.job.config
     _introduce(prepared, run)
+
+    # The attack's own file decides what happens; it returns, and scores nothing.
     outcome = _attack_function(job.method)(dataset, config, run)
     if not isinstance(outcome, Outcome):
         raise UserError(
@@ -173,6 +178,7 @@ def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[Outcome, Score
             " backdoorlab.poisoning.Outcome"
         )
 
+    # The model is scored once more, at the end, whatever score_every is.
     with run.uncharged():
         scores = log.score(outcome.model)
     _note_nothing_learned(scores, dataset, run)
@@ -184,6 +190,7 @@ def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[Outcome, Score
         else {}
     )
 
+    # What a reader should know of the trigger.
     _note_faint(outcome, dataset, run)
     crops = left_by_crops(dataset.train, outcome.train_poison, config.crop_padding)
     _note_cut_off(crops, run)
@@ -198,6 +205,7 @@ def publish(
     save_preview(final / "preview.png", prepared.dataset.test, outcome.test_poison)
     log.save_history(final)
     record.write(final, info.to_json(), outcome.model, outcome.train_poison, outcome.test_poison)
+    # A record that cannot be read would stop every table.
     record.refuse_unreadable(final, record.read_folder)
     put_in_place(final, prepared.target)
 
@@ -212,6 +220,7 @@ def _info(
     run: Run,
 ) -> RecordInfo:
     dataset, config = prepared.dataset, prepared.job.config
+    # A suspicious data set was not poisoned here: nobody knows where its poison is.
     suspicious = getattr(config, "suspicious", False)
     one_target = getattr(config, "label_mode", None) == "all2one"
     return RecordInfo(
@@ -249,9 +258,10 @@ def _introduce(prepared: Prepared, run: Run) -> None:
         f"{prepared.job.method.name} on {dataset.name}: {len(dataset.train):,} training images"
         f" {dataset.image_shape}, {prepared.device}, {prepared.choice.describe()}"
     )
+    # Folders named 0 and 5 make six classes, four of them without images.
     seen = set(dataset.train.labels.tolist())
     absent = [name for label, name in enumerate(dataset.class_names) if label not in seen]
-    if absent:  # labels 0 and 5 are six classes
+    if absent:
         run.note(
             f"{len(absent)} of the {dataset.num_classes} classes have no training image"
             f" ({', '.join(absent[:5])}{', ...' * (len(absent) > 5)})"
@@ -324,6 +334,8 @@ def plain_scores(
     """
     if not config.plain:
         return None
+
+    # An ordinary training, under a stage of its own.
     before = run.spent().seconds
     model = poison_and_train(
         dataset, config, run, outcome.train_poison, outcome.test_poison, stage="plain"

@@ -99,6 +99,7 @@ def defense_job(method: Method, argv: Sequence[str], prog: str) -> Job:
         argv: flags and values.
         prog: the command's name, for --help.
     """
+    # The parser asks for the record up to twice, and the run needs it again.
     read_once = cache(_read_record)
 
     def trained(config: DefenseConfig) -> Trained:
@@ -144,6 +145,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
             train_size=len(prepared.dataset.train),
             callbacks=log.callbacks(),
         )
+        # The stage keeps its checkpoints where the method stops early.
         finished = execute(prepared, run, log)
         if finished is None:
             run.say(f"{job.method.name} stopped early; its files are in {stage}")
@@ -165,6 +167,8 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
     config: DefenseConfig = job.config
     device = choose_device(config.device)
     dataset = found.dataset(config.dataset_path)
+
+    # A continued run must start from the same record and the same trusted images.
     inputs = {"record": reading.sha256(found.folder / "record.json")}
 
     trusted = None
@@ -173,6 +177,7 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
         images = {"images": trusted.images, "labels": trusted.labels}
         inputs["trusted images"] = reading.tensor_hash(images)
 
+    # Where the precision is measured, the record's own network is timed.
     keep_freed_memory(device)
     architecture = found.info["architecture"]
     network = {
@@ -187,6 +192,7 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
 def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[nn.Module, Result] | None:
     """Run the method and score the model that it returns; None where it stops early."""
     found, method, dataset = prepared.record, prepared.method, prepared.dataset
+    # The evaluator goes to the score log; the run does not keep it.
     evaluator = Evaluator(dataset.test, found.test_poison, dataset.num_classes, prepared.device)
     run.watch_scores(evaluator)
     view = _view(prepared, run)
@@ -209,6 +215,8 @@ def publish(prepared: Prepared, model: nn.Module, result: Result, run: Run, log:
     final = fresh(run.folder / "final")
     writing.write_tensors(final / "model.safetensors", model.state_dict())
     log.save_history(final)
+
+    # What the method reported on its way.
     for name, images in run.pictures.items():
         save_sheet(final / f"{name}.png", images)
     if run.flagged is not None:
@@ -235,6 +243,7 @@ def _view(prepared: Prepared, run: Run) -> DefenderView:
     """Cut the record down to what the method assumes, and print what it gets."""
     found, method, config = prepared.record, prepared.method, prepared.job.config
     dataset, trusted = prepared.dataset, prepared.trusted
+    # What the method does not assume is not drawn.
     seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
     view = record.defender_view(found, dataset, method.assumes, trusted, prepared.device, seeds)
 
@@ -243,6 +252,8 @@ def _view(prepared: Prepared, run: Run) -> DefenderView:
         f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}),"
         f" {prepared.device}, {prepared.choice.describe()}"
     )
+
+    # What limits the result goes into its notes.
     if trusted is not None:
         describe_trusted(trusted, config, found, dataset, run)
     if seeds is not None and not found.known_poison:
@@ -263,6 +274,7 @@ def _result(
 ) -> Result:
     info, config, trusted = prepared.record.info, prepared.job.config, prepared.trusted
     summary = after.summary()
+    # Settings and inputs come first, then scores, then costs and environment.
     return Result(
         schema=schema.SCHEMA,
         attack=info["attack"],
@@ -365,6 +377,7 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
     model = found.model()
     record.load_weights(model, target / "model.safetensors", result["files"], found.model_shapes())
 
+    # Its scores before the defense are those of the finished run.
     evaluator = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device)
     after = evaluator(model.to(device)).summary()
     before = result.get("before", found.info["scores"])

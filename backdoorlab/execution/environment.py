@@ -43,10 +43,12 @@ def processor() -> str:
 
 def _commit() -> str | None:
     """Return the checkout's commit, with "+changes" if files differ; None outside a checkout."""
+    # An installed package lies in no checkout, and a machine may have no git.
     root = Path(__file__).parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     try:
+        # A slow file system must not stop a run that is finished.
         command = partial(
             subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True
         )

@@ -30,12 +30,15 @@ def save_preview(path: Path, clean: Split, triggered: Poison) -> None:
         clean: the clean test set.
         triggered: the triggered test images; images of kind CROSS are left out.
     """
+    # One image of each class shows more than the first eight.
     triggered = triggered.of_kind(POISON)
     index = (
         _one_per_class(triggered.original_labels)
         if len(triggered)
         else torch.arange(min(COLUMNS, len(clean)))
     )
+
+    # Differences are shifted to mid-grey, so that darker and brighter pixels are both seen.
     if len(triggered):
         before, after = clean.images[triggered.index[index]], triggered.images[index]
         difference = ((after.int() - before.int()) * GAIN + 128).clamp(0, 255).to(torch.uint8)
@@ -47,6 +50,7 @@ def save_preview(path: Path, clean: Split, triggered: Poison) -> None:
 
 def save_sheet(path: Path, rows: Sequence[torch.Tensor]) -> None:
     """Write a PNG with rows of enlarged images, each uint8 (n, C, H, W) of one size."""
+    # All images are enlarged alike.
     channels, height, width = rows[0].shape[1:]
     scale = max(SCALE, LEAST_SIDE // height)
     down, right = scale * height + GAP, scale * width + GAP
@@ -55,6 +59,8 @@ def save_sheet(path: Path, rows: Sequence[torch.Tensor]) -> None:
         GROUND,
         dtype=torch.uint8,
     )
+
+    # Rows from above, images from the left; shorter rows end in the ground.
     for r, images in enumerate(rows):
         for c, image in enumerate(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)):
             sheet[

@@ -63,6 +63,8 @@ class ScoreLog:
         """Evaluate a model on the test data, and count the time as evaluation."""
         if self._evaluator is None:
             raise RuntimeError("this run has no evaluator")
+
+        # Evaluation is a cost of the benchmark, not of the method.
         began = time.perf_counter()
         scores = self._evaluator(model)
         self.evaluation_seconds += time.perf_counter() - began
@@ -74,6 +76,7 @@ class ScoreLog:
         writing.write_bytes(folder / "history.csv", frame.to_csv(index=False).encode())
 
     def _end_epoch(self, epoch: Epoch) -> None:
+        # Numbers of a split say how right it is, so the method's own line is copied.
         row = dict(epoch.row)
         for name in epoch.splits:
             if name in self.splits:
@@ -83,6 +86,7 @@ class ScoreLog:
         if epoch.model is not None and self._is_due(epoch):
             row |= self.score(epoch.model).summary()
 
+        # Kept and printed first: a listener may fail.
         self.history.append(row)
         epoch.show(row)
         if self._on_line is not None:
@@ -94,6 +98,7 @@ class ScoreLog:
         return epoch.last or (epoch.row["epoch"] + 1) % self._score_every == 0
 
     def _measure_split(self, name: str, flagged: Tensor) -> None:
+        # Of a stranger's data set nobody knows the poison: the split can only be counted.
         if self._train_poison is None:
             say(f"{name}: {int(flagged.sum())} of {len(flagged)} flagged; nobody knows how rightly")
             return

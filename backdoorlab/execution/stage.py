@@ -84,10 +84,12 @@ def open_stage(
         refuse_existing(target, done, config.overwrite)
         for torn in path.glob(".*.tmp"):
             folders.remove(torn)
+
+        # What must be the same to continue, and what may differ but is said.
         settings = {"method": job.method.name, "config": config.science(), "inputs": dict(inputs)}
         made = {"code": code_version(job.method.path), "precision": computes_in}
         finished = _checksum(target / done) if config.overwrite else None
-        # With nothing to replace, the flag changes nothing
+        # With nothing to replace, the flag changes nothing.
         replaces = {} if finished is None else {"replaces": finished}
 
         wanted = {**settings, **replaces, "code": made["code"]}
@@ -98,6 +100,8 @@ def open_stage(
             for entry in folders.entries(path):
                 folders.remove(entry)
         writing.write_json(path / MARKER, {**settings, **made, **replaces})
+
+        # A stage without a checkpoint would only be in the way.
         try:
             yield path
         except BaseException:
@@ -120,7 +124,8 @@ def _continued(path: Path, settings: dict[str, Any], made: dict[str, str]) -> di
     """
     begun = reading.read_json(path / MARKER)
     begun.pop("replaces", None)
-    begun.setdefault("inputs", settings["inputs"])  # one of an older version does not say
+    # Runs of an older version do not say what they started from.
+    begun.setdefault("inputs", settings["inputs"])
     before = {
         "code": begun.pop("code", "?"),
         "precision": begun.pop("precision", schema.UNKNOWN),
@@ -190,6 +195,7 @@ def _check_same(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
     if begun == now:
         return
 
+    # Settings by name, else inputs, else the method itself.
     old, new = begun.get("config", {}), now["config"]
     changed = [
         f"{key} {old.get(key)} -> {new.get(key)}"

@@ -72,6 +72,7 @@ class Tracker:
 
     def line(self, step: int, row: Mapping[str, Any]) -> None:
         """Send the numbers of a line of history, named by their stage."""
+        # The epoch is the step already; words cannot be drawn.
         numbers = {name: value for name, value in row.items() if _is_number(value)}
         numbers.pop("epoch", None)
         values = {f"{row['stage']}/{name}": float(value) for name, value in numbers.items()}
@@ -92,6 +93,7 @@ class Tracker:
         self._sink = None
 
     def _try(self, act: Callable[[Sink], None]) -> None:
+        # After a failure there is no sink.
         if self._sink is None:
             return
         try:
@@ -168,6 +170,7 @@ def wandb(folder: Path, name: str, settings: Mapping[str, Any], stage: Path) -> 
     """
     import wandb as package
 
+    # Its own lines would break the progress bar.
     options = package.Settings(console="off", silent=True)
     run = package.init(
         project=PROJECT,
@@ -180,6 +183,7 @@ def wandb(folder: Path, name: str, settings: Mapping[str, Any], stage: Path) -> 
         reinit="create_new",
     )
 
+    # The summary, and not a line: final scores belong to no step.
     def close(values: Values) -> None:
         run.summary.update(dict(values))
         run.finish()
@@ -204,6 +208,7 @@ def mlflow(folder: Path, name: str, settings: Mapping[str, Any], stage: Path) ->
         experiment.experiment_id if experiment is not None else client.create_experiment(PROJECT)
     )
 
+    # A continued run is found by its tag; its settings are there already.
     identity = _identity(stage)
     known = client.search_runs(
         [number], filter_string=f"tags.identity = '{identity}'", max_results=1

@@ -15,6 +15,7 @@ def trusted_images(config: DefenseConfig, found: Record, dataset: Dataset) -> Sp
     """Load the folder that the user gave, else draw from the clean training set by the seed."""
     if config.trusted_path is not None:
         return load_trusted(config.trusted_path, dataset, found.info["dataset"]["image_size"])
+    # Of the clean images: what the attack poisoned is not what a defender can trust.
     index = trusted_index(
         len(dataset.train),
         ratio=config.trusted_ratio,
@@ -29,6 +30,8 @@ def describe_trusted(
 ) -> None:
     """Print how many trusted images there are, and note what limits them."""
     run.say(f"{len(trusted):,} trusted images")
+
+    # A class without trusted images is forgotten by fine-tuning.
     missing = sorted(set(range(dataset.num_classes)) - set(trusted.labels.tolist()))
     if missing:
         names = ", ".join(dataset.class_names[label] for label in missing[:NAMED])
