@@ -322,7 +322,11 @@ def _track(result: Result, run: Run, final: Callable[..., None]) -> None:
 
 def _may_stop_early(defend: Callable[..., Any]) -> bool:
     """Whether the annotation of `defend` says that it may return None."""
-    return NoneType in get_args(get_type_hints(defend).get("return"))
+    try:
+        hint = get_type_hints(defend).get("return")
+    except NameError:  # a name that is imported for type checkers only
+        return False
+    return NoneType in get_args(hint)
 
 
 def _refuse_other_network(model: Any, found: Record, method: Method) -> None:
