@@ -21,38 +21,42 @@ from .tables import rows as measured
 
 
 def attack(method: str, **options: Any) -> Record:
-    """Run attack/<method>.py and return its record. Options are its flags by name,
-    `save_folder_name` among them.
+    """Run attack/<method>.py and return its record.
 
-    A mistake is a UserError (a ValueError), as is a finished record of that name without
-    `overwrite=True`.
+    Args:
+        method: name of the attack.
+        options: its flags by name; `save_folder_name` is required.
+
+    Raises:
+        UserError: a mistake in the options, or a finished record of that name without
+            `overwrite=True`. It is a ValueError.
     """
     found = methods.load("attack", method)
-    return run_attack(
-        attack_job(found, as_flags(found.config_class, _plain(options), method), f"attack {method}")
-    )
+    flags = as_flags(found.config_class, _plain(options), method)
+    return run_attack(attack_job(found, flags, f"attack {method}"))
 
 
 def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] | None:
-    """Run defense/<method>.py on a record, or on the record of that name, and return what its
-    result.json holds.
+    """Run defense/<method>.py on a record.
 
-    Scores are fractions: result["after"]["asr"]. None where a `subtask` stops before there is a
-    result.
+    Args:
+        method: name of the defense.
+        record: a record, or its name.
+        options: flags of the defense by name.
+
+    Returns:
+        The content of result.json; scores are in [0, 1], as result["after"]["asr"]. None if a
+        `subtask` stops before there is a result.
     """
     found = methods.load("defense", method)
+    # A record knows its folder, so it is found again whatever the root is.
     place = (
         {"result_file": record}
         if isinstance(record, str)
         else {"result_file": record.name, "record_root": record.folder.parent}
     )
-    return run_defense(
-        defense_job(
-            found,
-            as_flags(found.config_class, _plain({**options, **place}), method),
-            f"defense {method}",
-        )
-    )
+    flags = as_flags(found.config_class, _plain({**options, **place}), method)
+    return run_defense(defense_job(found, flags, f"defense {method}"))
 
 
 def table(
@@ -63,17 +67,24 @@ def table(
     worst: bool = False,
     root: str | None = None,
 ) -> str:
-    """Records, or a single one, and what each defense left of them; `mean` over seeds, or the
-    `worst` seed of each. None: every record in `root`.
+    """Write a table of records and of the results of their defenses.
 
-    A damaged result is left out with a line on standard error, as is a damaged record where none
-    was named.
+    A damaged result is left out with a line on stderr. So is a damaged record, unless it was named.
+
+    Args:
+        records: one or several, themselves or by name; None for every record in `root`.
+        format: how the table is written.
+        mean: show means over seeds.
+        worst: show the worst seed of each defense.
+        root: folder of records, as --record_root.
     """
     if format not in get_args(formats.Format):
         raise UserError(
             f"format must be one of {', '.join(get_args(formats.Format))}, got"
             f" {format!r}.{suggest(format, get_args(formats.Format))}"
         )
+
+    # With no name given, a damaged record must not hide the others.
     place = record_root(root)
     damaged: list[measured.Damaged] = []
     if records is None:
@@ -83,6 +94,8 @@ def table(
         found = [
             record if isinstance(record, Record) else Record.load(record, place) for record in named
         ]
+
+    # One row for each group of seeds, or one for each run.
     if mean or worst:
         shown = formats.render(
             layout.means(measured.rows(found, on_damage=damaged.append), format, worst=worst),
@@ -90,9 +103,11 @@ def table(
         )
     else:
         shown = layout.render(layout.rows(found, damaged.append), format)
+    # On stderr, so that a table in a file stays a table.
     layout.complain(damaged)
     return shown
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Write paths as text, as a command line has them."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}

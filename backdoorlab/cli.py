@@ -1,4 +1,4 @@
-"""What a user types: every command line ends here, and every mistake in it is one line."""
+"""The command line: it runs a method from its file, and turns every mistake into one line."""
 
 import shlex
 import sys
@@ -10,10 +10,19 @@ from pathlib import Path
 from .errors import UserError, one_line
 
 TORCH_FLOOR = (2, 10)
+"""Oldest version of torch that reads files of strangers safely."""
 
 
 def main(file: str, argv: Sequence[str] | None = None) -> int:
-    """The command line of a method file: `raise SystemExit(main(__file__))`."""
+    """Run the command line of a method file: `raise SystemExit(main(__file__))`.
+
+    Args:
+        file: the method's file; its folder is named attack or defense.
+        argv: flags and values; None for those of the process.
+
+    Returns:
+        The exit code.
+    """
     path = Path(file).resolve()
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guarded(
@@ -23,7 +32,18 @@ def main(file: str, argv: Sequence[str] | None = None) -> int:
 
 
 def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
-    """Run one attack or defense from its file."""
+    """Run one attack or defense from its file, and print what came of it.
+
+    Args:
+        kind: "attack" or "defense".
+        path: the method's file.
+        argv: flags and values.
+        prog: the command's name, for --help.
+
+    Returns:
+        The exit code.
+    """
+    # Imported here, as torch takes seconds, and as this file stands below all others.
     from .execution.attack import attack_job, run_attack
     from .execution.defense import defense_job, report, run_defense
     from .settings import methods
@@ -32,7 +52,7 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
     if kind == "attack":
         job = attack_job(methods.from_file("attack", path), argv, prog)
         record = run_attack(job)
-        # The attacked model; no defense was run on it yet
+        # The first row is the attacked model; the others are defenses of it.
         print(layout.text(layout.rows([record])[:1]))
         print(f"record written: {record.folder}")
         print(f"next: {_next(prog, record.name, job.config.record_root)}")
@@ -47,7 +67,7 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
 
 
 def _next(prog: str, name: str, root: str | None) -> str:
-    """A defense of a fresh record, as a command in the form that the attack was typed in."""
+    """Write the command of a defense, in the form in which the attack was typed."""
     defense = (
         "python defense/dau.py" if prog.endswith(".py") else "python -m backdoorlab defense dau"
     )
@@ -57,8 +77,10 @@ def _next(prog: str, name: str, root: str | None) -> str:
 
 
 def _check_torch() -> None:
-    """Older versions can be made to run code or corrupt memory by a file, even with
-    weights_only=True (CVE-2025-32434, CVE-2026-24747)."""
+    """Refuse a torch in which a file can run code or corrupt memory, even with weights_only=True.
+
+    See CVE-2025-32434 and CVE-2026-24747.
+    """
     found = version("torch")
     if tuple(int(part) for part in found.split(".")[:2]) < TORCH_FLOOR:
         floor = ".".join(map(str, TORCH_FLOOR))
@@ -69,8 +91,16 @@ def _check_torch() -> None:
 
 
 def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
-    """Run a command: bad input is one line and exit code 2, a defect of ours one line and exit code
-    1; --debug shows more."""
+    """Run a command, and print one line for whatever goes wrong; --debug True shows more.
+
+    Args:
+        command: returns the exit code.
+        argv: flags and values, in which --debug is looked for.
+
+    Returns:
+        The command's exit code; 2 for bad input, 1 for a defect of ours, 130 for Ctrl-C.
+    """
+    # The flags may be what is wrong, so they are not parsed for this one.
     debug = "--debug True" in " ".join(argv).replace("=", " ")
     try:
         _check_torch()
@@ -83,24 +113,18 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         return 130
+    # The reader has closed the pipe, as `head` does.
     except BrokenPipeError:
         return 0
     except Exception as error:
         from .settings.methods import raised_in
 
+        # Name the method's file, if the error came from there.
         where = f", in {came}" if (came := raised_in(error)) else ""
-        # A full disk, a folder of another user: nothing of ours
         if isinstance(error, OSError) and error.errno is not None:
             if debug:
                 traceback.print_exc()
-            place = f"{error.filename}: " if error.filename is not None else ""
-            print(
-                one_line(
-                    f"{place}{error.strerror}{where}. Nothing finished was changed; make room or"
-                    " choose another place, then run it again"
-                ),
-                file=sys.stderr,
-            )
+            print(one_line(_refused_by_the_system(error, where)), file=sys.stderr)
             return 2
         if debug:
             raise
@@ -113,3 +137,12 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _refused_by_the_system(error: OSError, where: str) -> str:
+    """Say that a disk is full, or a folder another user's: no defect of ours."""
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return (
+        f"{place}{error.strerror}{where}. Nothing finished was changed; make room or choose another"
+        " place, then run it again"
+    )

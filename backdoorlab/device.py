@@ -1,4 +1,4 @@
-"""What the machine is and does: device, precision, seeds, memory."""
+"""The machine of a run: device, precision, seeds, memory."""
 
 import contextlib
 import ctypes
@@ -16,20 +16,27 @@ from torch import Tensor
 from .errors import UserError
 
 Exact = Literal["bf16", "fp32"]
-"""What a run computes its training in. Scores are always computed in fp32."""
+"""Precision of a run's training. Scores are always computed in fp32."""
 Precision = Literal["auto", "bf16", "fp32"]
-"""What a user may ask for: `auto` becomes the faster one (precision.py)."""
+"""What a user may ask for: `auto` becomes the faster one (execution/precision.py)."""
 
 
 def choose_device(wanted: str) -> torch.device:
-    """ "auto" is the first GPU where there is one; a device that is asked for and absent is an
-    error."""
+    """Turn --device into a torch device.
+
+    Args:
+        wanted: cpu, cuda, cuda:N, or auto for the first GPU, else the CPU.
+
+    Raises:
+        UserError: where the device is not there.
+    """
     if wanted.startswith(("auto", "cuda")) and torch.cuda.is_available():
         torch.cuda.init()  # not every call that takes a numbered device does it
-        # Fp32 is fp32, also for scores; who wants speed has bf16
+        # TF32 would round what is called fp32, scores included.
         torch.backends.cudnn.allow_tf32 = False
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
     try:
         device = torch.device(wanted)
     except RuntimeError as error:
@@ -52,35 +59,47 @@ def choose_device(wanted: str) -> torch.device:
 def autocast(
     device: torch.device, precision: Exact, *, cache: bool = True
 ) -> AbstractContextManager[Any]:
-    """bfloat16 for the passes inside, or nothing. `cache`: keep converted weights until its end,
-    which a CUDA graph must not."""
+    """Compute the passes inside in bfloat16, if that is the precision.
+
+    Args:
+        device: where the passes are.
+        precision: "fp32" changes nothing.
+        cache: keep converted weights until the end of the context, which a CUDA graph must not.
+    """
     if precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
     return contextlib.nullcontext()
 
 
 def seed_everything(seed: int, device: torch.device) -> None:
-    """Seed torch, numpy and random: on a CPU the same numbers in every process of one version and
-    thread count, on a GPU nearly the same ones."""
+    """Seed torch, numpy and random.
+
+    On a CPU the numbers are the same in every process with the same versions and thread count, on
+    a GPU nearly the same.
+    """
     if not 0 <= seed < 2**31:
         raise UserError(f"seed must lie in 0..{2**31 - 1}, got {seed}")
+
+    # Libraries that methods call may draw from any of the three.
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     if device.type == "cuda":
+        # Without it, sums in cuBLAS depend on which streams are free.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = True
+        # torch then makes the context current by itself.
         warnings.filterwarnings(
             "ignore", message="Attempting to run cuBLAS, but there was no current CUDA context"
-        )  # torch then makes it current
+        )
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU with glibc: keep up to 2 GiB that a step frees for the next one.
+    """Keep up to 2 GiB that a training step frees for the next one, on a CPU with glibc.
 
     By default malloc returns a large tensor to the system at once, which clears its pages anew for
     the next: a tenth of a training step's time (performance/pipeline.py, row 5). No number changes.
-    Whoever sets a MALLOC_ variable of glibc decides alone.
+    Nothing is done if a MALLOC_ variable of glibc is set.
     """
     if device.type != "cpu" or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -92,10 +111,17 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def derived_generator(seed: int, purpose: str) -> torch.Generator:
-    """A private CPU generator: draws for one purpose do not move those of another."""
+    """Make a CPU generator of its own, so that draws for one purpose do not move those of another.
+
+    Args:
+        seed: the run's seed.
+        purpose: another word gives other draws.
+    """
+    # A hash, for seeds next to each other would give related streams.
     digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def finite(value: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
     return bool(torch.isfinite(value).all())

@@ -1,4 +1,7 @@
-"""What is measured, and the one evaluator that measures it.
+"""Clean accuracy, ASR and robust accuracy (RA), and the one evaluator that measures them.
+
+ASR is the share of triggered test images (target class excluded) classified as the target, RA the
+share of the same images classified correctly.
 
 All scores are fractions in [0, 1], per image, in evaluation mode and in fp32, whatever precision
 trained. ASR and RA come from the same stored triggered images and one forward pass. Definitions:
@@ -21,51 +24,63 @@ from .storage import reading
 SUMMARY = ("clean_accuracy", "asr", "robust_accuracy")
 """The scores that every line of history and every table has."""
 COLLAPSE = 0.2
-"""Loss of clean accuracy from which on a model counts as destroyed: of 516 such rows of
-BackdoorBench's board, 286 look like successes by ASR."""
+"""Loss of clean accuracy from which on a model counts as destroyed. Of 516 such rows of
+BackdoorBench's board, 286 look like successes by their ASR."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model does on the clean and on the triggered test images; None where there is no
-    triggered image."""
+    """Scores of a model on the clean and the triggered test images, in [0, 1].
+
+    Those of triggered images are None where there are none.
+    """
 
     clean_accuracy: float
+    """Share of clean test images classified correctly."""
     asr: float | None
-    """Share of triggered images that get the attacker's label (none of them is of the target class
-    in all2one)."""
+    """Share of triggered images classified as the attacker's label. In all2one, none of them is of
+    the target class."""
     robust_accuracy: float | None
-    """Share of the same images that get their true label."""
+    """Share of the same images classified correctly."""
     per_class: dict[str, list[float | None]]
-    """The same by true class, and `other` = 1 - asr - robust_accuracy; None for a class without
+    """The same by true class, and `other` = 1 - asr - robust_accuracy. None for a class without
     images."""
     triggered_predictions: list[int]
-    """How many triggered images end in each class: a trigger may be moved instead of removed."""
+    """Number of triggered images classified as each class. It shows a trigger that now leads to
+    another class."""
     cross: dict[str, float | None] | None = None
-    """Images with the trigger that the attack is not meant for (kind CROSS in the test set); None
-    where there is none. `accuracy`: share with the true label. `asr`: share with the attacker's,
-    None in all2all."""
+    """`accuracy` and `asr` on triggered images that the attack is not meant for (kind CROSS); None
+    where there is none. `asr` is None in all2all."""
 
     def summary(self) -> dict[str, float | None]:
+        """Return clean accuracy, ASR and RA."""
         return {name: getattr(self, name) for name in SUMMARY}
 
     def to_json(self) -> dict[str, Any]:
+        """Return every score, as a record keeps it."""
         return asdict(self)
 
 
-def der(before: dict[str, Any], after: dict[str, Any]) -> float | None:
-    """Defense effectiveness rating in [0, 1]: 0.5 is no effect, 1 is ASR from 1 to 0 at no cost in
-    clean accuracy."""
+def der(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
+    """Return the defense effectiveness rating, in [0, 1]; None without an ASR.
+
+    0.5 is no effect; 1 is an ASR that falls from 1 to 0 at no cost in clean accuracy.
+
+    Args:
+        before: summary of the scores before the defense.
+        after: summary of those after it.
+    """
     if before["asr"] is None or after["asr"] is None:
         return None
+    # Neither a higher ASR nor a higher accuracy counts.
     gain = max(0.0, before["asr"] - after["asr"])
     cost = max(0.0, before["clean_accuracy"] - after["clean_accuracy"])
     return (gain - cost + 1) / 2
 
 
 def collapsed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """A defense that costs COLLAPSE of clean accuracy, or half of it where there was less, has not
-    defended anything."""
+    """Whether a defense destroyed the model: it lost COLLAPSE, or half, of the clean accuracy."""
+    # Rounded, for a loss of exactly COLLAPSE must not hang on the last bit.
     had, left = before["clean_accuracy"], after["clean_accuracy"]
     return left < had / 2 or round(had - left, 9) >= COLLAPSE
 
@@ -77,11 +92,21 @@ def score(
     triggered: Poison,
     num_classes: int,
 ) -> Scores:
-    """Scores from predictions: int64 (N,) on the clean test images, int64 (M,) on the triggered
-    ones, of which ASR counts those of kind POISON."""
+    """Compute scores from predicted classes.
+
+    Args:
+        clean_predictions: int64 (N,), on the clean test images.
+        clean_labels: int64 (N,).
+        predictions: int64 (M,), on the triggered images.
+        triggered: the triggered images; ASR and RA count those of kind POISON.
+        num_classes: number of classes.
+    """
+    # Images that the attack is not meant for are scored apart.
     spared = triggered.kind == CROSS
     cross = _cross(predictions[spared], triggered) if bool(spared.any()) else None
     predictions, triggered = predictions[~spared], triggered.of_kind(POISON)
+
+    # ASR and RA come from the same predictions, so their sum is at most 1.
     right = clean_predictions == clean_labels
     hit = predictions == triggered.labels
     robust = predictions == triggered.original_labels
@@ -102,19 +127,28 @@ def score(
 
 
 def _cross(predictions: Tensor, triggered: Poison) -> dict[str, float | None]:
-    """Accuracy and ASR on the images that the attack is not meant for, whose own attacker's label
-    only all2one knows."""
+    """Accuracy and ASR on the images that the attack is not meant for.
+
+    In all2all the attacker has no label for them, so there is no ASR.
+    """
+    # In all2one all poisoned images have one label, that of the target.
     targets = triggered.of_kind(POISON).labels.unique()
     asr = _share(predictions == targets) if len(targets) == 1 else None
     return {"accuracy": _share(predictions == triggered.of_kind(CROSS).original_labels), "asr": asr}
 
 
 def split_quality(flagged: Tensor, poison: Poison) -> dict[str, Any]:
-    """How well a bool (N,) mask finds the poison; cross images count as clean in `fpr` and are also
-    shown alone.
+    """Measure how well a mask finds the poison.
 
-    tpr, fpr and precision are None where their denominator is empty.
+    Args:
+        flagged: bool (N,), over the training set.
+        poison: its poisoned rows. Those of kind CROSS count as clean, and are also counted alone.
+
+    Returns:
+        tpr, fpr and precision in [0, 1], None where their denominator is 0; the numbers `flagged`
+        and `missed`; and `cross_flagged`, the share of cross images that is flagged.
     """
+    # Cross images carry a trigger, but their true label: here they count as clean.
     flagged = flagged.cpu()
     poisoned, cross = poison.mask(len(flagged)), poison.mask(len(flagged), CROSS)
     return {
@@ -128,28 +162,32 @@ def split_quality(flagged: Tensor, poison: Poison) -> dict[str, Any]:
 
 
 class Evaluator:
-    """Scores models on one clean test set and one set of triggered images, without drawing a random
-    number.
+    """Scores models on one clean test set and one set of triggered images.
 
-    A model whose weights did not change since the last call is not run again.
+    It draws no random number. A model whose weights did not change since the last call is not run
+    again.
     """
 
     def __init__(
         self, test: Split, triggered: Poison, num_classes: int, device: torch.device
     ) -> None:
-        self.labels, self.triggered, self.num_classes, self.device = (
-            test.labels,
-            triggered,
-            num_classes,
-            device,
-        )
-        self.test, self.triggered_split = (
-            to_device(test, device),
-            to_device(triggered.triggered(), device),
-        )
+        """Move the images to the device, where they fit.
+
+        Args:
+            test: the clean test set.
+            triggered: the triggered test images.
+            num_classes: number of classes.
+            device: where models are.
+        """
+        self.labels, self.triggered = test.labels, triggered
+        self.num_classes, self.device = num_classes, device
+        self.test = to_device(test, device)
+        self.triggered_split = to_device(triggered.triggered(), device)
         self._last: tuple[str, Scores] | None = None
 
     def __call__(self, model: nn.Module) -> Scores:
+        """Score a model on both sets."""
+        # The hash of all weights and buffers costs less than one pass over the test images.
         key = reading.tensor_hash(
             {name: value.detach().cpu() for name, value in model.state_dict().items()}
         )
@@ -161,12 +199,20 @@ class Evaluator:
 
 
 def predict(model: nn.Module, split: Split, device: torch.device) -> Tensor:
-    """Predicted classes in fp32, int64 (N,) on the CPU. The model's modes are as before afterwards;
-    no pass is counted.
+    """Predict classes in evaluation mode and in fp32. No pass is counted.
 
-    A model that answers NaN is refused: the largest of such answers is by convention the first, and
-    would pass for a class.
+    The model's modes are restored. A model that answers NaN is refused, for argmax would make a
+    class of it.
+
+    Args:
+        model: images (B, C, H, W) -> logits (B, K).
+        split: N images.
+        device: where the model is.
+
+    Returns:
+        int64 (N,) on the CPU.
     """
+    # Each part has a mode of its own: a method may have frozen one of them.
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -175,8 +221,10 @@ def predict(model: nn.Module, split: Split, device: torch.device) -> Tensor:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
     if not answers:
         return torch.zeros(0, dtype=torch.int64)
+    # Asked once for all batches: each question waits for a GPU.
     if torch.stack([lost for _, lost in answers]).any():
         raise UserError(
             "the model answers NaN: its training diverged; lower the learning rate, or try"
@@ -186,8 +234,7 @@ def predict(model: nn.Module, split: Split, device: torch.device) -> Tensor:
 
 
 def _answered(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes, int64 (N,), and whether any answer is NaN, bool (), both where the model is: to
-    ask at once would wait for a GPU."""
+    """Return classes, int64 (N,), and whether any logit is NaN, bool (), both on the device."""
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise UserError(
             "a model answers with one number for each image and class, (N, num_classes), got"

@@ -1,4 +1,4 @@
-"""An attack that is a function of images, from its stamp to the trained model."""
+"""Attacks that only poison the training set: from the stamp to the trained model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import data, engine, models
+from . import data, engine
 from .config import CleanLabelConfig, CoverConfig, TrainingConfig
 from .data import Dataset, Split
 from .device import derived_generator
@@ -15,17 +15,20 @@ from .errors import UserError, described
 from .metrics import Evaluator
 from .models import Classifier
 from .poison import CROSS, POISON, Labels, Poison, Stamp, changed_share, poison_test, poison_train
+from .record import build_model
 from .run import Run
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack leaves: the poisoned model, what it was trained on, and the images that ASR is
-    measured on."""
+    """What an attack returns."""
 
     model: Classifier
+    """The poisoned model."""
     train_poison: Poison
+    """What it was trained on, as far as that differs from the clean training set."""
     test_poison: Poison
+    """The triggered test images, on which ASR is measured."""
     measured: dict[str, float | None] = field(default_factory=dict)
     """Other facts about the attack, for record.json: accuracy on cross images, PSNR, ..."""
 
@@ -44,20 +47,28 @@ def static_attack(
     victims: Choice | None = None,
     covers: Choice | None = None,
 ) -> Outcome:
-    """Any attack that is a function of images: stamp a share of the training set, then train in the
-    ordinary way.
+    """Stamp a share of the training set, then train as usual.
 
-    prepare(dataset, config, run): what the stamp needs besides config and seed, as its keyword
-    arguments. victims: whom the attack is meant for, in either split; default everyone, or the
-    target class in training where the attack keeps labels. covers: who may be stamped with the true
-    label in training; default everyone. Read where the config has a cover_rate.
+    Args:
+        dataset: clean data.
+        config: the attack's settings.
+        run: the context of the attack.
+        stamp: stamp(images, index, split, config, **prepared), uint8 (n, C, H, W) -> same.
+        prepare: prepare(dataset, config, run) returns further arguments of the stamp by name.
+        victims: the images that the attack is meant for, in either split. None: all; in training
+            those of the target class if the attack changes no label.
+        covers: the training images that may become cover samples, with the true label. None: all.
+            Read if the config has a cover_rate.
     """
+    # Some stamps need images to mix in, or a trained network.
     prepared = prepare(dataset, config, run) if prepare else {}
     if not isinstance(prepared, dict):
         raise UserError(
             "prepare(dataset, config, run) must return the stamp's further arguments by name, a"
             f" dict, got {described(prepared)}"
         )
+
+    # Train and test images get the same stamp, each by its own victims.
     fixed: Stamp = partial(stamp, config=config, **prepared)
     labels = Labels(config.target_label, config.label_mode, dataset.num_classes)
     train_poison = _poisoned_training_set(
@@ -65,6 +76,8 @@ def static_attack(
     )
     meant = _chosen(victims, "victims", dataset.test, "test", config) if victims else None
     test_poison = poison_test(dataset.test, fixed, labels, victims=meant)
+
+    # A trigger that changes nothing would be scored like one that does not work.
     if 0 in (changed_share(dataset.train, train_poison), changed_share(dataset.test, test_poison)):
         raise UserError(
             "the trigger leaves every value of these images as it is, so there is nothing to learn:"
@@ -82,35 +95,42 @@ def _poisoned_training_set(
     victims: Choice | None,
     covers: Choice | None,
 ) -> Poison:
-    """Draw victims and covers; what cannot be had is capped, and said."""
+    """Draw victims and covers and stamp them; rates that cannot be reached are capped and noted."""
     size = len(train)
     pool = (
         _chosen(victims, "victims", train, "train", config)
         if victims
         else torch.ones(size, dtype=torch.bool)
     )
+    rate = config.poison_rate
+    # A clean-label attack poisons the target class only.
     if isinstance(config, CleanLabelConfig):
         pool = pool & (train.labels == config.target_label)
-        rate = (
-            config.poison_rate
-            if config.poison_rate is not None
-            else _share_of_class(config, int(pool.sum())) / size
-        )
-    else:
-        rate = config.poison_rate
+        if rate is None:
+            rate = _share_of_class(config, int(pool.sum())) / size
     cover_rate = config.cover_rate if isinstance(config, CoverConfig) else 0.0
-    free = _chosen(covers, "covers", train, "train", config) if covers else None
-    drawn = derived_generator(config.seed, "victims")
+
+    # Victims and covers are drawn by a generator of their own.
     poison = poison_train(
         train,
         stamp,
         labels,
         poison_rate=rate,
-        generator=drawn,
+        generator=derived_generator(config.seed, "victims"),
         victims=pool,
         cover_rate=cover_rate,
-        covers=free,
+        covers=_chosen(covers, "covers", train, "train", config) if covers else None,
     )
+
+    _note_rates(poison, rate, cover_rate, size, run)
+    if isinstance(config, CleanLabelConfig):
+        of_class = int((train.labels == config.target_label).sum())
+        _note_clean_label(poison, config.target_label, of_class, size, run)
+    return poison
+
+
+def _note_rates(poison: Poison, rate: float, cover_rate: float, size: int, run: Run) -> None:
+    """Note where fewer images were poisoned, or became covers, than the rates ask for."""
     found, crossed = (int((poison.kind == kind).sum()) for kind in (POISON, CROSS))
     if cover_rate and not round(cover_rate * size):
         run.note(
@@ -126,22 +146,22 @@ def _poisoned_training_set(
                 f"{what} asks for {asked:,} of {size:,} training images, but this attack can have"
                 f" {got:,}: it takes those"
             )
-    if isinstance(config, CleanLabelConfig):
-        of_class = int((train.labels == config.target_label).sum())
-        shares = (
-            f"{100 * found / of_class:.1f} % of class {config.target_label},"
-            f" {100 * found / size:.2f} % of the training set"
-        )
-        said = f"{found:,} images poisoned: {shares}"
-        run.note(
-            said
-            if found < of_class
-            else f"{said}; no clean one is left, so its clean accuracy measures a missing class"
-        )
-    return poison
+
+
+def _note_clean_label(poison: Poison, target: int, of_class: int, size: int, run: Run) -> None:
+    """Note which share of the target class is poisoned."""
+    found = int((poison.kind == POISON).sum())
+    said = (
+        f"{found:,} images poisoned: {100 * found / of_class:.1f} % of class {target},"
+        f" {100 * found / size:.2f} % of the training set"
+    )
+    if found == of_class:
+        said += "; no clean one is left, so its clean accuracy measures a missing class"
+    run.note(said)
 
 
 def _chosen(choice: Choice, name: str, split: Split, which: str, config: Any) -> torch.Tensor:
+    """Call a method's `victims` or `covers`, and refuse an answer of another shape or type."""
     found = choice(split.labels, which, config)
     if (
         not isinstance(found, torch.Tensor)
@@ -156,7 +176,7 @@ def _chosen(choice: Choice, name: str, split: Split, which: str, config: Any) ->
 
 
 def _share_of_class(config: CleanLabelConfig, of_class: int) -> float:
-    """clean_label_ratio as a number of images."""
+    """Turn clean_label_ratio into a number of images."""
     if not of_class:
         raise UserError(
             f"class {config.target_label} has no training image, and this attack poisons no other"
@@ -178,17 +198,32 @@ def poison_and_train(
     test_poison: Poison,
     stage: str = "train",
 ) -> Outcome:
-    """Train a fresh model on the poisoned set in the ordinary way, scored after each epoch."""
+    """Train a fresh model on the poisoned training set as usual, and have each epoch scored.
+
+    Args:
+        dataset: clean data.
+        config: architecture and recipe.
+        run: the context of the attack.
+        train_poison: the poisoned rows of the training set.
+        test_poison: the triggered test images.
+        stage: name of the training's stage.
+    """
     model = new_model(dataset, config).to(run.device)
+    # Epochs of the training are scored on the images that ASR will be measured on.
     run.watch_scores(Evaluator(dataset.test, test_poison, dataset.num_classes, run.device))
+
+    # Only the poisoned rows are copied; the others stay in the map of the data set.
     received = data.to_device(train_poison.apply(dataset.train), run.device)
     engine.train(model, received, config.recipe(), run, stage=stage)
     return Outcome(model, train_poison, test_poison)
 
 
 def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
-    """The model that the config names, freshly initialised, normalised by the config's numbers or
-    the data's own."""
+    """Build the model that the config names, freshly initialised.
+
+    It is normalised by the config's numbers, else by those of the training images.
+    """
+    # Statistics are measured only if one of the two is not given.
     measured = (
         data.channel_statistics(dataset.train)
         if config.mean is None or config.std is None
@@ -202,22 +237,25 @@ def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
             f"--mean and --std need {channels} numbers each for these images, got {len(mean)} and"
             f" {len(std)}"
         )
-    return models.build(
-        config.model,
-        num_classes=dataset.num_classes,
-        in_chans=channels,
-        mean=mean,
-        std=std,
-        width=config.width,
-        image_size=dataset.image_shape[1],
-    )
+
+    architecture = {"name": config.model, "width": config.width, "mean": mean, "std": std}
+    return build_model(architecture, dataset.image_shape, dataset.num_classes)
 
 
 def train_surrogate(
     dataset: Dataset, config: TrainingConfig, run: Run, epochs: int | None
 ) -> Classifier:
-    """The attacked architecture, trained by the attacked model's recipe in `epochs` (None: as
-    many). In evaluation mode."""
+    """Train a clean model for attacks that need one to make their trigger.
+
+    Args:
+        dataset: clean data.
+        config: architecture and recipe, those of the attacked model.
+        run: the context of the attack.
+        epochs: passes over the training set; None for the recipe's.
+
+    Returns:
+        The model in evaluation mode.
+    """
     model = new_model(dataset, config).to(run.device)
     recipe = config.recipe() if epochs is None else replace(config.recipe(), epochs=epochs)
     engine.train(model, data.to_device(dataset.train, run.device), recipe, run, stage="surrogate")

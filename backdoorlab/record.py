@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,19 +24,21 @@ from .storage.schema import SCHEMA, check_record, check_result, poison_shapes, r
 
 
 def record_root(given: str | None = None) -> Path:
-    """--record_root, else $BACKDOORLAB_RECORDS, else record/ of the checkout, else ./record."""
+    """Return --record_root, else $BACKDOORLAB_RECORDS, else record/ of the checkout or here."""
     if given:
         return Path(given)
     if os.environ.get("BACKDOORLAB_RECORDS"):
         return Path(os.environ["BACKDOORLAB_RECORDS"])
+    # An installed package has no checkout beside it.
     checkout = Path(__file__).parent.parent
     return checkout / "record" if (checkout / "setup.py").exists() else Path("record")
 
 
 def record_names(root: Path) -> list[str]:
-    """Every finished record below `root`, in alphabetical order."""
+    """List the finished records below `root`, in alphabetical order."""
     if not root.is_dir():
         return []
+    # A kill between two renames leaves the old record aside; it is put back first.
     for aside in root.glob(".*.old"):
         folders.recover(root / aside.name[1 : -len(".old")])
     return sorted(
@@ -49,7 +51,7 @@ def record_names(root: Path) -> list[str]:
 
 
 def every_name(root: Path) -> list[str]:
-    """As `record_names`, of which there must be one."""
+    """List the finished records below `root`; UserError where there is none."""
     names = record_names(root)
     if not names:
         raise UserError(
@@ -59,14 +61,14 @@ def every_name(root: Path) -> list[str]:
 
 
 def result_folders(folder: Path) -> Iterator[Path]:
-    """Every folder of a defense's result below a record, finished ones only."""
+    """Yield the folder of each finished defense below a record."""
     for run in sorted((folder / "defense").glob("*/*")):
         if run.is_dir() and not run.name.startswith(".") and not run.name.endswith(".partial"):
             yield run
 
 
 def check_name(name: str) -> None:
-    """A record's name is one folder name."""
+    """Refuse a record name that is not one plain folder name."""
     if (
         not name
         or name in (".", "..")
@@ -82,21 +84,34 @@ def check_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class Record:
-    """Everything the attacker knows."""
+    """What an attack left on disk: everything that the attacker knows."""
 
     folder: Path
     info: Mapping[str, Any]
     """record.json: attack, config, data set, architecture, scores, versions, and the SHA-256 of
     every file."""
     train_poison: Poison
+    """The poisoned rows of the training set."""
     test_poison: Poison
+    """The triggered test images."""
 
     @classmethod
     def load(cls, name: str, root: Path) -> "Record":
-        """Read and verify a record by name; an unknown name is answered with the known ones."""
+        """Read and verify a record by name.
+
+        Args:
+            name: one folder name.
+            root: the folder of records.
+
+        Raises:
+            UserError: where there is no such record, with the names that there are, or where it
+                is unfinished or damaged.
+        """
         check_name(name)
         folder = root / name
         folders.recover(folder)
+
+        # An unknown name is answered with what helps: the unfinished run, or the known names.
         if not (folder / "record.json").is_file():
             if (root / f"{name}.partial").is_dir():
                 raise UserError(
@@ -117,26 +132,28 @@ class Record:
         return self.folder.name
 
     def model(self) -> Classifier:
-        """The poisoned model, a fresh copy."""
+        """Read the poisoned model from its file."""
         wanted = self.model_shapes()
         model = self.new_model()
         load_weights(model, self.folder / "model.safetensors", self.info["files"], wanted)
         return model
 
     def new_model(self) -> Classifier:
-        """The same architecture, freshly initialised from torch's global generator."""
-        return build_model(
-            self.info["architecture"], self.info["dataset"], self.info["num_classes"]
-        )
+        """Build the same architecture, initialised from torch's global generator."""
+        shape = self.info["dataset"]["image_shape"]
+        return build_model(self.info["architecture"], shape, self.info["num_classes"])
 
     def model_shapes(self) -> reading.Shapes:
-        """Types and shapes of the weights of the architecture that record.json names, without
-        making them."""
+        """Return types and shapes of the architecture's weights, without taking their memory."""
         return _model_shapes(self.info)
 
     def dataset(self, path: str | None = None) -> Dataset:
-        """The clean data that the attack started from, by its fingerprint; `path` says where it is
-        if the cache has lost it."""
+        """Find the clean data that the attack started from, by its fingerprint.
+
+        Args:
+            path: where the data are; needed only if the cache has lost them.
+        """
+        # The same name can be other data: the fingerprint decides.
         wanted = self.info["dataset"]
         options = dict(image_size=wanted["image_size"], grey=wanted["grey"])
         if path is None:
@@ -154,13 +171,12 @@ class Record:
 
     @property
     def known_poison(self) -> bool:
-        """Whether the record says which training images are poisoned; a stranger's data set does
-        not."""
+        """Whether it is known which training images are poisoned; of imported data it is not."""
         return self.info.get("known_poison", True)
 
     def _check_data(self, found: Dataset) -> None:
-        """The fingerprint decides which data it is; what record.json says of them besides must be
-        true, too."""
+        """Refuse data that are not as record.json describes them besides the fingerprint."""
+        # Shapes and weights of the record were checked against these numbers.
         said = (
             tuple(self.info["dataset"]["image_shape"]),
             self.info["dataset"]["train_size"],
@@ -175,15 +191,16 @@ class Record:
             )
 
     def augment(self) -> Augment:
+        """Return the augmentation of ordinary training on this data set."""
         config = self.info["config"]
         return Augment(config["crop_padding"], config["flip"])
 
 
 @dataclass(frozen=True)
 class DefenderView:
-    """Everything a defender may know; what a method does not assume is not there.
+    """What a defender may know, cut down to what the method assumes.
 
-    Never in it: the poison indices, the trigger, the target label, a test image.
+    It never has the poison's positions, the trigger, the target label or a test image.
     """
 
     architecture: str
@@ -194,9 +211,10 @@ class DefenderView:
     augment: Augment
     """How the data set is augmented in ordinary training."""
     granted: Mapping[str, Any]
+    """What ASSUMES names, and a function that builds a new model."""
 
     def load_model(self) -> Classifier:
-        """The backdoored model, a copy of its own at each call."""
+        """Return the backdoored model, a copy of its own at each call."""
         return copy.deepcopy(self._get("model"))
 
     @property
@@ -211,12 +229,14 @@ class DefenderView:
 
     @property
     def seeds(self) -> Tensor:
-        """int64 (S,): positions of the training samples that someone has looked at and found clean,
-        the same number of each class."""
+        """Positions of training samples that are known to be clean, int64 (S,).
+
+        There is the same number of each class.
+        """
         return self._get("seeds")
 
     def new_model(self) -> Classifier:
-        """The same architecture, freshly initialised."""
+        """Build the same architecture, freshly initialised."""
         return self.granted["new_model"]()
 
     def _get(self, what: str) -> Any:
@@ -235,7 +255,17 @@ def defender_view(
     device: torch.device,
     seeds: Tensor | None = None,
 ) -> DefenderView:
-    """Cut a record down to what a method assumes."""
+    """Cut a record down to what a method assumes.
+
+    Args:
+        record: the record to defend.
+        dataset: the clean data that it was made from.
+        assumes: some of "model", "train", "trusted", "seeds".
+        trusted: clean images, where they are assumed.
+        device: where models are put.
+        seeds: int64 (S,), positions of clean training samples, where they are assumed.
+    """
+    # A closure, and no bound method: no attribute of a view leads to the record.
     granted: dict[str, Any] = {"new_model": lambda: record.new_model().to(device)}
     if "model" in assumes:
         granted["model"] = record.model().to(device)
@@ -245,11 +275,15 @@ def defender_view(
                 f"record {record.name!r} was imported without its training set, which this defense"
                 " needs: use one that does not assume it"
             )
+        # Poisoned rows are in place, and nothing marks them.
         granted["train"] = record.train_poison.apply(dataset.train)
+
     if "trusted" in assumes:
         granted["trusted"] = trusted
     if "seeds" in assumes:
         granted["seeds"] = seeds
+
+    # What everybody may know of a model and its data.
     return DefenderView(
         architecture=record.info["architecture"]["name"],
         num_classes=dataset.num_classes,
@@ -263,9 +297,22 @@ def defender_view(
 def draw_seeds(
     poison: Poison, labels: Tensor, num_classes: int, per_class: int, generator: torch.Generator
 ) -> Tensor:
-    """Positions of `per_class` untouched samples of each class, drawn uniformly; increasing."""
+    """Draw positions of clean training samples uniformly, the same number of each class.
+
+    Args:
+        poison: what the attack changed.
+        labels: int64 (N,), of the clean training set.
+        num_classes: number of classes.
+        per_class: samples of each class.
+        generator: draws them.
+
+    Returns:
+        int64 (num_classes * per_class,), increasing.
+    """
+    # Cover samples keep their label, but they are no clean samples, either.
     touched = torch.zeros(len(labels), dtype=torch.bool)
     touched[poison.index] = True
+
     drawn = []
     for label in range(num_classes):
         clean = ((labels == label) & ~touched).nonzero().squeeze(1)
@@ -274,16 +321,23 @@ def draw_seeds(
                 f"expected {per_class} clean seeds of each class, but class {label} has"
                 f" {len(clean)} clean samples: lower --seeds_per_class"
             )
+        # The first of a permutation are a uniform draw without replacement.
         drawn.append(clean[torch.randperm(len(clean), generator=generator)[:per_class]])
     return torch.cat(drawn).sort().values
 
 
 def build_model(
-    architecture: Mapping[str, Any], dataset: Mapping[str, Any], num_classes: int
+    architecture: Mapping[str, Any], image_shape: Sequence[int], num_classes: int
 ) -> Classifier:
-    """architecture: name, width, mean, std, and stem where it is not our own; dataset:
-    image_shape."""
-    channels, height, _ = dataset["image_shape"]
+    """Build the network that a record, an exported file or a config describes.
+
+    Args:
+        architecture: name, width, mean, std, and stem where it is not "small".
+        image_shape: (C, H, W).
+        num_classes: number of classes.
+    """
+    channels, height, _ = image_shape
+    # "small" is the stem of every network that was trained here.
     return models.build(
         architecture["name"],
         num_classes=num_classes,
@@ -297,29 +351,32 @@ def build_model(
 
 
 def _model_shapes(info: Mapping[str, Any]) -> reading.Shapes:
-    said = {
-        "architecture": info["architecture"],
-        "dataset": {"image_shape": info["dataset"]["image_shape"]},
-    }
-    return _shapes(json.dumps({**said, "num_classes": info["num_classes"]}))
+    shape = info["dataset"]["image_shape"]
+    return _shapes(json.dumps([info["architecture"], shape, info["num_classes"]]))
 
 
 @lru_cache(maxsize=64)
 def _shapes(arguments: str) -> reading.Shapes:
+    # On the meta device a network takes no memory, however large record.json says that it is.
     with torch.device("meta"):
-        return shapes_of(build_model(**json.loads(arguments)))
+        return shapes_of(build_model(*json.loads(arguments)))
 
 
 def shapes_of(model: nn.Module) -> reading.Shapes:
-    """Types and shapes of a network's weights, as its file will have them."""
+    """Return types and shapes of a network's weights, as its file will have them."""
     return {
         name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()
     }
 
 
 def describe(dataset: Dataset, image_size: int | None, grey: bool | None) -> dict[str, Any]:
-    """A record's entry for its data set; image_size and grey are what was asked for, so that the
-    same can be loaded again."""
+    """Return what a record says of its data set.
+
+    Args:
+        dataset: the clean data.
+        image_size: what --image_size asked for, so that the same can be loaded again.
+        grey: what --grey asked for.
+    """
     return {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
@@ -334,20 +391,29 @@ def describe(dataset: Dataset, image_size: int | None, grey: bool | None) -> dic
 def write(
     folder: Path, info: dict[str, Any], model: nn.Module, train_poison: Poison, test_poison: Poison
 ) -> None:
-    """Fill a staged folder: weights and poison first, then record.json with the SHA-256 of every
-    file in the folder."""
+    """Write a record into a staged folder.
+
+    Args:
+        folder: where other files of the record may lie already.
+        info: the content of record.json but for the files' checksums.
+        model: the poisoned model.
+        train_poison: the poisoned rows of the training set.
+        test_poison: the triggered test images.
+    """
     writing.write_tensors(folder / "model.safetensors", model.state_dict())
     for name, poison in (("train_poison", train_poison), ("test_poison", test_poison)):
         writing.write_tensors(folder / f"{name}.safetensors", vars(poison))
+
+    # Last, for it lists the SHA-256 of all other files.
     writing.write_sealed(
         folder / "record.json", {"schema": SCHEMA, **info, "files": writing.manifest(folder)}
     )
 
 
 def read_folder(folder: Path) -> Record:
-    """Read and verify the record in a folder: every size and header first, then every hash, then
-    what is kept in memory."""
+    """Read and verify the record in a folder."""
     path = folder / "record.json"
+    # record.json has a checksum of its own, and those of all other files.
     info = reading.read_sealed(path)
     check_record(path, info)
     manifest = info["files"]
@@ -355,6 +421,8 @@ def read_folder(folder: Path) -> Record:
         "train_poison.safetensors": poison_shapes(info, info["dataset"]["train_size"]),
         "test_poison.safetensors": poison_shapes(info, None),
     }
+
+    # Sizes and headers are cheap to check, and refuse a bomb before its bytes are read.
     every: dict[str, reading.Check] = {"model.safetensors": partial(_check_weights, info), **checks}
     for name, check in every.items():
         if not (folder / name).is_file():
@@ -365,6 +433,8 @@ def read_folder(folder: Path) -> Record:
         shapes = reading.read_shapes(folder / name, manifest[name])
         with reading.one_line(folder / name):
             check(shapes)
+
+    # Poison is hashed when it is read into memory; all other files here.
     for name in manifest:
         if name not in checks:
             reading.check_file(folder, name, manifest[name])
@@ -382,8 +452,14 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def refuse_unreadable(folder: Path, read: Callable[[Path], object]) -> None:
-    """Read a finished folder as everybody will, before it has its name: one that cannot be read
-    would be in the way of every table."""
+    """Read a finished folder back before it gets its name.
+
+    A record or result that cannot be read would stop every table.
+
+    Args:
+        folder: the staged folder.
+        read: its reader.
+    """
     try:
         read(folder)
     except UserError as error:
@@ -397,7 +473,14 @@ def refuse_unreadable(folder: Path, read: Callable[[Path], object]) -> None:
 def load_weights(
     model: nn.Module, path: Path, manifest: Mapping[str, Any], wanted: reading.Shapes
 ) -> None:
-    """Put a verified file's weights into a model whose weights have the shapes `wanted`."""
+    """Load a file's weights into a model, after its checksum and shapes were verified.
+
+    Args:
+        model: gets the weights.
+        path: a safetensors file.
+        manifest: file name -> SHA-256 and size.
+        wanted: types and shapes of the model's weights.
+    """
     tensors, _ = reading.read_tensors(
         path, entry=manifest[path.name], check=lambda shapes: refuse_difference(shapes, wanted)
     )
@@ -405,8 +488,7 @@ def load_weights(
 
 
 def _check_weights(info: Mapping[str, Any], found: reading.Shapes) -> None:
-    """The weights are those of the architecture, which record.json could name in any size: looked
-    at before it is made."""
+    """Refuse weights of another network, before memory is taken for the one that is named."""
     try:
         refuse_difference(found, _model_shapes(info))
     except ValueError as error:
@@ -419,8 +501,11 @@ def _check_weights(info: Mapping[str, Any], found: reading.Shapes) -> None:
 def _read_poison(
     path: Path, entry: reading.Entry, check: reading.Check, info: Mapping[str, Any]
 ) -> Poison:
+    """Read a file of poison, and refuse positions, labels and kinds that cannot be."""
     tensors, _ = reading.read_tensors(path, entry=entry, check=check)
     poison = Poison(**tensors)
+
+    # record.json does not say how many test images there are.
     size = info["dataset"]["train_size"] if path.name == "train_poison.safetensors" else 1 << 62
     with reading.one_line(path):
         if len(poison) and (
@@ -429,6 +514,7 @@ def _read_poison(
             or int(poison.index[-1]) >= size
         ):
             raise ValueError("its index does not rise within the data set")
+        # Labels become rows of a table and of a loss: none may lie outside.
         for labels in (poison.labels, poison.original_labels):
             if (
                 len(labels)

@@ -1,65 +1,116 @@
-"""One attack or one defense from start to finish: resumable, scored from outside, published whole.
+"""What a method is given while it runs: epochs that survive a kill, checked steps, notes.
 
-A method sees a `Run`: `epochs`, `step`, `log`, `once`, `note`, `report_split`. Scores go one way,
-into the log; nothing that a method calls returns one. What the runner reads of a run (`history`,
-`splits`, `score`) is not for methods, and tests/test_run.py looks that none of ours does.
+Scores go one way. A `Run` hands each epoch's model and each reported split to functions of the
+executor (`Callbacks`) and gets nothing back. Test scores, the history with them, and the positions
+of the poison lie in execution/scores.py, and no attribute of a `Run` leads there (tests/test_run.py
+walks all of them).
 """
 
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .device import Exact, autocast, derived_generator, finite
 from .errors import UserError, described
-from .metrics import SUMMARY, Evaluator, Scores, split_quality
+from .metrics import SUMMARY, Evaluator
 from .models import PASSES
-from .poison import Poison
 from .storage import reading, writing
 from .storage.reading import FILE_NAME
 
 NAN_CHECK_EVERY = 64
-"""Steps between two looks at the loss on a GPU, where each look waits for the device; on a CPU
-every step is looked at."""
+"""Steps between two checks of the loss for NaN on a GPU, where a check waits for the device. On a
+CPU every step is checked."""
 BETWEEN_CHECKPOINTS = {"cpu": 0.0, "cuda": 20.0}
-"""Seconds from which on another epoch's end writes a checkpoint: on a GPU an epoch can be shorter
-than writing one."""
+"""Least seconds between two checkpoints: on a GPU an epoch can be shorter than writing one."""
 
 LONGEST_NAME = 100
 """Letters of a stage's or a picture's name; a file system takes 255 bytes with its ending."""
 TAKEN = frozenset(["stage", "epoch", "seconds", *SUMMARY])
-"""What every line of history says by itself."""
+"""Columns of the history that a method cannot use for its own values."""
 
 
 @dataclass
 class Progress:
-    """What a run has spent and said so far; part of every checkpoint."""
+    """What a method has spent so far, evaluation excluded; part of every checkpoint."""
 
     seconds: float = 0.0
-    evaluation_seconds: float = 0.0
     forward: int = 0
+    """Images that passed forward through a network."""
     backward: int = 0
+    """Images that passed backward."""
     peak_memory_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """The end of an epoch, as the executor is told of it."""
+
+    row: dict[str, Any]
+    """Its line of history without scores: stage, epoch, seconds, watched and logged values."""
+    splits: Sequence[str]
+    """Names of the splits that were reported in it."""
+    model: nn.Module | None
+    """The model to score; None where the stage names none."""
+    last: bool
+    """Whether the stage has no further epoch."""
+    show: Callable[[dict[str, Any]], None]
+    """Prints a line of history: to the progress bar, or as one line without a terminal."""
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What the executor does when a run reports something. None of them returns a score.
+
+    They must be closures: the attributes of a bound method lead to its object and its scores.
+    """
+
+    epoch_ended: Callable[[Epoch], None]
+    """Scores the model and keeps the line of history."""
+    split_reported: Callable[[str, Tensor], None]
+    """(name, flagged bool (N,)): measures the split against the true poison."""
+    watch_scores: Callable[[Evaluator], None]
+    """Takes the evaluator that scores models from now on."""
+    save: Callable[[dict[str, Any]], None]
+    """Puts the executor's state into a checkpoint's JSON."""
+    restore: Callable[[dict[str, Any]], None]
+    """Takes that state back from a checkpoint's JSON."""
+
+
+def _no_effect(_value: Any) -> None:
+    pass
+
+
+NO_EXECUTOR = Callbacks(
+    epoch_ended=lambda epoch: epoch.show(epoch.row),
+    split_reported=lambda _name, _flagged: None,
+    watch_scores=_no_effect,
+    save=_no_effect,
+    restore=_no_effect,
+)
+"""For a run by itself: lines are printed, and nothing is scored or kept."""
+
+
 def say(text: str) -> None:
-    """A line for a person, above the progress bar where there is one."""
+    """Print a line for a person to stderr, above the progress bar where there is one."""
     tqdm.write(f"  {text}", file=sys.stderr)
 
 
 class Run:
-    """What a method needs while it runs. Everything here survives a kill: the same command
-    continues at the last checkpoint."""
+    """The context of one attack or defense: epochs, steps, log and notes.
+
+    All of it survives a kill: the same command continues at the last checkpoint.
+    """
 
     def __init__(
         self,
@@ -68,31 +119,36 @@ class Run:
         seed: int,
         device: torch.device,
         precision: Exact = "fp32",
-        train_poison: Poison | None = None,
         train_size: int | None = None,
-        score_every: int = 1,
+        callbacks: Callbacks = NO_EXECUTOR,
     ) -> None:
+        """Start the clock.
+
+        Args:
+            folder: where checkpoints lie; what is in it already is continued.
+            seed: the seed of `generator`.
+            device: where models and batches are.
+            precision: what training computes in.
+            train_size: number of training images; reported splits must have this length. None
+                accepts any length.
+            callbacks: what the executor does with epochs and splits.
+        """
         self.folder, self.seed, self.device, self.precision = folder, seed, device, precision
         self.generator = derived_generator(seed, "run")
-        self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
-        self.splits: dict[str, dict[str, Any]] = {}
         self.progress = Progress()
         self.flagged: Tensor | None = None
         self.suspicion: Tensor | None = None
         self.pictures: dict[str, Sequence[Tensor]] = {}
-        self.told: Callable[[int, dict[str, Any]], None] | None = None
-        """Hears of each line of history and its place, from 1; without effect on the run."""
-        self._evaluator: Evaluator | None = None
-        self._train_poison, self._train_size, self._score_every = (
-            train_poison,
-            train_size,
-            score_every,
-        )
+        self._train_size, self._callbacks = train_size, callbacks
+
+        # Values of the epoch that runs.
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = defaultdict(int)
         self._logged: dict[str, Any] = {}
+        self._splits: list[str] = []
         self._where, self._ended = "before the first epoch", False
+
         self._clock = self._saved = time.perf_counter()
         self._passes = (PASSES.forward, PASSES.backward)
         if device.type == "cuda":
@@ -103,78 +159,66 @@ class Run:
     # --- what a method calls
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 for the forward passes inside where the run computes in it."""
+        """Compute forward passes inside in bfloat16 if that is the precision of the run."""
         return autocast(self.device, self.precision)
 
     def epochs(
         self, stage: str, total: int, *, model: nn.Module | None = None, **state: Any
     ) -> Iterator[int]:
-        """Count `total` epochs of a stage; score `model`, add a line of history and write a
-        checkpoint (on a GPU now and then) after each.
+        """Count the epochs of a stage. After each, hand over `model` to be scored, and save.
 
-        `model` and everything in `state` (optimizers, schedulers, further models: whatever has a
-        `state_dict`) is saved, and put back when the run is started again.
+        On a GPU not every short epoch writes a checkpoint (BETWEEN_CHECKPOINTS); the end of a
+        stage always does.
+
+        Args:
+            stage: name of the stage, unique in the run; it becomes part of a file name.
+            total: number of epochs, >= 0; another number than that of the checkpoint is refused.
+            model: scored after each epoch; saved and restored like `state`.
+            state: optimizers, schedulers, further models: whatever has a `state_dict` and changes
+                from epoch to epoch. What is missing here makes a continued run end elsewhere.
+
+        Yields:
+            The number of the epoch, from 0, or from the first one after the checkpoint.
         """
         _check_name("epochs", stage)
         parts = {"model": model, **state} if model is not None else state
         path = self.folder / f"checkpoint-{stage}.safetensors"
-        done = 0
-        if path.exists():
-            tensors, meta = reading.read_tensors(path)
-            if meta["total"] != total:
-                raise UserError(
-                    f"{path}: stage {stage!r} was started with {meta['total']} epochs, not {total}:"
-                    " use --overwrite"
-                )
-            for name, part in parts.items():
-                part.load_state_dict(writing.unpack(meta["state"][name], tensors))
-                if isinstance(part, torch.optim.Optimizer):
-                    _like_parameters(part)
-            self._restore(tensors, meta)
-            done = meta["done"]
-            if 0 < done < total:
-                self.say(f"continuing {stage} after epoch {done} of {total}")
-        bar = tqdm(
-            range(done, total),
-            desc=stage,
-            initial=done,
-            total=total,
-            disable=None,
-            leave=False,
-            unit="epoch",
-        )
+        done = self._resumed(path, stage, total, parts)
+        left, style = range(done, total), {"disable": None, "leave": False, "unit": "epoch"}
+        bar = tqdm(left, desc=stage, initial=done, total=total, **style)
+
         for epoch in bar:
+            # What is watched, logged and reported belongs to one epoch.
             self._where = f"stage {stage}, epoch {epoch}"
             began = time.perf_counter()
             self._sums.clear()
             self._counts.clear()
-            self._logged = {}
+            self._logged, self._splits = {}, []
             yield epoch
+
+            # Seconds are those of the training alone: scores come after them.
             self._check_finite()
-            row: dict[str, Any] = {
-                "stage": stage,
-                "epoch": epoch,
-                "seconds": round(time.perf_counter() - began, 3),
-            }
+            seconds = round(time.perf_counter() - began, 3)
+            row: dict[str, Any] = {"stage": stage, "epoch": epoch, "seconds": seconds}
             row |= {name: self.mean(name) for name in self._sums} | self._logged
-            if model is not None and self._scores_due(epoch, total):
-                row |= self.score(model).summary()
-            self.history.append(row)
-            self._describe(row, total, bar)
-            self._tell(row)
+            show = partial(self._show, total=total, bar=bar)
+            with self.uncharged():
+                self._callbacks.epoch_ended(
+                    Epoch(row, tuple(self._splits), model, epoch + 1 == total, show)
+                )
+
+            # The end of a stage is always saved, for later stages start from it.
             ended, self._ended = self._ended, False
             done = total if ended else epoch + 1
-            if (
-                done == total
-                or time.perf_counter() - self._saved >= BETWEEN_CHECKPOINTS[self.device.type]
-            ):
+            waited = time.perf_counter() - self._saved
+            if done == total or waited >= BETWEEN_CHECKPOINTS[self.device.type]:
                 self._save(path, parts, stage=stage, done=done, total=total)
             if ended:
                 break
         self._where = f"after stage {stage}"
 
     def end_stage(self) -> None:
-        """Let the epoch that runs be the last of its stage."""
+        """Make the current epoch the last of its stage."""
         self._ended = True
 
     def step(
@@ -183,33 +227,42 @@ class Run:
         loss: Tensor,
         gradients: Sequence[Tensor] | None = None,
     ) -> None:
-        """One descent step; the loss is watched, and a loss that is no number stops the run.
+        """Take one descent step and watch the loss; a loss that is not finite stops the run.
 
-        `gradients`, one for each of the optimizer's parameters in their order, are stepped along
-        instead of the loss's own.
+        Args:
+            optimizer: holds the parameters.
+            loss: scalar with a graph.
+            gradients: one for each of the optimizer's parameters, in their order; used in place
+                of the gradients of `loss`.
         """
+        # The parameters' own gradients are replaced, never added to.
         optimizer.zero_grad(set_to_none=True)
         if gradients is None:
             loss.backward()
         else:
             for parameter, gradient in zip(_parameters(optimizer), gradients, strict=True):
                 parameter.grad = gradient
+
         optimizer.step()
         self.watch(loss=loss)
 
     def watch(self, **values: Tensor) -> None:
         """Average scalars over the epoch, on the device, into its line of history."""
         _check_free("watch", values)
+
+        # Sums stay on the device in float64: `.item()` in each step would wait for a GPU.
         for name, value in values.items():
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
             self._counts[name] += 1
+
+        # On a GPU each check waits for the device.
         steps = max(self._counts[name] for name in values)
         if self.device.type == "cpu" or steps % NAN_CHECK_EVERY == 0:
             self._check_finite()
 
     def mean(self, name: str) -> float:
-        """The average so far of a watched training-side value in this epoch."""
+        """Return the average of a watched value over this epoch so far."""
         return (self._sums[name] / self._counts[name]).item()
 
     def log(self, **values: float | int | str | None) -> None:
@@ -224,13 +277,23 @@ class Run:
         self._logged |= values
 
     def cached(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Compute named tensors, or read what an earlier, killed start of this run computed."""
+        """Compute named tensors once; a continued run reads them back.
+
+        The random state after it is restored, too, so that later draws are the same.
+
+        Args:
+            name: part of the file's name.
+            compute: returns the tensors by name.
+        """
         _check_name("cached", name)
         path = self.folder / f"cached-{name}.safetensors"
+        # Read back: an earlier start of this run has computed them.
         if path.exists():
             tensors, meta = reading.read_tensors(path)
             self._restore(tensors, meta)
             return {key: tensors[f"value/{key}"] for key in meta["keys"]}
+
+        # Computed now, and saved with the state in which the run goes on.
         self._where = name
         values = {key: value.cpu() for key, value in compute().items()}
         tensors, meta = self._state()
@@ -239,9 +302,10 @@ class Run:
         return values
 
     def note(self, text: str) -> None:
-        """Say a sentence and keep it in the result: what a reader of the table should know."""
+        """Print a sentence and keep it in the result, for the reader of the table."""
         if not isinstance(text, str):
             raise UserError(f"run.note({text!r}): expected a sentence, got {described(text)}")
+        # A continued run says again what it noted before.
         if text not in self.notes:
             self.notes.append(text)
             self.say(text)
@@ -249,11 +313,13 @@ class Run:
     def report_split(
         self, flagged: Tensor, name: str = "split", suspicion: Tensor | None = None
     ) -> None:
-        """Score a bool (N,) mask over the training set that claims to be the poison. Returns
-        nothing.
+        """Report which training images a defense flags as poison. They are scored outside.
 
-        `suspicion`, float (N,), the larger the more suspect, is what the mask was decided by; it is
-        kept for a histogram.
+        Args:
+            flagged: bool (N,), over the training set.
+            name: "split" for the defense's answer, another name for a step on the way to it.
+            suspicion: float (N,), larger is more suspect: the value behind the decision. It is
+                kept for a histogram.
         """
         size = self._train_size if self._train_size is not None else len(flagged)
         if (
@@ -270,89 +336,63 @@ class Run:
                 f"run.report_split: expected suspicion as float ({size},), one for each training"
                 f" image, got {described(suspicion)}"
             )
+
+        # Only the answer itself is kept beside the result.
         if name == "split":
             self.flagged = flagged.cpu()
             self.suspicion = None if suspicion is None else suspicion.detach().float().cpu()
-        if self._train_poison is not None:
-            self.splits[name] = quality = split_quality(flagged, self._train_poison)
-            self._logged |= {
-                f"{name}_flagged": quality["flagged"],
-                f"{name}_missed": quality["missed"],
-            }
-            self.say(f"{name}: {describe_split(quality)}")
-        else:
-            self.say(
-                f"{name}: {int(flagged.sum())} of {len(flagged)} flagged; nobody knows how rightly"
-            )
+        self._splits.append(name)
+        self._callbacks.split_reported(name, flagged)
 
     def picture(self, name: str, rows: Sequence[Tensor]) -> None:
-        """Keep a sheet of images beside the result, as NAME.png; each row uint8 (n, C, H, W).
+        """Keep a sheet of images beside the result, as NAME.png.
 
-        NAME: at most 100 letters, digits, and _ . -, for a result holds files of no other name.
+        Args:
+            name: at most 100 letters, digits, and _ . -, as for every file of a result.
+            rows: rows of the sheet, each uint8 (n, C, H, W).
         """
         _check_name("picture", name)
-        wrong = [
-            images
-            for images in rows
-            if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4
-        ]
+        wrong = [images for images in rows if not _are_images(images)]
         if wrong:
             raise UserError(
                 f"run.picture({name!r}): expected rows of images, uint8 (n, C, H, W) each, got"
                 f" {described(wrong[0])}"
             )
+        # On the CPU, so that a sheet takes no memory of a GPU until the end.
         self.pictures[name] = [images.cpu() for images in rows]
 
-    # --- what the runner calls
+    # --- what the executor and attacks call
 
     def watch_scores(self, evaluator: Evaluator) -> None:
-        """Score models with this from now on."""
-        self._evaluator = evaluator
+        """Hand over the evaluator that scores models from now on; the run does not keep it."""
+        self._callbacks.watch_scores(evaluator)
 
-    def score(self, model: nn.Module) -> Scores:
-        """Evaluate; the time is not charged to the method."""
-        if self._evaluator is None:
-            raise RuntimeError("this run has no evaluator")
+    @contextmanager
+    def uncharged(self) -> Iterator[None]:
+        """Leave the time that passes inside out of the method's costs."""
         self._charge()
-        began = time.perf_counter()
-        scores = self._evaluator(model)
-        self.progress.evaluation_seconds += time.perf_counter() - began
-        self._clock = time.perf_counter()
-        return scores
+        try:
+            yield
+        finally:
+            self._clock = time.perf_counter()
 
     def spent(self) -> Progress:
-        """Seconds without evaluation, image passes and peak memory up to now."""
+        """Return seconds without evaluation, image passes and peak memory up to now."""
         self._charge()
         return self.progress
 
-    def save_history(self, folder: Path) -> None:
-        frame = pd.DataFrame(self.history)
-        writing.write_bytes(folder / "history.csv", frame.to_csv(index=False).encode())
-
     # --- inside
 
-    def _scores_due(self, epoch: int, total: int) -> bool:
-        if self._evaluator is None or self._score_every == 0:
-            return False
-        return (epoch + 1) % self._score_every == 0 or epoch + 1 == total
-
-    def _describe(self, row: dict[str, Any], total: int, bar: Any) -> None:
+    def _show(self, row: dict[str, Any], total: int, bar: Any) -> None:
+        shown = {name: value for name, value in row.items() if name not in ("stage", "epoch")}
         values = "  ".join(
-            f"{name} {_short(value)}"
-            for name, value in row.items()
-            if name not in ("stage", "epoch") and value is not None
+            f"{name} {short(value)}" for name, value in shown.items() if value is not None
         )
-        if bar.disable:  # no terminal: one plain line an epoch
+        # Without a terminal there is no bar, but one plain line an epoch.
+        if bar.disable:
             self.say(f"{row['stage']} {row['epoch'] + 1}/{total}  {values}")
         else:
             bar.set_postfix_str(values)
-
-    def _tell(self, row: dict[str, Any]) -> None:
-        """The time that a listener takes is not charged to the method."""
-        if self.told is not None:
-            self._charge()
-            self.told(len(self.history), row)
-            self._clock = time.perf_counter()
 
     def _check_finite(self) -> None:
         for name, value in self._sums.items():
@@ -364,6 +404,7 @@ class Run:
                 )
 
     def _charge(self) -> None:
+        """Add what was spent since the last call to the costs."""
         now, progress = time.perf_counter(), self.progress
         progress.seconds += now - self._clock
         progress.forward += PASSES.forward - self._passes[0]
@@ -372,18 +413,19 @@ class Run:
         self._clock, self._passes = now, (PASSES.forward, PASSES.backward)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What every checkpoint holds besides networks: random state, notes, costs, scores."""
         self._charge()
         tensors = {"rng/torch": torch.get_rng_state(), "rng/run": self.generator.get_state()}
         if self.device.type == "cuda":
             tensors["rng/cuda"] = torch.cuda.get_rng_state(self.device)
-        meta = dict(
-            history=self.history, notes=self.notes, splits=self.splits, progress=vars(self.progress)
-        )
-        tensors |= {
-            name: value
-            for name, value in (("flagged", self.flagged), ("suspicion", self.suspicion))
-            if value is not None
-        }
+        if self.flagged is not None:
+            tensors["flagged"] = self.flagged
+        if self.suspicion is not None:
+            tensors["suspicion"] = self.suspicion
+
+        # Scores lie with the executor, which puts them beside.
+        meta: dict[str, Any] = {"notes": self.notes, "progress": vars(self.progress)}
+        self._callbacks.save(meta)
         return tensors, meta
 
     def _save(self, path: Path, parts: dict[str, Any], **position: Any) -> None:
@@ -394,19 +436,43 @@ class Run:
         writing.write_tensors(path, tensors, state=packed, **position, **meta)
         self._saved = time.perf_counter()
 
+    def _resumed(self, path: Path, stage: str, total: int, parts: dict[str, Any]) -> int:
+        """Restore a stage's checkpoint where there is one; return how many epochs are done."""
+        if not path.exists():
+            return 0
+        tensors, meta = reading.read_tensors(path)
+        if meta["total"] != total:
+            raise UserError(
+                f"{path}: stage {stage!r} was started with {meta['total']} epochs, not {total}:"
+                " use --overwrite"
+            )
+
+        # Random state is restored last, whatever is drawn until then.
+        for name, part in parts.items():
+            part.load_state_dict(writing.unpack(meta["state"][name], tensors))
+            if isinstance(part, torch.optim.Optimizer):
+                _like_parameters(part)
+        self._restore(tensors, meta)
+        done = int(meta["done"])
+        if 0 < done < total:
+            self.say(f"continuing {stage} after epoch {done} of {total}")
+        return done
+
     def _restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         torch.set_rng_state(tensors["rng/torch"])
         self.generator.set_state(tensors["rng/run"])
         if self.device.type == "cuda" and "rng/cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng/cuda"], self.device)
-        self.history, self.notes, self.splits = meta["history"], meta["notes"], meta["splits"]
-        self.progress = Progress(**meta["progress"])
+
+        # The time until here was no work of the method, so the clock starts now.
+        self._callbacks.restore(meta)
+        self.notes, self.progress = meta["notes"], Progress(**meta["progress"])
         self.flagged, self.suspicion = tensors.get("flagged"), tensors.get("suspicion")
         self._clock, self._passes = time.perf_counter(), (PASSES.forward, PASSES.backward)
 
 
 def _check_name(call: str, name: str) -> None:
-    """Names become names of files."""
+    """Refuse a name that cannot be part of a file name."""
     if len(name) > LONGEST_NAME or not FILE_NAME.fullmatch(f"{name}.png"):
         raise UserError(
             f"run.{call}({name!r}): a name is of at most {LONGEST_NAME} letters, digits, and _ . -,"
@@ -428,40 +494,35 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def _like_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded buffers their parameter's memory format: fused steps pair them element by element
-    in memory order."""
+    """Give loaded buffers the memory format of their parameter.
+
+    Fused steps pair the two element by element in memory order.
+    """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter).copy_(value)
 
 
-def describe_split(quality: dict[str, Any]) -> str:
-    """One line a person reads: how many were flagged, and how right that was."""
-    if quality["tpr"] is None:
-        return (
-            f"{quality['flagged']} flagged, in a training set without poison (FPR"
-            f" {_short(quality['fpr'])})"
-        )
-    return (
-        f"{quality['flagged']} flagged, precision {_short(quality['precision'])}, TPR"
-        f" {_short(quality['tpr'])}, FPR {_short(quality['fpr'])}"
-    )
+def _are_images(images: Any) -> bool:
+    return isinstance(images, Tensor) and images.dtype == torch.uint8 and images.dim() == 4
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch held on the GPU, or that the process held in memory."""
+    """Return the peak memory in bytes: of torch on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # not on Windows
         return 0
+    # macOS counts bytes, other systems KiB.
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Write a value in few letters: four digits of a number, "-" for None."""
     if isinstance(value, (float, np.floating)):
         return f"{value:.4g}"
     return "-" if value is None else str(value)

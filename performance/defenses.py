@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from backdoorlab.data import Augment, Split, to_device
 from backdoorlab.device import Exact, choose_device, seed_everything
 from backdoorlab.engine import Forward
+from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.features import extract
 from backdoorlab.models import PASSES, build
 from backdoorlab.perturb import frozen
@@ -279,9 +280,10 @@ def _ibau(width: int, options: argparse.Namespace, device: torch.device) -> Iter
 
     def ours(K: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(Path(folder), seed=0, device=device)
+            log = ScoreLog()
+            run = Run(Path(folder), seed=0, device=device, callbacks=log.callbacks())
             ibau.defend(view, ibau.Config(K=K, **habits), run)
-            found.append(run.history[0]["delta"])
+            found.append(log.history[0]["delta"])
 
     theirs = partial(published.ibau_round, copy.deepcopy(plain), stream, (3, 32, 32))
     wanted = theirs()

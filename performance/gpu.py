@@ -152,7 +152,7 @@ def _training(
     recipe = Recipe(
         epochs=100, batch_size=BATCH, lr=0.01, augment=Augment(crop_padding=4, flip=True)
     )
-    run = Run(folder, seed=0, device=device, precision=precision, score_every=0)
+    run = Run(folder, seed=0, device=device, precision=precision)
     split, model = _data(device), _model(width, device)
     if compiled:  # all but the counting of images, at whose every change it would begin anew
         model.network.forward_features = torch.compile(model.network.forward_features)

@@ -18,6 +18,7 @@ from typing import Any
 from backdoorlab.device import choose_device, seed_everything
 from backdoorlab.errors import UserError
 from backdoorlab.execution.defense import defense_job
+from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.record import Record, defender_view, record_root
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
@@ -56,16 +57,17 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
             for pool in options.pools:
                 with tempfile.TemporaryDirectory() as folder:
                     seed_everything(seed, device)
+                    log = ScoreLog(train_poison=record.train_poison)
                     run = Run(
                         Path(folder),
                         seed=seed,
                         device=device,
                         precision=config.precision,
-                        train_poison=record.train_poison,
+                        callbacks=log.callbacks(),
                     )
                     view = defender_view(record, dataset, DAU.assumes, None, device)
                     split(view, pool, record, config, run)
-                found, flagged = run.splits.get("pool"), run.splits["split"]
+                found, flagged = log.splits.get("pool"), log.splits["split"]
                 size = (
                     "none" if found is None else f"{found['flagged']}, {_share(found['precision'])}"
                 )

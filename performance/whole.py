@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from measure import Row, busy, describe_machine, report, timed
 
-from backdoorlab.data import trusted_index
-from backdoorlab.device import choose_device, derived_generator, seed_everything
+from backdoorlab.device import choose_device, seed_everything
 from backdoorlab.execution.attack import attack_job, run_attack
 from backdoorlab.execution.defense import defense_job, run_defense
 from backdoorlab.execution.stage import Job
+from backdoorlab.execution.trusted import trusted_images
 from backdoorlab.poisoning import new_model
 from backdoorlab.record import Record
 from backdoorlab.settings import methods
@@ -113,13 +113,6 @@ def _defense(record: Record, job: Job, workers: int, device: torch.device) -> Si
 
     def work() -> dict[str, float]:
         dataset = record.dataset(config.dataset_path)
-        draws = derived_generator(config.seed, "trusted")
-        index = trusted_index(
-            len(dataset.train),
-            ratio=config.trusted_ratio,
-            count=config.trusted_count,
-            generator=draws,
-        )
         tests = published.Tests.of(dataset.test, record.test_poison, config.batch_size, workers)
         seed_everything(config.seed, device)
         model, reference = (
@@ -128,7 +121,7 @@ def _defense(record: Record, job: Job, workers: int, device: torch.device) -> Si
         return published.sau(
             model,
             reference,
-            dataset.train.subset(index),
+            trusted_images(config, record, dataset),
             config.n_rounds,
             config.batch_size,
             config.lr,

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import helpers
 import pytest
+import torch
 
 import backdoorlab as bl
 from backdoorlab.errors import UserError
+from backdoorlab.exchange.weights import write_weights
 from backdoorlab.record import Record
 from backdoorlab.tables import layout
 
@@ -87,8 +89,25 @@ def test_mistakes_are_those_of_the_command_line(tmp_path: Path, small: Record) -
         bl.defence
 
 
+def test_an_exported_model_is_loaded(tmp_path: Path, small: Record) -> None:
+    model = small.model().eval()
+    write_weights(
+        tmp_path / "model.safetensors",
+        model,
+        architecture=small.info["architecture"],
+        image_shape=small.info["dataset"]["image_shape"],
+        num_classes=small.info["num_classes"],
+    )
+    images = torch.rand(2, *small.info["dataset"]["image_shape"])
+    loaded = bl.load_exported(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert set(bl.__all__) == {"UserError", "attack", "defend", "load_exported", "table"}
+    assert bl.UserError is UserError
+
+
 def test_the_package_alone_is_light() -> None:
-    """torch takes seconds, and comes with the first of the three functions only."""
+    """torch takes seconds, and comes with the first of the functions only."""
     code = (
         "import sys, backdoorlab as bl; assert 'torch' not in sys.modules; bl.attack; assert"
         " 'torch' in sys.modules"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
+from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.record import Record
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
@@ -201,7 +202,8 @@ def test_unlearning_runs_to_its_end_unless_told_where_to_stop(
     stop_asr: float | None, passes: int, tmp_path: Path
 ) -> None:
     split = Split(torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8), torch.arange(12) % K)
-    run = Run(tmp_path, seed=0, device=torch.device("cpu"), precision="fp32")
+    log = ScoreLog()
+    run = Run(tmp_path, seed=0, device=torch.device("cpu"), callbacks=log.callbacks())
     layer = nn.Linear(64, K)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)  # every image is class 0, so triggers of class 1 turn none
@@ -217,7 +219,7 @@ def test_unlearning_runs_to_its_end_unless_told_where_to_stop(
         bu.Config(epochs=3, lr=0.0, stop_asr=stop_asr),
         run,
     )
-    assert [row["left"] for row in run.history] == [0.0] * passes
+    assert [row["left"] for row in log.history] == [0.0] * passes
 
 
 def test_what_bu_cannot_use_is_one_line(tiny: Record, tmp_path: Path) -> None:

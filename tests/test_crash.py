@@ -28,7 +28,8 @@ from backdoorlab.errors import UserError
 from backdoorlab.exchange.verify import verify
 from backdoorlab.execution.attack import attack_job
 from backdoorlab.execution.preview import save_preview
-from backdoorlab.execution.stage import Job, _worthless, fresh, open_stage, publish
+from backdoorlab.execution.scores import ScoreLog
+from backdoorlab.execution.stage import Job, _worthless, fresh, open_stage, put_in_place
 from backdoorlab.poison import Poison
 from backdoorlab.record import Record
 from backdoorlab.run import Run
@@ -294,7 +295,8 @@ def publishing(
     preview and history."""
     job = job_of(root, seed, overwrite)
     with open_stage(root / "r", "record.json", job, {}, "fp32") as stage:
-        run = Run(stage, seed=seed, device=torch.device("cpu"))
+        log = ScoreLog()
+        run = Run(stage, seed=seed, device=torch.device("cpu"), callbacks=log.callbacks())
         for _ in run.epochs("train", 1):
             time.sleep(pause)
         final = fresh(stage / "final")
@@ -303,13 +305,13 @@ def publishing(
             old.test_poison.triggered(),
             Poison(*[value[:0] for value in vars(old.test_poison).values()]),
         )
-        run.save_history(final)
+        log.save_history(final)
         model = variant(old, seed)
         info = {key: value for key, value in old.info.items() if key not in ("schema", "files")} | {
             "seed": seed
         }
         record.write(final, info, model, old.train_poison, old.test_poison)
-        publish(final, root / "r")
+        put_in_place(final, root / "r")
 
 
 def state(root: Path) -> int | None:

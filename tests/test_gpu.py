@@ -13,6 +13,7 @@ from torch import nn
 from backdoorlab.data import Split
 from backdoorlab.device import seed_everything
 from backdoorlab.engine import WORTH_A_GRAPH, Forward, Recipe, train
+from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.models import PASSES, build
 from backdoorlab.run import BETWEEN_CHECKPOINTS, Run
 from backdoorlab.settings import methods
@@ -47,10 +48,17 @@ def network(name: str = "preactresnet10", width: int | None = 8) -> nn.Module:
     ).cuda()
 
 
-def a_run(folder: Path, precision: str = "fp32") -> Run:
-    """As the runner makes it: seeded, without TF32, without torch's words that we have answered."""
+def a_run(folder: Path, precision: str = "fp32", log: ScoreLog | None = None) -> Run:
+    """As the executor makes it: seeded, without TF32, without torch's words that we have
+    answered."""
     seed_everything(0, torch.device("cuda"))
-    return Run(folder, seed=0, device=torch.device("cuda"), precision=precision, score_every=0)  # type: ignore[arg-type]
+    return Run(
+        folder,
+        seed=0,
+        device=torch.device("cuda"),
+        precision=precision,  # type: ignore[arg-type]
+        callbacks=(log or ScoreLog()).callbacks(),
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -108,32 +116,32 @@ def test_training_by_graphs_learns_and_counts_what_ordinary_training_does(
     for worth in (0, 10**9):
         monkeypatch.setattr("backdoorlab.engine.WORTH_A_GRAPH", worth)
         (tmp_path / str(worth)).mkdir()
-        run, model, data = a_run(tmp_path / str(worth)), network(), made_up()
+        log = ScoreLog()
+        run, model, data = a_run(tmp_path / str(worth), log=log), network(), made_up()
         train(model, data, Recipe(EPOCHS, BATCH, RATE), run)
         spent = run.spent()
-        ends.append((run.history[-1]["loss"], spent.forward, spent.backward))
-        assert ends[-1][0] < 0.05 < run.history[0]["loss"]
+        ends.append((log.history[-1]["loss"], spent.forward, spent.backward))
+        assert ends[-1][0] < 0.05 < log.history[0]["loss"]
     assert ends[0][1:] == ends[1][1:] == (EPOCHS * 512, EPOCHS * 512)
     assert ends[0][0] == pytest.approx(ends[1][0], abs=0.02)
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BETWEEN_CHECKPOINTS, "cuda", 0.0)
-    run, model, data = a_run(tmp_path), network(), made_up()
 
     def dies(place: int, row: dict[str, object]) -> None:
         if place == 4:
             raise KeyboardInterrupt
 
-    run.told = dies
+    log, log_again = ScoreLog(on_line=dies), ScoreLog()
+    run, model, data = a_run(tmp_path, log=log), network(), made_up()
     with pytest.raises(KeyboardInterrupt):
         train(model, data, Recipe(EPOCHS, BATCH, RATE), run)
-    again = a_run(tmp_path)
+    again = a_run(tmp_path, log=log_again)
     train(network(), data, Recipe(EPOCHS, BATCH, RATE), again)
-    assert [row["epoch"] for row in again.history] == list(range(EPOCHS)) and again.history[-1][
-        "loss"
-    ] < 0.05
-    assert again.history[:3] == run.history[:3], "the first three epochs were not run again"
+    assert [row["epoch"] for row in log_again.history] == list(range(EPOCHS))
+    assert log_again.history[-1]["loss"] < 0.05
+    assert log_again.history[:3] == log.history[:3], "the first three epochs were not run again"
 
 
 def test_on_a_gpu_not_every_short_epoch_writes_a_checkpoint(

@@ -1,8 +1,8 @@
 """Kill and continue, refuse and replace: one run from start to finish gives one result."""
 
-import ast
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,16 @@ import pytest
 import torch
 
 from backdoorlab import config as configs
+from backdoorlab import record as records
 from backdoorlab.cli import main
 from backdoorlab.errors import UserError
 from backdoorlab.execution.attack import attack_job, run_attack
 from backdoorlab.execution.defense import defense_job, run_defense
+from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.execution.stage import Job, open_stage
-from backdoorlab.record import Record
+from backdoorlab.metrics import SUMMARY, Evaluator, Scores
+from backdoorlab.poison import Poison
+from backdoorlab.record import DefenderView, Record, defender_view, draw_seeds
 from backdoorlab.run import BETWEEN_CHECKPOINTS, Run
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading, writing
@@ -610,8 +616,9 @@ def test_a_defense_repeats_itself(tiny: Record, tmp_path: Path) -> None:
 # --- once, notes, splits
 
 
-def new_run(folder: Path) -> Run:
-    return Run(folder, seed=0, device=torch.device("cpu"), precision="fp32")
+def new_run(folder: Path, log: ScoreLog | None = None) -> Run:
+    callbacks = (log or ScoreLog()).callbacks()
+    return Run(folder, seed=0, device=torch.device("cpu"), precision="fp32", callbacks=callbacks)
 
 
 def test_once_computes_once_and_restores_the_random_state(tmp_path: Path) -> None:
@@ -733,18 +740,220 @@ def test_where_checkpoints_are_rare_a_run_goes_on_further_back(
         for epoch in new_run(tmp_path).epochs("s", 4, model=model):
             if epoch == 2:
                 raise Stop
-    again = new_run(tmp_path)
+    log = ScoreLog()
+    again = new_run(tmp_path, log)
     assert list(again.epochs("s", 4, model=model)) == list(range(goes_on_at, 4))
-    assert [row["epoch"] for row in again.history] == [0, 1, 2, 3]
+    assert [row["epoch"] for row in log.history] == [0, 1, 2, 3]
     assert list(new_run(tmp_path).epochs("s", 4, model=model)) == [], (
         "the end of a stage is always kept"
     )
 
 
+# --- no attribute leads from a method to a score
+
+
+def reachable(*roots: object) -> list[object]:
+    """Every object that attributes lead to: variables, slots, properties, items, and what bound
+    methods and partial functions are made of. Names with double underscores, classes, functions
+    and modules are left out."""
+    waiting, found, seen = list(roots), [], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        found.append(value)  # kept, so that no other object gets its id
+        match value:
+            case types.ModuleType() | type() | types.FunctionType() | types.BuiltinFunctionType():
+                pass
+            case types.MethodType():
+                waiting.append(value.__self__)
+            case functools.partial():
+                waiting += [value.func, *value.args, *value.keywords.values()]
+            case Mapping():
+                waiting += [*value.keys(), *value.values()]
+            case list() | tuple() | set() | frozenset() | deque():
+                waiting += value
+            case str() | bytes() | int() | float() | None | torch.Tensor() | torch.dtype():
+                pass
+            case _:
+                waiting += attributes(value)
+    return found
+
+
+def attributes(value: object) -> Iterator[object]:
+    """Values of its variables and slots, and of properties that can be read."""
+    slots = [name for base in type(value).__mro__ for name in vars(base).get("__slots__", ())]
+    ours = type(value).__module__.startswith(("backdoorlab", "method"))
+    properties = [
+        name
+        for base in type(value).__mro__
+        for name, member in vars(base).items()
+        if ours and isinstance(member, property)
+    ]
+    for name in {*getattr(value, "__dict__", {}), *slots, *properties}:
+        if not name.startswith("__"):
+            with contextlib.suppress(AttributeError, PermissionError):
+                yield getattr(value, name)
+
+
+MEASURED = {*SUMMARY, "per_class", "tpr", "fpr", "precision", "missed", "train_poison"}
+"""Keys under which scores, split qualities and poison are kept."""
+
+
+def leaks(found: list[object], numbers: set[float], index: torch.Tensor) -> set[str]:
+    """What of that a method must not have: by type, by key, by value."""
+    wrong = set()
+    for value in found:
+        if isinstance(value, (Evaluator, Scores, Poison, ScoreLog, Record)):
+            wrong.add(type(value).__name__)
+        elif isinstance(value, dict) and MEASURED & set(value):
+            wrong.add("a key")
+        elif isinstance(value, float) and value in numbers:
+            wrong.add("a number")
+        elif isinstance(value, torch.Tensor) and says_poison(value, index):
+            wrong.add("poison")
+    return wrong
+
+
+def says_poison(value: torch.Tensor, index: torch.Tensor) -> bool:
+    """Whether a tensor lists the poisoned positions, or is their mask."""
+    if value.dim() != 1:
+        return False
+    if value.dtype == torch.bool:
+        value = value.nonzero().squeeze(1)
+    return value.dtype == torch.int64 and torch.equal(value, index)
+
+
+PLANTS: dict[str, tuple[Callable[[DefenderView, Run, ScoreLog], None], set[str]]] = {
+    "a history": (
+        lambda view, run, log: vars(run).update(history=log.history),
+        {"a number", "a key"},
+    ),
+    "a number": (lambda view, run, log: vars(run).update(x=[log.history[-1]["asr"]]), {"a number"}),
+    "qualities": (lambda view, run, log: vars(run).update(x=(log.splits,)), {"a number", "a key"}),
+    "the log": (lambda view, run, log: vars(view).update(_x={"y": [log]}), {"ScoreLog"}),
+    "a bound method": (
+        lambda view, run, log: vars(run).update(
+            _callbacks=dataclasses.replace(run._callbacks, save=log._save)
+        ),
+        {"ScoreLog"},
+    ),
+    "poison": (
+        lambda view, run, log: vars(view.train).update(x=log._train_poison.index),  # type: ignore[union-attr]
+        {"poison"},
+    ),
+}
+
+
+@pytest.mark.parametrize("plant", [None, *PLANTS])
+def test_no_attribute_leads_a_method_to_a_score_or_to_the_poison(
+    plant: str | None, tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method is looked at after it was scored and has reported a split; with controls, in which
+    something is planted."""
+    record, loaded = helpers.copy(tiny, tmp_path), methods.load("defense", "ft")
+    logs: list[ScoreLog] = []
+    found: list[object] = []
+
+    def keeping(**arguments: Any) -> ScoreLog:
+        logs.append(ScoreLog(**arguments))
+        return logs[-1]
+
+    def defend(view: DefenderView, config: Any, run: Run) -> torch.nn.Module:
+        view.granted.update(everything.granted)  # type: ignore[attr-defined]
+        model = real(view, config, run)
+        flagged = torch.zeros(len(view.train), dtype=torch.bool)
+        flagged[record.train_poison.index[::2]] = True
+        flagged[:9] = True
+        for _ in run.epochs("more", 1, model=model):
+            run.report_split(flagged, suspicion=torch.rand(len(flagged)))
+        if plant is not None:
+            PLANTS[plant][0](view, run, logs[0])
+        found.extend(reachable(view, run))
+        return model
+
+    real, everything = loaded.module.defend, whole_view(record)
+    monkeypatch.setattr(loaded.module, "defend", defend)
+    monkeypatch.setattr("backdoorlab.execution.defense.ScoreLog", keeping)
+    argv = ["--result_file", record.name, "--record_root", str(tmp_path), "--epochs", "1"]
+    result = run_defense(defense_job(loaded, argv, "test"))
+
+    assert result is not None and [row["stage"] for row in logs[0].history][-1] == "more"
+    measured = reachable(
+        [{name: row.get(name) for name in SUMMARY} for row in logs[0].history],
+        result["after"],
+        logs[0].splits,
+    )
+    floats = {value for value in measured if isinstance(value, float)}
+    numbers = {value for value in floats if round(value, 3) != value}  # others arise by chance
+    assert len(numbers) > 4 and len(found) > 100
+    wrong = leaks(found, numbers, record.train_poison.index)
+    assert wrong == set() if plant is None else wrong >= PLANTS[plant][1]
+
+
+def whole_view(record: Record) -> DefenderView:
+    """All that any method can be given."""
+    dataset, every = record.dataset(), ("model", "train", "trusted", "seeds")
+    drawn = torch.Generator().manual_seed(0)
+    seeds = draw_seeds(record.train_poison, dataset.train.labels, dataset.num_classes, 2, drawn)
+    trusted = dataset.train.subset(torch.arange(40))
+    return defender_view(record, dataset, every, trusted, torch.device("cpu"), seeds)
+
+
 def test_a_method_cannot_read_its_scores(tiny: Record, tmp_path: Path) -> None:
-    run = Run(tmp_path, seed=0, device=torch.device("cpu"), train_poison=tiny.train_poison)
+    log = ScoreLog(train_poison=tiny.train_poison)
+    run = Run(tmp_path, seed=0, device=torch.device("cpu"), callbacks=log.callbacks())
     assert run.report_split(torch.zeros(1442, dtype=torch.bool)) is None  # type: ignore[func-returns-value]
-    assert run.splits["split"]["tpr"] == 0.0
+    assert log.splits["split"]["tpr"] == 0.0
+
+
+def test_scores_of_a_run_survive_a_kill(tiny: Record, tmp_path: Path) -> None:
+    """History, split qualities and evaluation time are part of a checkpoint, and a listener hears
+    only of the lines that are new."""
+    model, heard = torch.nn.Linear(2, 2), []
+    logs = [
+        ScoreLog(
+            train_poison=tiny.train_poison,
+            on_line=lambda place, row: heard.append((place, row["epoch"])),
+        )
+        for _ in range(2)
+    ]
+    for log, stop in zip(logs, (1, None), strict=True):
+        run = Run(tmp_path, seed=0, device=torch.device("cpu"), callbacks=log.callbacks())
+        with pytest.raises(Stop) if stop else contextlib.nullcontext():
+            for epoch in run.epochs("s", 3, model=model):
+                if epoch == stop:
+                    raise Stop
+                run.report_split(torch.zeros(1442, dtype=torch.bool), name=f"at{epoch}")
+                log.evaluation_seconds += 1.0
+    missed = len(tiny.train_poison)
+    assert [row.get("at0_missed") for row in logs[1].history] == [missed, None, None]
+    assert list(logs[1].splits) == ["at0", "at1", "at2"]
+    assert logs[1].evaluation_seconds == 3.0
+    assert heard == [(1, 0), (2, 1), (3, 2)]
+
+
+def test_a_record_is_read_once_before_a_defense_starts(
+    tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, reads = helpers.copy(tiny, tmp_path), []
+    real = records.read_folder
+
+    def counting(folder: Path) -> Record:
+        reads.append(folder)
+        return real(folder)
+
+    monkeypatch.setattr(records, "read_folder", counting)
+    loaded = methods.load("defense", "ft")
+    argv = ["--result_file", record.name, "--record_root", str(tmp_path), "--epochs", "1"]
+    job = defense_job(loaded, argv, "test")
+    assert run_defense(job) is not None and reads == [record.folder]
+    again = Job(loaded, dataclasses.replace(job.config, run_name="again"))
+    assert run_defense(again) is not None and len(reads) == 2, "a control: a job without its record"
+    monkeypatch.setattr("backdoorlab.execution.defense.cache", lambda function: function)
+    defense_job(loaded, argv, "test")
+    assert len(reads) >= 4, "a control: the parser asks for it more than once"
 
 
 # --- every option is read
@@ -878,24 +1087,6 @@ def test_every_option_of_a_defense_is_read(method: str, backdoored: Record, tmp_
         if "trusted" not in loaded.assumes
         else set()
     )
-
-
-def test_no_method_reads_what_a_run_keeps_for_the_runner() -> None:
-    """Test scores lie in `history`, `splits` and `score`; a method has what CONTRIBUTING.md
-    lists."""
-    root = Path(__file__).parent.parent
-    listed = set(re.findall(r"`run\.(\w+)", (root / "CONTRIBUTING.md").read_text()))
-    used: set[str] = set()
-    for path in (*root.glob("attack/*.py"), *root.glob("defense/*.py")):
-        nodes = ast.walk(ast.parse(path.read_text()))
-        used |= {
-            node.attr
-            for node in nodes
-            if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "run"
-        }
-    assert used <= listed and len(used) > 10 and listed.isdisjoint({"history", "splits", "score"})
 
 
 def test_a_copy_of_a_run_folder_is_not_a_result(tiny: Record, tmp_path: Path) -> None:

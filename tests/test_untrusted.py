@@ -736,7 +736,7 @@ def test_the_measure_of_memory_sees_what_careless_reading_takes(
     assert outcome == "taken" and used > 250e6
     wide = {**small.info["architecture"], "width": 300}
     used, outcome = extra_memory(
-        lambda: build_model(wide, small.info["dataset"], 3), tmp_path / "said"
+        lambda: build_model(wide, small.info["dataset"]["image_shape"], 3), tmp_path / "said"
     )
     assert outcome == "taken" and used > 50e6
 

@@ -79,13 +79,13 @@ def load_exported(path: str | Path) -> Classifier:
     schema.check_export(Path(path), meta)
     network = meta["architecture"], meta["image_shape"], meta["num_classes"]
     with torch.device("meta"):  # before memory is taken for it
-        problem = _difference(_build(*network).network.state_dict(), weights)
+        problem = _difference(build_model(*network).network.state_dict(), weights)
     if problem:
         raise UserError(
             f"{path}: damaged file (its weights are not those of the network that it names:"
             f" {problem}). Export it again"
         )
-    model = _build(*network)
+    model = build_model(*network)
     model.network.load_state_dict(weights)
     return model.eval()
 
@@ -125,11 +125,11 @@ def fit(
             )
             if stem not in problems:
                 with torch.device("meta"):
-                    wanted = _build(described, shape, num_classes).network.state_dict()
+                    wanted = build_model(described, shape, num_classes).network.state_dict()
                 problems[stem] = _difference(wanted, weights)
             if problems[stem]:
                 continue
-            model = _build(described, shape, num_classes)
+            model = build_model(described, shape, num_classes)
             # Compared above; only batch counters may be absent
             model.network.load_state_dict(dict(weights), strict=False)
             right = (
@@ -236,10 +236,7 @@ def describe(meta: Mapping[str, Any]) -> str:
     name = architecture["name"]
     mean, std = ([round(x, 6) for x in architecture[key]] for key in ("mean", "std"))
     normalise = f"normalise images in [0, 1] with mean {mean} and std {std}"
-    whole = (
-        "load it with backdoorlab.exchange.weights.load_exported(PATH), which takes images in"
-        " [0, 1]"
-    )
+    whole = "load it with backdoorlab.load_exported(PATH), which takes images in [0, 1]"
     stock = None if name in models.OWN else _stock(meta)
     if stock is None:
         return f"{normalise}\n{whole}"
@@ -259,7 +256,7 @@ def _stock(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
 
     name, (channels, height, _) = meta["architecture"]["name"], meta["image_shape"]
     with torch.device("meta"):
-        ours = _build(meta["architecture"], meta["image_shape"], meta["num_classes"]).network
+        ours = build_model(meta["architecture"], meta["image_shape"], meta["num_classes"]).network
     wanted = dict(num_classes=meta["num_classes"], in_chans=channels)
     for options in (wanted, wanted | {"img_size": height}):
         try:
@@ -295,12 +292,6 @@ def _width(weights: Mapping[str, Tensor]) -> int | None:
     """Channels of the first convolution of our own networks."""
     first = weights.get("conv1.weight")
     return len(first) if first is not None and first.dim() == 4 and len(first) else None
-
-
-def _build(
-    architecture: Mapping[str, Any], image_shape: Sequence[int], num_classes: int
-) -> Classifier:
-    return build_model(architecture, {"image_shape": image_shape}, num_classes)
 
 
 def bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

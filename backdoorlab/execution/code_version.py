@@ -1,10 +1,10 @@
-"""Which code makes a number: a hash over the source files that a run is made of.
+"""The version of the code behind a result: a hash over the source files that compute it.
 
 A commit says too much (a new sentence in the README changes it) and too little (files that differ
-from it). This is the SHA-256 over the method's file, what runs an attack and a defense, and every
-file of the library that these import at their top, directly or through others, but for those that
-only say, show or store a number. (Stored bytes are checksummed, so what stores them cannot change
-one silently.)
+from it). This is the SHA-256 over the method's file, the files that run an attack and a defense,
+and every file of the library that these import at their top, directly or through others. Files that
+only say, show or store a number are left out. (Stored bytes are checksummed, so what stores them
+cannot change a number silently.)
 """
 
 import ast
@@ -13,35 +13,32 @@ from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-NOT_COMPUTING = (
-    *(
-        "cli.py",
-        "api.py",
-        "__main__.py",
-        "tables/",
-        "report/",
-        "bench/",
-        "exchange/",
-    ),  # what is said, shown and read back
-    *(
-        f"execution/{name}.py" for name in ("precision", "preview", "code_version", "tracking")
-    ),  # which precision was picked is part of every result
-    "storage/",
+SAYING = ("cli.py", "api.py", "__main__.py", "tables/", "report/", "bench/", "exchange/")
+"""What starts runs, says numbers and shows them."""
+STORING = ("storage/",)
+BESIDES = tuple(
+    f"execution/{name}.py" for name in ("precision", "preview", "code_version", "tracking")
 )
+"""Parts of a run that change no number; which precision was chosen is part of every result."""
+NOT_COMPUTING = (*SAYING, *STORING, *BESIDES)
+"""Files and folders of the library that are left out."""
 
 
 def code_version(method_file: Path) -> str:
-    """12 hex digits: the same for the same method of the same library, wherever it is installed."""
+    """Return 12 hex digits, the same wherever the same method and library are installed."""
     contents: dict[str, bytes] = {}
     waiting = [PACKAGE / "execution" / "attack.py", PACKAGE / "execution" / "defense.py"]
     contents[f"method/{method_file.name}"] = source = method_file.read_bytes()
     waiting += _imported(method_file, source)
+
+    # Follow the imports until no file is new.
     while waiting:
         path = waiting.pop()
         name = path.relative_to(PACKAGE).as_posix()
         if name not in contents and not name.startswith(NOT_COMPUTING):
             contents[name] = path.read_bytes()
             waiting += _imported(path, contents[name])
+
     digest = hashlib.sha256()
     for name in sorted(contents):
         digest.update(f"{name} {hashlib.sha256(contents[name]).hexdigest()}\n".encode())
@@ -50,8 +47,10 @@ def code_version(method_file: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _imported(path: Path, source: bytes) -> tuple[Path, ...]:
-    """Files of the library that a file of this content imports at its top; an import inside a
-    function is for what is seldom needed: left out."""
+    """Return the files of the library that a file of this content imports at its top.
+
+    An import inside a function is for what is seldom needed, and is left out.
+    """
     found = []
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ImportFrom):

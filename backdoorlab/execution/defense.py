@@ -1,61 +1,183 @@
-"""Run one defense on a record."""
+"""Run one defense on a record: prepare, execute, publish."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import torch
+from torch import nn
 
-from .. import data, record
+from .. import record
 from ..config import DefenseConfig
 from ..data import Dataset, Split
-from ..datasets.load import load_trusted
 from ..device import choose_device, derived_generator, keep_freed_memory, seed_everything
 from ..errors import UserError
-from ..metrics import Evaluator, collapsed, der
-from ..record import Record
-from ..run import Run, describe_split
+from ..metrics import SUMMARY, Evaluator, Scores, collapsed, der
+from ..record import DefenderView, Record
+from ..run import Run
 from ..settings.methods import Method
 from ..settings.parse import Trained, parse
 from ..storage import reading, schema, writing
 from .environment import environment
-from .precision import choose
+from .precision import Choice, choose
 from .preview import save_sheet
-from .stage import Job, costs_of, fresh, made_with, open_stage, publish, tracker_of
+from .scores import ScoreLog, describe_split
+from .stage import Job, costs_of, flattened, fresh, made_with, open_stage, put_in_place, tracker_of
+from .trusted import describe_trusted, trusted_images
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A defense with its record, data and device, before anything is written."""
+
+    job: Job
+    record: Record
+    target: Path
+    """The folder of the result to write."""
+    dataset: Dataset
+    """The clean data that the record was made from."""
+    trusted: Split | None
+    inputs: Mapping[str, str]
+    """Name -> SHA-256 of what the run starts from."""
+    device: torch.device
+    choice: Choice
+    """The precision of training, and why."""
+
+    @property
+    def method(self) -> Method:
+        return self.job.method
+
+
+@dataclass(frozen=True)
+class Result:
+    """What result.json says, in its order; the files' checksums are added when it is written."""
+
+    schema: int
+    attack: str
+    defense: str
+    dataset: str
+    fingerprint: str
+    architecture: str
+    assumes: Sequence[str]
+    config: Mapping[str, Any]
+    seed: int
+    trusted: Mapping[str, Any] | None
+    """Number and SHA-256 of the trusted images."""
+    before: Mapping[str, float | None]
+    """Scores of what the defense is compared with."""
+    after: Mapping[str, float | None]
+    der: float | None
+    collapsed: bool
+    per_class: Mapping[str, Any]
+    cross: Mapping[str, float | None] | None
+    triggered_predictions: Sequence[int]
+    split: Mapping[str, Any] | None
+    """Quality of the split that the defense answers with."""
+    splits: Mapping[str, Mapping[str, Any]]
+    """The same of every split that it reported, by name."""
+    notes: Sequence[str]
+    costs: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    made_with: Mapping[str, Any]
+    precision_why: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of result.json, the entries of groups at its top."""
+        return flattened(self, groups=("costs", "environment", "made_with"))
 
 
 def defense_job(method: Method, argv: Sequence[str], prog: str) -> Job:
-    """The data set, and with it the YAML file that applies, comes from the record."""
+    """Parse the command line of a defense and read its record, once.
+
+    The data set, and with it the YAML file that applies, comes from the record.
+
+    Args:
+        method: the defense.
+        argv: flags and values.
+        prog: the command's name, for --help.
+    """
+    # The parser asks for the record up to twice, and the run needs it again.
+    read_once = cache(_read_record)
 
     def trained(config: DefenseConfig) -> Trained:
-        info = _record(config).info
+        info = read_once(config.result_file, config.record_root).info
         return Trained(info["dataset"]["name"], info["config"].get("epochs"))
 
     parsed = parse(method.config_class, method.name, "defense", argv, trained, prog)
-    return Job(method, parsed.config, parsed)
+    config = parsed.config
+    return Job(method, config, parsed, read_once(config.result_file, config.record_root))
 
 
 def run_defense(job: Job) -> dict[str, Any] | None:
-    """Defend a record and write result.json; None where a subtask stops earlier."""
+    """Defend a record and write result.json.
+
+    Returns:
+        The content of result.json; None where the method stops early by its own options.
+    """
     config: DefenseConfig = job.config
     config.check()
-    found = _record(config)
-    method, run_name = job.method, config.run_name or f"seed{config.seed}"
-    if not schema.WORD.fullmatch(run_name):
-        raise UserError(f"--run_name {run_name}: expected letters, digits, and _ . + - within")
-    record.check_name(run_name)
-    target = found.folder / "defense" / method.name / run_name
-    subtask = getattr(config, "subtask", "all")
-    if subtask == "test":
+    found = job.record or _read_record(config.result_file, config.record_root)
+    target = _target(found, job)
+    if getattr(config, "subtask", None) == "test":
         return _score_saved(found, target, config)
+
+    prepared = prepare(job, found, target)
+    name = f"{found.name}/{job.method.name}/{target.name}"
+    precision = prepared.choice.precision
+    with (
+        open_stage(target, "result.json", job, prepared.inputs, precision) as stage,
+        tracker_of(job, name, stage) as tracker,
+    ):
+        seed_everything(config.seed, prepared.device)
+        log = ScoreLog(
+            train_poison=found.train_poison if found.known_poison else None,
+            score_every=config.score_every,
+            on_line=tracker.line,
+        )
+        run = Run(
+            stage,
+            seed=config.seed,
+            device=prepared.device,
+            precision=precision,
+            train_size=len(prepared.dataset.train),
+            callbacks=log.callbacks(),
+        )
+        # The stage keeps its checkpoints where the method stops early.
+        finished = execute(prepared, run, log)
+        if finished is None:
+            run.say(f"{job.method.name} stopped early; its files are in {stage}")
+            return None
+        model, result = finished
+        publish(prepared, model, result, run, log)
+        _track(result, run, tracker.final)
+    return result.to_json()
+
+
+def prepare(job: Job, found: Record, target: Path) -> Prepared:
+    """Load the data and the trusted images, and choose device and precision.
+
+    Args:
+        job: the defense with its settings.
+        found: the record to defend.
+        target: the folder of the result to write.
+    """
+    config: DefenseConfig = job.config
     device = choose_device(config.device)
     dataset = found.dataset(config.dataset_path)
-    trusted = _trusted(config, found, dataset) if "trusted" in method.assumes else None
+
+    # A continued run must start from the same record and the same trusted images.
     inputs = {"record": reading.sha256(found.folder / "record.json")}
-    if trusted is not None:
-        inputs["trusted images"] = reading.tensor_hash(
-            {"images": trusted.images, "labels": trusted.labels}
-        )
+
+    trusted = None
+    if "trusted" in job.method.assumes:
+        trusted = trusted_images(config, found, dataset)
+        images = {"images": trusted.images, "labels": trusted.labels}
+        inputs["trusted images"] = reading.tensor_hash(images)
+
+    # Where the precision is measured, the record's own network is timed.
     keep_freed_memory(device)
     architecture = found.info["architecture"]
     network = {
@@ -63,108 +185,153 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         "width": architecture["width"],
         "image_shape": list(dataset.image_shape),
     }
-    chosen = choose(config.precision, device, network, found.model)
-    with (
-        open_stage(target, "result.json", job, inputs, chosen.precision) as stage,
-        tracker_of(job, f"{found.name}/{method.name}/{run_name}", stage) as tracker,
-    ):
-        seed_everything(config.seed, device)
-        run = Run(
-            stage,
-            seed=config.seed,
-            device=device,
-            precision=chosen.precision,
-            train_poison=found.train_poison if found.known_poison else None,
-            train_size=len(dataset.train),
-            score_every=config.score_every,
+    choice = choose(config.precision, device, network, found.model)
+    return Prepared(job, found, target, dataset, trusted, inputs, device, choice)
+
+
+def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[nn.Module, Result] | None:
+    """Run the method and score the model that it returns; None where it stops early."""
+    found, method, dataset = prepared.record, prepared.method, prepared.dataset
+    # The evaluator goes to the score log; the run does not keep it.
+    evaluator = Evaluator(dataset.test, found.test_poison, dataset.num_classes, prepared.device)
+    run.watch_scores(evaluator)
+    view = _view(prepared, run)
+    before = _before(found, method)
+
+    model = method.module.defend(view, prepared.job.config, run)
+    # None is an answer only of a method that announces it: from others it is a forgotten return.
+    if model is None and _may_stop_early(method.module.defend):
+        return None
+    _refuse_other_network(model, found, method)
+
+    with run.uncharged():
+        after = log.score(model)
+    costs = costs_of(run.spent(), log.evaluation_seconds)
+    return model, _result(prepared, before, after, costs, run, log)
+
+
+def publish(prepared: Prepared, model: nn.Module, result: Result, run: Run, log: ScoreLog) -> None:
+    """Write weights, history, split and result into a folder, and put it in its place."""
+    final = fresh(run.folder / "final")
+    writing.write_tensors(final / "model.safetensors", model.state_dict())
+    log.save_history(final)
+
+    # What the method reported on its way.
+    for name, images in run.pictures.items():
+        save_sheet(final / f"{name}.png", images)
+    if run.flagged is not None:
+        decided = {} if run.suspicion is None else {"suspicion": run.suspicion}
+        writing.write_tensors(final / "split.safetensors", {"flagged": run.flagged, **decided})
+
+    # Last, for its presence means done, and it lists all other files.
+    content = {**result.to_json(), "files": writing.manifest(final)}
+    writing.write_sealed(final / "result.json", content)
+    record.refuse_unreadable(final, record.read_result)
+    put_in_place(final, prepared.target)
+
+
+def _target(found: Record, job: Job) -> Path:
+    """Where the result is to lie."""
+    run_name = job.config.run_name or f"seed{job.config.seed}"
+    if not schema.WORD.fullmatch(run_name):
+        raise UserError(f"--run_name {run_name}: expected letters, digits, and _ . + - within")
+    record.check_name(run_name)
+    return found.folder / "defense" / job.method.name / run_name
+
+
+def _view(prepared: Prepared, run: Run) -> DefenderView:
+    """Cut the record down to what the method assumes, and print what it gets."""
+    found, method, config = prepared.record, prepared.method, prepared.job.config
+    dataset, trusted = prepared.dataset, prepared.trusted
+    # What the method does not assume is not drawn.
+    seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
+    view = record.defender_view(found, dataset, method.assumes, trusted, prepared.device, seeds)
+
+    prepared.job.say_settings(run)
+    run.say(
+        f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}),"
+        f" {prepared.device}, {prepared.choice.describe()}"
+    )
+
+    # What limits the result goes into its notes.
+    if trusted is not None:
+        describe_trusted(trusted, config, found, dataset, run)
+    if seeds is not None and not found.known_poison:
+        run.note(
+            "the seeds known to be clean are drawn from the record's training images, which"
+            " nobody vouches for"
         )
-        run.told = tracker.line
-        run.watch_scores(Evaluator(dataset.test, found.test_poison, dataset.num_classes, device))
-        seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
-        view = record.defender_view(found, dataset, method.assumes, trusted, device, seeds)
-        job.say_settings(run)
-        run.say(
-            f"{method.name} on record {found.name} ({found.info['attack']}, {dataset.name}),"
-            f" {device}, {chosen.describe()}"
-        )
-        if trusted is not None:
-            _describe_trusted(trusted, config, dataset, run)
-            if (
-                config.trusted_path is None
-                and not found.known_poison
-                and found.info.get("has_train", True)
-            ):
-                run.note(
-                    "the trusted images are drawn from the record's training images, which nobody"
-                    " vouches for: pass --trusted_path if you can"
-                )
-        if seeds is not None and not found.known_poison:
-            run.note(
-                "the seeds known to be clean are drawn from the record's training images, which"
-                " nobody vouches for"
-            )
-        before = _before(found, method)
-        model = method.module.defend(view, config, run)
-        if model is None and subtask != "all":
-            run.say(f"subtask {subtask} is done; its files are in {stage}")
-            return None
-        _refuse_other_network(model, found, method)
-        after = run.score(model)
-        spent = run.spent()
-        final = fresh(stage / "final")
-        writing.write_tensors(final / "model.safetensors", model.state_dict())
-        run.save_history(final)
-        for name, images in run.pictures.items():
-            save_sheet(final / f"{name}.png", images)
-        if run.flagged is not None:
-            decided = {} if run.suspicion is None else {"suspicion": run.suspicion}
-            writing.write_tensors(final / "split.safetensors", {"flagged": run.flagged, **decided})
-        result = {
-            "schema": schema.SCHEMA,
-            "attack": found.info["attack"],
-            "defense": method.name,
-            "dataset": found.info["dataset"]["name"],
-            "fingerprint": found.info["dataset"]["fingerprint"],
-            "architecture": found.info["architecture"]["name"],
-            "assumes": list(method.assumes),
-            "config": config.science(),
-            "seed": config.seed,
-            "trusted": (
-                None
-                if trusted is None
-                else {"count": len(trusted), "sha256": inputs["trusted images"]}
-            ),
-            "before": {key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
-            "after": after.summary(),
-            "der": der(before, after.summary()),
-            "collapsed": collapsed(before, after.summary()),
-            "per_class": after.per_class,
-            "cross": after.cross,
-            "triggered_predictions": after.triggered_predictions,
-            "split": run.splits.get("split"),
-            "splits": run.splits,
-            "notes": run.notes,
-            **costs_of(spent),
-            **environment(device),
-            **made_with(stage),
-            "precision_why": chosen.why,
-        }
-        writing.write_sealed(final / "result.json", {**result, "files": writing.manifest(final)})
-        record.refuse_unreadable(final, record.read_result)
-        publish(final, target)
-        tracker.final(
-            before=result["before"],
-            after={**after.summary(), "der": result["der"]},
-            split=run.splits.get("split", {}),
-            cost={"seconds": spent.seconds, "peak_memory_bytes": spent.peak_memory_bytes},
-        )
-    return result
+    return view
+
+
+def _result(
+    prepared: Prepared,
+    before: Mapping[str, Any],
+    after: Scores,
+    costs: Mapping[str, Any],
+    run: Run,
+    log: ScoreLog,
+) -> Result:
+    info, config, trusted = prepared.record.info, prepared.job.config, prepared.trusted
+    summary = after.summary()
+    # Settings and inputs come first, then scores, then costs and environment.
+    return Result(
+        schema=schema.SCHEMA,
+        attack=info["attack"],
+        defense=prepared.method.name,
+        dataset=info["dataset"]["name"],
+        fingerprint=info["dataset"]["fingerprint"],
+        architecture=info["architecture"]["name"],
+        assumes=list(prepared.method.assumes),
+        config=config.science(),
+        seed=config.seed,
+        trusted=(
+            None
+            if trusted is None
+            else {"count": len(trusted), "sha256": prepared.inputs["trusted images"]}
+        ),
+        before={key: before[key] for key in SUMMARY},
+        after=summary,
+        der=der(before, summary),
+        collapsed=collapsed(before, summary),
+        per_class=after.per_class,
+        cross=after.cross,
+        triggered_predictions=after.triggered_predictions,
+        split=log.splits.get("split"),
+        splits=log.splits,
+        notes=run.notes,
+        costs=costs,
+        environment=environment(prepared.device),
+        made_with=made_with(run.folder),
+        precision_why=prepared.choice.why,
+    )
+
+
+def _track(result: Result, run: Run, final: Callable[..., None]) -> None:
+    """Send the final scores and costs to the tracker."""
+    final(
+        before=result.before,
+        after={**result.after, "der": result.der},
+        split=result.split or {},
+        cost={
+            "seconds": run.progress.seconds,
+            "peak_memory_bytes": run.progress.peak_memory_bytes,
+        },
+    )
+
+
+def _may_stop_early(defend: Callable[..., Any]) -> bool:
+    """Whether the annotation of `defend` says that it may return None."""
+    try:
+        hint = get_type_hints(defend).get("return")
+    except NameError:  # a name that is imported for type checkers only
+        return False
+    return NoneType in get_args(hint)
 
 
 def _refuse_other_network(model: Any, found: Record, method: Method) -> None:
-    """What a defense leaves is kept as weights of the record's network: whatever is none could not
-    be read again."""
-    if not isinstance(model, torch.nn.Module):
+    """Refuse what cannot be kept as weights of the record's network, and so not be read again."""
+    if not isinstance(model, nn.Module):
         raise UserError(
             f"{method.path}: defend returned {type(model).__name__}: expected the model that is"
             " left, a torch.nn.Module"
@@ -178,32 +345,22 @@ def _refuse_other_network(model: Any, found: Record, method: Method) -> None:
         ) from error
 
 
-def _before(found: Record, method: Method) -> dict[str, Any]:
-    """What a defense is compared with: the poisoned model, or where it trains one itself, what
-    training without it gives."""
+def _before(found: Record, method: Method) -> Mapping[str, Any]:
+    """The scores that a defense is compared with.
+
+    They are those of the poisoned model. Where a defense trains a model itself and the attack
+    controlled its own training, they are those of ordinary training on the same images.
+    """
     if "model" in method.assumes or "plain_scores" not in found.info:
-        return found.info["scores"]
+        scores: Mapping[str, Any] = found.info["scores"]
+        return scores
     if found.info["plain_scores"] is None:
         raise UserError(
             f"record {found.name!r} was made with --plain False, so nothing says what training on"
             f" its images gives without {method.name}: make it again with --plain True"
         )
-    return found.info["plain_scores"]
-
-
-def _trusted(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:
-    """A user's own images, else a draw from the clean training set."""
-    if config.trusted_path is not None:
-        return load_trusted(config.trusted_path, dataset, found.info["dataset"]["image_size"])
-    drawn = derived_generator(config.seed, "trusted")
-    return dataset.train.subset(
-        data.trusted_index(
-            len(dataset.train),
-            ratio=config.trusted_ratio,
-            count=config.trusted_count,
-            generator=drawn,
-        )
-    )
+    plain: Mapping[str, Any] = found.info["plain_scores"]
+    return plain
 
 
 def _seeds(config: Any, found: Record, dataset: Dataset) -> torch.Tensor:
@@ -212,26 +369,6 @@ def _seeds(config: Any, found: Record, dataset: Dataset) -> torch.Tensor:
     return record.draw_seeds(
         found.train_poison, dataset.train.labels, dataset.num_classes, config.seeds_per_class, drawn
     )
-
-
-def _describe_trusted(trusted: Split, config: DefenseConfig, dataset: Dataset, run: Run) -> None:
-    """How many there are, and what a reader of the table should know about them."""
-    run.say(f"{len(trusted):,} trusted images")
-    missing = sorted(set(range(dataset.num_classes)) - set(trusted.labels.tolist()))
-    if missing:
-        names = ", ".join(dataset.class_names[label] for label in missing[:5]) + (
-            ", ..." if len(missing) > 5 else ""
-        )
-        run.note(
-            f"no trusted image of {len(missing)} of {dataset.num_classes} classes ({names}): their"
-            " accuracy may be lost; give more trusted images"
-        )
-    batch_size = getattr(config, "batch_size", 1)
-    if batch_size > len(trusted):
-        run.note(
-            f"batch_size {batch_size} is more than the {len(trusted)} trusted images: all of them"
-            " make one batch"
-        )
 
 
 def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str, Any]:
@@ -243,31 +380,34 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
     result = record.read_result(target)
     model = found.model()
     record.load_weights(model, target / "model.safetensors", result["files"], found.model_shapes())
-    after = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device)(
-        model.to(device)
-    ).summary()
+
+    # Its scores before the defense are those of the finished run.
+    evaluator = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device)
+    after = evaluator(model.to(device)).summary()
     before = result.get("before", found.info["scores"])
     return {**result, "before": before, "after": after, "der": der(before, after)}
 
 
-def _record(config: DefenseConfig) -> Record:
-    root = record.record_root(config.record_root)
-    if not config.result_file:
-        known = record.record_names(root)
+def _read_record(name: str, root: str | None) -> Record:
+    """Read and verify a record by the flags --result_file and --record_root."""
+    folder = record.record_root(root)
+    if not name:
+        known = record.record_names(folder)
         raise UserError(
-            f"--result_file NAME is missing. Records in {root}: {', '.join(known) or 'none yet'}"
+            f"--result_file NAME is missing. Records in {folder}: {', '.join(known) or 'none yet'}"
         )
-    return Record.load(config.result_file, root)
+    return Record.load(name, folder)
 
 
-def report(result: dict[str, Any]) -> str:
-    """Two lines a person reads at the end of a defense."""
+def report(result: Mapping[str, Any]) -> str:
+    """Write two or three lines for a person at the end of a defense."""
     before, after = result["before"], result["after"]
     percent = {key: "-" if value is None else f"{100 * value:.2f}" for key, value in after.items()}
+    asr_before = "-" if before["asr"] is None else f"{100 * before['asr']:.2f}"
     lines = [
-        f"clean accuracy {100 * before['clean_accuracy']:.2f} -> {percent['clean_accuracy']} %, ASR"
-        f" {'-' if before['asr'] is None else format(100 * before['asr'], '.2f')} ->"
-        f" {percent['asr']} %, RA {percent['robust_accuracy']} %, {result['seconds']:.0f} s"
+        f"clean accuracy {100 * before['clean_accuracy']:.2f} -> {percent['clean_accuracy']} %,"
+        f" ASR {asr_before} -> {percent['asr']} %, RA {percent['robust_accuracy']} %,"
+        f" {result['seconds']:.0f} s"
     ]
     if result["split"]:
         lines.append(describe_split(result["split"]))

@@ -1,4 +1,4 @@
-"""On what a number was made: device, versions, commit."""
+"""The environment of a result: device, versions, commit."""
 
 import platform
 import shutil
@@ -12,12 +12,17 @@ import torch
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What bit-equality depends on, and what a reader of a timing needs."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    """Return device, versions and commit.
+
+    Bit-equal results depend on them, and a timing means nothing without them.
+    """
+    if device.type == "cpu":
+        described = f"cpu ({processor()}, {torch.get_num_threads()} threads)"
+    else:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+        described = f"{device.type} ({name})"
     return {
-        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)"
-        if device.type == "cpu"
-        else f"{device.type} ({name})",
+        "device": described,
         "versions": {
             package: version(package)
             for package in ("backdoorlab", "torch", "torchvision", "timm", "numpy")
@@ -28,7 +33,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The CPU's own name where the system tells it."""
+    """Return the CPU's name where the system tells it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -37,11 +42,13 @@ def processor() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, marked where files differ from it; None outside a checkout."""
+    """Return the checkout's commit, with "+changes" if files differ; None outside a checkout."""
+    # An installed package lies in no checkout, and a machine may have no git.
     root = Path(__file__).parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
     try:
+        # A slow file system must not stop a run that is finished.
         command = partial(
             subprocess.run, cwd=root, capture_output=True, text=True, timeout=10, check=True
         )

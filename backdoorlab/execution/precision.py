@@ -1,5 +1,4 @@
-"""Whether bf16 is faster than fp32 for one network on this machine: measured once, then kept in the
-cache folder.
+"""The faster precision of one network on this machine: measured once, then kept in the cache.
 
 A capability is not a speed. Of two processors with the same flag for bf16, one trains small
 networks twice as fast with it, the other slower than in fp32. So both are timed on the network
@@ -30,17 +29,17 @@ from ..storage.reading import is_count
 from .environment import processor
 
 WORTH_IT = 0.97
-"""Share of fp32's time below which a step in bf16 counts as faster: what is no faster loses digits
-for nothing."""
+"""Share of fp32's time below which a step in bf16 counts as faster. Where it is not faster, bf16
+only loses digits."""
 STEP_SECONDS = 0.2
-"""A timed step takes as many images as fit into so long, from 2 (batch normalisation needs two) to
-MOST_IMAGES."""
+"""Length of a timed step, which decides how many images it takes."""
 MOST_IMAGES = 32
+"""Images of a timed step at most; at least 2, as batch normalisation needs two."""
 REPEAT_SECONDS = 0.3
-"""Pairs of timed steps are repeated, three at most, until this much time has gone."""
+"""Pairs of timed steps are repeated until this much time has passed, three times at most."""
 HOPELESS, GRACE_SECONDS = 2.0, 0.05
-"""The first step in bf16 is given up where, at any layer, it has taken so many times as long as
-fp32 had, plus the grace."""
+"""The first step in bf16 is given up if, at any layer, it has taken more than HOPELESS times as
+long as in fp32, plus GRACE_SECONDS."""
 
 
 @dataclass(frozen=True)
@@ -50,36 +49,41 @@ class Timing:
     images: int
     fp32: float
     bf16: float | None
-    """None: given up as hopeless."""
+    """None if it was given up as hopeless."""
 
     @property
     def ratio(self) -> float:
-        """Time of a step in bf16 over that in fp32."""
+        """Time of a step in bf16 divided by that in fp32."""
         return float("inf") if self.bf16 is None else self.bf16 / self.fp32
 
     def describe(self) -> str:
+        """Compare the two in a clause."""
         compared = f"more than {HOPELESS:g}" if self.bf16 is None else f"{self.ratio:.2f}"
         return f"a training step in bf16 takes {compared} times as long as in fp32"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run computes in, and the reason in a few words."""
+    """The precision of a run's training, and the reason in a few words."""
 
     precision: Exact
     why: str
 
     def describe(self) -> str:
+        """Write both in one phrase."""
         return f"{self.precision} ({self.why})"
 
 
 def choose(
     wanted: Precision, device: torch.device, network: dict[str, Any], build: Callable[[], nn.Module]
 ) -> Choice:
-    """bf16 or fp32 for a run that asked for `wanted`.
+    """Choose bf16 or fp32.
 
-    network: what names it, as JSON: architecture, width, image_shape (C, H, W).
-    build: makes the network, with any weights; called where nothing was measured yet.
+    Args:
+        wanted: what the user asked for; "auto" is the faster one.
+        device: where the run trains. A GPU is judged by its generation, a CPU is measured.
+        network: architecture, width and image_shape (C, H, W), under which a timing is kept.
+        build: makes the network, with any weights; called if nothing was measured yet.
     """
     if wanted == "auto":
         wanted = _of_the_environment()
@@ -91,15 +95,14 @@ def choose(
             "bf16" if wanted == "bf16" or fast else "fp32",
             "asked for" if wanted == "bf16" else "by the GPU's generation",
         )
+
     timing = _kept(network) or _measured(network, build)
     if wanted == "bf16":
         return Choice(
             "bf16",
-            (
-                "asked for"
-                if timing.ratio <= 1
-                else f"asked for, and slow on this processor: {timing.describe()}"
-            ),
+            "asked for"
+            if timing.ratio <= 1
+            else f"asked for, and slow on this processor: {timing.describe()}",
         )
     return Choice(
         "bf16" if timing.ratio < WORTH_IT else "fp32",
@@ -108,8 +111,10 @@ def choose(
 
 
 def _of_the_environment() -> Precision:
-    """What `auto` means here: $BACKDOORLAB_PRECISION, for machines of several kinds whose results
-    are to be comparable."""
+    """Return $BACKDOORLAB_PRECISION, else auto.
+
+    It makes results of different machines comparable.
+    """
     wanted = os.environ.get("BACKDOORLAB_PRECISION", "auto")
     if wanted not in get_args(Precision):
         raise UserError(
@@ -119,7 +124,7 @@ def _of_the_environment() -> Precision:
 
 
 def _kept(network: dict[str, Any]) -> Timing | None:
-    """What was measured before; None where it was not, or cannot be read."""
+    """Read an earlier timing; None where there is none that can be read."""
     try:
         found = reading.read_json(_place(network))
     except (UserError, OSError):
@@ -135,7 +140,7 @@ def _is_time(value: Any) -> bool:
 
 
 def _measured(network: dict[str, Any], build: Callable[[], nn.Module]) -> Timing:
-    """Measure, and keep it for the next run."""
+    """Measure the network, and keep the timing for the next run."""
     with torch.random.fork_rng(devices=[]):
         timing = measure(build(), network["image_shape"])
     place = _place(network)
@@ -151,7 +156,7 @@ def _measured(network: dict[str, Any], build: Callable[[], nn.Module]) -> Timing
 
 
 def _machine() -> dict[str, Any]:
-    """What a speed depends on besides the network."""
+    """Return what a speed depends on besides the network."""
     return {
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -162,15 +167,17 @@ def _machine() -> dict[str, Any]:
 
 
 def _place(network: dict[str, Any]) -> Path:
+    """Where the timing of a network on this machine is kept."""
     key = hashlib.sha256(json.dumps(_machine() | network, sort_keys=True).encode()).hexdigest()[:16]
     return cache_root() / f"precision-{key}.json"
 
 
 def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Timing:
-    """Time training steps of a network on the CPU. Its weights stay as they are; its batch
-    statistics move.
+    """Time training steps of a network on the CPU.
 
-    image_shape: (C, H, W).
+    Args:
+        model: its weights stay as they are, its batch statistics change.
+        image_shape: (C, H, W).
     """
     with paused():
         # The first steps also make the kernels. In bf16 without hardware for it, one step can take
@@ -199,24 +206,31 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Timing:
 
 
 class _Hopeless(Exception):
-    """bf16 takes many times as long."""
+    """The step in bf16 takes many times as long."""
 
 
 def _step(
     model: nn.Module, images: Tensor, precision: Exact, behind: list[float] | None = None
 ) -> list[float]:
-    """Seconds since the start at each layer's output, at each layer's gradient, and at the end;
-    `behind`: those of fp32, to be compared with."""
+    """Take one training step and note the time on the way.
+
+    Args:
+        model: its gradients are removed afterwards.
+        images: float (B, C, H, W).
+        precision: of the forward pass.
+        behind: the marks of fp32; a step that falls far behind them raises _Hopeless.
+
+    Returns:
+        Seconds since the start at each layer's output, at each layer's gradient, and at the end.
+    """
     marks: list[float] = []
     began = time.perf_counter()
 
     def mark(_gradient: Tensor | None = None) -> None:
         marks.append(time.perf_counter() - began)
-        if (
-            behind is not None
-            and len(marks) <= len(behind)
-            and marks[-1] > HOPELESS * behind[len(marks) - 1] + GRACE_SECONDS
-        ):
+        if behind is None or len(marks) > len(behind):
+            return
+        if marks[-1] > HOPELESS * behind[len(marks) - 1] + GRACE_SECONDS:
             raise _Hopeless
 
     def passed(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -224,6 +238,7 @@ def _step(
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(mark)
 
+    # Only layers without parts are marked, once each.
     handles = [
         module.register_forward_hook(passed)
         for module in model.modules()

@@ -1,6 +1,6 @@
 """The unfinished folder of a run: locked, continued only by the same settings, published whole."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..device import Exact
 from ..errors import UserError
-from ..run import Run, say
+from ..record import Record
+from ..run import Progress, Run, say
 from ..settings.methods import Method
 from ..settings.parse import Parsed
 from ..storage import folders, locks, reading, schema, writing
@@ -18,8 +19,11 @@ from .code_version import code_version
 
 if TYPE_CHECKING:
     from .tracking import Tracker
+
+MARKER = "run.json"
+"""The file of a stage that says by which settings it was begun."""
 CONTINUED = ("checkpoint-*.safetensors", "cached-*.safetensors")
-"""The files of an unfinished run that it goes on from."""
+"""The files from which an unfinished run continues."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,20 @@ class Job:
     method: Method
     config: Any
     parsed: Parsed | None = None
+    """Where the settings came from."""
+    record: Record | None = None
+    """The record that a defense runs on, read and verified once, when its settings were parsed.
+    None for an attack; a defense then reads it by its config."""
 
     def say_settings(self, run: Run) -> None:
+        """Print every setting that is not a default."""
         if self.parsed is not None and self.parsed.origins:
             run.say(f"settings: {self.parsed.describe()}; all others are defaults, see --help")
 
 
 def tracker_of(job: Job, name: str, stage: Path) -> AbstractContextManager["Tracker"]:
-    """Who else hears of a run; the import waits until someone asks, as the trackers are no part of
-    what makes a number."""
+    """Start what --track names for a run called `name`."""
+    # Trackers are no part of what makes a number: imported here, they stay out of its version.
     from .tracking import tracked
 
     return tracked(
@@ -49,11 +58,21 @@ def tracker_of(job: Job, name: str, stage: Path) -> AbstractContextManager["Trac
 def open_stage(
     target: Path, done: str, job: Job, inputs: Mapping[str, str], computes_in: Exact
 ) -> Iterator[Path]:
-    """The unfinished folder of a run beside its target: locked, and continued only by the same
-    settings on the same inputs (name -> SHA-256).
+    """Open the unfinished folder of a run beside its target, and lock it.
 
-    A run that overwrites is continued by the same command only, while what it is to replace is what
-    it was when the run began.
+    What is in it is continued by the same settings on the same inputs only. A run that overwrites
+    is continued by the same command only, and only if the result that it will replace has not
+    changed since it began.
+
+    Args:
+        target: folder of the finished record or result.
+        done: name of the file whose presence in `target` means done.
+        job: the method with its settings.
+        inputs: name -> SHA-256 of what the run starts from.
+        computes_in: the precision of training.
+
+    Yields:
+        The folder `<target>.partial`. It is removed after an error if it holds nothing to continue.
     """
     config = job.config
     refuse_existing(target, done, config.overwrite)
@@ -61,38 +80,28 @@ def open_stage(
     folders.sweep(target.parent, partial(_worthless, done=done))
     path = target.with_name(f"{target.name}.partial")
     with locks.locked(path):
+        # Another process may have finished while this one waited for the lock.
         refuse_existing(target, done, config.overwrite)
         for torn in path.glob(".*.tmp"):
             folders.remove(torn)
+
+        # What must be the same to continue, and what may differ but is said.
         settings = {"method": job.method.name, "config": config.science(), "inputs": dict(inputs)}
         made = {"code": code_version(job.method.path), "precision": computes_in}
-        marker = path / "run.json"
         finished = _checksum(target / done) if config.overwrite else None
-        # With nothing to replace, the flag changes nothing
+        # With nothing to replace, the flag changes nothing.
         replaces = {} if finished is None else {"replaces": finished}
+
         wanted = {**settings, **replaces, "code": made["code"]}
-        if (
-            marker.exists()
-            and _begun(path)
-            and (not config.overwrite or _was_begun_by(path, wanted))
-        ):
-            begun = reading.read_json(marker)
-            begun.pop("replaces", None)
-            begun.setdefault("inputs", settings["inputs"])  # one of an older version does not say
-            before = {
-                "code": begun.pop("code", "?"),
-                "precision": begun.pop("precision", schema.UNKNOWN),
-            }
-            _check_same(path, begun, settings)
-            made = {
-                key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}"
-                for key, old in before.items()
-            }
+        if _is_continued(path, wanted, config.overwrite):
+            made = _continued(path, settings, made)
         else:
-            refuse_foreign(path, marker.name)
+            refuse_foreign(path, MARKER)
             for entry in folders.entries(path):
                 folders.remove(entry)
-        writing.write_json(marker, {**settings, **made, **replaces})
+        writing.write_json(path / MARKER, {**settings, **made, **replaces})
+
+        # A stage without a checkpoint would only be in the way.
         try:
             yield path
         except BaseException:
@@ -101,23 +110,51 @@ def open_stage(
             raise
 
 
+def _is_continued(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
+    """Whether there is something to continue; with --overwrite True only what is `wanted`."""
+    if not (path / MARKER).exists() or not _begun(path):
+        return False
+    return not overwrite or _was_begun_by(path, wanted)
+
+
+def _continued(path: Path, settings: dict[str, Any], made: dict[str, str]) -> dict[str, str]:
+    """Refuse other settings; return by which code, in which precision a continued run is made.
+
+    Where that differs from what began it, both are joined by "+".
+    """
+    begun = reading.read_json(path / MARKER)
+    begun.pop("replaces", None)
+    # Runs of an older version do not say what they started from.
+    begun.setdefault("inputs", settings["inputs"])
+    before = {
+        "code": begun.pop("code", "?"),
+        "precision": begun.pop("precision", schema.UNKNOWN),
+    }
+    _check_same(path, begun, settings)
+    return {
+        key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}"
+        for key, old in before.items()
+    }
+
+
 def made_with(stage: Path) -> dict[str, str]:
-    """Which code a run is made by, and in which precision: one, or all of them, where one went on
-    with what another had begun."""
-    begun = reading.read_json(stage / "run.json")
+    """Return by which code and in which precision a run is made; "a+b" where b continued a."""
+    begun = reading.read_json(stage / MARKER)
     return {key: begun[key] for key in ("code", "precision")}
 
 
 def _begun(path: Path) -> bool:
-    """Whether an unfinished run has anything worth continuing."""
+    """Whether an unfinished run has a checkpoint."""
     return any(any(path.glob(pattern)) for pattern in CONTINUED)
 
 
 def _worthless(stage: Path, done: str) -> bool:
-    """Whether a stage that nobody holds is ours and will never be continued: it holds no
-    checkpoint, or its run is finished."""
+    """Whether an unlocked stage is ours and will never be continued.
+
+    That is so if it has no checkpoint, or its run is finished.
+    """
     names = {entry.name for entry in stage.iterdir()}
-    ours = "run.json" in names or names <= {locks.HOLDER}
+    ours = MARKER in names or names <= {locks.HOLDER}
     finished = stage.with_name(stage.name.removesuffix(".partial")) / done
     return ours and (
         not _begun(stage) or (finished.exists() and not _is_to_replace(stage, finished))
@@ -127,16 +164,18 @@ def _worthless(stage: Path, done: str) -> bool:
 def _is_to_replace(stage: Path, finished: Path) -> bool:
     """Whether the unfinished run was begun with --overwrite True over this very result."""
     try:
-        return reading.read_json(stage / "run.json").get("replaces") == _checksum(finished)
+        return reading.read_json(stage / MARKER).get("replaces") == _checksum(finished)
     except (UserError, OSError):
         return False
 
 
 def _was_begun_by(path: Path, wanted: dict[str, Any]) -> bool:
-    """Whether an unfinished run was begun with all that is wanted, and can be read: --overwrite
-    True starts again what cannot."""
+    """Whether an unfinished run was begun with all that is wanted, and can be read.
+
+    --overwrite True starts again what cannot be read.
+    """
     try:
-        if not wanted.items() <= reading.read_json(path / "run.json").items():
+        if not wanted.items() <= reading.read_json(path / MARKER).items():
             return False
         for pattern in CONTINUED:
             for saved in path.glob(pattern):
@@ -147,13 +186,16 @@ def _was_begun_by(path: Path, wanted: dict[str, Any]) -> bool:
 
 
 def _checksum(finished: Path) -> str | None:
-    """SHA-256 of the file that says a run is done; None where there is none."""
+    """SHA-256 of the file whose presence means done; None where there is none."""
     return reading.sha256(finished) if finished.exists() else None
 
 
 def _check_same(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue with other settings, and list what differs."""
     if begun == now:
         return
+
+    # Settings by name, else inputs, else the method itself.
     old, new = begun.get("config", {}), now["config"]
     changed = [
         f"{key} {old.get(key)} -> {new.get(key)}"
@@ -172,22 +214,32 @@ def _check_same(path: Path, begun: dict[str, Any], now: dict[str, Any]) -> None:
     )
 
 
-def publish(final: Path, target: Path) -> None:
-    """Put a finished folder in its place, then drop the stage around it."""
+def put_in_place(final: Path, target: Path) -> None:
+    """Rename a finished folder to its target, then remove the stage around it."""
     folders.put(final, target)
     folders.remove(final.parent)
 
 
 def fresh(folder: Path) -> Path:
+    """Make a folder, empty even if there was one."""
     folders.remove(folder)
     folder.mkdir()
     return folder
 
 
-def costs_of(spent: Any) -> dict[str, Any]:
+def costs_of(spent: Progress, evaluation_seconds: float) -> dict[str, Any]:
+    """Return what a run cost, as records and results say it."""
     return {
         "seconds": round(spent.seconds, 3),
-        "evaluation_seconds": round(spent.evaluation_seconds, 3),
+        "evaluation_seconds": round(evaluation_seconds, 3),
         "image_passes": {"forward": spent.forward, "backward": spent.backward},
         "peak_memory_bytes": spent.peak_memory_bytes,
     }
+
+
+def flattened(facts: Any, groups: Collection[str]) -> dict[str, Any]:
+    """Return a dataclass's fields as a dict; a field in `groups` gives its own entries instead."""
+    flat: dict[str, Any] = {}
+    for name, value in vars(facts).items():
+        flat |= value if name in groups else {name: value}
+    return flat
