@@ -1,17 +1,23 @@
-"""What a frozen model sees in a whole set of images, computed once."""
+"""Features and predictions of a frozen model on a whole set of images, computed once."""
 
+import copy
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
-from .data import Split, in_order
+from .data import Split, batches, in_order
 from .errors import UserError
 from .models import Classifier
 
 if TYPE_CHECKING:
     from .run import Run
+
+STATISTICS = 250
+"""Largest number of images of which `adapted` takes batch statistics at once."""
 
 
 class Features(NamedTuple):
@@ -77,6 +83,24 @@ def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
         with run.autocast():
             found.append(model(batch.images).argmax(1))
     return torch.cat(found)
+
+
+def adapted(model: nn.Module, split: Split, run: "Run") -> nn.Module:
+    """Copy a model and give its batch normalisation the means and variances of a split.
+
+    AdaBN (Li et al., 2016, https://arxiv.org/abs/1603.04779): a shift that all images of the split
+    have in common is removed. Of a single image there are no statistics: the copy is then as the
+    model.
+    """
+    reader = copy.deepcopy(model)
+    if len(split) > 1:
+        order = torch.randperm(len(split), generator=run.generator)
+        # Batches of one size, because their statistics count alike.
+        size = math.ceil(len(split) / math.ceil(len(split) / STATISTICS))
+        shown = batches(split, size, device=run.device, order=order)
+        with run.autocast():
+            update_bn((batch.images for batch in shown), reader)
+    return reader
 
 
 def _maps(x: Tensor) -> Tensor:
