@@ -60,11 +60,14 @@ def hypergradient(
         damping: of `lanczos`.
         solve: another solver, on the Hessian over all directions.
     """
+    # The first-order version needs no graph of the inner loss.
     delta = delta.detach().requires_grad_(steps > 0)
     loss = outer(delta)
     nothing = torch.zeros((), device=delta.device)
     if steps == 0:
         return Hypergradient(list(torch.autograd.grad(loss, weights)), loss, nothing, nothing)
+
+    # g = grad_delta L_out and grad_theta L_out, and the inner gradient, to be differentiated again.
     g, *direct = torch.autograd.grad(loss, [delta, *weights])
     (slope,) = torch.autograd.grad(inner(delta), delta, create_graph=True)
 

@@ -38,11 +38,14 @@ def find_delta(
     first: Batch | None = None
     for batch in searched:
         first = first or batch
+
+        # The model's own predictions stand for the labels.
         with torch.no_grad(), run.autocast():
             answers = model(batch.images).argmax(1)
         delta.requires_grad_()
         (slope,) = torch.autograd.grad(inner(batch.images, answers, delta), delta)
         delta = delta.detach() - lr * slope
+
     return project(delta, "l2", radius), first
 
 
@@ -59,6 +62,7 @@ def fixed_point(
     Returns:
         v, and the size of its last step as a share of |g|.
     """
+    # The step size is fixed, whatever the eigenvalues.
     v = 0.1 * g
     change = g
     for _ in range(steps - 1):

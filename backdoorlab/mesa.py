@@ -125,6 +125,7 @@ def recover_triggers(
         bank (K, levels, BANK, C, h, w): its triggers;
         corners (K, levels, BANK, 2): where they were pasted.
     """
+    # One generator for each class and level.
     levels = torch.tensor(config.levels, device=run.device)
     classes = torch.arange(num_classes, device=run.device).repeat_interleave(len(levels))
     count = len(classes)
@@ -132,6 +133,7 @@ def recover_triggers(
     mine = Mine(count, 4 * SLICE, math.prod(shape), config.hidden).to(run.device)
     places = Places(count, search.images.shape[2:], shape[-1], config).to(run.device)
 
+    # Learn, then take of each generator a bank of triggers and judge it by the other images.
     with frozen(model):
         beta = levels.repeat(num_classes)
         learn(model, search, generators, mine, places, classes, beta, shape, config, run)
@@ -177,13 +179,14 @@ def learn(
     state: dict[str, Any] = dict(
         generators=generators, mine=mine, places=places, first=first, second=second
     )
+
     for _ in run.epochs("recover", config.search_epochs, **state):
         generators.train()
         places.train()
         for batch in batches(
             search, config.search_batch_size, device=run.device, generator=run.generator
         ):
-            size = len(batch.labels)
+            x, y, size = batch.images, batch.labels, len(batch.labels)
             if size < 2:
                 continue  # no batch statistics
 
@@ -191,18 +194,7 @@ def learn(
             # trigger, so that their mutual information is the entropy.
             z = codes(len(classes), size, run)
             triggers = generators(z)
-            hits, pull = reward(
-                model,
-                batch.images,
-                batch.labels,
-                triggers,
-                places,
-                classes,
-                beta,
-                shape,
-                config,
-                run,
-            )
+            hits, pull = reward(model, x, y, triggers, places, classes, beta, shape, config, run)
             entropy = mine.information(z, codes(len(classes), size, run), triggers)
             run.step(first, -(pull * triggers).sum() - config.entropy * entropy.sum())
 
@@ -291,6 +283,8 @@ def hit_rate(
     images = to_float(held_out.images[held_out.labels != target]).to(run.device)
     if len(images) == 0:
         return torch.zeros((), device=run.device)
+
+    # Few images are shown several triggers each.
     images = images.repeat(math.ceil(TRIALS / len(images)), 1, 1, 1)
     drawn = torch.randint(len(triggers), (len(images),), generator=run.generator).to(run.device)
     stamped = stamp(images, triggers[drawn], corners[drawn], config)
@@ -309,6 +303,8 @@ def stamp(x: Tensor, triggers: Tensor, corners: Tensor, config: RecoveryConfig) 
     """
     if config.trigger == "blend":
         return torch.lerp(x, triggers, config.blend_alpha)
+
+    # Rows and columns of each image's own square.
     steps = torch.arange(triggers.shape[-1], device=x.device)
     rows = (corners[:, :1] + steps)[:, None, :, None]
     columns = (corners[:, 1:] + steps)[:, None, None, :]
@@ -357,6 +353,7 @@ class Places(nn.Module):
         if not self.learnt:
             return anywhere.to(run.device)
 
+        # A place by what it gained, moved a little so that its neighbours are tried as well.
         odds = (self.gained.cpu().square() + 1e-12)[owners.cpu()]
         place = torch.multinomial(odds, 1, generator=run.generator).squeeze(1)
         known = torch.stack([place // (self.ends[1] + 1), place % (self.ends[1] + 1)], 1)
@@ -372,6 +369,7 @@ class Places(nn.Module):
     def learn(self, owners: Tensor, corners: Tensor, p: Tensor, counts: Tensor) -> None:
         """Move the average gain of each square's place a fifth of the way towards p (n,), where
         counts (n,) is 1."""
+        # Sums over the squares of this step that lie at the same place.
         across = int(self.ends[1]) + 1
         at = (
             owners.to(corners.device) * self.gained.shape[1]

@@ -1,7 +1,7 @@
 """Search for the first poison: a small set of training samples that is almost pure poison.
 
 `find_pool` offers three ways. Training samples of lowest loss, under the poisoned model or after
-ABL's isolation (backdoorlab/isolation.py), are known from the literature; `bimodal_pool` is ours.
+ABL's isolation (`isolate`), are known from the literature; `bimodal_pool` is ours.
 A label given to two kinds of images has features in two groups. For each label, `whiten` expresses
 features in units of how the samples of the other labels vary, and the search looks along the
 direction of largest variance. Four tests decide whether a group of a label's samples is poison:
@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Split
+from .data import Split, batches
+from .engine import Forward
 from .features import Features, extract
-from .isolation import isolate
+from .models import Classifier
 from .record import DefenderView
 from .run import Run
 
@@ -146,6 +147,8 @@ def find_pool(
     size = max(1, round(config.pool_rate * len(train)))
     if config.pool == "bimodal":
         return bimodal_pool(features, size, view.num_classes, config, run)
+
+    # Lowest loss, of the poisoned model or of one that was trained for this alone.
     if config.pool == "isolation":
         model = isolate(
             view,
@@ -159,6 +162,44 @@ def find_pool(
         features = extract(model, train, run)
     losses = F.cross_entropy(features.logits, features.labels, reduction="none")
     return mask(losses.argsort()[:size], len(train)), False
+
+
+def isolate(
+    view: DefenderView,
+    train: Split,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    gamma: float,
+    run: Run,
+) -> Classifier:
+    """Train a new model, ascending the loss of each batch where its mean is below gamma.
+
+    ABL's isolation (Anti-Backdoor Learning, Y. Li et al., NeurIPS 2021,
+    https://arxiv.org/abs/2110.11571), after which poison has the lowest loss. As in ABL's code: its
+    formula keeps each sample's own loss at gamma, the poison's too, which is then no lower than
+    others'.
+    """
+    model = view.new_model()
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=True
+    )
+    forward = Forward(model.train(), run, train, epochs * (len(train) // batch_size), batch_size)
+
+    for _ in run.epochs("isolate", epochs, isolated=model, optimizer=optimizer):
+        model.train()
+        for batch in batches(
+            train,
+            batch_size,
+            device=run.device,
+            generator=run.generator,
+            augment=view.augment,
+            drop_last=True,
+        ):
+            # sign(L - gamma) L: what is learnt early is not learnt further.
+            loss = F.cross_entropy(forward(batch.images).float(), batch.labels)
+            run.step(optimizer, (loss.detach() - gamma).sign() * loss)
+    return model
 
 
 def bimodal_pool(
@@ -192,6 +233,7 @@ def bimodal_pool(
         torn = [(label, from_one_class(label, features, config, run)) for label in candidates]
         chosen = [label.members[poison] for label, poison in torn if poison is not None]
 
+    # A note, so that a reader of the result knows why nothing was done.
     if not chosen:
         groups = "of images of many classes or of one other class, or away from all labels"
         run.note(
@@ -209,6 +251,7 @@ def examine(features: Features, num_classes: int, config: SearchConfig, run: Run
             small.append(number)
             continue
 
+        # Along one direction all tests see numbers, and 2-means is exact.
         direction = strangest_direction(samples)
         x = direction @ samples
         labels.append(
@@ -285,7 +328,7 @@ def mask(index: Tensor, size: int) -> Tensor:
 def in_halves(
     label: Label, features: Features, all_to_all: bool, config: SearchConfig, run: Run
 ) -> tuple[Tensor | None, list[float]]:
-    """Test 1: is one of a label's two halves of many classes?
+    """Test 1: look for images of many classes in one of a label's two halves.
 
     Args:
         all_to_all: most labels have two groups; the smaller half is then poison without a test.
@@ -307,6 +350,7 @@ def in_halves(
         run.note(f"{what}, as most labels have, so the smaller is taken for poison")
         return outer(label.x, halves[0], config), []
 
+    # Dirty-label poison comes from many classes, a label's own images from one.
     groups = [label.members[half] for half in halves]
     varied = variety(
         features.spatial,
@@ -333,7 +377,7 @@ def in_halves(
 def in_mixture(
     label: Label, features: Features, least: float, config: SearchConfig, run: Run
 ) -> Tensor | None:
-    """Test 2: does a group of the mixture show more variety than `least`?
+    """Test 2: look for more variety than `least` in a group of the mixture.
 
     Returns:
         bool (n,), samples that surely belong to the group, or None.
@@ -351,6 +395,7 @@ def in_mixture(
     if max(varied) <= least:
         return None
 
+    # What surely belongs to the group with more variety than both halves.
     p = label.mixed[varied.index(max(varied))]
     what = (
         f"{int((p > 0.5).sum())} samples that lie together and show {max(varied):.2f} of the"
@@ -364,11 +409,12 @@ def in_mixture(
 
 
 def out_of_place(label: Label, config: SearchConfig, run: Run) -> Tensor | None:
-    """Test 3: does one of a label's two halves lie where no other label does?
+    """Test 3: look for a half of a label that lies where no other label does.
 
     Returns:
         bool (n,), samples of that half that lie apart from the other one, or None.
     """
+    # Where the other labels' means lie along the same direction is where content puts samples.
     upper = two_means(label.x)
     halves = [upper, ~upper]
     far = [stray(label.x[half], label.others, config.other_labels) for half in halves]
@@ -384,7 +430,7 @@ def out_of_place(label: Label, config: SearchConfig, run: Run) -> Tensor | None:
 def from_one_class(
     label: Label, features: Features, config: SearchConfig, run: Run
 ) -> Tensor | None:
-    """Test 4: does a group look like one other class, as poison of one source class does?
+    """Test 4: look for a group that looks like one other class, as poison of one source does.
 
     Two views must agree on the class: its mean is nearer to the group's than the rest of the label
     is, and a probe trained on the other labels classifies the group as that class. Images of a
@@ -566,6 +612,7 @@ def sarle(x: Tensor) -> float:
 def two_means(x: Tensor) -> Tensor:
     """bool (n,): the upper of the two groups of x (n,) with the least squared distance to their
     means. In one dimension the best cut is found exactly."""
+    # The cut with the most variance between the groups, by sums over the ordered values.
     ordered = x.sort().values
     n = len(x)
     below = torch.arange(1, n, device=x.device)
@@ -603,6 +650,8 @@ def variety(
     ask = probe(x, labels, label, generator, limit)
     if ask is None:
         return [0.0] * len(groups)
+
+    # The probe's answers on the other labels are the measure.
     most = information(ask(ask.known))
     found = []
     for group in groups:

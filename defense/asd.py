@@ -96,6 +96,7 @@ class Config(SeedsConfig):
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     train, seeds, model = to_device(view.train, run.device), view.seeds, view.new_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+
     total = config.stage1_epochs + config.stage2_epochs + config.stage3_epochs
     steps = max(1, total * config.iterations)
     forward = Forward(
@@ -221,9 +222,11 @@ def learned_copy(
     model: Classifier, train: Split, view: DefenderView, config: Config, run: Run
 ) -> Classifier:
     """theta': a copy after an epoch on the whole set as labelled; its late layers learn."""
+    # Early layers stay, with their statistics.
     learned = copy.deepcopy(model).requires_grad_(False).eval()
     late = late_layers(learned).requires_grad_(True).train()
     optimizer = torch.optim.Adam(late.parameters(), lr=config.meta_lr, fused=True)
+
     forward = Forward(
         learned, run, train, len(train) // config.meta_batch_size, config.meta_batch_size
     )
@@ -250,10 +253,12 @@ def triples(
 ) -> Iterator[tuple[Batch, Batch, Batch]]:
     """Draw an epoch's batches: x from the clean pool, bool (N,), and u1, u2, the same images of the
     rest, each augmented on its own."""
+    # Each stream draws its own crops and flips, the two of the rest in the same order.
     count = config.iterations * config.batch_size
     labelled, unlabelled = (
         endless(pool.nonzero().squeeze(1), count, run.generator) for pool in (clean, ~clean)
     )
+
     streams = [
         batches(
             train,

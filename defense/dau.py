@@ -57,8 +57,7 @@ STAYED = 0.5
 @dataclass(frozen=True, kw_only=True)
 class Config(SearchConfig, DefenseConfig):
     subtask: Literal["all", "anti_learning", "unlearning", "test"] = "all"
-    """anti_learning stops after the split, unlearning continues from it, test only scores the saved
-    model."""
+    """anti_learning ends with the split, unlearning starts at it, test scores the saved model."""
     heads: int = 5
     """Heads trained side by side; their median decides."""
     alpha1: float = 1.0
@@ -76,8 +75,7 @@ class Config(SearchConfig, DefenseConfig):
     head_batch_size: int = 512
     """Samples a step."""
     head_epochs: int = 30
-    """Passes. Few, as the port's 10, leave the label's clean samples unlearned; many let the head
-    tell the pool from the other poison."""
+    """Passes. Few leave clean samples of the label unlearned, many tell the pool from the rest."""
     threshold: float = 0.1
     """Share of the poisoned model's p_y below which the head's flags a sample; more flags more."""
     relative: bool = True
@@ -241,6 +239,7 @@ def anti_learn(
             rate = config.head_lr * (1 - done / total if config.head_lr_decay else 1)
             descend_heads(weight, bias, steps, rate, config.head_clip)
             done += 1
+
     # In parts, as all heads' answers on all samples may exceed the memory.
     parts = features.pooled.split(AT_ONCE)
     return torch.cat([median_log_p(x, weight.detach(), bias.detach()) for x in parts])
@@ -359,6 +358,7 @@ def train_on(
         optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps)
     )
     augment = view.augment if config.augment else NO_AUGMENT
+
     forward = Forward(model.train(), run, train, steps, config.batch_size)
     for _ in run.epochs(stage, epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()

@@ -107,17 +107,22 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     augment = view.augment if config.augment else NO_AUGMENT
     radius = config.radius or same_reach(10 / math.sqrt(3 * 32 * 32), view.image_shape)
     radius = radius if config.projected else math.inf
-    find, count = (
-        (published.find_delta, published.carried) if config.quirks else (find_delta, carried)
-    )
+    # Our steps, or the published ones.
+    ours = (find_delta, carried)
+    find, count = (published.find_delta, published.carried) if config.quirks else ours
     solve = published.fixed_point if config.solver == "fixed_point" else None
-    inner = partial(inner_loss, model, config, run)
+
     weights = list(model.parameters())
     optimizer = make_optimizer(weights, config)
     steps = config.n_rounds * math.ceil(len(trusted) / config.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(
         optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps)
     )
+
+    # The two problems: L_in, which delta descends, and L_out, which theta descends.
+    def inner(images: Tensor, labels: Tensor, delta: Tensor) -> Tensor:
+        size = config.delta_weight * delta.square().sum()
+        return size - loss(model, config, run, images, labels, delta)
 
     def outer(batch: Batch, carrying: Tensor, delta: Tensor) -> Tensor:
         return loss(model, config, run, batch.images, batch.labels, delta * carrying)
@@ -148,6 +153,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
                     config.damping,
                     solve,
                 )
+
             run.step(optimizer, found.loss, found.gradients)
             schedule.step()
             if config.K:
@@ -163,14 +169,6 @@ def loss(
     with run.autocast():
         logits = model(shown.clamp(0, 1) if config.clip_box else shown)
     return F.cross_entropy(logits.float(), labels)
-
-
-def inner_loss(
-    model: Classifier, config: Config, run: Run, images: Tensor, labels: Tensor, delta: Tensor
-) -> Tensor:
-    """L_in: what delta descends."""
-    size = config.delta_weight * delta.square().sum()
-    return size - loss(model, config, run, images, labels, delta)
 
 
 def one_pass(trusted: Split, augment: Augment, config: Config, run: Run) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""scan: the training images that DAU takes for poison, for a person to look at."""
+"""scan: the training images that DAU classifies as poison, for a person to look at."""
 
 import csv
 import io
@@ -152,6 +152,8 @@ def sheet(train: Split, flagged: Tensor, class_names: tuple[str, ...]) -> bytes:
     block = TITLE + 2 * (SIDE + GAP) + GAP
     picture = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, len(labels) * block), "white")
     draw = ImageDraw.Draw(picture)
+
+    # Of each label, flagged images above others, spread over the data set.
     for number, label in enumerate(labels):
         own = train.labels == label
         parts = [(own & flagged).nonzero().squeeze(1), (own & ~flagged).nonzero().squeeze(1)]
@@ -164,6 +166,7 @@ def sheet(train: Split, flagged: Tensor, class_names: tuple[str, ...]) -> bytes:
             " row)",
             fill="black",
         )
+
         for row, index in enumerate(parts):
             spread = (
                 index[torch.linspace(0, len(index) - 1, min(COLUMNS, len(index))).long()]
@@ -193,6 +196,8 @@ def _found(record: Record, dataset: Dataset, options: Scan) -> tuple[Tensor, lis
     """What is flagged, bool (N,), and DAU's notes: from a finished run, else from a search."""
     folder, run_name = record.folder / "defense" / "dau", options.run_name or "seed0"
     check_name(run_name)
+
+    # A finished run, whatever its settings.
     if (folder / run_name / "result.json").is_file():
         result = read_result(folder / run_name)
         entry = result["files"]["split.safetensors"]
@@ -230,6 +235,8 @@ def _searched(record: Record, dataset: Dataset, options: Scan) -> tuple[Tensor, 
     chosen = choose(job.config.precision, device, network, record.model)
     inputs = {"record": reading.sha256(record.folder / "record.json")}
     target = record.folder / "defense" / "dau" / "scan"
+
+    # Kept in the stage, and read from there by the next scan.
     with open_stage(target, "result.json", job, inputs, chosen.precision) as stage:
         seed_everything(job.config.seed, device)
         run = Run(
