@@ -1,29 +1,35 @@
-"""What a frozen model sees in a whole set of images, computed once."""
+"""Features and predictions of a frozen model on a whole set of images, computed once."""
 
+import copy
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
-from .data import Split, in_order
+from .data import Split, batches, in_order
 from .errors import UserError
 from .models import Classifier
 
 if TYPE_CHECKING:
     from .run import Run
 
+STATISTICS = 250
+"""Largest number of images of which `adapted` takes batch statistics at once."""
+
 
 class Features(NamedTuple):
-    """One row for each sample, float32, on the run's device."""
+    """What a model computes of each sample: one row each, float32, on the run's device."""
 
     pooled: Tensor
-    """(N, D): what the last layer sees."""
+    """(N, D): the last layer's input."""
     early: Tensor
-    """(N, 2 C): mean and standard deviation over positions of what the last stage sees."""
+    """(N, 2 C): mean and standard deviation over positions of the last stage's input."""
     spatial: Tensor
-    """float16 (N, C side^2): the same, averaged to side x side positions with side 4, 2 or 1, at
-    most 1,024 numbers where C allows it."""
+    """float16 (N, C side^2): the last stage's input, averaged to side x side positions. The side is
+    4, 2 or 1, the largest with at most 1,024 numbers."""
     logits: Tensor
     """(N, K)."""
     labels: Tensor
@@ -32,7 +38,11 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def extract(model: Classifier, split: Split, run: "Run") -> Features:
-    """One evaluation-mode pass without augmentation; the model's mode is evaluation afterwards."""
+    """Compute the features of a split, in evaluation mode and without augmentation.
+
+    The model is in evaluation mode afterwards. UserError where its last stage but one gives no
+    single tensor.
+    """
     model.eval()
     seen: list[Tensor] = []
 
@@ -44,6 +54,7 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
             )
         seen.append(output.float())
 
+    # The last stage's input is the output of the one before.
     hook = model.stages()[-2].register_forward_hook(keep)
     pooled, early, spatial, logits = [], [], [], []
     try:
@@ -52,6 +63,8 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
                 features = model.forward_head(model.forward_features(batch.images), pre_logits=True)
             pooled.append(features.float())
             logits.append(model.get_classifier()(pooled[-1]))
+
+            # Two summaries of its feature maps: over all positions, and coarsely by position.
             maps = _maps(seen.pop())
             early.append(torch.cat([maps.mean((2, 3)), maps.std((2, 3), correction=0)], 1))
             side = next((side for side in (4, 2) if maps.shape[1] * side**2 <= 1024), 1)
@@ -69,8 +82,8 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
 
 @torch.no_grad()
 def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
-    """The model's answers on a split, int64 (N,) on the run's device; the model's mode is
-    evaluation afterwards."""
+    """Classify a split: int64 (N,) on the run's device. The model is in evaluation mode
+    afterwards."""
     model.eval()
     found = []
     for batch in in_order(split, run.device):
@@ -79,9 +92,27 @@ def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
     return torch.cat(found)
 
 
+def adapted(model: nn.Module, split: Split, run: "Run") -> nn.Module:
+    """Copy a model and give its batch normalisation the means and variances of a split.
+
+    AdaBN (Li et al., 2016, https://arxiv.org/abs/1603.04779): a shift that all images of the split
+    have in common is removed. Of a single image there are no statistics: the copy is then as the
+    model.
+    """
+    reader = copy.deepcopy(model)
+    if len(split) > 1:
+        order = torch.randperm(len(split), generator=run.generator)
+        # Batches of one size, because their statistics count alike.
+        size = math.ceil(len(split) / math.ceil(len(split) / STATISTICS))
+        shown = batches(split, size, device=run.device, order=order)
+        with run.autocast():
+            update_bn((batch.images for batch in shown), reader)
+    return reader
+
+
 def _maps(x: Tensor) -> Tensor:
-    """Feature maps (N, C, H, W), or (N, H, W, C) as in Swin, or tokens (N, T, C), or one vector (N,
-    C) -> (N, C, ., .)."""
+    """Bring a stage's output to (N, C, ., .): from feature maps (N, C, H, W), or (N, H, W, C) as in
+    Swin, from tokens (N, T, C), or from one vector (N, C)."""
     if x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:
         return x.movedim(3, 1)
     if x.dim() == 3:

@@ -1,8 +1,7 @@
-"""Perturbations of images in a norm ball: projection, steps on its surface, and models whose
-weights hold still meanwhile.
+"""Perturbations of images in a norm ball: projection, steepest steps, frozen models.
 
-A perturbation is float (B, C, H, W), one an image, or (1, C, H, W), one for all; sizes are in units
-of pixels in [0, 1].
+A perturbation is float (B, C, H, W), one for each image, or (1, C, H, W), one for all. Sizes are in
+units of pixels in [0, 1].
 """
 
 import contextlib
@@ -17,34 +16,32 @@ Norm = Literal["linf", "l2"]
 
 
 def project(delta: Tensor, norm: Norm, radius: float) -> Tensor:
-    """The nearest perturbation within `radius`, each row on its own. An infinite radius changes
-    nothing."""
+    """Project each row to the ball of a radius. An infinite radius changes nothing."""
     if norm == "linf":
         return delta.clamp(-radius, radius)
     return delta * (radius / l2(delta).clamp_min(1e-12)).clamp_max(1)
 
 
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
-    """The step of size 1 in `norm` along which a linear function with this gradient rises most; 0
-    where the gradient is."""
+    """The step of length 1 in `norm` along which a linear function with this gradient rises most; 0
+    where the gradient is 0."""
     return gradient.sign() if norm == "linf" else gradient / l2(gradient).clamp_min(1e-12)
 
 
 def l2(delta: Tensor) -> Tensor:
-    """(B, 1, 1, 1): length of each row."""
+    """(B, 1, 1, 1): Euclidean length of each row."""
     return delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
 
 def same_reach(eps: float, shape: Sequence[int]) -> float:
-    """Radius of the l2 ball that just holds the linf ball of radius `eps`, for images of
-    `shape`."""
+    """Radius of the smallest l2 ball around linf's of radius `eps`, for images of `shape`."""
     return eps * math.sqrt(math.prod(shape))
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No weight of the model asks for a gradient: backward passes reach the image alone and keep
-    less for it."""
+    """Compute no gradients of the weights inside: backward passes stop at the image and need
+    less memory."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -8,9 +8,10 @@ training-time defense: the model is trained from scratch.
 
 Each epoch the set is split anew into a clean pool, whose labels are trusted, and the rest, whose
 labels are dropped; then MixMatch (Berthelot et al., NeurIPS 2019) trains on both. The clean pool is
-  1. the seeds, and a growing number of each label's samples of lowest loss, 2. the half of all
-  samples of lowest loss, 3. the half whose loss falls least when a copy of the model learns the
-  whole set for an epoch: poison is learnt fast.
+  1. in stage 1 the seeds, and a growing number of each label's samples of lowest loss,
+  2. in stage 2 the half of all samples of lowest loss,
+  3. in stage 3 the half whose loss falls least when a copy of the model learns the whole set for an
+     epoch: poison is learnt fast.
 
 Departs from the published code, effects in docs/methods/asd.md: split losses are taken in
 evaluation mode on images as they are, the same for the model and its copy; the copy learns its late
@@ -53,21 +54,22 @@ class Config(SeedsConfig):
     batch_size: int = 64
     """Images a step from the clean pool, and as many, seen twice, from the rest."""
     grow: int = 10
-    """Stage 1: samples of each label that join the clean pool ..."""
+    """Stage 1: samples of each label that join the clean pool every `grow_every` epochs."""
     grow_every: int = 5
-    """... after every so many epochs."""
+    """Stage 1: epochs between two growths of the clean pool."""
     clean_share: float = 0.5
-    """Stages 2 and 3: share of the set that is the clean pool."""
+    """Stages 2 and 3: share of the set that is the clean pool. More gives more labels to learn
+    from, and more poison among them."""
     lr: float = 0.002
     """Adam's learning rate."""
     lr_decay: bool = False
-    """Let lr fall linearly to 0 over all epochs; the published code keeps it."""
+    """Let lr fall linearly to 0 over all epochs; the published code keeps it constant."""
     meta_lr: float = 0.015
     """Stage 3: Adam's learning rate of the copy."""
     meta_batch_size: int = 128
     """Stage 3: images a step of the copy."""
     temperature: float = 0.5
-    """MixMatch: sharpening of guessed labels."""
+    """MixMatch: sharpening of guessed labels; lower makes them surer, 1 leaves them."""
     mix_alpha: float = 0.75
     """MixMatch: l ~ Beta(mix_alpha, mix_alpha)."""
     lambda_u: float = 15.0
@@ -94,6 +96,7 @@ class Config(SeedsConfig):
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     train, seeds, model = to_device(view.train, run.device), view.seeds, view.new_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+
     total = config.stage1_epochs + config.stage2_epochs + config.stage3_epochs
     steps = max(1, total * config.iterations)
     forward = Forward(
@@ -103,6 +106,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=steps
     )
     for epoch in run.epochs("train", total, model=model, optimizer=optimizer, schedule=schedule):
+        # The split of this epoch.
         clean, suspicion = clean_pool(epoch, model, train, seeds, view, config, run)
         rest = ~clean
         if not clean.any() or not rest.any():
@@ -112,13 +116,13 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
                 " --clean_share, --grow or --grow_every"
             )
         run.report_split(rest, suspicion=suspicion)
+
+        # MixMatch on both parts; the weight of the unlabelled one grows from 0 over all epochs.
         model.train()
         for step, (x, u1, u2) in enumerate(triples(train, clean, view, config, run)):
-            ramp = min(1.0, (epoch + step / config.iterations) / total)
-            run.step(
-                optimizer,
-                mixmatch(forward, x, u1, u2, config.lambda_u * ramp, view.num_classes, config, run),
-            )
+            weight = config.lambda_u * min(1.0, (epoch + step / config.iterations) / total)
+            loss = mixmatch(forward, x, u1, u2, weight, view.num_classes, config, run)
+            run.step(optimizer, loss)
             schedule.step()
     return model
 
@@ -135,19 +139,29 @@ def clean_pool(
     config: Config,
     run: Run,
 ) -> tuple[Tensor, Tensor]:
-    """bool (N,), D_C of an epoch, and float (N,), by whose lowest values it was chosen."""
+    """Choose D_C of an epoch.
+
+    Args:
+        epoch: from 0, over all stages.
+        seeds: int64 (S,), samples known to be clean.
+
+    Returns:
+        bool (N,), D_C; and float (N,), whose lowest values it has.
+    """
     labels = train.labels.cpu()
     losses = split_losses(model, train, run)
+
+    # Stage 1, the class-aware split.
     if epoch < config.stage1_epochs:
-        return (
-            class_aware(
-                losses, labels, seeds, config.grow * (epoch // config.grow_every), view.num_classes
-            ),
-            losses,
-        )
+        count = config.grow * (epoch // config.grow_every)
+        return class_aware(losses, labels, seeds, count, view.num_classes), losses
+
+    # Stage 2, the split by loss alone.
     size = int(config.clean_share * len(labels))
     if epoch < config.stage1_epochs + config.stage2_epochs:
         return lowest(losses, size), losses
+
+    # Stage 3, the meta-split: how much a copy's loss falls in an epoch.
     gained = losses - split_losses(learned_copy(model, train, view, config, run), train, run)
     return lowest(gained, size), gained
 
@@ -155,8 +169,10 @@ def clean_pool(
 def class_aware(
     losses: Tensor, labels: Tensor, seeds: Tensor, count: int, num_classes: int
 ) -> Tensor:
-    """bool (N,): the seeds, and of each label the `count` samples of lowest loss beside them.
-    losses (N,), labels (N,), seeds (S,)."""
+    """bool (N,): the seeds, and of each label the `count` other samples of lowest loss.
+
+    losses (N,), labels (N,), seeds int64 (S,).
+    """
     pool = torch.zeros(len(losses), dtype=torch.bool)
     pool[seeds] = True
     for label in range(num_classes):
@@ -166,7 +182,7 @@ def class_aware(
 
 
 def lowest(values: Tensor, size: int) -> Tensor:
-    """bool (N,): the `size` lowest."""
+    """bool (N,): the `size` lowest values (N,)."""
     pool = torch.zeros(len(values), dtype=torch.bool)
     pool[values.argsort()[:size]] = True
     return pool
@@ -174,7 +190,8 @@ def lowest(values: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def split_losses(model: Classifier, train: Split, run: Run) -> Tensor:
-    """(N,) on the CPU: symmetric cross-entropy of each sample as it is, in evaluation mode."""
+    """(N,) on the CPU: symmetric cross-entropy of each image without augmentation, in evaluation
+    mode."""
     model.eval()
     found = []
     for batch in in_order(train, run.device):
@@ -192,8 +209,8 @@ def symmetric_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def late_layers(model: Classifier) -> nn.ModuleList:
-    """All that comes after the third-last stage: of a ResNet layer3, layer4 and the last layer. A
-    VGG's stages are poolings, which hold nothing."""
+    """All that comes after the third-last stage: of a ResNet layer3, layer4 and the last layer."""
+    # By position, because a VGG's stages are poolings, which have no weights.
     modules = list(model.network.modules())
     early = set(model.stages()[-3].modules())
     return nn.ModuleList(
@@ -204,11 +221,12 @@ def late_layers(model: Classifier) -> nn.ModuleList:
 def learned_copy(
     model: Classifier, train: Split, view: DefenderView, config: Config, run: Run
 ) -> Classifier:
-    """theta': the model after an epoch on the whole set as labelled, in its last two stages and its
-    last layer only."""
+    """theta': a copy after an epoch on the whole set as labelled; its late layers learn."""
+    # Early layers stay, with their statistics.
     learned = copy.deepcopy(model).requires_grad_(False).eval()
     late = late_layers(learned).requires_grad_(True).train()
     optimizer = torch.optim.Adam(late.parameters(), lr=config.meta_lr, fused=True)
+
     forward = Forward(
         learned, run, train, len(train) // config.meta_batch_size, config.meta_batch_size
     )
@@ -233,12 +251,14 @@ def learned_copy(
 def triples(
     train: Split, clean: Tensor, view: DefenderView, config: Config, run: Run
 ) -> Iterator[tuple[Batch, Batch, Batch]]:
-    """An epoch's batches: from the clean pool, and twice the same images of the rest, each
-    augmented on its own."""
+    """Draw an epoch's batches: x from the clean pool, bool (N,), and u1, u2, the same images of the
+    rest, each augmented on its own."""
+    # Each stream draws its own crops and flips, the two of the rest in the same order.
     count = config.iterations * config.batch_size
     labelled, unlabelled = (
         endless(pool.nonzero().squeeze(1), count, run.generator) for pool in (clean, ~clean)
     )
+
     streams = [
         batches(
             train,
@@ -271,20 +291,32 @@ def mixmatch(
     config: Config,
     run: Run,
 ) -> Tensor:
-    """Loss of a step: cross-entropy of the mixed labelled images plus `weight` times the squared
-    error of the others."""
+    """Compute the loss of a step.
+
+    Args:
+        forward: images -> logits.
+        x: labelled images; u1, u2: unlabelled images, augmented twice.
+        weight: of the unlabelled part.
+
+    Returns:
+        cross-entropy of the mixed labelled images, plus `weight` times the squared error of the
+        others.
+    """
+    # Guess labels: the sharpened mean of the predictions on both augmentations.
     with torch.no_grad():
         guess = forward(torch.cat([u1.images, u2.images])).float().softmax(1).chunk(2)
     guessed = sharpen((guess[0] + guess[1]) / 2, config.temperature)
+
+    # MixUp of each image with another of all, the larger share its own.
     images = torch.cat([x.images, u1.images, u2.images])
     targets = torch.cat([F.one_hot(x.labels, num_classes).float(), guessed, guessed])
     share = beta(config.mix_alpha, run.generator)
     share = max(share, 1 - share)
     other = torch.randperm(len(images), generator=run.generator).to(run.device)
-    images, targets = (
-        torch.lerp(images[other], images, share),
-        torch.lerp(targets[other], targets, share),
-    )
+    images = torch.lerp(images[other], images, share)
+    targets = torch.lerp(targets[other], targets, share)
+
+    # L_x + weight L_u, in one pass of all images.
     log_p, n = forward(images).float().log_softmax(1), len(x.labels)
     labelled = -(targets[:n] * log_p[:n]).sum(1).mean()
     unlabelled = (log_p[n:].exp() - targets[n:]).square().mean()
@@ -299,7 +331,7 @@ def sharpen(p: Tensor, temperature: float) -> Tensor:
 
 
 def beta(alpha: float, generator: torch.Generator) -> float:
-    """A draw of Beta(alpha, alpha), by Johnk's method, which asks for uniform numbers only."""
+    """Draw from Beta(alpha, alpha), by Johnk's method, which needs uniform numbers only."""
     while True:
         u, v = torch.rand(2, generator=generator, dtype=torch.float64).pow(1 / alpha).tolist()
         if 0 < u + v <= 1:

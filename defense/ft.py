@@ -1,4 +1,4 @@
-"""FT: fine-tuning on the trusted images, the naive baseline that every other defense has to beat.
+"""FT: fine-tuning on the trusted images, the baseline that every other defense has to beat.
 
 Assumes: the poisoned model and a few trusted images.
 
@@ -6,9 +6,9 @@ All weights are trained with cross-entropy on the trusted images, augmented as i
 Settings as in BackdoorBench's fine-tuning: SGD, learning rate 0.01, momentum 0.9, weight decay
 5e-4, 100 epochs.
 
-Departs: the cosine ends at the last epoch whatever their number, and batch_size shrinks to the
-trusted set where that is smaller. Of a larger set each epoch leaves out what does not fill its last
-batch: other images each time, less than a batch.
+Departs: the cosine ends at the last epoch, BackdoorBench's at the 100th whatever --epochs says.
+batch_size is at most the number of trusted images. Each epoch leaves out the images that do not
+fill its last batch, others each time.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ ASSUMES = ("model", "trusted")
 @dataclass(frozen=True, kw_only=True)
 class Config(DefenseConfig):
     epochs: int = 100
-    """Passes over the trusted images; more forget the trigger better and cost clean accuracy when
-    they are few."""
+    """Passes over the trusted images. More remove more of the backdoor, and cost clean accuracy
+    where trusted images are few."""
     lr: float = 0.01
     """Learning rate at the start of the cosine."""
     batch_size: int = 128

@@ -9,17 +9,15 @@ Assumes: the poisoned model and a few trusted images.
 A trigger of the poisoned model is an adversarial example that this model and its purified version
 must not share. For each batch of trusted images:
   1. Find, by projected gradient descent, a perturbation of each image that fools the current and
-  the poisoned model into
-     the same wrong class.
+     the poisoned model into the same wrong class.
   2. Train the current model on the clean images, and away from the wrong class that the poisoned
-  model gives to the
-     perturbed ones.
+     model gives to the perturbed ones.
 
 Departs from the published code in cost: the poisoned model's predictions on clean images are
 computed once, gradients are taken to the perturbation only, and an image whose perturbation is
 shared already, and so can no longer move, leaves the search. Its two log terms of step 2 are the
 same number and are one here. Options that its defaults do not take (a random start, an l2 ball) are
-mended; docs/methods/sau.md has the list and the effects.
+corrected; docs/methods/sau.md has the list and the effects.
 """
 
 from dataclasses import dataclass
@@ -47,21 +45,21 @@ class Config(DefenseConfig):
     batch_size: int = 256
     """Trusted images a step."""
     lr: float = 1e-4
-    """Adam's learning rate, with amsgrad."""
+    """Learning rate of Adam, with amsgrad."""
     cosine: bool = False
-    """Let the rate fall to 0 along a cosine; the published code makes such a schedule and never
-    steps it."""
+    """Let the learning rate fall to 0 along a cosine; the published code makes such a schedule and
+    never steps it."""
     train_bn: bool = False
     """Batch statistics in step 2 instead of the poisoned model's."""
     norm: Norm = "linf"
     """Norm of the perturbation."""
     eps: float | None = None
-    """Largest perturbation, in that norm and in pixels of [0, 1]. None: 0.2, in l2 the ball that
-    just holds linf's."""
+    """Largest perturbation, in that norm and in pixels of [0, 1]. None: 0.2, in l2 the smallest
+    ball around linf's."""
     pgd_steps: int = 5
     """Steps of the search."""
     pgd_lr: float = 1.0
-    """Size of a step as a share of eps."""
+    """Length of a step as a share of eps."""
     pgd_init: Literal["max", "zero", "random"] = "max"
     """Where the search starts: every pixel as high as eps lets it, no perturbation, or uniform in
     [-eps, eps]."""
@@ -70,13 +68,14 @@ class Config(DefenseConfig):
     beta1: float = 0.01
     """Search: weight of fooling either model."""
     beta2: float = 1.0
-    """Search: weight of both giving the same answer."""
+    """Search: weight of both models agreeing."""
     lambda1: float = 1.0
     """Training: weight of the clean images."""
     lambda2: float = 0.0
     """Training: weight of the true labels of perturbed images, plain adversarial training."""
     lambda3: float = 1.0
-    """Training: weight of leaving the shared wrong class."""
+    """Training: weight of unlearning the shared wrong class. More removes more of the backdoor and
+    costs clean accuracy."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "n_rounds": ">= 0",
@@ -94,13 +93,9 @@ class Config(DefenseConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
-    model, poisoned, trusted = (
-        view.load_model(),
-        view.load_model(),
-        to_device(view.trusted, run.device),
-    )
-    poisoned.eval().requires_grad_(False)
-    # The search's batches shrink, and each new size would be tuned anew
+    model, poisoned = view.load_model(), view.load_model().eval().requires_grad_(False)
+    trusted = to_device(view.trusted, run.device)
+    # The search's batches shrink, and each new size would be tuned anew.
     torch.backends.cudnn.benchmark = False
     believed = predictions(poisoned, trusted, run)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, amsgrad=True, fused=True)
@@ -112,16 +107,14 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         for batch in batches(
             trusted, config.batch_size, device=run.device, generator=run.generator
         ):
-            answers = believed[batch.index]
-            delta = shared_perturbation(
-                model, poisoned, batch.images, batch.labels, answers, config, run
-            )
-            run.step(
-                optimizer,
-                training_loss(
-                    model, poisoned, batch.images, batch.labels, delta, answers, config, run
-                ),
-            )
+            x, y, answers = batch.images, batch.labels, believed[batch.index]
+
+            # Step 1: what fools both models into the same wrong class.
+            delta = shared_perturbation(model, poisoned, x, y, answers, config, run)
+
+            # Step 2: clean images, and away from that class.
+            loss = training_loss(model, poisoned, x, y, delta, answers, config, run)
+            run.step(optimizer, loss)
         if config.cosine:
             schedule.step()
     return model
@@ -139,16 +132,25 @@ def shared_perturbation(
     config: Config,
     run: Run,
 ) -> Tensor:
-    """delta (B, C, H, W): what makes both models leave their answers on x for the same other class.
+    """Find a perturbation that moves both models from their predictions to the same other class.
 
-    x: (B, C, H, W) in [0, 1]; y: (B,) true labels; believed: (B,) the poisoned model's answers on
-    x. The loss is a sum over images, so that delta does not depend on which images share a batch.
+    The loss is a sum over images, so that delta does not depend on which images share a batch.
+
+    Args:
+        model: current weights; `poisoned`: those that the defense began with.
+        x: (B, C, H, W) in [0, 1].
+        y: (B,) true labels.
+        believed: (B,) the poisoned model's predictions on x.
+
+    Returns:
+        delta (B, C, H, W).
     """
     eps = config.eps or (0.2 if config.norm == "linf" else same_reach(0.2, x.shape[1:]))
     delta = start(x, eps, config, run)
     with frozen(model):
         with torch.no_grad(), run.autocast():
             answers = model(x).argmax(1)
+
         searching = torch.arange(len(x), device=x.device)
         for _ in range(config.pgd_steps):
             here = delta[searching].requires_grad_()
@@ -159,21 +161,20 @@ def shared_perturbation(
             )
             if shared.all():
                 break
-            (slope,) = torch.autograd.grad(loss, here)
-            moved = allowed(
-                here.detach() - config.pgd_lr * eps * steepest(slope, config.norm),
-                x[searching],
-                eps,
-                config,
-            )
-            # A shared image has no slope and would stay where it is: drop it.
+
+            # A step of projected gradient descent.
+            (gradient,) = torch.autograd.grad(loss, here)
+            moved = here.detach() - config.pgd_lr * eps * steepest(gradient, config.norm)
+            moved = allowed(moved, x[searching], eps, config)
+
+            # A shared image has no gradient and would stay where it is: drop it.
             delta[searching[~shared]] = moved[~shared]
             searching = searching[~shared]
     return delta
 
 
 def start(x: Tensor, eps: float, config: Config, run: Run) -> Tensor:
-    """The perturbation before the first step."""
+    """Perturbation (B, C, H, W) before the first step."""
     if config.pgd_init == "random":
         drawn = torch.rand(x.shape, generator=run.generator).to(x).mul_(2).sub_(1)
     else:
@@ -182,7 +183,7 @@ def start(x: Tensor, eps: float, config: Config, run: Run) -> Tensor:
 
 
 def allowed(delta: Tensor, x: Tensor, eps: float, config: Config) -> Tensor:
-    """delta within eps, and with clip_box within what keeps x + delta in [0, 1]."""
+    """Project delta to the ball of radius eps, and with clip_box x + delta to [0, 1]."""
     delta = project(delta, config.norm, eps)
     return (x + delta).clamp(0, 1) - x if config.clip_box else delta
 
@@ -190,15 +191,24 @@ def allowed(delta: Tensor, x: Tensor, eps: float, config: Config) -> Tensor:
 def search_loss(
     f: Tensor, g: Tensor, answers: Tensor, believed: Tensor, y: Tensor, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """What the search descends, and bool (B,): where both models are fooled into the same class
-    already.
+    """Compute what the search descends.
 
-    f, g: logits (B, K) of the current and the poisoned model on perturbed images; answers,
-    believed: theirs on the clean ones. A model that is fooled no longer pays for it (its loss would
-    grow without end), an image that is shared pays nothing.
+    A model that is fooled already adds nothing more (its loss would grow without end), and an image
+    that is shared adds nothing at all.
+
+    Args:
+        f, g: logits (B, K) of the current and of the poisoned model on perturbed images.
+        answers, believed: (B,) their predictions on the clean images.
+        y: (B,) true labels.
+
+    Returns:
+        the loss, summed over images; and bool (B,), where both models are fooled into the same
+        class.
     """
     left_f, left_g = f.argmax(1) != answers, g.argmax(1) != believed
     shared = left_f & left_g & (f.argmax(1) == g.argmax(1))
+
+    # -beta_1 CE of either model while it is right + beta_2 JS(f, g).
     stay = (
         F.cross_entropy(f, y, reduction="none") * ~left_f
         + F.cross_entropy(g, y, reduction="none") * ~left_g
@@ -207,8 +217,8 @@ def search_loss(
 
 
 def jensen_shannon(f: Tensor, g: Tensor) -> Tensor:
-    """(B,): divergence in nats between softmax(f) and softmax(g), logits (B, K), probabilities at
-    least 1e-8."""
+    """Jensen-Shannon divergence in nats, (B,), of softmax(f) and softmax(g), logits (B, K).
+    Probabilities count as at least 1e-8."""
     p, q = f.softmax(1).clamp_min(1e-8), g.softmax(1).clamp_min(1e-8)
     m = (p + q) / 2
     return ((p * p.log() + q * q.log()) / 2 - m * m.log()).sum(1)
@@ -227,15 +237,21 @@ def training_loss(
     config: Config,
     run: Run,
 ) -> Tensor:
-    """Learn the clean images, and leave the wrong class that the poisoned model sees in the
-    perturbed ones; evaluation mode afterwards."""
+    """Learn the clean images, and unlearn the wrong class that the poisoned model gives to the
+    perturbed ones.
+
+    The model is in evaluation mode afterwards. Shapes as in `shared_perturbation`.
+    """
     with torch.no_grad(), run.autocast():
         wrong = poisoned(x + delta).argmax(1)
     fooled = (wrong != y) & (wrong != believed)
+
     model.train(config.train_bn)
     with run.autocast():
         clean, perturbed = model(torch.cat([x, x + delta])).float().chunk(2)
     model.eval()
+
+    # lambda_1 CE(clean) + lambda_3 L_unlearn(perturbed) + lambda_2 CE(perturbed).
     leave = unlearning_loss(perturbed, wrong, fooled)
     run.watch(leave=leave, fooled=fooled.float().mean())
     loss = config.lambda1 * F.cross_entropy(clean, y) + config.lambda3 * leave
@@ -243,13 +259,16 @@ def training_loss(
 
 
 def unlearning_loss(logits: Tensor, wrong: Tensor, fooled: Tensor) -> Tensor:
-    """Mean over the batch of -log(1 - p_wrong) where `fooled`; at most 13.8 an image, no slope once
-    p_wrong < 0.001.
+    """Mean over the batch of -log(1 - p_wrong) where `fooled`.
 
-    logits: (B, K) of the current model on perturbed images; wrong: (B,) the poisoned model's
-    answers on them; fooled: bool (B,).
+    At most 13.8 an image, and without a gradient once p_wrong < 0.001.
+
+    Args:
+        logits: (B, K) of the current model on perturbed images.
+        wrong: (B,) the poisoned model's predictions on them.
+        fooled: bool (B,).
     """
-    # 1 - p_wrong, without its cancellation
+    # 1 - p_wrong, without its cancellation.
     others = logits.softmax(1).scatter(1, wrong.unsqueeze(1), 0).sum(1)
     return (-(others.clamp_max(0.999) + 1e-6).log() * fooled).mean()
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backdoorlab import models
 from backdoorlab.errors import UserError
+from backdoorlab.mesa import TRIALS
 from backdoorlab.record import Record, read_result, record_root
 from backdoorlab.settings import methods
 from backdoorlab.tables.rows import result_folders
@@ -89,7 +90,7 @@ def bu(c: Mapping[str, Any], s: Setting) -> Passes:
     )
     judged = others * held_out
     # Few images are judged with several triggers each
-    judged *= math.ceil(methods.load("defense", "bu").module.TRIALS / max(1, judged))
+    judged *= math.ceil(TRIALS / max(1, judged))
     return round(passes + judged * (generators + c["epochs"])), round(passes)
 
 

@@ -23,6 +23,7 @@ from measure import Row, busy, describe_machine, fast_bf16, fresh_process, media
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from backdoorlab import mesa
 from backdoorlab.data import Augment, Split, to_device
 from backdoorlab.device import Exact, choose_device, seed_everything
 from backdoorlab.engine import Forward
@@ -33,6 +34,7 @@ from backdoorlab.perturb import frozen
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run, peak_memory
 from backdoorlab.settings import methods
+from backdoorlab.stacked import Mine
 
 asd: Any = methods.load("defense", "asd").module
 dau: Any = methods.load("defense", "dau").module
@@ -404,10 +406,10 @@ def _bu(options: argparse.Namespace, device: torch.device) -> Row:
 
     def recovery(count: int) -> Callable[[Tensor], None]:
         generators, mine = (
-            bu.Generators(count, 27, config.hidden).to(device),
-            bu.Mine(count, 64, 27, config.hidden).to(device),
+            mesa.Generators(count, 27, config.hidden).to(device),
+            Mine(count, 64, 27, config.hidden).to(device),
         )
-        places = bu.Places(count, (32, 32), 3, config).to(device)
+        places = mesa.Places(count, (32, 32), 3, config).to(device)
         optimizers = [
             torch.optim.Adam(net.parameters(), lr=config.search_lr) for net in (generators, mine)
         ]
@@ -415,7 +417,7 @@ def _bu(options: argparse.Namespace, device: torch.device) -> Row:
         def step(classes: Tensor) -> None:
             z, other = torch.rand(2, count, len(x), 64, device=device)
             triggers = generators(z)
-            _, pull = bu.reward(
+            _, pull = mesa.reward(
                 model,
                 x,
                 y,

@@ -19,6 +19,7 @@ from backdoorlab.device import choose_device, seed_everything
 from backdoorlab.errors import UserError
 from backdoorlab.execution.defense import defense_job
 from backdoorlab.execution.scores import ScoreLog
+from backdoorlab.poison_search import draw_pool
 from backdoorlab.record import Record, defender_view, record_root
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
@@ -91,9 +92,7 @@ def split(view: Any, pool: str, record: Record, config: Any, run: Run) -> None:
         return
     poison = record.train_poison.mask(len(view.train)).nonzero().squeeze(1)
     size = max(1, round(config.pool_rate * len(view.train)))
-    DAU.module.find_poison(
-        view, config, run, DAU.module.draw_pool(poison, size, len(view.train), run)
-    )
+    DAU.module.find_poison(view, config, run, draw_pool(poison, size, len(view.train), run))
 
 
 def _share(value: float | None, digits: int = 3) -> str:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backdoorlab import mesa, stacked
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
 from backdoorlab.execution.scores import ScoreLog
@@ -33,7 +34,7 @@ def test_mine_finds_the_information_of_correlated_gaussians(
     """-log(1 - r^2) / 2 nats; the three estimates side by side are of the same pair."""
     torch.manual_seed(0)
     draws = torch.Generator().manual_seed(0)
-    mine = bu.Mine(3, 1, 1, 32)
+    mine = stacked.Mine(3, 1, 1, 32)
     optimizer = torch.optim.Adam(mine.parameters(), lr=5e-3)
 
     def pairs(n: int) -> tuple[Tensor, Tensor]:
@@ -56,23 +57,23 @@ def test_mine_finds_the_information_of_correlated_gaussians(
 def test_stacked_layers_are_layers() -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 20, 5)
-    stacked, norm = bu.Stacked(3, 5, 7), bu.StackedNorm(3, 7)
+    layer, norm = stacked.Stacked(3, 5, 7), stacked.StackedNorm(3, 7)
     single = [nn.BatchNorm1d(7) for _ in range(3)]
     for _ in range(3):
         x = torch.randn(3, 20, 5)
-        h = stacked(x)
+        h = layer(x)
         for i in range(3):
-            assert torch.allclose(h[i], x[i] @ stacked.weight[i] + stacked.bias[i, 0], atol=1e-6)
+            assert torch.allclose(h[i], x[i] @ layer.weight[i] + layer.bias[i, 0], atol=1e-6)
         assert torch.allclose(norm(h), torch.stack([single[i](h[i]) for i in range(3)]), atol=1e-5)
     norm.eval()
     assert torch.allclose(
         norm(h), torch.stack([single[i].eval()(h[i]) for i in range(3)]), atol=1e-5
     )
-    generators = bu.Generators(2, 9, 16)
+    generators = mesa.Generators(2, 9, 16)
     assert generators(torch.rand(2, 5, 64)).shape == (2, 5, 9)
     with torch.no_grad():
         for parameter in generators.last.parameters():
-            parameter *= 100
+            parameter.mul_(100)
         extreme = generators(torch.rand(2, 5, 64))
     assert extreme.min() >= 0 and extreme.max() <= 1
 
@@ -80,7 +81,7 @@ def test_stacked_layers_are_layers() -> None:
 def test_a_square_is_pasted_where_it_is_told() -> None:
     x, patch = torch.rand(3, 2, 8, 8), torch.rand(3, 2, 3, 3, requires_grad=True)
     corners = torch.tensor([[0, 0], [5, 5], [2, 4]])
-    seen = bu.stamp(x, patch, corners, bu.Config())
+    seen = mesa.stamp(x, patch, corners, bu.Config())
     for i, (top, left) in enumerate(corners.tolist()):
         assert torch.equal(seen[i, :, top : top + 3, left : left + 3], patch[i])
         assert int((seen[i] != x[i]).sum()) == 18
@@ -88,14 +89,14 @@ def test_a_square_is_pasted_where_it_is_told() -> None:
     assert patch.grad is not None and torch.equal(patch.grad, torch.ones_like(patch))
     whole = torch.rand(3, 2, 8, 8)
     assert torch.allclose(
-        bu.stamp(x, whole, corners, bu.Config(trigger="blend", blend_alpha=0.3)),
+        mesa.stamp(x, whole, corners, bu.Config(trigger="blend", blend_alpha=0.3)),
         0.7 * x + 0.3 * whole,
     )
 
 
 def test_places_are_all_over_until_one_pays() -> None:
     for position in ("learnt", "random"):
-        places, run = bu.Places(2, (32, 32), 3, bu.Config(position=position)), new_run()
+        places, run = mesa.Places(2, (32, 32), 3, bu.Config(position=position)), new_run()
         owners = torch.arange(2).repeat_interleave(4000)
         first = places.draw(owners, run)
         assert first.min() == 0 and first.max() == 29 and len(first.unique(dim=0)) > 500
@@ -121,9 +122,9 @@ def test_the_reward_leaves_out_images_of_the_class_and_rewards_up_to_beta() -> N
     x, y = torch.full((4, 1, 8, 8), 0.2), torch.tensor([0, 1, 1, 2])
     config, run = bu.Config(noise=0.0, position="random"), new_run()
     classes, beta = torch.tensor([1, 1, 2]), torch.tensor([0.9, 1e-4, 0.9])
-    places = bu.Places(3, (8, 8), 8, config)  # a trigger as large as the image has one place
+    places = mesa.Places(3, (8, 8), 8, config)  # a trigger as large as the image has one place
     triggers = torch.full((3, 4, 64), 0.5)
-    hits, slopes = bu.reward(
+    hits, slopes = mesa.reward(
         Corner(), x, y, triggers, places, classes, beta, (1, 8, 8), config, run
     )
     p = torch.sigmoid(torch.tensor(16 * (0.5 - 0.5)))
@@ -135,7 +136,7 @@ def test_the_reward_leaves_out_images_of_the_class_and_rewards_up_to_beta() -> N
     # The first generator's squares light the corner: both images of another class are hit, of the
     # third's none
     triggers[0, :, 0] = 1.0
-    hits, _ = bu.reward(Corner(), x, y, triggers, places, classes, beta, (1, 8, 8), config, run)
+    hits, _ = mesa.reward(Corner(), x, y, triggers, places, classes, beta, (1, 8, 8), config, run)
     assert hits.item() == pytest.approx((1 + 0 + 0) / 3)
 
 
@@ -148,7 +149,7 @@ def test_recovery_finds_the_planted_trigger_and_its_place() -> None:
     run._where = "test"
     torch.manual_seed(0)
     config = bu.Config(levels=(0.9,), search_epochs=120, search_lr=2e-3, hidden=32, trigger_size=2)
-    found = bu.recover_triggers(Corner(), split, split, (1, 2, 2), K, config, run)
+    found = mesa.recover_triggers(Corner(), split, split, (1, 2, 2), K, config, run)
     scores = found["scores"].squeeze(1)
     assert scores[1] > 0.7 and scores[2:].max() < 0.1, "its class, and no other"
     assert found["bank"][1, 0, :, 0, 0, 0].mean() > 0.6, "its first pixel is bright"
@@ -164,12 +165,12 @@ def test_few_held_out_images_are_shown_many_triggers(count: int) -> None:
     )
     triggers = torch.zeros(64, 1, 2, 2)
     triggers[:16] = 1
-    score = bu.hit_rate(
+    score = mesa.hit_rate(
         Corner(), split, triggers, torch.zeros(64, 2, dtype=torch.long), 1, bu.Config(), new_run()
     )
     assert 0.15 < score < 0.35
     assert (
-        bu.hit_rate(
+        mesa.hit_rate(
             Corner(),
             split.subset(torch.tensor([count])),
             triggers,

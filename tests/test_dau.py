@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab.data import Split, to_float
+from backdoorlab import poison_search as search
+from backdoorlab.data import NO_AUGMENT, Split, to_float
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, predictions
 from backdoorlab.record import Record
@@ -18,6 +19,7 @@ from backdoorlab.run import Run
 from backdoorlab.settings import methods
 
 dau: Any = methods.load("defense", "dau").module
+SEARCH = search.SearchConfig()
 K = 10
 
 
@@ -175,16 +177,18 @@ def test_sarle_of_known_distributions() -> None:
     uneven = torch.cat([torch.zeros(900), torch.ones(100)]).double()
     uniform = torch.linspace(0, 1, 100_001, dtype=torch.float64)
     normal = torch.special.ndtri((torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000)
-    assert dau.sarle(two) == pytest.approx(1, abs=1e-9)
-    assert dau.sarle(uneven) == pytest.approx(1, abs=1e-9), "whatever the sizes of the two groups"
-    assert dau.sarle(uniform) == pytest.approx(5 / 9, abs=1e-4)
-    assert dau.sarle(normal) == pytest.approx(1 / 3, abs=1e-3)
-    assert dau.sarle(7 * normal - 3) == pytest.approx(dau.sarle(normal), abs=1e-9)
+    assert search.sarle(two) == pytest.approx(1, abs=1e-9)
+    assert search.sarle(uneven) == pytest.approx(1, abs=1e-9), (
+        "whatever the sizes of the two groups"
+    )
+    assert search.sarle(uniform) == pytest.approx(5 / 9, abs=1e-4)
+    assert search.sarle(normal) == pytest.approx(1 / 3, abs=1e-3)
+    assert search.sarle(7 * normal - 3) == pytest.approx(search.sarle(normal), abs=1e-9)
 
 
 @pytest.mark.parametrize("x", [[], [1.0], [1.0, 2.0, 3.0], [5.0] * 20])
 def test_sarle_of_too_little_is_zero(x: list[float]) -> None:
-    assert dau.sarle(torch.tensor(x, dtype=torch.float64)) == 0.0
+    assert search.sarle(torch.tensor(x, dtype=torch.float64)) == 0.0
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -192,7 +196,7 @@ def test_two_means_is_the_best_cut(seed: int) -> None:
     draws = torch.Generator().manual_seed(seed)
     x = torch.randn(41, generator=draws, dtype=torch.float64)
     x[: 5 + seed] += seed
-    upper = dau.two_means(x)
+    upper = search.two_means(x)
 
     def cost(mask: Tensor) -> float:
         return sum(float((x[part] - x[part].mean()).square().sum()) for part in (mask, ~mask))
@@ -217,16 +221,19 @@ def test_the_strangest_direction_is_what_other_labels_do_not_do() -> None:
     def along(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Each label's samples along its strangest direction, and the other labels' means."""
         whitened = [
-            (dau.strangest_direction(samples), samples, means)
-            for samples, means in dau.whiten(x, labels, 4)
+            (search.strangest_direction(samples), samples, means)
+            for samples, means in search.whiten(x, labels, 4)
         ]
         return [w @ samples for w, samples, _ in whitened], [w @ means for w, _, means in whitened]
 
     found, others = along(x)
     assert [len(part) for part in found] == [200] * 4 and [len(part) for part in others] == [3] * 4
     moved = torch.arange(200) < 80
-    assert dau.sarle(found[0]) > dau.PLAIN and max(dau.sarle(part) for part in found[1:]) < 0.5
-    upper = dau.two_means(found[0])
+    assert (
+        search.sarle(found[0]) > SEARCH.clear_bimodality
+        and max(search.sarle(part) for part in found[1:]) < 0.5
+    )
+    upper = search.two_means(found[0])
     assert (upper == moved).all() or (upper == ~moved).all()
     scaled = along(3 * x - 7)
     assert all(
@@ -235,29 +242,29 @@ def test_the_strangest_direction_is_what_other_labels_do_not_do() -> None:
     assert all(
         torch.allclose(a.abs(), b.abs(), atol=1e-6) for a, b in zip(others, scaled[1], strict=True)
     )
-    assert dau.sarle((x[:200] - x[:200].mean(0))[:, 0]) < 0.5, (
+    assert search.sarle((x[:200] - x[:200].mean(0))[:, 0]) < 0.5, (
         "along the largest variance nothing is to be seen"
     )
 
 
 def test_the_strangest_direction_of_an_empty_label_or_a_single_one_is_nothing() -> None:
     x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
-    found = dau.whiten(x, torch.zeros(20, dtype=torch.int64), 2)
+    found = search.whiten(x, torch.zeros(20, dtype=torch.int64), 2)
     assert [samples.shape[1] for samples, _ in found] == [20, 0] and not found[0][0].any()
     assert not any(means.shape[1] for _, means in found)
     assert not any(
-        dau.mixture_groups(samples, dau.strangest_direction(samples) @ samples)
+        search.mixture_groups(samples, search.strangest_direction(samples) @ samples, 2.0)
         for samples, _ in found
     )
 
 
 def test_a_group_strays_by_the_spread_of_the_other_labels() -> None:
     others = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64)
-    assert dau.stray(torch.tensor([9.0, 11.0]), others) == pytest.approx(10 / math.sqrt(2.5))
-    assert dau.stray(torch.tensor([90.0, 110.0]), 10 * others) == pytest.approx(
+    assert search.stray(torch.tensor([9.0, 11.0]), others, 5) == pytest.approx(10 / math.sqrt(2.5))
+    assert search.stray(torch.tensor([90.0, 110.0]), 10 * others, 5) == pytest.approx(
         10 / math.sqrt(2.5)
     ), "in their units"
-    assert dau.stray(torch.tensor([9.0, 11.0]), others[:4]) == 0, (
+    assert search.stray(torch.tensor([9.0, 11.0]), others[:4], 5) == 0, (
         "too few labels to know where they lie"
     )
 
@@ -271,8 +278,8 @@ def test_variety_counts_classes_and_ignores_a_common_shift() -> None:
         marked = labels.clone()
         for group in groups:
             marked[group] = 0
-        found: list[float] = dau.variety(
-            x, list(groups), marked, 0, torch.Generator().manual_seed(0)
+        found: list[float] = search.variety(
+            x, list(groups), marked, 0, torch.Generator().manual_seed(0), 20_000
         )
         return found
 
@@ -293,11 +300,11 @@ def test_variety_counts_classes_and_ignores_a_common_shift() -> None:
 
 
 def test_information_is_in_nats() -> None:
-    assert dau.information(torch.eye(4).repeat(5, 1)) == pytest.approx(math.log(4), abs=1e-6), (
+    assert search.information(torch.eye(4).repeat(5, 1)) == pytest.approx(math.log(4), abs=1e-6), (
         "sure, and different"
     )
-    assert dau.information(torch.full((9, 4), 0.25)) == pytest.approx(0, abs=1e-6), "unsure"
-    assert dau.information(torch.eye(4)[:1].repeat(5, 1)) == pytest.approx(0, abs=1e-6), (
+    assert search.information(torch.full((9, 4), 0.25)) == pytest.approx(0, abs=1e-6), "unsure"
+    assert search.information(torch.eye(4)[:1].repeat(5, 1)) == pytest.approx(0, abs=1e-6), (
         "sure of one"
     )
 
@@ -344,7 +351,7 @@ def features(
 
 def bimodal_pool(data: Features, size: int, num_classes: int, config: Any, run: Run) -> Tensor:
     """The pool alone."""
-    return dau.bimodal_pool(data, size, num_classes, config, run)[0]
+    return search.bimodal_pool(data, size, num_classes, config, run)[0]
 
 
 def head_of() -> nn.Linear:
@@ -363,7 +370,9 @@ def test_the_bimodal_pool_finds_the_planted_group(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     pool = bimodal_pool(data, 20, K, dau.Config(), run)
     assert int(pool.sum()) == 20 and not (pool & ~planted).any(), "pure"
-    assert not dau.bimodal_pool(data, 20, K, dau.Config(), new_run(tmp_path))[1], "of many classes"
+    assert not search.bimodal_pool(data, 20, K, dau.Config(), new_run(tmp_path))[1], (
+        "of many classes"
+    )
     assert any(
         f"label {TARGET} has features in two groups" in note and "taken for poison" in note
         for note in run.notes
@@ -378,7 +387,7 @@ def test_the_bimodal_pool_finds_nothing_in_clean_features(tmp_path: Path, seed: 
     assert any("no poison found" in note for note in run.notes)
 
 
-@pytest.mark.parametrize("kept", [1, 8, dau.ENOUGH - 1])
+@pytest.mark.parametrize("kept", [1, 8, SEARCH.label_samples - 1])
 def test_labels_of_few_samples_are_left_alone(kept: int, tmp_path: Path) -> None:
     """Ten points in many dimensions are in two groups by chance, and a single one is in none at
     all. Beside them poison is found as ever."""
@@ -388,7 +397,9 @@ def test_labels_of_few_samples_are_left_alone(kept: int, tmp_path: Path) -> None
     )
     run = new_run(tmp_path)
     assert not bimodal_pool(few, 5, K, dau.Config(), run).any()
-    assert any(f"{K} labels have less than {dau.ENOUGH} samples" in note for note in run.notes)
+    assert any(
+        f"{K} labels have less than {SEARCH.label_samples} samples" in note for note in run.notes
+    )
     data, planted = features()
     rare = (data.labels != 7) | (torch.arange(len(data.labels)) < 7 * N_CLASS + kept)
     pool = bimodal_pool(
@@ -432,12 +443,12 @@ def test_a_small_group_is_found_by_its_variety_where_two_means_cut_the_label_els
     early = 3 * F.one_hot(true, 20).float() + torch.randn(len(labels), 20, generator=draws)
     early[planted, 15] += 3
 
-    samples, _ = dau.whiten(early, labels, K)[TARGET]
-    along = dau.strangest_direction(samples) @ samples
-    assert dau.sarle(along) < dau.Config().bimodality, (
+    samples, _ = search.whiten(early, labels, K)[TARGET]
+    along = search.strangest_direction(samples) @ samples
+    assert search.sarle(along) < dau.Config().bimodality, (
         "the label is left alone by the search for two groups"
     )
-    upper = dau.two_means(along)
+    upper = search.two_means(along)
     assert (
         max(planted[labels == TARGET][half].double().mean().item() for half in (upper, ~upper))
         < 0.3
@@ -520,7 +531,9 @@ def test_a_group_that_looks_like_one_other_class_is_poison_and_what_carries_its_
     run = new_run(tmp_path)
     pool = bimodal_pool(data, 20, K, dau.Config(), run)
     assert int(pool.sum()) == 20 and not (pool & ~planted).any()
-    assert dau.bimodal_pool(data, 20, K, dau.Config(), new_run(tmp_path))[1], "it shows one class"
+    assert search.bimodal_pool(data, 20, K, dau.Config(), new_run(tmp_path))[1], (
+        "it shows one class"
+    )
     said = [note for note in run.notes if "taken for poison" in note]
     assert (
         len(said) == 1
@@ -530,8 +543,8 @@ def test_a_group_that_looks_like_one_other_class_is_poison_and_what_carries_its_
     assert not bimodal_pool(data, 20, K, dau.Config(belongs=0.99), new_run(tmp_path)).any(), (
         "not that sure"
     )
-    samples, _ = dau.whiten(data.early, data.labels, K)[7]
-    assert dau.sarle(dau.strangest_direction(samples) @ samples) > dau.TORN, (
+    samples, _ = search.whiten(data.early, data.labels, K)[7]
+    assert search.sarle(search.strangest_direction(samples) @ samples) > SEARCH.source_bimodality, (
         "a label with covers is asked about, too"
     )
     pool = bimodal_pool(
@@ -547,7 +560,8 @@ def test_the_targets_own_images_are_not_taken_for_the_class_that_they_resemble(
     early = data.early.clone()
     early[(data.labels == TARGET) & ~planted, 4] += 9
     alike = data._replace(early=early, spatial=early.half())
-    ask = dau.probe(alike.spatial, data.labels, TARGET, torch.Generator().manual_seed(0))
+    ask = search.probe(alike.spatial, data.labels, TARGET, torch.Generator().manual_seed(0), 20_000)
+    assert ask is not None
     believed = [
         ask((early.half()[part].float() - ask.mean) / ask.std).mean(0).max()
         for part in ((data.labels == TARGET) & ~planted, planted)
@@ -581,10 +595,10 @@ def test_a_mixture_finds_one_class_where_two_means_cut_elsewhere(
     _, data, planted = one_class()
     few = ~planted | (torch.arange(len(planted)) % 6 == 0)
     part = Features(*(value[few] for value in data))
-    monkeypatch.setattr(dau, "two_means", lambda x: x > x.median())
+    monkeypatch.setattr(search, "two_means", lambda x: x > x.median())
     pool = bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path))
     assert pool.any() and not (pool & ~planted[few]).any()
-    monkeypatch.setattr(dau, "mixture_groups", lambda samples, x: [])
+    monkeypatch.setattr(search, "mixture_groups", lambda *_: [])
     assert not (bimodal_pool(part, 20, K, dau.Config(), new_run(tmp_path)) & planted[few]).all(), (
         "a control"
     )
@@ -715,6 +729,35 @@ def test_the_guard_for_labels_without_a_clean_sample_is_the_ports_to_switch_off(
     assert found["1"]["split"]["flagged"] > 0 and not any(
         "without a clean sample" in note for note in found["1"]["notes"]
     )
+
+
+@pytest.mark.parametrize(("flags", "augmented"), [((), True), (("--yaml_path", "dau_port"), False)])
+def test_the_port_unlearns_images_as_they_are(
+    flags: tuple[str, ...],
+    augmented: bool,
+    small: Record,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its anti-learning, as ours, sees features of images as they are; so does its unlearning."""
+    monkeypatch.setattr(
+        dau, "find_pool", lambda view, *_: (torch.arange(len(view.train)) < 3, False)
+    )
+    monkeypatch.setattr(dau, "lost_label", lambda _log_p, data, _config: data.labels == 2)
+    seen: list[bool] = []
+    draw = dau.batches
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["augment"] != NO_AUGMENT)
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(dau, "batches", watched)
+    record = helpers.copy(small, tmp_path)
+    assert record.augment() != NO_AUGMENT, "ordinary training of this record augments"
+    helpers.defend(
+        "dau", record, *helpers.short_flags("dau"), "--breakdown", "1", "--epochs", "1", *flags
+    )
+    assert seen and set(seen) == {augmented}
 
 
 def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:

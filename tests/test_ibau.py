@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from backdoorlab import ibau_published as published
 from backdoorlab.errors import UserError
+from backdoorlab.hypergradient import (
+    Hypergradient,
+    differentiable_twice,
+    hypergradient,
+    lanczos,
+)
 from backdoorlab.record import Record
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
@@ -74,12 +81,10 @@ def numerical(theta: Tensor, radius: float, step: float = 1e-5) -> Tensor:
     return torch.stack(slopes)
 
 
-def found(theta: nn.Parameter, radius: float, **changes: Any) -> Any:
+def found(theta: nn.Parameter, radius: float, steps: int = N) -> Hypergradient:
     outer, inner = problem(theta)
     delta = best_delta(theta.detach(), radius).view(1, 1, 2, 3)
-    return ibau.hypergradient(
-        outer, inner, delta, [theta], radius, ibau.Config(**{"damping": 0.0, "K": N, **changes})
-    )
+    return hypergradient(outer, inner, delta, [theta], radius, steps, damping=0.0)
 
 
 @pytest.mark.parametrize("radius", [math.inf, 100.0, 0.5, 0.1])
@@ -89,7 +94,7 @@ def test_the_hypergradient_is_the_total_derivative(radius: float) -> None:
     result, truth = found(theta, radius), numerical(theta.detach(), radius)
     assert torch.allclose(result.gradients[0], truth, rtol=1e-5, atol=1e-7)
     assert result.residual < 1e-8 and result.implicit > 0.01
-    first_order = found(theta, radius, K=0)
+    first_order = found(theta, radius, steps=0)
     assert (
         not torch.allclose(first_order.gradients[0], truth, rtol=0.01) and first_order.implicit == 0
     )
@@ -101,7 +106,7 @@ def test_on_the_surface_the_bare_hessian_is_wrong() -> None:
     theta = nn.Parameter(randn(WEIGHTS))
     outer, inner = problem(theta)
     delta = best_delta(theta.detach(), 0.1).view(1, 1, 2, 3)
-    bare = ibau.hypergradient(outer, inner, delta, [theta], math.inf, ibau.Config(damping=0.0, K=N))
+    bare = hypergradient(outer, inner, delta, [theta], math.inf, N, damping=0.0)
     assert not torch.allclose(bare.gradients[0], numerical(theta.detach(), 0.1), rtol=0.1)
 
 
@@ -110,7 +115,7 @@ def test_more_steps_bring_the_solve_nearer() -> None:
     exact = torch.linalg.solve(HESSIAN, g.flatten())
 
     def error(k: int) -> float:
-        v, _ = ibau.lanczos(lambda v: (HESSIAN @ v.flatten()).view_as(v), g, k, 0.0)
+        v, _ = lanczos(lambda v: (HESSIAN @ v.flatten()).view_as(v), g, k, 0.0)
         apart = v.flatten() - exact
         return math.sqrt(apart @ HESSIAN @ apart)
 
@@ -123,7 +128,7 @@ def test_more_steps_bring_the_solve_nearer() -> None:
 def test_the_residual_is_that_of_the_shifted_system() -> None:
     g = randn(1, 1, 2, 3)
     for k in (1, 2, 4):
-        v, residual = ibau.lanczos(lambda v: (HESSIAN @ v.flatten()).view_as(v), g, k, 0.0)
+        v, residual = lanczos(lambda v: (HESSIAN @ v.flatten()).view_as(v), g, k, 0.0)
         assert residual.item() == pytest.approx(
             (HESSIAN @ v.flatten() - g.flatten()).norm().item() / g.norm().item(), rel=1e-6
         )
@@ -137,12 +142,12 @@ def test_the_solve_holds_where_the_published_one_explodes(steps: int) -> None:
     turn = torch.linalg.qr(randn(N, N)).Q
     h = turn @ values.diag() @ turn.T
     g = randn(1, 1, 2, 3)
-    v, _ = ibau.lanczos(lambda v: (h @ v.flatten()).view_as(v), g, steps, 0.01)
+    v, _ = lanczos(lambda v: (h @ v.flatten()).view_as(v), g, steps, 0.01)
     smallest = 0.01 * 30
     assert v.isfinite().all() and v.norm() <= g.norm() / smallest
-    published, change = ibau.fixed_point(lambda v: (h @ v.flatten()).view_as(v), g, steps)
+    theirs, change = published.fixed_point(lambda v: (h @ v.flatten()).view_as(v), g, steps)
     if steps >= 5:
-        assert published.norm() > 100 * v.norm() and change > 100
+        assert theirs.norm() > 100 * v.norm() and change > 100
 
 
 def test_the_published_iteration_is_its_series() -> None:
@@ -152,7 +157,7 @@ def test_the_published_iteration_is_its_series() -> None:
     wanted = 0.1 * sum(
         (torch.linalg.matrix_power(j, i) @ g for i in range(5)), torch.zeros(N, dtype=torch.float64)
     )
-    v, change = ibau.fixed_point(lambda v: HESSIAN @ v, g, 5)
+    v, change = published.fixed_point(lambda v: HESSIAN @ v, g, 5)
     assert torch.allclose(v, wanted)
     assert change.item() == pytest.approx(
         (torch.linalg.matrix_power(j, 4) @ g).norm().item() / g.norm().item()
@@ -160,19 +165,18 @@ def test_the_published_iteration_is_its_series() -> None:
 
 
 def test_nothing_to_solve_is_nothing() -> None:
-    v, residual = ibau.lanczos(lambda v: v, torch.zeros(1, 1, 2, 3), 5, 0.01)
+    v, residual = lanczos(lambda v: v, torch.zeros(1, 1, 2, 3), 5, 0.01)
     assert not v.any() and residual == 0
 
 
 @pytest.mark.parametrize(
-    ("size", "mended", "published"), [(100, 1, 1), (256, 2, 2), (196, 1, 1), (99, 1, 0), (3, 1, 0)]
+    ("size", "mended", "habit"), [(100, 1, 1), (256, 2, 2), (196, 1, 1), (99, 1, 0), (3, 1, 0)]
 )
-def test_a_small_batch_still_carries_delta(size: int, mended: int, published: int) -> None:
-    for quirks, count in ((False, mended), (True, published)):
-        mask = ibau.carriers(
-            size, ibau.Config(quirks=quirks), Run(Path(), seed=0, device=torch.device("cpu"))
-        )
-        assert mask.shape == (size, 1, 1, 1) and mask.sum() == count
+def test_a_small_batch_still_carries_delta(size: int, mended: int, habit: int) -> None:
+    share = ibau.Config().patched
+    assert (ibau.carried(size, share), published.carried(size, share)) == (mended, habit)
+    mask = ibau.carriers(size, mended, Run(Path(), seed=0, device=torch.device("cpu")))
+    assert mask.shape == (size, 1, 1, 1) and mask.sum() == mended
 
 
 def history(record: Record, run: str, *flags: str) -> Any:
@@ -235,16 +239,14 @@ def test_the_published_variants_run(preset: str, tiny: Record, tmp_path: Path) -
         and result["config"]["quirks"]
     )
     assert result["config"]["projected"] == (preset == "ibau_notebook")
-    published = {
+    wanted = {
         "delta_lr": 10.0,
         "delta_steps": None,
         "patched": 0.01,
         "lr_decay": False,
         "augment": preset == "ibau_backdoorbench",
     }
-    assert {key: result["config"][key] for key in published} == published, (
-        "and not those of the digits"
-    )
+    assert {key: result["config"][key] for key in wanted} == wanted, "and not those of the digits"
     saved = reading.read_tensors(
         record.folder / "defense" / "ibau" / "seed0" / "model.safetensors"
     )[0]
@@ -275,13 +277,14 @@ def through(network: nn.Module) -> Any:
         torch.arange(6),
     )
     loss = lambda delta: torch.nn.functional.cross_entropy(network(images + delta), labels)
-    return ibau.hypergradient(
+    return hypergradient(
         loss,
         lambda d: 0.001 * d.square().sum() - loss(d),
         torch.full((1, 1, 4, 4), 0.1),
         list(network.parameters()),
         9.0,
-        ibau.Config(),
+        steps=5,
+        damping=0.01,
     )
 
 
@@ -290,12 +293,12 @@ def test_networks_with_attention_are_differentiated_twice_and_others_that_cannot
 ):
     with pytest.raises(RuntimeError, match="derivative for"):
         through(Wave(hard=False))  # the control: as attention comes
-    with ibau.differentiable_twice():
+    with differentiable_twice():
         found = through(Wave(hard=False))
     assert all(gradient.isfinite().all() for gradient in found.gradients) and found.implicit > 0
     with (
         pytest.raises(UserError, match=r"derivative for .* is not implemented\): use --K 0"),
-        ibau.differentiable_twice(),
+        differentiable_twice(),
     ):
         through(Wave(hard=True))
 

@@ -1,4 +1,4 @@
-"""scan: the training images that DAU takes for poison, for a person to look at."""
+"""scan: the training images that DAU classifies as poison, for a person to look at."""
 
 import csv
 import io
@@ -10,11 +10,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tyro.conf import Positional
 
-from ..data import Split
+from ..data import Dataset, Split
 from ..datasets.load import train_files
+from ..device import choose_device, keep_freed_memory, seed_everything
 from ..errors import UserError
-from ..execution.defense import defense_job, run_defense
-from ..record import Record, check_name, read_result, record_root
+from ..execution.defense import defense_job
+from ..execution.precision import choose
+from ..execution.stage import open_stage
+from ..record import Record, check_name, defender_view, read_result, record_root
+from ..run import Run
 from ..settings import methods
 from ..storage import reading, writing
 from ..storage.staging import refuse_existing, staged
@@ -49,11 +53,12 @@ class Scan:
 
 
 def scan(options: Scan) -> int:
+    """Print what DAU flags, and write the list and the contact sheet; 0 is success."""
     if options.name is None:
         raise UserError("NAME is missing: which record to scan")
     record = Record.load(options.name, record_root(options.record_root))
     dataset = record.dataset(options.dataset_path)
-    flagged, notes = _found(record, options)
+    flagged, notes = _found(record, dataset, options)
     train = record.train_poison.apply(dataset.train)
     names = None if options.dataset_path is None else train_files(options.dataset_path)
     if not flagged.any():
@@ -63,24 +68,19 @@ def scan(options: Scan) -> int:
         for note in notes:
             print(f"  {note}")
         return 0
+
     print(
         f"DAU flags {int(flagged.sum()):,} of the {len(train):,} training images of {record.name}"
         f" ({flagged.double().mean():.1%})"
     )
-    for label, class_name in enumerate(dataset.class_names):
-        own = train.labels == label
-        index = (flagged & own).nonzero().squeeze(1).tolist()
-        if index:
-            title = f"label {label}" + (f" ({class_name})" if class_name != str(label) else "")
-            shown = ", ".join(str(i) if names is None else names[i] for i in index[:SHOWN]) + (
-                ", ..." if len(index) > SHOWN else ""
-            )
-            print(f"  {title}: {len(index):,} of {int(own.sum()):,}: {shown}")
+    _print_classes(flagged, train.labels, dataset.class_names, names)
     target = Path(options.out) if options.out else record.folder / "scan"
     contents = {
         "flagged.csv": as_csv(flagged, train.labels, dataset.class_names, names),
         "flagged.png": sheet(train, flagged, dataset.class_names),
     }
+
+    # A scan that finds what the files say already leaves them alone.
     if not all(
         (target / name).is_file() and _says(name, (target / name).read_bytes(), data, names)
         for name, data in contents.items()
@@ -88,6 +88,21 @@ def scan(options: Scan) -> int:
         _write(target, contents, options.overwrite)
     print(f"list: {target / 'flagged.csv'}\ncontact sheet: {target / 'flagged.png'}")
     return 0
+
+
+def _print_classes(
+    flagged: Tensor, labels: Tensor, class_names: tuple[str, ...], names: list[str] | None
+) -> None:
+    """Print a line for each class with flagged images: how many, and the first of them."""
+    for label, class_name in enumerate(class_names):
+        own = labels == label
+        index = (flagged & own).nonzero().squeeze(1).tolist()
+        if not index:
+            continue
+        title = f"label {label}" + (f" ({class_name})" if class_name != str(label) else "")
+        shown = ", ".join(str(i) if names is None else names[i] for i in index[:SHOWN])
+        rest = ", ..." if len(index) > SHOWN else ""
+        print(f"  {title}: {len(index):,} of {int(own.sum()):,}: {shown}{rest}")
 
 
 def _says(name: str, there: bytes, now: bytes, names: list[str] | None) -> bool:
@@ -137,6 +152,8 @@ def sheet(train: Split, flagged: Tensor, class_names: tuple[str, ...]) -> bytes:
     block = TITLE + 2 * (SIDE + GAP) + GAP
     picture = Image.new("RGB", (COLUMNS * (SIDE + GAP) + GAP, len(labels) * block), "white")
     draw = ImageDraw.Draw(picture)
+
+    # Of each label, flagged images above others, spread over the data set.
     for number, label in enumerate(labels):
         own = train.labels == label
         parts = [(own & flagged).nonzero().squeeze(1), (own & ~flagged).nonzero().squeeze(1)]
@@ -149,6 +166,7 @@ def sheet(train: Split, flagged: Tensor, class_names: tuple[str, ...]) -> bytes:
             " row)",
             fill="black",
         )
+
         for row, index in enumerate(parts):
             spread = (
                 index[torch.linspace(0, len(index) - 1, min(COLUMNS, len(index))).long()]
@@ -174,38 +192,66 @@ def sheet(train: Split, flagged: Tensor, class_names: tuple[str, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def _found(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
-    """What is flagged, bool (N,), and why: from a finished run, else from DAU's search with default
-    settings, done now or by an earlier scan."""
+def _found(record: Record, dataset: Dataset, options: Scan) -> tuple[Tensor, list[str]]:
+    """What is flagged, bool (N,), and DAU's notes: from a finished run, else from a search."""
     folder, run_name = record.folder / "defense" / "dau", options.run_name or "seed0"
     check_name(run_name)
+
+    # A finished run, whatever its settings.
     if (folder / run_name / "result.json").is_file():
         result = read_result(folder / run_name)
-        split = reading.read_tensors(
-            folder / run_name / "split.safetensors", entry=result["files"]["split.safetensors"]
-        )[0]
+        entry = result["files"]["split.safetensors"]
+        split = reading.read_tensors(folder / run_name / "split.safetensors", entry=entry)[0]
         return split["flagged"], result.get("notes", [])
     if options.run_name is not None:
         raise UserError(
             f"record {record.name!r} has no finished run {run_name!r} of dau: leave --run_name out"
             " to search now"
         )
-    # Under a name of its own, so that a later run of the defense is not bound to these settings.
-    argv = [
-        "--result_file",
-        record.name,
-        "--run_name",
-        "scan",
-        "--record_root",
-        str(record.folder.parent),
-        "--device",
-        options.device,
-    ]
-    argv += [
-        "--subtask",
-        "anti_learning",
-        *(["--dataset_path", options.dataset_path] if options.dataset_path else []),
-    ]
-    run_defense(defense_job(methods.load("defense", "dau"), argv, "backdoorlab scan"))
-    split, meta = reading.read_tensors(folder / "scan.partial" / "cached-split.safetensors")
-    return split["value/flagged"], meta["notes"]
+    return _searched(record, dataset, options)
+
+
+def _searched(record: Record, dataset: Dataset, options: Scan) -> tuple[Tensor, list[str]]:
+    """Search with DAU's default settings for this data set, now or in an earlier scan.
+
+    What was found stays in an unfinished run named scan, so that a later run of the defense is not
+    bound to these settings.
+    """
+    dau = methods.load("defense", "dau")
+    argv = ["--result_file", record.name, "--record_root", str(record.folder.parent)]
+    argv += ["--run_name", "scan", "--device", options.device]
+    argv += ["--dataset_path", options.dataset_path] if options.dataset_path else []
+    job = defense_job(dau, argv, "backdoorlab scan")
+
+    # The same device, precision and random numbers as in a run of the defense.
+    device = choose_device(options.device)
+    keep_freed_memory(device)
+    architecture = record.info["architecture"]
+    network = {
+        "architecture": architecture["name"],
+        "width": architecture["width"],
+        "image_shape": list(dataset.image_shape),
+    }
+    chosen = choose(job.config.precision, device, network, record.model)
+    inputs = {"record": reading.sha256(record.folder / "record.json")}
+    target = record.folder / "defense" / "dau" / "scan"
+
+    # Kept in the stage, and read from there by the next scan.
+    with open_stage(target, "result.json", job, inputs, chosen.precision) as stage:
+        seed_everything(job.config.seed, device)
+        run = Run(
+            stage,
+            seed=job.config.seed,
+            device=device,
+            precision=chosen.precision,
+            train_poison=record.train_poison if record.known_poison else None,
+            train_size=len(dataset.train),
+        )
+        job.say_settings(run)
+        view = defender_view(record, dataset, dau.assumes, None, device)
+
+        def search() -> dict[str, Tensor]:
+            return {"flagged": dau.module.find_poison(view, job.config, run)[0]}
+
+        flagged = run.cached("split", search)["flagged"]
+    return flagged, run.notes
