@@ -83,15 +83,9 @@ def table(
         found = [
             record if isinstance(record, Record) else Record.load(record, place) for record in named
         ]
-    if mean or worst:
-        shown = formats.render(
-            layout.means(measured.rows(found, on_damage=damaged.append), format, worst=worst),
-            format,
-        )
-    else:
-        shown = layout.render(layout.rows(found, damaged.append), format)
+    shown = layout.table(found, format, mean=mean, worst=worst, on_damage=damaged.append)
     layout.complain(damaged)
-    return shown
+    return formats.render(shown, format)
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def page(
     )
     known = (
         " where an attack is known"
-        if any(line["poison %"] == formats.HOLE for line in means.rows)
+        if any(line["poison %"] == formats.EMPTY for line in means.rows)
         else ""
     )
     lead += f", {rate} % of the training images poisoned{known}." if rate else "."
@@ -367,14 +367,9 @@ def means_table(rows: Sequence[Row], table: formats.Table) -> str:
     lines = list(zip(groups, table.rows, strict=True))
 
     def column(title: str) -> Column:
-        def value(line: tuple[Group, Mapping[str, str]]) -> float | str | None:
-            group, text = line
-            if title in layout.SCORES:
-                score = group.score(layout.SCORES[title])
-                return None if score is None else score.mean
-            if title in table.numbers:
-                return None if text[title] == formats.HOLE else float(text[title])
-            return text[title]
+        def value(line: tuple[Group, formats.Row]) -> float | str | None:
+            cell = line[1][title]
+            return cell.value if title in table.numbers else cell.text
 
         hint = (
             (lambda line: ", ".join(dict.fromkeys(row.record for row in line[0].rows)))
@@ -382,7 +377,11 @@ def means_table(rows: Sequence[Row], table: formats.Table) -> str:
             else None
         )
         return Column(
-            title, lambda line: _marked(_shown(line[1][title])), value, title in table.numbers, hint
+            title,
+            lambda line: _marked(_shown(line[1][title].text)),
+            value,
+            title in table.numbers,
+            hint,
         )
 
     # What tells attacks of one name apart stands beside it.
@@ -406,7 +405,7 @@ def means_table(rows: Sequence[Row], table: formats.Table) -> str:
     columns = [
         column(title)
         for title in known
-        if not (title in OPTIONAL and all(line[title] == formats.HOLE for line in table.rows))
+        if not (title in OPTIONAL and all(line[title] == formats.EMPTY for line in table.rows))
     ]
     return _table(
         columns,
@@ -417,7 +416,10 @@ def means_table(rows: Sequence[Row], table: formats.Table) -> str:
 
 def constants(table: formats.Table) -> dict[str, str]:
     """What is the same in all lines is said once, above the tables."""
-    found = {title: {line[title] for line in table.rows} - {formats.HOLE} for title in CONSTANT}
+    found = {
+        title: {line[title].text for line in table.rows if line[title] != formats.EMPTY}
+        for title in CONSTANT
+    }
     return {title: "".join(values) for title, values in found.items() if len(values) <= 1}
 
 
