@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from . import charts
+from . import looks
 from .charts import Chart, Grid, Panel, Series
 
 PANEL_INCHES = (3.4, 2.6)
@@ -18,7 +18,7 @@ MOST_WRITTEN = 12
 """Columns of a grid up to which each number is written into its cell."""
 DPI = 300
 MARKERS = dict(
-    zip(("x", *charts.SHAPES), ("x", "o", "s", "D", "^", "v", "P", "*", "p", "h"), strict=True)
+    zip(("x", *looks.SHAPES), ("x", "o", "s", "D", "^", "v", "P", "*", "p", "h"), strict=True)
 )
 MAKER = "backdoorlab figure"
 """Written into each file, so that only files of ours are ever replaced."""
@@ -116,7 +116,7 @@ def _panel(ax: Any, panel: Panel) -> None:
                 linewidth=1,
             )
     if panel.cut is not None:
-        ax.axvline(panel.cut, color=charts.INK["light"], linestyle="--", linewidth=0.8)
+        ax.axvline(panel.cut, color=looks.INK["light"], linestyle="--", linewidth=0.8)
         ax.annotate(
             f"cut {panel.cut:.2f}",
             (panel.cut, 1),
@@ -161,7 +161,7 @@ def _grid(ax: Any, grid: Grid) -> None:
     image = ax.imshow(
         values,
         aspect="auto",
-        cmap=LinearSegmentedColormap.from_list("share", charts.SCALE["light"]),
+        cmap=LinearSegmentedColormap.from_list("share", looks.SCALE["light"]),
         vmin=0,
         vmax=100,
     )
@@ -229,11 +229,11 @@ def _open(small: bool) -> dict[str, Any]:
 
 
 def _colour(series: Series) -> str:
-    return charts.palette("light")[charts.colour(series.look)]
+    return looks.palette("light")[looks.colour(series.look)]
 
 
 def _marker(series: Series) -> str:
-    return MARKERS[charts.shape(series.look)] if series.marked else ""
+    return MARKERS[looks.shape(series.look)] if series.marked else ""
 
 
 def _plain(text: str) -> str:

@@ -33,7 +33,7 @@ from ..tables import groups as grouping
 from ..tables import rows as measured
 from ..tables.groups import Group
 from ..tables.rows import Damaged, Only, Row, refuse
-from . import charts
+from . import charts, looks
 from .artifacts import Cell, gather
 from .charts import Chart, Series
 
@@ -268,8 +268,8 @@ def _json(chart: Chart) -> list[dict[str, Any]]:
         series = [
             {
                 **asdict(one),
-                "colour": charts.colour(one.look),
-                "shape": charts.shape(one.look),
+                "colour": looks.colour(one.look),
+                "shape": looks.shape(one.look),
                 "marked": one.marked,
             }
             for one in panel.series
@@ -310,7 +310,7 @@ def _colours() -> str:
     }
     texts = {}
     for scheme, greys in schemes.items():
-        values = charts.palette(scheme) | greys
+        values = looks.palette(scheme) | greys
         texts[scheme] = (
             f":root {{ color-scheme: {scheme}; "
             + " ".join(f"--{name}: {value};" for name, value in values.items())
@@ -745,7 +745,7 @@ def _legend(chart: Chart) -> str:
 
 def _glyph(series: Series) -> str:
     """The shape in its colour, drawn in a box of 12 by 12."""
-    colour, shape = f"var(--{charts.colour(series.look)})", charts.shape(series.look)
+    colour, shape = f"var(--{looks.colour(series.look)})", looks.shape(series.look)
     if series.kind == "bars":
         inside = '<rect x="0" y="2" width="12" height="8"/>'
     elif not series.marked:

@@ -16,7 +16,8 @@ from ..errors import UserError
 from ..models import Classifier
 from ..poison import POISON
 from .artifacts import Cell
-from .charts import TEXT, Chart, Panel, Series
+from .charts import Chart, Panel, Series
+from .looks import TEXT
 
 CLASSES, PER_CLASS, TRIGGERED = 10, 40, 120
 """Clean test images of how many classes (the target among them), how many of each, and how many
