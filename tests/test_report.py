@@ -23,7 +23,8 @@ from backdoorlab.__main__ import main
 from backdoorlab.poison import CROSS
 from backdoorlab.record import Record
 from backdoorlab.report import artifacts, charts, figures, looks
-from backdoorlab.report.page import OUTLINES, Report, report
+from backdoorlab.report.html_charts import OUTLINES
+from backdoorlab.report.page import Report, report
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading, writing
 from backdoorlab.tables import groups as grouping
@@ -114,10 +115,10 @@ def test_defenses_that_were_not_run_are_lines_without_numbers(
     small: Record, tmp_path: Path
 ) -> None:
     page = page_of(small, tmp_path)
-    assert page.count('class="hole"') == len(
+    assert page.count('class="not-run"') == len(
         [name for name in methods.available("defense") if name != "dau"]
     )
-    assert re.search(r'<tr class="hole"[^>]*data-defense="ft"[^>]*>.*not run', page)
+    assert re.search(r'<tr class="not-run"[^>]*data-defense="ft"[^>]*>.*not run', page)
 
 
 def test_what_is_missing_is_said(small_flags: tuple[str, ...], tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_a_damaged_result_is_named_and_the_rest_is_shown(
     root = ("--record_root", str(tmp_path))
     assert refused(capsys, record.name, *root, "--html", str(tmp_path / "page.html")) == 1
     page = (tmp_path / "page.html").read_text()
-    assert re.search(r'<tr class="hole"[^>]*data-defense="dau"[^>]*>.*>damaged<', page)
+    assert re.search(r'<tr class="not-run"[^>]*data-defense="dau"[^>]*>.*>damaged<', page)
     for flags in ((), ("--mean", "True")) if name == "result.json" else ():
         assert main(["table", *root, *flags]) == 2
         said = capsys.readouterr()
