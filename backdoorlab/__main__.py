@@ -124,11 +124,10 @@ def table(options: Table) -> int:
     records = measured.readable(
         _names(options.names, root), root, measured.refuse if options.names else on_damage
     )
-    if options.mean or options.worst:
-        rows = measured.rows(records, on_damage=on_damage)
-        layout.show(layout.means(rows, options.format, worst=options.worst), options.format)
-    else:
-        print(layout.render(layout.rows(records, on_damage), options.format), end="")
+    shown = layout.table(
+        records, options.format, mean=options.mean, worst=options.worst, on_damage=on_damage
+    )
+    layout.show(shown, options.format)
     return layout.complain(damaged)
 
 

@@ -95,17 +95,11 @@ def table(
             record if isinstance(record, Record) else Record.load(record, place) for record in named
         ]
 
-    # One row for each group of seeds, or one for each run.
-    if mean or worst:
-        shown = formats.render(
-            layout.means(measured.rows(found, on_damage=damaged.append), format, worst=worst),
-            format,
-        )
-    else:
-        shown = layout.render(layout.rows(found, damaged.append), format)
+    shown = layout.table(found, format, mean=mean, worst=worst, on_damage=damaged.append)
+
     # On stderr, so that a table in a file stays a table.
     layout.complain(damaged)
-    return shown
+    return formats.render(shown, format)
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

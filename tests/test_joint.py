@@ -213,12 +213,12 @@ def test_training_time_defenses_are_compared_with_plain_training(
     assert retrained is not None and tuned is not None
     assert retrained["before"] == {key: plain[key] for key in retrained["before"]}
     assert tuned["before"] == {key: attacked[key] for key in tuned["before"]}
-    shown = {row["defense"]: row for row in layout.rows([record])}
+    shown = {row["defense"].text: row for row in layout.rows([record])}
     assert (
-        shown["none (plain)"]["clean acc %"] == f"{100 * plain['clean_accuracy']:.2f}"
-        and shown["none (plain)"]["assumes"] == "training set"
+        shown["none (plain)"]["clean acc %"].text == f"{100 * plain['clean_accuracy']:.2f}"
+        and shown["none (plain)"]["assumes"].text == "training set"
     )
-    assert [row["defense"] for row in layout.rows([made["ssba"]])][:2] != [
+    assert [row["defense"].text for row in layout.rows([made["ssba"]])][:2] != [
         "none",
         "none (plain)",
     ], "a static attack has one model"

@@ -51,10 +51,9 @@ def test_it_is_a_row_of_its_own_that_training_time_defenses_are_compared_with(
         and attacked.asr == record.info["scores"]["asr"]
     )
     assert len(grouping.grouped([attacked, plain])) == 2, "never in one mean"
-    shown = [row for row in layout.rows([record]) if row["defense"].startswith("none")]
-    assert [row["defense"] for row in shown] == ["none", "none (plain)"] and shown[1][
-        "assumes"
-    ] == "training set"
+    shown = [row for row in layout.rows([record]) if row["defense"].text.startswith("none")]
+    assert [row["defense"].text for row in shown] == ["none", "none (plain)"]
+    assert shown[1]["assumes"].text == "training set"
 
 
 def test_the_page_draws_it(record: Record) -> None:

@@ -22,8 +22,9 @@ import torch
 from backdoorlab.__main__ import main
 from backdoorlab.poison import CROSS
 from backdoorlab.record import Record
-from backdoorlab.report import artifacts, charts, figures
-from backdoorlab.report.page import OUTLINES, Report, report
+from backdoorlab.report import artifacts, charts, figures, looks
+from backdoorlab.report.html_charts import OUTLINES
+from backdoorlab.report.page import Report, report
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading, writing
 from backdoorlab.tables import groups as grouping
@@ -114,10 +115,10 @@ def test_defenses_that_were_not_run_are_lines_without_numbers(
     small: Record, tmp_path: Path
 ) -> None:
     page = page_of(small, tmp_path)
-    assert page.count('class="hole"') == len(
+    assert page.count('class="not-run"') == len(
         [name for name in methods.available("defense") if name != "dau"]
     )
-    assert re.search(r'<tr class="hole"[^>]*data-defense="ft"[^>]*>.*not run', page)
+    assert re.search(r'<tr class="not-run"[^>]*data-defense="ft"[^>]*>.*not run', page)
 
 
 def test_what_is_missing_is_said(small_flags: tuple[str, ...], tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_a_damaged_result_is_named_and_the_rest_is_shown(
     root = ("--record_root", str(tmp_path))
     assert refused(capsys, record.name, *root, "--html", str(tmp_path / "page.html")) == 1
     page = (tmp_path / "page.html").read_text()
-    assert re.search(r'<tr class="hole"[^>]*data-defense="dau"[^>]*>.*>damaged<', page)
+    assert re.search(r'<tr class="not-run"[^>]*data-defense="dau"[^>]*>.*>damaged<', page)
     for flags in ((), ("--mean", "True")) if name == "result.json" else ():
         assert main(["table", *root, *flags]) == 2
         said = capsys.readouterr()
@@ -604,19 +605,19 @@ def contrast(a: str, b: str) -> float:
 @pytest.mark.parametrize("family", ["look", "measure"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_are_told_apart_by_everyone(scheme: Literal["light", "dark"], family: str) -> None:
-    looks = [value for name, value in charts.palette(scheme).items() if name.startswith(family)]
-    assert len(looks) == (7 if family == "look" else 4)
+    colours = [value for name, value in looks.palette(scheme).items() if name.startswith(family)]
+    assert len(colours) == (7 if family == "look" else 4)
     for cones, matrix in CONES.items():
         places = [
             lab(np.clip(np.array(matrix) @ linear(colour), 0, 1))
-            for colour in (*looks, charts.INK[scheme])
+            for colour in (*colours, looks.INK[scheme])
         ]
         nearest = min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(places, 2))
         assert nearest > 20, (cones, nearest)
-    assert min(contrast(colour, charts.PAPER[scheme]) for colour in looks) >= 3, (
+    assert min(contrast(colour, looks.PAPER[scheme]) for colour in colours) >= 3, (
         "WCAG 2.1, 1.4.11: graphics"
     )
-    assert contrast(charts.INK[scheme], charts.PAPER[scheme]) >= 7
+    assert contrast(looks.INK[scheme], looks.PAPER[scheme]) >= 7
     classic = ("#D62728", "#2CA02C")  # the red and green that most charts use: the test can fail
     seen = [lab(np.clip(np.array(CONES["no green"]) @ linear(colour), 0, 1)) for colour in classic]
     assert np.linalg.norm(seen[0] - seen[1]) < 45
@@ -624,12 +625,11 @@ def test_colours_are_told_apart_by_everyone(scheme: Literal["light", "dark"], fa
 
 def test_a_method_has_its_look_on_every_page(plain: list[artifacts.Cell]) -> None:
     shipped = methods.available("defense")
-    looks = charts.looks(plain)
-    assert looks == charts.looks([]) and len(
-        {charts.colour(looks[name]) for name in shipped}
-    ) == len(shipped), "the shipped ones differ"
-    assert len({(charts.colour(n), charts.shape(n)) for n in range(63)}) == 63
-    assert {*charts.SHAPES, "x"} == set(figures.MARKERS) == {*OUTLINES, "x"}
+    own = looks.of_defenses(cell.row.defense for cell in plain)
+    assert own == looks.of_defenses([])
+    assert len({looks.colour(own[name]) for name in shipped}) == len(shipped), "they differ"
+    assert len({(looks.colour(n), looks.shape(n)) for n in range(63)}) == 63
+    assert {*looks.SHAPES, "x"} == set(figures.MARKERS) == {*OUTLINES, "x"}
     measured = {
         series.look
         for chart in charts.of_record(plain)
@@ -637,11 +637,11 @@ def test_a_method_has_its_look_on_every_page(plain: list[artifacts.Cell]) -> Non
         for series in panel.series
     }
     used = {
-        charts.palette(scheme)[charts.colour(look)]
+        looks.palette(scheme)[looks.colour(look)]
         for look in measured
         for scheme in ("light", "dark")
     }
-    assert measured and not used & {*charts.LIGHT, *charts.DARK}, "no method's colour means a score"
+    assert measured and not used & {*looks.LIGHT, *looks.DARK}, "no method's colour means a score"
 
 
 # --- figures and t-SNE
@@ -730,7 +730,7 @@ def test_figures_have_few_numbers_on_an_axis_and_a_legend_that_fits() -> None:
         "ft",
         "epoch",
         "%",
-        (charts.Series("ASR", charts.MEASURES, "line", [0.0, 1.0, 2.0], [9.0, 5.0, 1.0]),),
+        (charts.Series("ASR", looks.MEASURES, "line", [0.0, 1.0, 2.0], [9.0, 5.0, 1.0]),),
     )
     assert {"0", "1", "2"} <= set(texts(epochs)) and not {"0.5", "1.5", "0.25"} & set(texts(epochs))
     assert (

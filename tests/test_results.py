@@ -315,6 +315,16 @@ def test_sign_flip_agrees_with_scipy() -> None:
     assert significance.sign_flip(numbers.tolist()) == pytest.approx(theirs.pvalue)
 
 
+def test_sign_flip_counts_equal_sums_as_equal_though_they_are_rounded() -> None:
+    """The sum is 0, so no pattern's is nearer to 0. scipy misses some that are as near."""
+    numbers = [-0.04, -0.08, -0.02, 0.02, 0.08, 0.04]
+    assert significance.sign_flip(numbers) == 1.0
+    theirs = stats.permutation_test(
+        (np.array(numbers),), np.sum, permutation_type="samples", n_resamples=np.inf
+    )
+    assert theirs.pvalue < 0.95, "why the test is our own"
+
+
 def test_sign_flip_of_many_is_exact_too() -> None:
     assert significance.sign_flip([1.0] * 40) == 2 / 2**40
     assert significance.sign_flip([1.0, -1.0] * 10) == 1.0
@@ -601,7 +611,8 @@ def test_an_attack_that_did_not_take_proves_nothing() -> None:
     )
     assert significance.compare(groups) == []
     assert grouping.remarks([member for group in groups for member in group.rows]) == [
-        "badnet (10 %) on digits hardly took: ASR 20 % before any defense, so its DER says little"
+        "badnet (10 %) on digits was hardly implanted: ASR 20 % before any defense, so its DER says"
+        " little"
     ]
 
 
@@ -641,6 +652,16 @@ def test_golden_means() -> None:
         )
         == TEXT
     )
+
+
+def test_cells_of_means_carry_numbers_that_are_not_rounded() -> None:
+    (_, tuned, unlearned) = layout.means([*ROWS[:5], dataclasses.replace(ROWS[5], der=0.66)]).rows
+    assert tuned["DER %"].text == "65.00 ± 7.07" and tuned["DER %"].value == pytest.approx(0.65)
+    assert unlearned["DER %"].value == pytest.approx(0.605), "the mark is text only"
+    assert (tuned["n"].value, tuned["poison %"].value) == (2, 10)
+    assert tuned["TPR %"] == formats.EMPTY
+    spread = layout.means(ROWS, "csv").rows[1]["DER % sd"]
+    assert spread.text == "7.07" and spread.value == pytest.approx(math.sqrt(0.005))
 
 
 def test_means_as_csv_have_a_column_for_each_sd() -> None:
@@ -706,13 +727,10 @@ def test_the_poison_rate_is_what_could_be_had(
 
 def test_the_worst_seed_on_request() -> None:
     shown = layout.means(ROWS, worst=True)
-    sau = next(line for line in shown.rows if line["defense"].startswith("sau"))
-    assert (sau["seed"], sau["DER %"], sau["TPR %"]) == (
-        "0",
-        "55.00 †",
-        "50.00",
-    ) and "n" not in shown.columns
-    assert sau["defense"] == "sau", "seed 1 collapsed, not this one"
+    sau = next(line for line in shown.rows if line["defense"].text.startswith("sau"))
+    assert [sau[column].text for column in ("seed", "DER %", "TPR %")] == ["0", "55.00 †", "50.00"]
+    assert "n" not in shown.columns
+    assert sau["defense"].text == "sau", "seed 1 collapsed, not this one"
     other = layout.means(
         [
             row(),
@@ -723,14 +741,12 @@ def test_the_worst_seed_on_request() -> None:
         ],
         worst=True,
     )
-    assert [line["seed"] for line in other.rows] == [
+    assert [line["seed"].text for line in other.rows] == [
         "0",
         "0 / 1",
     ], "the attack's seed, and the defense's where it is another"
     fallen = [dataclasses.replace(one, der=0.1) if one.collapsed else one for one in ROWS]
-    assert [line["defense"] for line in layout.means(fallen, worst=True).rows][
-        -1
-    ] == "sau COLLAPSED"
+    assert layout.means(fallen, worst=True).rows[-1]["defense"].text == "sau COLLAPSED"
 
 
 # --- published numbers
@@ -767,13 +783,13 @@ def test_published_der_fits_the_published_scores() -> None:
     assert checked == 10
 
 
-def test_what_is_missing_is_a_row_of_holes_beside_its_like_or_at_the_end() -> None:
+def test_what_is_missing_is_a_row_without_numbers_beside_its_like_or_at_the_end() -> None:
     missing = [
         layout.Missing("digits", "badnet", 0.1, "sau lite", "sau"),
         layout.Missing("digits", "sig", 0.05, "none", "none"),
     ]
     shown = [
-        (line["attack"], line["defense"], line["n"])
+        (line["attack"].text, line["defense"].text, line["n"].text)
         for line in layout.means([*ROWS, row(attack="lf")], missing=missing).rows
     ]
     assert (
@@ -794,9 +810,9 @@ def test_what_is_missing_of_an_attack_that_is_there_stands_under_its_name_there(
         for line in layout.means(
             done, missing=[layout.Missing("digits", "badnet-random", 0.1, "sau", "sau", "r1")]
         ).rows
-        if line["n"] == "0"
+        if line["n"].text == "0"
     ]
-    assert line["attack"] == "badnet (position=random)"
+    assert line["attack"].text == "badnet (position=random)"
 
 
 def test_a_csv_explains_no_mark_that_it_does_not_have() -> None:
@@ -852,7 +868,7 @@ def test_a_published_number_stands_beside_the_same_experiment_only() -> None:
         other = json.dumps(json.loads(blended.attack_settings) | changed)
         assert published.beside(dataclasses.replace(blended, attack_settings=other)) == []
     table = layout.means([ours])
-    assert table.rows[0]["reported"] == "87.43 / 4.48 [ftsam]" and any(
+    assert table.rows[0]["reported"].text == "87.43 / 4.48 [ftsam]" and any(
         note.startswith("[ftsam] ") for note in table.notes
     )
     assert "reported" not in layout.means([dataclasses.replace(ours, dataset="digits")]).columns

@@ -98,7 +98,8 @@ def result(
 
 @pytest.fixture
 def two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Record]:
-    """One attacked record with three results, one clean one with a result and a hole."""
+    """One attacked record with three results, one clean one with a result and a defense that was
+    not run."""
     known = {
         "attack": methods.available("attack"),
         "defense": {n: p for n, p in methods.available("defense").items() if n in ("dau", "ft")},
@@ -148,19 +149,32 @@ def test_golden_forms(two_records: list[Record], form: formats.Format, golden: s
     assert layout.render(layout.rows(two_records), form) == golden
 
 
-def test_csv_is_read_back_with_empty_holes(two_records: list[Record]) -> None:
+def test_csv_leaves_out_what_was_not_run(two_records: list[Record]) -> None:
     read = list(csv.DictReader(io.StringIO(layout.render(layout.rows(two_records), "csv"))))
-    hole = next(row for row in read if row["record"] == "clean" and row["defense"] == "ft")
-    assert (
-        hole["clean acc %"] == ""
-        and hole["ASR %"] == ""
-        and hole["assumes"] == "model + trusted images"
-    )
+    not_run = next(row for row in read if row["record"] == "clean" and row["defense"] == "ft")
+    assert not_run["clean acc %"] == "" and not_run["ASR %"] == ""
+    assert not_run["assumes"] == "model + trusted images"
     assert len(read) == 7
 
 
+def test_a_cell_carries_the_number_behind_its_text(two_records: list[Record]) -> None:
+    shown = layout.rows(two_records)[1]
+    assert shown["DER %"] == formats.Cell("95.48", 0.95485), "a fraction that is not rounded"
+    assert shown["seconds"] == formats.Cell("30", 30.2)
+    assert shown["assumes"].value is None and shown["defense"].value is None, "words have none"
+    assert layout.rows(two_records)[0]["DER %"] == formats.EMPTY == formats.Cell("-", None)
+
+
+def test_a_table_of_records_is_of_runs_or_of_means(two_records: list[Record]) -> None:
+    assert formats.render(layout.table(two_records), "text") == TEXT
+    rows = measured.rows(two_records)
+    assert layout.table(two_records, mean=True) == layout.means(rows)
+    assert layout.table(two_records, "csv", mean=True) == layout.means(rows, "csv")
+    assert layout.table(two_records, worst=True) == layout.means(rows, worst=True)
+
+
 def test_unfinished_results_are_not_shown(two_records: list[Record]) -> None:
-    assert not [row for row in layout.rows(two_records) if "other" in row["defense"]]
+    assert not [row for row in layout.rows(two_records) if "other" in row["defense"].text]
 
 
 def test_what_is_put_aside_is_no_result(two_records: list[Record]) -> None:
@@ -178,12 +192,9 @@ def test_a_result_of_an_unknown_defense_is_shown_too(two_records: list[Record]) 
     (two_records[0].folder / "defense" / "dau").rename(
         two_records[0].folder / "defense" / "mystery"
     )
-    shown = [row["defense"] for row in layout.rows(two_records[:1])]
-    assert "mystery" in shown and "dau" in shown, "and the known one is a hole again"
-    assert (
-        next(row for row in layout.rows(two_records[:1]) if row["defense"] == "dau")["clean acc %"]
-        == "-"
-    )
+    shown = {row["defense"].text: row for row in layout.rows(two_records[:1])}
+    assert "mystery" in shown and "dau" in shown, "and the known one is shown as not run"
+    assert shown["dau"]["clean acc %"] == formats.EMPTY
 
 
 def test_no_record_is_a_heading(two_records: list[Record]) -> None:
@@ -238,7 +249,9 @@ def test_a_sealed_result_that_holds_something_else_in_a_field_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_result_is_a_hole_where_the_rest_is_wanted(two_records: list[Record]) -> None:
+def test_a_damaged_result_is_a_row_without_numbers_where_the_rest_is_wanted(
+    two_records: list[Record],
+) -> None:
     whole = layout.rows(two_records)
     path = two_records[0].folder / "defense" / "ft" / "long" / "result.json"
     path.write_text("{")
@@ -249,9 +262,8 @@ def test_a_damaged_result_is_a_hole_where_the_rest_is_wanted(two_records: list[R
         for number, (now, before) in enumerate(zip(left, whole, strict=True))
         if now != before
     ]
-    assert [left[number]["defense"] for number in changed] == ["ft (long)"] and left[changed[0]][
-        "clean acc %"
-    ] == "-"
+    assert [left[number]["defense"].text for number in changed] == ["ft (long)"]
+    assert left[changed[0]]["clean acc %"] == formats.EMPTY
     ((where, why),) = [((one.record, one.defense, one.run), one.why) for one in damaged]
     assert where == ("b_ad", "ft", "long") and str(path) in why
     assert len(measured.rows(two_records, on_damage=damaged.append)) == 5, (
@@ -264,14 +276,18 @@ def test_what_a_defense_assumes_in_words() -> None:
     assert layout.assumes(()) == "nothing"
 
 
+def named(record: str) -> formats.Row:
+    """A row of nothing but a name."""
+    return dict.fromkeys(layout.COLUMNS, formats.EMPTY) | {"record": formats.Cell(record)}
+
+
 @pytest.mark.parametrize("form", ["text", "markdown", "latex", "csv"])
 def test_a_line_break_in_a_name_splits_no_row(form: formats.Format) -> None:
-    row = dict.fromkeys(layout.COLUMNS, "-") | {"record": "a\nb\u2028\x1b[1mc"}
-    plain = layout.render([row | {"record": "a b  [1mc"}], form)
+    row = named("a\nb\u2028\x1b[1mc")
+    plain = layout.render([named("a b  [1mc")], form)
     assert layout.render([row], form) == plain and "a b  [1mc" in plain
 
 
 def test_latex_escapes() -> None:
-    row = dict.fromkeys(layout.COLUMNS, "-") | {"record": "a_b&c%d#e"}
-    line = layout.render([row], "latex").splitlines()[4]
+    line = layout.render([named("a_b&c%d#e")], "latex").splitlines()[4]
     assert line.startswith(r"a\_b\&c\%d\#e &")

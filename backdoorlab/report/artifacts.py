@@ -1,5 +1,5 @@
-"""Everything that a page or a figure shows of one measured model, read once and checked against its
-manifest."""
+"""Everything that a page or a figure shows of a measured model, read once and checked against the
+manifest of its folder."""
 
 import io
 from collections.abc import Callable, Iterable, Mapping
@@ -18,49 +18,48 @@ from ..tables import rows as measured
 from ..tables.rows import UNDEFENDED, Damaged, Only, Row, refuse
 
 LARGEST_PART = 16 << 20
-"""Bytes of a picture or a history that a page takes in; ours have a few kilobytes."""
+"""Largest size in bytes of a picture or a history on a page; ours have a few kilobytes."""
 PNG = b"\x89PNG\r\n\x1a\n"
+"""How a PNG begins."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A record as it was attacked, or one finished run of a defense on it."""
+    """One measured model with its files: a record as it was attacked, or one finished run of a
+    defense on it."""
 
     number: int
-    """Its place on the page, from 0."""
+    """From 0, in the order of the page."""
     row: Row
     record: Record
     info: Mapping[str, Any] = field(repr=False)
-    """record.json or result.json."""
+    """Content of record.json or result.json."""
 
     @property
     def undefended(self) -> bool:
+        """Whether no defense was run."""
         return self.row.defense == UNDEFENDED
 
     @property
     def folder(self) -> Path:
-        return (
-            self.record.folder
-            if self.undefended
-            else self.record.folder / "defense" / self.row.defense / self.row.run
-        )
+        """The folder of its files."""
+        record = self.record.folder
+        return record if self.undefended else record / "defense" / self.row.defense / self.row.run
 
     @property
     def name(self) -> str:
-        """The defense, and its run where that is not the plain one."""
-        return (
-            self.row.defense
-            if self.row.run in ("", "seed0")
-            else f"{self.row.defense} {self.row.run}"
-        )
+        """The defense, followed by the run if that is not seed0."""
+        defense, run = self.row.defense, self.row.run
+        return defense if run in ("", "seed0") else f"{defense} {run}"
 
     @property
     def triggered_predictions(self) -> list[int] | None:
-        """How many triggered test images end in each class; None where there is no triggered image,
-        or nobody counted."""
-        counts = (self.info["scores"] if self.undefended else self.info).get(
-            "triggered_predictions"
-        )
+        """How many triggered test images are classified as each class.
+
+        None if there are no triggered images, or if they were not counted.
+        """
+        scores = self.info["scores"] if self.undefended else self.info
+        counts = scores.get("triggered_predictions")
         if counts and len(counts) != self.record.info["num_classes"]:
             raise reading.damaged(
                 self.folder,
@@ -71,23 +70,33 @@ class Cell:
 
     @property
     def splits(self) -> Mapping[str, Mapping[str, Any]]:
-        """Name -> tpr, fpr, precision (each may be None), flagged, of each split that the run
-        reported."""
+        """What the run reported of its splits of the training set.
+
+        Name of the split -> tpr, fpr, precision (each may be None) and flagged.
+        """
         return self.info.get("splits") or {}
 
     @property
     def notes(self) -> list[str]:
+        """The sentences that the run left for its reader."""
         return list(self.info.get("notes") or [])
 
     @cached_property
     def history(self) -> pd.DataFrame:
-        """One line for each epoch, numbers only beside `stage`; empty where nothing was kept. `at`
-        counts epochs over all stages, from 1."""
+        """The run's history, a row for each epoch; no row if nothing was kept.
+
+        `stage` is text and every other column is numbers. `at` counts the epochs of all stages
+        from 1.
+        """
         content = self._part("history.csv")
-        if content is None or not content.strip():  # a run without an epoch writes an empty one
+        # A run without an epoch writes an empty file.
+        if content is None or not content.strip():
             return pd.DataFrame({"at": []})
+
         with reading.one_line(self.folder / "history.csv"):
             found = pd.read_csv(io.BytesIO(content))
+
+        # A stranger's text in a column of numbers becomes NaN.
         numbers = {
             str(name): pd.to_numeric(found[name], errors="coerce")
             for name in found
@@ -98,7 +107,7 @@ class Cell:
 
     @cached_property
     def pictures(self) -> dict[str, bytes]:
-        """Sheets that the run left: name -> PNG."""
+        """The run's sheets of images: name -> PNG."""
         found = {}
         for name in sorted(self.info["files"]):
             if name.endswith(".png"):
@@ -113,13 +122,18 @@ class Cell:
 
     @cached_property
     def suspicion(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """float (N,), what the defense split the training set by, and bool (N,), what is poison;
-        None where that was not kept or is not known."""
+        """What the defense split the training set by, and what is poison.
+
+        Float (N,) and bool (N,) over the training set; None if the first was not kept or the second
+        is not known.
+        """
         if not self.record.known_poison or "split.safetensors" not in self.info["files"]:
             return None
         tensors, _ = reading.read_tensors(
             self.folder / "split.safetensors", entry=self.info["files"]["split.safetensors"]
         )
+
+        # One number for each image, or it was made for another training set.
         values, size = tensors.get("suspicion"), self.row.train_size
         if values is None:
             return None
@@ -131,13 +145,12 @@ class Cell:
         return values, self.record.train_poison.mask(size)
 
     def read(self) -> None:
-        """Read all that a page shows, so that what is damaged is met here."""
+        """Read all that a page shows, so that damage raises here and not while the page is made."""
         for _ in (self.history, self.pictures, self.suspicion, self.triggered_predictions):
             pass
 
     def _part(self, name: str) -> bytes | None:
-        """A file's content, as its manifest promises it; None where the manifest does not list
-        it."""
+        """Read a file and check it against the manifest; None if the manifest does not list it."""
         entry = self.info["files"].get(name)
         if entry is None:
             return None
@@ -150,22 +163,34 @@ class Cell:
         return (self.folder / name).read_bytes()
 
 
+def by_record(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    """Group cells by the name of their record, in the order given."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.row.record, []).append(cell)
+    return found
+
+
 def gather(
     records: Iterable[Record],
     only: Only | None = None,
     on_damage: Callable[[Damaged], None] = refuse,
 ) -> list[Cell]:
-    """The cells of these records, each record's own first, in the order of `tables.rows.rows`,
-    whose arguments these are.
+    """Read the cells of records in the order of `tables.rows.rows`, each record's own first.
 
-    A result counts as damaged, too, if one of the files that a page shows of it is.
+    Args:
+        records: The records to read.
+        only: Results to read; None means all that are finished.
+        on_damage: Called with each damaged result, which is then left out. The default raises. A
+            result also counts as damaged if one of the files that a page shows is.
     """
     found: list[Cell] = []
     for record in records:
-        # Nothing else of plain training was kept
+        # Of plain training nothing but its scores was kept.
         infos = [record.info, {"scores": record.info.get("plain_scores"), "files": {}}]
         for row, info in zip(measured.undefended(record), infos, strict=False):
             found.append(Cell(len(found), row, record, info))
+
         for folder, info in measured.finished(record, only, on_damage):
             cell = Cell(len(found), measured.defended(record, folder, info), record, info)
             try:

@@ -4,37 +4,32 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from . import charts
+from . import looks
 from .charts import Chart, Grid, Panel, Series
 
 PANEL_INCHES = (3.4, 2.6)
-"""One panel; two stand side by side on a text width of 7 inches."""
+"""Width and height of a panel; two fit side by side into 7 inches of text."""
 COLUMNS = 2
+"""Panels side by side."""
 LANE_INCHES, CELL_INCHES = 0.22, 0.28
-"""Height of a row of words, and of a row of a grid."""
+"""Heights of a row of words, and of a row of a grid."""
 CHARACTER_INCHES = 0.062
-"""Width of a character of the legend, and a little more."""
+"""Width of a character of the legend, with some space to spare."""
 MOST_WRITTEN = 12
-"""Columns of a grid up to which each number is written into its cell."""
+"""Largest number of columns of a grid for which each number is written into its field."""
 DPI = 300
+# Matplotlib's own names.
 MARKERS = dict(
-    zip(("x", *charts.SHAPES), ("x", "o", "s", "D", "^", "v", "P", "*", "p", "h"), strict=True)
+    zip(("x", *looks.SHAPES), ("x", "o", "s", "D", "^", "v", "P", "*", "p", "h"), strict=True)
 )
 MAKER = "backdoorlab figure"
-"""Written into each file, so that only files of ours are ever replaced."""
+"""Written into each file, so that a file without it is not replaced."""
 
 
 def drawn(chart: Chart) -> dict[str, bytes]:
-    """{"png": ..., "svg": ...} of a chart that has panels; the same chart gives the same bytes."""
+    """Draw a chart that has panels: {"png": ..., "svg": ...}. Equal charts give equal bytes."""
     import matplotlib
-    from matplotlib.figure import Figure
 
-    columns = min(COLUMNS, len(chart.panels))
-    heights = [
-        max(_height(panel) for panel in chart.panels[at : at + columns])
-        for at in range(0, len(chart.panels), columns)
-    ]
-    wide = any(panel.grid for panel in chart.panels)
     style: Any = {
         "font.size": 8,
         "axes.spines.top": False,
@@ -43,24 +38,9 @@ def drawn(chart: Chart) -> dict[str, bytes]:
         "svg.fonttype": "none",
     }
     with matplotlib.rc_context(style):
-        legend = _entries(chart.panels)
-        width = PANEL_INCHES[0] * (2 if wide else columns)
-        across = _across([series.name for series in legend], width)
-        lines = -(-len(legend) // across)
-        figure = Figure(figsize=(width, sum(heights) + 0.25 * lines), layout="constrained")
-        axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
-        for ax, panel in zip(axes.flat, chart.panels, strict=False):
-            _panel(ax, panel)
-        for ax in list(axes.flat)[len(chart.panels) :]:
-            ax.set_axis_off()
-        if len(legend) > 1:
-            figure.legend(
-                handles=[_handle(series) for series in legend],
-                loc="outside lower center",
-                ncols=across,
-                frameon=False,
-            )
+        figure = _figure(chart)
         found = {}
+        # A date would make each file another one.
         for form, metadata in (
             ("png", {"Software": MAKER}),
             ("svg", {"Creator": MAKER, "Date": None}),
@@ -71,60 +51,106 @@ def drawn(chart: Chart) -> dict[str, bytes]:
     return found
 
 
+def _figure(chart: Chart) -> Any:
+    """Lay out the panels from left to right and from the top, with one legend below them."""
+    from matplotlib.figure import Figure
+
+    # A row is as high as its highest panel.
+    columns = min(COLUMNS, len(chart.panels))
+    heights = [
+        max(_height(panel) for panel in chart.panels[at : at + columns])
+        for at in range(0, len(chart.panels), columns)
+    ]
+
+    # The legend takes as many lines as its longest name makes it.
+    wide = any(panel.grid for panel in chart.panels)
+    legend = _entries(chart.panels)
+    width = PANEL_INCHES[0] * (2 if wide else columns)
+    across = _across([series.name for series in legend], width)
+    lines = -(-len(legend) // across)
+
+    figure = Figure(figsize=(width, sum(heights) + 0.25 * lines), layout="constrained")
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
+    for ax, panel in zip(axes.flat, chart.panels, strict=False):
+        _panel(ax, panel)
+    for ax in list(axes.flat)[len(chart.panels) :]:
+        ax.set_axis_off()
+
+    if len(legend) > 1:
+        figure.legend(
+            handles=[_handle(series) for series in legend],
+            loc="outside lower center",
+            ncols=across,
+            frameon=False,
+        )
+    return figure
+
+
 def _across(names: Sequence[str], inches: float) -> int:
-    """How many entries of a legend stand side by side."""
+    """How many entries of a legend fit side by side."""
     longest = max((len(name) for name in names), default=0)
     return max(1, min(4, len(names), int(inches / (CHARACTER_INCHES * longest + 0.55))))
 
 
 def _panel(ax: Any, panel: Panel) -> None:
-    from matplotlib.ticker import MaxNLocator
-
+    """Draw a panel: its titles, and a grid or series with their axes."""
     ax.set_title(_plain(panel.title), fontsize=8, wrap=True)
     ax.set_xlabel(_plain(panel.x_label))
     ax.set_ylabel(_plain(panel.y_label))
     if panel.grid is not None:
         _grid(ax, panel.grid)
         return
+
     lanes = {name: place for place, name in enumerate(panel.lanes)}
     bars = [series for series in panel.series if series.kind == "bars"]
     for series in panel.series:
         y = [lanes[value] if isinstance(value, str) else value for value in series.y]
-        colour = _colour(series)
         if series.kind == "bars":
-            offset = (bars.index(series) - (len(bars) - 1) / 2) * 0.8 / len(bars)
-            places = [place + offset for place in y if place is not None]
-            ax.barh(places, [float(x or 0) for x in series.x], height=0.8 / len(bars), color=colour)
-        elif series.kind == "points":
-            ax.plot(
-                series.x,
-                y,
-                linestyle="",
-                marker=_marker(series),
-                color=colour,
-                markersize=3 if panel.bare else 5.5,
-                **_open(panel.bare),
-            )
+            _bars(ax, series, y, bars.index(series), len(bars))
         else:
-            ax.plot(
-                series.x,
-                y,
-                linestyle=":" if series.kind == "dotted" else "-",
-                marker=_marker(series),
-                color=colour,
-                markersize=3,
-                linewidth=1,
-            )
+            _points(ax, series, y, panel.bare)
+
     if panel.cut is not None:
-        ax.axvline(panel.cut, color=charts.INK["light"], linestyle="--", linewidth=0.8)
-        ax.annotate(
-            f"cut {panel.cut:.2f}",
-            (panel.cut, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(2, -7),
-            textcoords="offset points",
-            fontsize=6,
-        )
+        _threshold(ax, panel.cut)
+    _axes(ax, panel)
+
+
+def _bars(ax: Any, series: Series, y: Sequence[float | None], number: int, count: int) -> None:
+    """Draw one of several series of bars, which lie side by side in each lane."""
+    height = 0.8 / count
+    offset = (number - (count - 1) / 2) * 0.8 / count
+    places = [place + offset for place in y if place is not None]
+    ax.barh(places, [float(x or 0) for x in series.x], height=height, color=_colour(series))
+
+
+def _points(ax: Any, series: Series, y: Sequence[float | None], bare: bool) -> None:
+    """Draw marks or a line."""
+    marks = {"marker": _marker(series), "color": _colour(series)}
+    if series.kind == "points":
+        size = 3 if bare else 5.5
+        ax.plot(series.x, y, linestyle="", markersize=size, **marks, **_open(bare))
+    else:
+        style = ":" if series.kind == "dotted" else "-"
+        ax.plot(series.x, y, linestyle=style, markersize=3, linewidth=1, **marks)
+
+
+def _threshold(ax: Any, cut: float) -> None:
+    """Draw a dashed line where a defense split the training set."""
+    ax.axvline(cut, color=looks.INK["light"], linestyle="--", linewidth=0.8)
+    ax.annotate(
+        f"cut {cut:.2f}",
+        (cut, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(2, -7),
+        textcoords="offset points",
+        fontsize=6,
+    )
+
+
+def _axes(ax: Any, panel: Panel) -> None:
+    """Set ticks and ranges of both axes."""
+    from matplotlib.ticker import MaxNLocator
+
     if panel.log_x:
         ax.set_xscale("log")
         _log_ticks(ax, [float(x) for series in panel.series for x in series.x])
@@ -133,10 +159,13 @@ def _panel(ax: Any, panel: Panel) -> None:
     if panel.bare:
         ax.set_xticks([])
         ax.set_yticks([])
+
     if panel.x_range:
         ax.set_xlim(*panel.x_range)
     if panel.y_range:
         ax.set_ylim(*panel.y_range)
+
+    # The first lane is at the top.
     if panel.lanes:
         ax.set_yticks(range(len(panel.lanes)), [_plain(name) for name in panel.lanes])
         ax.set_ylim(len(panel.lanes) - 0.5, -0.5)
@@ -145,9 +174,10 @@ def _panel(ax: Any, panel: Panel) -> None:
 
 
 def _log_ticks(ax: Any, numbers: Sequence[float]) -> None:
-    """Few numbers, as they are said: 0.2, 5, 1,000."""
+    """Write few and round numbers at a logarithmic axis: 0.2, 5, 1,000."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    # 1, 2 and 5 of each decade, or only 1 of many decades.
     wide = max(numbers) > 100 * min(numbers)
     ax.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
@@ -155,40 +185,45 @@ def _log_ticks(ax: Any, numbers: Sequence[float]) -> None:
 
 
 def _grid(ax: Any, grid: Grid) -> None:
+    """Draw a grid as colours with a colour bar."""
     from matplotlib.colors import LinearSegmentedColormap
 
     values = [[float("nan") if value is None else value for value in row] for row in grid.values]
     image = ax.imshow(
         values,
         aspect="auto",
-        cmap=LinearSegmentedColormap.from_list("share", charts.SCALE["light"]),
+        cmap=LinearSegmentedColormap.from_list("share", looks.SCALE["light"]),
         vmin=0,
         vmax=100,
     )
     ax.set_yticks(range(len(grid.rows)), [_plain(name) for name in grid.rows])
+
+    # Names and numbers are left out where they would lie on each other.
     if len(grid.columns) <= 4 * MOST_WRITTEN:
-        ax.set_xticks(
-            range(len(grid.columns)),
-            [_plain(name) for name in grid.columns],
-            rotation=45,
-            ha="right",
-        )
+        names = [_plain(name) for name in grid.columns]
+        ax.set_xticks(range(len(grid.columns)), names, rotation=45, ha="right")
     if len(grid.columns) <= MOST_WRITTEN:
-        for r, row in enumerate(grid.values):
-            for c, value in enumerate(row):
-                if value is not None:
-                    ax.text(
-                        c,
-                        r,
-                        f"{value:.0f}",
-                        ha="center",
-                        va="center",
-                        color="white" if value > 50 else "black",
-                        fontsize=6,
-                    )
-    ax.figure.colorbar(
-        image, ax=ax, label="%", fraction=0.03, ticks=(0, 50, 100)
-    ).outline.set_linewidth(0.5)
+        _write_values(ax, grid)
+
+    bar = ax.figure.colorbar(image, ax=ax, label="%", fraction=0.03, ticks=(0, 50, 100))
+    bar.outline.set_linewidth(0.5)
+
+
+def _write_values(ax: Any, grid: Grid) -> None:
+    """Write each number into its field, white on dark colours."""
+    for row, values in enumerate(grid.values):
+        for column, value in enumerate(values):
+            if value is None:
+                continue
+            ax.text(
+                column,
+                row,
+                f"{value:.0f}",
+                ha="center",
+                va="center",
+                color="white" if value > 50 else "black",
+                fontsize=6,
+            )
 
 
 def _height(panel: Panel) -> float:
@@ -198,7 +233,7 @@ def _height(panel: Panel) -> float:
 
 
 def _entries(panels: Sequence[Panel]) -> list[Series]:
-    """One series for each name, in the order of their looks."""
+    """The series of the legend: one for each name, in the order of their looks."""
     named = {series.name: series for panel in panels for series in reversed(panel.series)}
     return sorted(named.values(), key=lambda series: series.look)
 
@@ -224,21 +259,20 @@ def _handle(series: Series) -> Any:
 
 
 def _open(small: bool) -> dict[str, Any]:
-    """Marks as outlines, so that those that lie under others are seen."""
+    """Draw marks as outlines, so that those below others are seen."""
     return {"markerfacecolor": "none", "markeredgewidth": 0.6 if small else 0.8}
 
 
 def _colour(series: Series) -> str:
-    return charts.palette("light")[charts.colour(series.look)]
+    return looks.palette("light")[looks.colour(series.look)]
 
 
 def _marker(series: Series) -> str:
-    return MARKERS[charts.shape(series.look)] if series.marked else ""
+    return MARKERS[looks.shape(series.look)] if series.marked else ""
 
 
 def _plain(text: str) -> str:
-    """Text as it is: a dollar sign would begin a formula, and what the font has not got is a
-    question mark."""
-    return "".join(c if c.isprintable() and ord(c) < 0x2500 else "?" for c in text).replace(
-        "$", r"\$"
-    )
+    """Make matplotlib write text as it is; characters that its font lacks become "?"."""
+    written = "".join(c if c.isprintable() and ord(c) < 0x2500 else "?" for c in text)
+    # A dollar sign would begin a formula.
+    return written.replace("$", r"\$")

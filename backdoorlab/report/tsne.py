@@ -1,5 +1,4 @@
-"""What a model sees in clean and in triggered images, in two dimensions: t-SNE of its features
-before and after each defense.
+"""t-SNE of a model's features of clean and triggered images, before and after each defense.
 
 van der Maaten and Hinton, JMLR 2008, https://jmlr.org/papers/v9/vandermaaten08a.html, as
 scikit-learn computes it.
@@ -16,30 +15,41 @@ from ..errors import UserError
 from ..models import Classifier
 from ..poison import POISON
 from .artifacts import Cell
-from .charts import TEXT, Chart, Panel, Series
+from .charts import Chart, Panel, Series
+from .looks import TEXT
 
-CLASSES, PER_CLASS, TRIGGERED = 10, 40, 120
-"""Clean test images of how many classes (the target among them), how many of each, and how many
-triggered ones."""
+CLASSES = 10
+"""From how many classes clean test images are shown; the target is one of them."""
+PER_CLASS = 40
+"""Clean test images of each class."""
+TRIGGERED = 120
+"""Triggered test images."""
 PERPLEXITY = 30.0
-"""How many neighbours each image is thought to have."""
+"""About how many neighbours of each image t-SNE keeps near it."""
 
 
 def chart(cells: Sequence[Cell], dataset_path: str | None, device: torch.device) -> Chart:
-    """A panel for the attacked model and one for each finished run; needs the data set and
-    scikit-learn."""
+    """Draw a panel for the attacked model and one for each finished run.
+
+    Args:
+        cells: The cells of one record, of which the undefended one is the first.
+        dataset_path: Folder of the data set, if it is no longer in the cache.
+        device: Where to compute the features.
+    """
     own = cells[0].record
     dataset = own.dataset(dataset_path)
     clean, triggered = sample(dataset, own)
+
+    # All models are shown the same images.
     panels = []
     for cell in cells:
         model = weights(cell)
-        if model is not None:
-            places = embed(features(model, [clean, triggered], device))
-            title = "no defense" if cell.undefended else cell.name
-            panels.append(
-                Panel(title, series=_series(places, clean, dataset.class_names), bare=True)
-            )
+        if model is None:
+            continue
+        places = embed(features(model, [clean, triggered], device))
+        title = "no defense" if cell.undefended else cell.name
+        panels.append(Panel(title, series=_series(places, clean, dataset.class_names), bare=True))
+
     caption = (
         "Each panel is one model, its axes have no unit: only who lies near whom counts. With a"
         " backdoor the triggered images (x) form an island of their own or lie with the target"
@@ -51,34 +61,33 @@ def chart(cells: Sequence[Cell], dataset_path: str | None, device: torch.device)
 
 
 def sample(dataset: Dataset, own: record.Record) -> tuple[Split, Split]:
-    """(clean, triggered) test images, the first of each class and an even draw: no random number,
-    so the same for every model."""
+    """Choose test images without drawing at random, so that all models are shown the same.
+
+    Returns:
+        The first clean images of each class, and triggered images of these classes at even
+        distances.
+    """
     target = own.info.get("target")
-    labels = [
-        *([target] if target is not None else []),
-        *(label for label in range(dataset.num_classes) if label != target),
-    ][:CLASSES]
-    index = torch.cat(
-        [
-            (dataset.test.labels == label).nonzero().squeeze(1)[:PER_CLASS]
-            for label in sorted(labels)
-        ]
-    )
-    # What wears the trigger with its true label is not meant to be misread
+    others = [label for label in range(dataset.num_classes) if label != target]
+    labels = ([target] if target is not None else []) + others
+    labels = labels[:CLASSES]
+    members = [(dataset.test.labels == label).nonzero().squeeze(1) for label in sorted(labels)]
+    index = torch.cat([positions[:PER_CLASS] for positions in members])
+
+    # Images that keep their true label with the trigger are not meant to be misclassified.
     poison = own.test_poison.of_kind(POISON)
     usable = torch.isin(poison.original_labels, torch.tensor(labels)).nonzero().squeeze(1)
-    chosen = (
-        usable[torch.linspace(0, len(usable) - 1, min(TRIGGERED, len(usable))).long()]
-        if len(usable)
-        else usable
-    )
+    chosen = usable
+    if len(usable):
+        count = min(TRIGGERED, len(usable))
+        chosen = usable[torch.linspace(0, len(usable) - 1, count).long()]
     return dataset.test.subset(index), Split(poison.images[chosen], poison.labels[chosen])
 
 
 def weights(cell: Cell) -> Classifier | None:
-    """The model of a cell; None where the result holds none."""
+    """Load the model of a cell; None if the result has none."""
     if cell.undefended:
-        # Plain training leaves its scores only
+        # Of plain training nothing but its scores was kept.
         return None if cell.row.run else cell.record.model()
     if "model.safetensors" not in cell.info["files"]:
         return None
@@ -91,7 +100,7 @@ def weights(cell: Cell) -> Classifier | None:
 
 @torch.no_grad()
 def features(model: Classifier, parts: Sequence[Split], device: torch.device) -> Tensor:
-    """(N, D) float32 on the CPU: what the last layer sees, in evaluation mode."""
+    """Compute the input of the last layer in evaluation mode: float32 (N, D) on the CPU."""
     model.to(device).eval()
     assert isinstance(model, nn.Module)
     found = [
@@ -103,31 +112,27 @@ def features(model: Classifier, parts: Sequence[Split], device: torch.device) ->
 
 
 def embed(found: Tensor) -> Tensor:
-    """(N, D) -> (N, 2), the same at each call."""
+    """Embed features with t-SNE: (N, D) -> (N, 2), the same at each call."""
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
         raise UserError("--tsne True needs scikit-learn: pip install scikit-learn") from error
+
+    # t-SNE needs more images than neighbours.
     perplexity = min(PERPLEXITY, (len(found) - 1) / 3)
-    return torch.from_numpy(
-        TSNE(perplexity=perplexity, init="pca", random_state=0, n_jobs=1).fit_transform(
-            found.numpy()
-        )
-    )
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=0, n_jobs=1)
+    return torch.from_numpy(tsne.fit_transform(found.numpy()))
 
 
 def _series(places: Tensor, clean: Split, class_names: Sequence[str]) -> tuple[Series, ...]:
+    """Make a series of each class, and one of the triggered images, which come last in `places`."""
     labels = clean.labels.cpu()
-    groups = [
-        (class_names[label], number, labels == label)
-        for number, label in enumerate(sorted(set(labels.tolist())))
-    ]
     found = []
-    for name, look, mask in groups:
-        own = places[: len(labels)][mask]
-        found.append(
-            Series(f"class {name}", look, "points", own[:, 0].tolist(), own[:, 1].tolist())
-        )
+    for look, label in enumerate(sorted(set(labels.tolist()))):
+        own = places[: len(labels)][labels == label]
+        x, y = own[:, 0].tolist(), own[:, 1].tolist()
+        found.append(Series(f"class {class_names[label]}", look, "points", x, y))
+
     rest = places[len(labels) :]
     if len(rest):
         found.append(Series("triggered", TEXT, "points", rest[:, 0].tolist(), rest[:, 1].tolist()))

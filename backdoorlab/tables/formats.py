@@ -1,4 +1,8 @@
-"""A table of text as aligned text, Markdown, CSV or a LaTeX tabular."""
+"""A table as aligned text, Markdown, CSV or a LaTeX tabular.
+
+A cell carries its text, which is printed, and its value, by which readers such as the HTML page
+sort and colour. Nothing has to read a number back out of a text.
+"""
 
 import csv
 import io
@@ -7,7 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Format = Literal["text", "markdown", "csv", "latex"]
-HOLE = "-"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table."""
+
+    text: str
+    """What is printed."""
+    value: float | None = None
+    """The number before it is rounded; None for words and for what does not exist."""
+
+
+EMPTY = Cell("-")
+"""A score that does not exist, or one of a defense that was not run."""
 
 LATEX = {c: f"\\{c}" for c in "%_&#${}"} | {
     "\\": r"\textbackslash{}",
@@ -15,37 +32,49 @@ LATEX = {c: f"\\{c}" for c in "%_&#${}"} | {
     "~": r"\textasciitilde{}",
 }
 LATEX |= {"±": r"$\pm$", "†": r"$^\dagger$"}
+"""What LaTeX would not print as it is, and what to write instead."""
 
-Row = Mapping[str, str]
+Row = Mapping[str, Cell]
+"""Column -> cell."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text, and what a form needs to know of them."""
+    """Rows of cells, and what a format needs to know of the columns."""
 
     columns: Sequence[str]
     rows: Sequence[Row]
     numbers: Sequence[str]
     """Columns that are aligned to the right."""
     block: Sequence[str]
-    """Columns that are the same within a block of rows; a line is drawn between blocks."""
+    """Columns whose text is the same within a block of rows; a line is drawn between blocks."""
     notes: Sequence[str] = ()
     """Sentences below the table; CSV has no place for them."""
 
     def blocks(self) -> list[list[Row]]:
+        """Split the rows where the text of a `block` column changes."""
         found: list[list[Row]] = []
         for row in self.rows:
-            if found and all(found[-1][-1][column] == row[column] for column in self.block):
+            if found and all(found[-1][-1][name].text == row[name].text for name in self.block):
                 found[-1].append(row)
             else:
                 found.append([row])
         return found
 
+    def texts(self, row: Row) -> list[str]:
+        """List the texts of a row in the order of the columns."""
+        return [row[column].text for column in self.columns]
+
 
 def render(table: Table, form: Format) -> str:
-    """The table in one of the four forms, with a trailing newline. What cannot be printed becomes a
-    space: a name may hold a line break."""
-    rows = [{column: _printable(cell) for column, cell in row.items()} for row in table.rows]
+    """Write a table in one of the four formats, with a newline at the end.
+
+    Characters that cannot be printed become spaces, as a name may contain a line break.
+    """
+    rows = [
+        {column: replace(cell, text=_printable(cell.text)) for column, cell in row.items()}
+        for row in table.rows
+    ]
     clean = replace(table, rows=rows, notes=[_printable(note) for note in table.notes])
     return {"text": text, "markdown": markdown, "csv": as_csv, "latex": latex}[form](clean) + "\n"
 
@@ -55,11 +84,9 @@ def _printable(text: str) -> str:
 
 
 def text(table: Table) -> str:
-    """Aligned columns; numbers to the right; a line between blocks."""
-    widths = [
-        max(len(column), *(len(row[column]) for row in table.rows)) if table.rows else len(column)
-        for column in table.columns
-    ]
+    """Write aligned columns, numbers to the right, with an empty line between blocks."""
+    rows = [table.texts(row) for row in table.rows]
+    widths = [max(map(len, column)) for column in zip(table.columns, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = zip(table.columns, cells, widths, strict=True)
@@ -70,61 +97,46 @@ def text(table: Table) -> str:
 
     lines = [line(table.columns), "  ".join("-" * width for width in widths)]
     for number, block in enumerate(table.blocks()):
-        lines += [""] * (number > 0) + [
-            line([row[column] for column in table.columns]) for row in block
-        ]
+        # The first block stands right below the heading.
+        lines += [""] * (number > 0)
+        lines += [line(table.texts(row)) for row in block]
+
     return "\n".join([*lines, *([""] if table.notes else []), *table.notes])
 
 
 def markdown(table: Table) -> str:
-    """A GitHub table, its notes a list below it."""
+    """Write a GitHub table with its notes as a list below it."""
     marks = ["---:" if column in table.numbers else "---" for column in table.columns]
-    cells = [
-        table.columns,
-        marks,
-        *([row[column].replace("|", r"\|") for column in table.columns] for row in table.rows),
-    ]
-    return "\n".join(
-        ["| " + " | ".join(line) + " |" for line in cells]
-        + [""] * bool(table.notes)
-        + [f"- {note}" for note in table.notes]
-    )
+    # A bar would end the cell.
+    rows = [[cell.replace("|", r"\|") for cell in table.texts(row)] for row in table.rows]
+    lines = ["| " + " | ".join(line) + " |" for line in (table.columns, marks, *rows)]
+    return "\n".join(lines + [""] * bool(table.notes) + [f"- {note}" for note in table.notes])
 
 
 def as_csv(table: Table) -> str:
-    """Comma-separated, a hole being an empty cell."""
+    """Write comma-separated values; what does not exist is left out between its commas."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(table.columns)
-    writer.writerows(
-        [
-            ["" if row[column] == HOLE else row[column] for column in table.columns]
-            for row in table.rows
-        ]
-    )
+    for row in table.rows:
+        cells = [row[column] for column in table.columns]
+        writer.writerow(["" if cell == EMPTY else cell.text for cell in cells])
     return stream.getvalue().rstrip("\n")
 
 
 def latex(table: Table) -> str:
-    """A booktabs tabular, its notes comments below it."""
+    """Write a booktabs tabular with its notes as comments below it."""
 
     def line(cells: Sequence[str]) -> str:
-        return (
-            " & ".join(
-                "".join(LATEX.get(character, character) for character in cell) for cell in cells
-            )
-            + r" \\"
-        )
+        escaped = ("".join(LATEX.get(letter, letter) for letter in cell) for cell in cells)
+        return " & ".join(escaped) + r" \\"
 
-    lines = [
-        r"\begin{tabular}{"
-        + "".join("r" if column in table.numbers else "l" for column in table.columns)
-        + "}",
-        r"\toprule",
-        line(table.columns),
-    ]
+    alignment = "".join("r" if column in table.numbers else "l" for column in table.columns)
+    lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", line(table.columns)]
+
+    # A table without rows keeps the rule below its heading.
     for block in table.blocks() or [[]]:
-        lines += [r"\midrule", *(line([row[column] for column in table.columns]) for row in block)]
-    return "\n".join(
-        [*lines, r"\bottomrule", r"\end{tabular}", *(f"% {note}" for note in table.notes)]
-    )
+        lines += [r"\midrule", *(line(table.texts(row)) for row in block)]
+
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([*lines, *(f"% {note}" for note in table.notes)])

@@ -1,9 +1,9 @@
-"""Numbers that others have published, from resource/reported.yaml, each with its source and
-protocol."""
+"""Numbers that others have published, each with its source and protocol, from
+resource/reported.yaml."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,13 +14,13 @@ from ..settings.parse import read_yaml
 from .rows import Row
 
 PROTOCOL = ("epochs", "steps", "width", "lr", "batch_size", "bb_compat")
-"""Ends of the names of settings that are part of a protocol: how long and how large something is
-trained, and which quirks are kept."""
+"""Endings of the names of settings that belong to a protocol: how long and how large something is
+trained, and which quirks of published code are kept."""
 
 
 @dataclass(frozen=True)
 class Reported:
-    """One published cell. Scores are fractions, as in a Row."""
+    """The published scores of one defense on one attack."""
 
     key: str
     """Short name of the source."""
@@ -30,17 +30,21 @@ class Reported:
     poison_rate: float
     attack: str
     settings: Mapping[str, str]
-    """What a row's attack must be set to for the number to be beside it, where that is not the
-    default; one that it does not have agrees."""
+    """Settings of the attack that are not our defaults. A row's attack must have the same ones,
+    unless it has no such setting."""
     defense: str
     scores: Mapping[str, float]
-    """Metric -> fraction."""
+    """Metric -> fraction in [0, 1]."""
 
     def beside(self, row: Row) -> bool:
-        """Whether it is about the experiment of that row. The protocols differ still: they are
-        shown, not matched."""
+        """Ask whether this is the experiment of a row: data set, rate, attack and defense.
+
+        The protocols may differ; they are shown beside the number, not compared.
+        """
         if (self.dataset, self.attack, self.defense) != (row.dataset, row.attack, row.defense):
             return False
+
+        # Settings are compared as text, as those in the file are text.
         ours = json.loads(row.attack_settings)
         theirs = {**_usual_settings(row.attack), **self.settings}
         return self.poison_rate == row.poison_rate and all(
@@ -50,58 +54,73 @@ class Reported:
 
 @lru_cache(maxsize=64)
 def _usual_settings(attack: str) -> dict[str, Any]:
-    """Label mode and the attack's own settings at their defaults, as a record's JSON has them; {}
-    for an attack that is not here."""
+    """The defaults of an attack's label mode and own settings, as JSON would read them back.
+
+    Settings of the protocol are left out. {} for an attack that is not known here.
+    """
     try:
         config_class = methods.load("attack", attack).config_class
     except UserError:
         return {}
+
+    # A field of a base class is one that all attacks have.
     inherited = {
         field.name
         for base in config_class.__mro__[1:]
         if dataclasses.is_dataclass(base)
         for field in dataclasses.fields(base)
     }
+    named = {field.name: field.default for field in dataclasses.fields(config_class)}
     own = {
-        field.name: field.default
-        for field in dataclasses.fields(config_class)
-        if field.name == "label_mode"
-        or (field.name not in inherited and not field.name.endswith(PROTOCOL))
+        name: default
+        for name, default in named.items()
+        if name == "label_mode" or not (name in inherited or name.endswith(PROTOCOL))
     }
+
+    # A tuple comes back from JSON as a list.
     return dict(json.loads(json.dumps(own)))
 
 
 @lru_cache(maxsize=1)
 def published() -> tuple[Reported, ...]:
-    """Every number of the file."""
-    found = []
+    """Read every number of the file."""
+    found: list[Reported] = []
     for key, entry in read_yaml(resources.resource("reported.yaml")).items():
         for dataset, rates in entry["numbers"].items():
             for rate, attacks in rates.items():
                 for attack, defenses in attacks.items():
-                    name, *words = attack.split()
-                    settings = dict(word.split("=") for word in words)
-                    for defense, percents in defenses.items():
-                        scores = {
-                            metric: percent / 100
-                            for metric, percent in zip(entry["columns"], percents, strict=False)
-                        }
-                        found.append(
-                            Reported(
-                                key,
-                                entry["source"],
-                                entry["protocol"],
-                                dataset,
-                                rate,
-                                name,
-                                settings,
-                                defense,
-                                scores,
-                            )
-                        )
+                    cells = _cells(entry, attack, defenses)
+                    found += [
+                        Reported(key=key, dataset=dataset, poison_rate=rate, **cell)
+                        for cell in cells
+                    ]
     return tuple(found)
 
 
+def _cells(
+    entry: Mapping[str, Any], attack: str, defenses: Mapping[str, Sequence[float]]
+) -> Iterator[dict[str, Any]]:
+    """Yield what the file says of each defense on one attack.
+
+    Args:
+        entry: A source: its name, its protocol and its columns.
+        attack: Name of the attack, followed by settings as in "badnet position=corner".
+        defenses: Percents by defense, in the order of the source's columns.
+    """
+    name, *words = attack.split()
+    for defense, percents in defenses.items():
+        # A source may have no number for its last columns.
+        columns = zip(entry["columns"], percents, strict=False)
+        yield {
+            "source": entry["source"],
+            "protocol": entry["protocol"],
+            "attack": name,
+            "settings": dict(word.split("=") for word in words),
+            "defense": defense,
+            "scores": {metric: percent / 100 for metric, percent in columns},
+        }
+
+
 def beside(row: Row) -> list[Reported]:
-    """What was published about a row's experiment."""
+    """List what was published about the experiment of a row."""
     return [number for number in published() if number.beside(row)]

@@ -1,14 +1,17 @@
-"""The numbers behind every table and picture, as plain values: nothing here prints, draws or
-writes.
+"""The numbers behind every table and chart, as plain values. Nothing here prints, draws or writes.
 
-rows(records)                -> list[Row]       one measured model each: a record as it was attacked,
-                                                or one run of a defense on it
-groups.grouped(rows)         -> list[Group]     the same experiment over seeds; rows that differ in
-                                                anything else are never together
-group.score(m)  -> Summary | None     mean, sd and n of one metric over the seeds of a group
-groups.labels(groups)  -> list[Label]        what to call each group, with the settings that tell it from its like
-groups.remarks(rows)   -> list[str]          one sentence for each thing that was kept apart or left out
-significance.compare(groups) -> list[Compared]     each defense against fine-tuning over attacks: sign-flip test, Holm's correction
+rows(records) -> list[Row]
+    One measured model each: a record as it was attacked, or one run of a defense on it.
+groups.grouped(rows) -> list[Group]
+    The same experiment over seeds. Rows that differ in anything else are in different groups.
+group.score(metric) -> Summary | None
+    Mean, standard deviation and n of one metric over the seeds of a group.
+groups.labels(groups) -> list[Label]
+    What to call each group: its names, and the settings by which it differs from others.
+groups.remarks(rows) -> list[str]
+    One sentence for each experiment that was kept apart or left out.
+significance.compare(groups) -> list[Compared]
+    Each defense against fine-tuning over attacks: sign-flip test and Holm's correction.
 """
 
 import json
@@ -37,26 +40,29 @@ Metric = Literal[
     "forward",
     "backward",
 ]
-"""What a Row measures. Scores and rates are fractions in [0, 1]; seconds are without evaluation;
-forward and backward count images."""
+"""What a Row measures. Scores and rates are fractions in [0, 1]. Seconds are without evaluation.
+`forward` and `backward` count images."""
 
 UNDEFENDED = "none"
 """The `defense` of a row that shows a record as it was attacked."""
 PLAIN = "plain"
-"""The `run` of a row that shows ordinary training on the images of a joint attack: what
-training-time defenses are compared with."""
+"""The `run` of a row of ordinary training on the images of a training-controlled attack: the model
+that training-time defenses are compared with."""
 NOT_SETTINGS = frozenset(["seed", "score_every", "dataset", "poison_rate", "suspicious", "plain"])
-"""Fields of a config that never change a result, or that a row holds under a name of its own."""
+"""Fields of a config that never change a result, or that are fields of a Row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model that was measured; None where a number does not exist (no ASR without an attack, no
-    split without one)."""
+    """One measured model.
+
+    A number that does not exist is None: there is no ASR without an attack, and no TPR without a
+    split of the training set.
+    """
 
     record: str
     run: str
-    """The result's folder below defense/<method>/; "" for the record itself."""
+    """Name of the result's folder in defense/<method>/; "" for the record itself."""
     attack: str
     defense: str
     """The method's name, or UNDEFENDED."""
@@ -64,21 +70,21 @@ class Row:
     dataset: str
     fingerprint: str
     architecture: str
-    """preactresnet18, with its width where it is not 64."""
+    """Name of the network, with its width if that is not 64: "preactresnet10 w16"."""
     poison_rate: float | None
     seed: int
-    """The attack's."""
+    """Seed of the attack."""
     defense_seed: int | None
     clean_accuracy: float | None
     asr: float | None
     robust_accuracy: float | None
     asr_before: float | None
     der: float | None
-    """Against what the method is held to: the attacked model, or for one that trains its own on a
-    joint attack's images, plain training on them."""
+    """DER against the model that the method is measured by: the attacked model or, for a method
+    that trains its own on the images of a training-controlled attack, plain training on them."""
     comparable_der: float | None
-    """Against the attacked model, whatever the method: what the defenses of one record are told
-    apart by."""
+    """DER against the attacked model for every method, so that the defenses of one record can be
+    compared."""
     tpr: float | None
     fpr: float | None
     collapsed: bool
@@ -89,14 +95,14 @@ class Row:
     train_size: int
     device: str | None
     attack_settings: str
-    """Canonical JSON of the attack's config without NOT_SETTINGS, plus its code, its precision and
-    the SHA-256 of what was imported; the same text is the same experiment."""
+    """JSON, keys sorted, of the attack's config without NOT_SETTINGS, its code, its precision and
+    the SHA-256 of imported files. Equal texts are equal experiments."""
     defense_settings: str
-    """The same of the defense; "" for a record."""
+    """The same for the defense; "" for a record."""
 
     @property
     def attack_key(self) -> tuple[Any, ...]:
-        """Equal for records that differ in the seed alone."""
+        """A key that is equal for records that differ in the seed only."""
         return (
             self.dataset,
             self.fingerprint,
@@ -108,58 +114,67 @@ class Row:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for rows that may enter one mean."""
+        """A key that is equal for rows whose mean may be taken."""
         return (*self.attack_key, self.defense, self.variant, self.defense_settings)
 
     @property
     def variant(self) -> str:
+        """The run's name without its seed."""
         return variant(self.run)
 
     @property
     def called(self) -> str:
+        """The defense, followed by its variant."""
         return called(self.defense, self.run)
 
 
 def variant(run: str) -> str:
-    """A run's name without its seed: "" for seed0, "lite" for lite-s0."""
+    """Remove the seed from a run's name: "seed0" -> "", "lite-s0" -> "lite"."""
     return re.sub(r"(^|-)(seed|s)\d+$", "", run)
 
 
 def called(defense: str, run: str) -> str:
-    """A defense where runs of other seeds are not told from this one: "sau lite" for sau's
-    lite-s0."""
+    """Name a defense without its seed: ("sau", "lite-s0") -> "sau lite"."""
     return f"{defense} {variant(run)}".rstrip()
 
 
 @dataclass(frozen=True)
 class Damaged:
-    """A result, or a whole record, that is there and cannot be read."""
+    """A result, or a whole record, that exists but cannot be read."""
 
     record: str
     defense: str
     """"" for the record itself."""
     run: str
     why: str
-    """One line that names the file."""
+    """One line for the user that names the file."""
 
 
 # --- rows
 
 
 Only = Container[tuple[str, str, str]]
-"""(record, defense, run) of the results that are wanted."""
+"""The results to show, as (record, defense, run)."""
 
 
 def refuse(damaged: Damaged) -> None:
-    """What happens to a damaged result where nobody says otherwise."""
+    """Raise a UserError for a damaged result; the default of every `on_damage`."""
     raise UserError(damaged.why)
 
 
 def readable(
     names: Sequence[str], root: Path, on_damage: Callable[[Damaged], None] = refuse
 ) -> list[Record]:
-    """The records of these names. A damaged one is left out, if `on_damage` returns; where all are,
-    the first is refused."""
+    """Load records, leaving out the damaged ones.
+
+    Args:
+        names: Names of records.
+        root: The folder that contains them.
+        on_damage: Called with each damaged record; the default raises.
+
+    Raises:
+        UserError: All records are damaged.
+    """
     found, damaged = [], []
     for name in names:
         try:
@@ -167,6 +182,8 @@ def readable(
         except UserError as error:
             damaged.append(Damaged(name, "", "", str(error)))
             on_damage(damaged[-1])
+
+    # A table of nothing would hide that something is wrong.
     if damaged and not found:
         refuse(damaged[0])
     return found
@@ -177,10 +194,16 @@ def rows(
     only: Only | None = None,
     on_damage: Callable[[Damaged], None] = refuse,
 ) -> list[Row]:
-    """For each record a row as it was attacked (and one of PLAIN training), then one for each
-    finished result: by method, seed0 before named ones.
+    """Make a row of each measured model.
 
-    With `only`, those results alone. A damaged one is left out, if `on_damage` returns.
+    Args:
+        records: The records to read.
+        only: Results to read; None means all that are finished.
+        on_damage: Called with each damaged result, which is then left out. The default raises.
+
+    Returns:
+        For each record: the attacked model, PLAIN training if there was any, then the results
+        by method, seeds before named runs.
     """
     found = []
     for record in records:
@@ -194,7 +217,13 @@ def rows(
 def finished(
     record: Record, only: Only | None, on_damage: Callable[[Damaged], None]
 ) -> list[tuple[Path, dict[str, Any]]]:
-    """Folder and content of each finished result."""
+    """Read the finished results of a record: (folder, content of result.json).
+
+    Args:
+        record: The record that was defended.
+        only: Results to read; None means all that are finished.
+        on_damage: Called with each damaged result, which is then left out.
+    """
     found = []
     for folder in result_folders(record.folder):
         place = (record.name, folder.parent.name, folder.name)
@@ -207,7 +236,8 @@ def finished(
 
 
 def result_folders(folder: Path) -> list[Path]:
-    """Where the finished results below a record's folder lie."""
+    """List the folders of a record's finished results: by method, seeds before named runs."""
+    # result.json is written last, so a result that has one is finished.
     found = [run for run in every_result_folder(folder) if (run / "result.json").is_file()]
     return sorted(
         found,
@@ -216,12 +246,10 @@ def result_folders(folder: Path) -> list[Path]:
 
 
 def undefended(record: Record) -> list[Row]:
-    """The record as it was attacked and, where a joint attack made it, ordinary training on its
-    images."""
-    return [
-        _undefended(record),
-        *([_plain(record)] if record.info.get("plain_scores") is not None else []),
-    ]
+    """Make the row of the attacked model, and that of plain training if the attack controls the
+    training."""
+    plain = record.info.get("plain_scores") is not None
+    return [_undefended(record), *([_plain(record)] if plain else [])]
 
 
 def _undefended(record: Record) -> Row:
@@ -246,6 +274,7 @@ def _undefended(record: Record) -> Row:
 def _plain(record: Record) -> Row:
     plain = record.info["plain_scores"]
     scores = {key: plain[key] for key in ("clean_accuracy", "asr", "robust_accuracy")}
+    # Of plain training nothing but its time was measured.
     costs = dict(seconds=plain["seconds"], forward=None, backward=None, peak_memory_bytes=None)
     return replace(
         _undefended(record),
@@ -258,7 +287,14 @@ def _plain(record: Record) -> Row:
 
 
 def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
-    """One finished result."""
+    """Make the row of one finished result.
+
+    Args:
+        record: The record that was defended.
+        folder: The result's folder, defense/<method>/<run>.
+        result: Content of its result.json.
+    """
+    # Only some defenses split the training set.
     split = result["split"] or {}
     return Row(
         **_shared(record),
@@ -278,30 +314,23 @@ def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
 
 
 def _collapsed(result: Mapping[str, Any]) -> bool:
-    """By today's rule, also for what an older version wrote."""
-    return (
-        metrics.collapsed(result["before"], result["after"])
-        if result.get("before")
-        else bool(result["collapsed"])
-    )
+    """Ask whether 20 points, or half, of the clean accuracy were lost."""
+    # Older versions had another rule, so what they wrote is read only if it is all there is.
+    if result.get("before"):
+        return metrics.collapsed(result["before"], result["after"])
+    return bool(result["collapsed"])
 
 
 def _shared(record: Record) -> dict[str, Any]:
+    """The fields that all rows of a record have in common."""
     info = record.info
-    architecture = info["architecture"]
+    name, width = info["architecture"]["name"], info["architecture"]["width"]
     return {
         "record": record.name,
         "attack": info["attack"],
         "dataset": info["dataset"]["name"],
         "fingerprint": info["dataset"]["fingerprint"],
-        "architecture": (
-            architecture["name"]
-            + (
-                f" w{architecture['width']}"
-                if architecture["width"] not in (None, STANDARD_WIDTH)
-                else ""
-            )
-        ),
+        "architecture": name if width in (None, STANDARD_WIDTH) else f"{name} w{width}",
         "poison_rate": _rate(info),
         "seed": info["seed"],
         "asr_before": info["scores"]["asr"],
@@ -311,13 +340,15 @@ def _shared(record: Record) -> dict[str, Any]:
 
 
 def _rate(info: Mapping[str, Any]) -> float | None:
-    """As it was asked for; as it came out where less could be had, or where a share of one class
-    was asked for. None without poison."""
-    asked, poisoned, size = (
-        info["config"].get("poison_rate"),
-        info.get("poisoned"),
-        info["dataset"]["train_size"],
-    )
+    """The share of the training set that is poisoned; None without poison.
+
+    It is the config's, or the share that was reached if fewer images could be poisoned, or if the
+    config gives a share of one class.
+    """
+    asked, poisoned = info["config"].get("poison_rate"), info.get("poisoned")
+    size = info["dataset"]["train_size"]
+
+    # Without a count of poisoned images, the config's rate is all there is.
     if not poisoned or (asked is not None and poisoned >= round(asked * size)):
         return asked
     return round(poisoned / size, 4)
@@ -335,35 +366,42 @@ def _costs(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(info: Mapping[str, Any]) -> str:
-    trusts = "trusted" in info.get("assumes", ())  # else nothing comes of how many it is to trust
+    """Write the settings that make an experiment what it is as JSON."""
     config = {
-        key: value
-        for key, value in info.get("config", {}).items()
-        if key not in NOT_SETTINGS and (trusts or not key.startswith("trusted_"))
+        key: value for key, value in info.get("config", {}).items() if key not in NOT_SETTINGS
     }
+
+    # How many images to trust changes nothing for a method that trusts none.
+    if "trusted" not in info.get("assumes", ()):
+        config = {key: value for key, value in config.items() if not key.startswith("trusted_")}
+
+    # The standard width and none at all are the same network.
     if config.get("width") == STANDARD_WIDTH:
         config["width"] = None
     source = {"source": info["source"]["sha256"][:12]} if info.get("source") else {}
-    return json.dumps(
-        {**config, **source, "code": code(info), "precision": precision(info)}, sort_keys=True
-    )
+    made = {"code": code(info), "precision": precision(info)}
+    return json.dumps({**config, **source, **made}, sort_keys=True)
 
 
 def code(info: Mapping[str, Any]) -> str | None:
-    """Which code made a record or a result; those made before it was kept have their commit
-    instead."""
+    """Return the version of the code that made a record or a result.
+
+    It is the commit for those that are older than code versions, and None if neither was kept.
+    """
     commit = info.get("commit")
     return info.get("code") or (f"commit {commit}" if commit else None)
 
 
 def precision(info: Mapping[str, Any]) -> str:
-    """bf16 or fp32, whether it was asked for or found to be fast; UNKNOWN where only `auto` was
-    kept."""
+    """Return the precision that a record or a result was computed in.
+
+    "bf16", "fp32", or both joined by "+"; UNKNOWN if nothing but `auto` was kept.
+    """
     asked = info.get("config", {}).get("precision", "auto")
     return info.get("precision") or (UNKNOWN if asked == "auto" else asked)
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """seed2 before seed10."""
+    """A key that sorts seed2 before seed10."""
     digits = re.search(r"\d+$", name)
     return (name[: digits.start()], int(digits.group())) if digits else (name, -1)

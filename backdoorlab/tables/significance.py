@@ -1,5 +1,5 @@
-"""Is a defense better than fine-tuning over attacks? A sign-flip test, Holm's correction, and what
-so few attacks cannot show."""
+"""Is a defense better than fine-tuning over several attacks? A sign-flip test with Holm's
+correction, and a verdict that says when there are too few attacks to show it."""
 
 import dataclasses
 import json
@@ -12,78 +12,83 @@ from typing import Any
 import numpy as np
 
 from ..config import TrainingConfig
-from .groups import BASELINE, IMPLANTED, Group, summary, told_apart
+from .groups import BASELINE, IMPLANTED, Group, distinguished, summary
 from .rows import UNDEFENDED, Row
 
 SIGNIFICANT = 0.05
+"""Largest corrected p of a difference that is called significant."""
 MOST_LISTED = 40
-"""Attacks up to which every pattern of signs is counted."""
+"""Largest number of attacks for which every pattern of signs is counted."""
 DRAWN = 100_000
-"""Patterns that are drawn where there are more."""
+"""Random patterns of signs that are drawn for more attacks."""
 SETUP = frozenset(f.name for f in dataclasses.fields(TrainingConfig)) | {"code", "precision"}
-"""Settings that say how an attack was run, not which attack it is."""
+"""Settings of an attack that say how it was trained, not which attack it is."""
 RATES = frozenset(["clean_label_ratio", "cover_rate"])
-"""Rates of an attack beside its poison rate: like that one they make no other attack of it."""
+"""Rates of an attack beside its poison rate. Another rate is not another attack."""
 RUN = frozenset(["code", "precision"])
-"""The same of a defense."""
+"""Settings of a defense that say how it was run, not which defense it is."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A defense against the baseline on one data set, an attack being one observation."""
+    """A defense against the baseline on one data set; each attack is one observation."""
 
     dataset: str
     defense: str
     baseline: str
     attacks: int
+    """How many attacks both were run on."""
     difference: float
-    """Mean over attacks of DER minus the baseline's on the same records."""
+    """Mean over attacks of DER minus the baseline's on the same records, in [-1, 1]."""
     p: float
-    """Two-sided, by flipping the sign of each attack's difference."""
+    """Two-sided p of the sign-flip test over attacks."""
     holm: float
     """p after Holm's correction over all comparisons of this data set."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """All comparisons of one data set, the strongest evidence first, and a sentence for each thing
-    that was left out of them."""
+    """All comparisons of one data set, the strongest evidence first."""
 
     comparisons: tuple[Comparison, ...]
     notes: tuple[str, ...]
+    """A sentence for each thing that was left out of the comparisons."""
 
 
 def compare(groups: Sequence[Group]) -> list[Compared]:
-    """Each defense against fine-tuning in DER, by data set; data sets without fine-tuning have
-    nothing to compare with.
+    """Compare each defense with fine-tuning in DER, separately for each data set.
 
-    A difference is that of two defenses on one record, both against its attacked model, and an
-    attack with its own settings is one observation: the differences of its rates and seeds are
-    averaged. Attacks without a DER and those that hardly took are left out. Of an attack that was
-    run in several ways (code, network, training), one way is taken, as is one code of a defense:
-    the one with the most runs.
+    A difference is between two defenses on one record, where each DER is against the attacked
+    model. The differences over the rates and seeds of an attack are averaged, so that an attack
+    with its own settings is one observation.
+
+    Left out are attacks without a DER and those that were hardly implanted. Of an attack that was
+    run in several ways (code, network, training) only one way is kept, and of a defense only one
+    version of the code: the one with the most runs.
+
+    Returns:
+        One value for each data set on which fine-tuning was run.
     """
     undefended = {
         group.first.attack_key: group
         for group in groups
         if group.first.defense == UNDEFENDED and not group.first.run
     }
-    took = {
+    # An attack is judged by its own models; without them, by those that were defended.
+    implanted = {
         group.first.attack_key
         for group in groups
         if _implanted(undefended.get(group.first.attack_key, group))
     }
+
     by_dataset: dict[str, list[Row]] = defaultdict(list)
     for group in groups:
-        if group.first.attack_key in took:
-            by_dataset[group.first.dataset] += [
-                row for row in group.rows if row.comparable_der is not None
-            ]
-    return [
-        one
-        for dataset, found in by_dataset.items()
-        if (one := _against_baseline(dataset, found)) is not None
-    ]
+        if group.first.attack_key in implanted:
+            scored = [row for row in group.rows if row.comparable_der is not None]
+            by_dataset[group.first.dataset] += scored
+
+    compared = [_against_baseline(dataset, found) for dataset, found in by_dataset.items()]
+    return [one for one in compared if one is not None]
 
 
 def _implanted(group: Group) -> bool:
@@ -91,58 +96,44 @@ def _implanted(group: Group) -> bool:
     return before is not None and before.mean >= IMPLANTED
 
 
+Scores = Mapping[tuple[Hashable, ...], Sequence[float]]
+"""(attack, its key, seed) -> DER of a defense on that record, one for each seed of the defense."""
+
+
 def _against_baseline(dataset: str, found: Sequence[Row]) -> Compared | None:
-    shared = {(row.attack_key, row.seed) for row in found if row.defense == BASELINE}
-    together = [row for row in found if (row.attack_key, row.seed) in shared]
-    if not together:
+    """Compare the defenses of one data set; None if fine-tuning was not run on it."""
+    kept, notes = _one_way(found)
+    if not kept:
         return None
-    networks = Counter(row.architecture for row in together)
-    # The network that most runs are on goes first, so that all attacks are on one network where
-    # they can be.
-    kept, notes = _one_way_each(
-        together, _attack, _attack_way, lambda rows: (networks[rows[0].architecture], len(rows))
-    )
-    kept, more = _one_way_each(kept, _defense, _defense_way, len)
+
     scores: dict[Hashable, dict[tuple[Hashable, ...], list[float]]] = defaultdict(
         lambda: defaultdict(list)
     )
     for row in kept:
-        scores[_defense(row)][_attack(row), row.attack_key, row.seed].append(
-            row.comparable_der or 0.0
-        )
+        record = (_attack(row), row.attack_key, row.seed)
+        scores[_defense(row)][record].append(row.comparable_der or 0.0)
+
     names = _defense_names({_defense(row): row for row in kept})
-    # A plain run of the baseline speaks for it, where there are several.
-    candidates = {_defense(row): row.variant != "" for row in kept if row.defense == BASELINE}
-    baseline = min(candidates, key=lambda key: (candidates[key], -len(scores[key])))
-    notes += more
-    if len(candidates) > 1:
-        notes.append(
-            f"{', '.join(names[key] for key in candidates)} are there: the others are compared with"
-            f" {names[baseline]}"
-        )
+    baseline, said = _baseline(kept, scores, names)
     differences = {
         key: _differences(scores[key], scores[baseline]) for key in scores if key != baseline
     }
-    alone = sorted({row.defense for row in found} - {row.defense for row in kept}) + [
-        names[key] for key, some in differences.items() if not some
-    ]
-    if alone:
-        notes.append(
-            f"not compared, as no such record has both it and {names[baseline]}: {', '.join(alone)}"
-        )
-    tested = [(key, numbers, sign_flip(numbers)) for key, numbers in differences.items() if numbers]
-    corrected = holm([p for _, _, p in tested])
+    notes += said + _not_compared(found, kept, differences, names, baseline)
+
+    # Holm's correction is over all defenses of the data set.
+    tested = {key: numbers for key, numbers in differences.items() if numbers}
+    ps = [sign_flip(numbers) for numbers in tested.values()]
     comparisons = [
         Comparison(
-            dataset,
-            names[key],
-            names[baseline],
-            len(numbers),
-            math.fsum(numbers) / len(numbers),
-            p,
-            adjusted,
+            dataset=dataset,
+            defense=names[key],
+            baseline=names[baseline],
+            attacks=len(numbers),
+            difference=math.fsum(numbers) / len(numbers),
+            p=p,
+            holm=corrected,
         )
-        for (key, numbers, p), adjusted in zip(tested, corrected, strict=True)
+        for (key, numbers), p, corrected in zip(tested.items(), ps, holm(ps), strict=True)
     ]
     return Compared(
         tuple(sorted(comparisons, key=lambda c: (c.holm, -c.difference))),
@@ -150,18 +141,59 @@ def _against_baseline(dataset: str, found: Sequence[Row]) -> Compared | None:
     )
 
 
-def _differences(
-    ours: Mapping[tuple[Hashable, ...], Sequence[float]],
-    theirs: Mapping[tuple[Hashable, ...], Sequence[float]],
-) -> list[float]:
-    """One number for each attack: the mean over the records that both have of the difference in
-    DER."""
+def _one_way(found: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Keep one way of running each attack and each defense, and say what was left out."""
+    shared = {(row.attack_key, row.seed) for row in found if row.defense == BASELINE}
+    together = [row for row in found if (row.attack_key, row.seed) in shared]
+
+    # The network with the most runs goes first, so that all attacks are on one network if possible.
+    networks = Counter(row.architecture for row in together)
+    kept, attacks = _one_way_each(
+        together, _attack, _attack_way, lambda rows: (networks[rows[0].architecture], len(rows))
+    )
+    kept, defenses = _one_way_each(kept, _defense, _defense_way, len)
+    return kept, attacks + defenses
+
+
+def _baseline(
+    kept: Sequence[Row], scores: Mapping[Hashable, Scores], names: Mapping[Hashable, str]
+) -> tuple[Hashable, list[str]]:
+    """Choose among several runs of fine-tuning, and say which one was chosen."""
+    # A plain run goes before a variant, then the one on the most records.
+    candidates = {_defense(row): row.variant != "" for row in kept if row.defense == BASELINE}
+    baseline = min(candidates, key=lambda key: (candidates[key], -len(scores[key])))
+    if len(candidates) == 1:
+        return baseline, []
+
+    listed = ", ".join(names[key] for key in candidates)
+    return baseline, [f"{listed} are there: the others are compared with {names[baseline]}"]
+
+
+def _not_compared(
+    found: Sequence[Row],
+    kept: Sequence[Row],
+    differences: Mapping[Hashable, Sequence[float]],
+    names: Mapping[Hashable, str],
+    baseline: Hashable,
+) -> list[str]:
+    """Name the defenses that have no record in common with the baseline."""
+    alone = sorted({row.defense for row in found} - {row.defense for row in kept})
+    alone += [names[key] for key, numbers in differences.items() if not numbers]
+    if not alone:
+        return []
+    return [
+        f"not compared, as no such record has both it and {names[baseline]}: {', '.join(alone)}"
+    ]
+
+
+def _differences(ours: Scores, theirs: Scores) -> list[float]:
+    """Average the difference in DER over the records that both have, one number for each attack."""
     by_attack: dict[Hashable, list[float]] = defaultdict(list)
     for record in ours.keys() & theirs.keys():
-        by_attack[record[0]].append(
-            math.fsum(ours[record]) / len(ours[record])
-            - math.fsum(theirs[record]) / len(theirs[record])
-        )
+        own, other = (math.fsum(some[record]) / len(some[record]) for some in (ours, theirs))
+        by_attack[record[0]].append(own - other)
+
+    # Sets have no order, so the attacks are sorted.
     return [
         math.fsum(numbers) / len(numbers)
         for _, numbers in sorted(by_attack.items(), key=lambda item: str(item[0]))
@@ -172,31 +204,32 @@ def _differences(
 
 
 def _attack(row: Row) -> Hashable:
-    """Equal for records of one attack, however often, at whatever rate and in whatever way it was
-    run."""
+    """A key that is equal for all records of one attack, whatever its rate, seed and training."""
     return (row.attack, _without(row.attack_settings, SETUP | RATES | {"source"}))
 
 
 def _attack_way(row: Row) -> dict[str, object]:
-    """How an attack was run. Imported models are each a file of its own, so that is no way of
-    running."""
+    """How an attack was run: training, code, data and network.
+
+    The file of an imported model is left out, as each model has its own.
+    """
     kept = {key: value for key, value in json.loads(row.attack_settings).items() if key in SETUP}
     return {**kept, "data": row.fingerprint[:8], "architecture": row.architecture}
 
 
 def _defense(row: Row) -> Hashable:
+    """A key that is equal for all runs of one defense with the same settings."""
     return (row.defense, row.variant, _without(row.defense_settings, RUN))
 
 
 def _defense_way(row: Row) -> dict[str, object]:
+    """How a defense was run: code and precision."""
     return {key: value for key, value in json.loads(row.defense_settings).items() if key in RUN}
 
 
 def _without(settings: str, names: frozenset[str]) -> str:
-    return json.dumps(
-        {key: value for key, value in json.loads(settings).items() if key not in names},
-        sort_keys=True,
-    )
+    kept = {key: value for key, value in json.loads(settings).items() if key not in names}
+    return json.dumps(kept, sort_keys=True)
 
 
 def _one_way_each(
@@ -205,33 +238,45 @@ def _one_way_each(
     way: Callable[[Row], dict[str, object]],
     weight: Callable[[Sequence[Row]], Any],
 ) -> tuple[list[Row], list[str]]:
-    """The rows of the heaviest way of running of each attack (or defense), and a sentence on each
-    of which others were left out."""
+    """Keep one way of running each attack, or each defense.
+
+    Args:
+        found: The rows to choose from.
+        what: Key of the attack or the defense of a row.
+        way: The settings that say how it was run.
+        weight: Of the rows of one way; the way with the largest weight is kept.
+
+    Returns:
+        The rows that were kept, and a sentence for each attack or defense with other ways.
+    """
     ways: dict[Hashable, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in found:
         ways[what(row)][json.dumps(way(row), sort_keys=True)].append(row)
+
     kept, notes = [], []
     for key, members in ways.items():
         taken = max(members, key=lambda text: weight(members[text]))
         kept += members[taken]
-        if len(members) > 1:
-            shown = told_apart({text: (key, json.loads(text)) for text in members})
-            name = members[taken][0].attack if what is _attack else members[taken][0].defense
-            others = " and".join(shown[text] for text in members if text != taken)
-            notes.append(
-                f"{name} was run in {len(members)} ways, and the test takes{shown[taken]},"
-                f" not{others}"
-            )
+        if len(members) == 1:
+            continue
+
+        # Both are named by the settings in which they differ.
+        shown = distinguished({text: (key, json.loads(text)) for text in members})
+        name = members[taken][0].attack if what is _attack else members[taken][0].defense
+        others = " and".join(shown[text] for text in members if text != taken)
+        notes.append(
+            f"{name} was run in {len(members)} ways, and the test takes{shown[taken]}, not{others}"
+        )
     return kept, notes
 
 
 def _defense_names(first: Mapping[Hashable, Row]) -> dict[Hashable, str]:
-    """What to call each, with the settings that tell it from its like in brackets."""
+    """Name each defense, with the settings by which it differs from others of its name."""
     families = {
         key: ((row.defense, row.variant), json.loads(_without(row.defense_settings, RUN)))
         for key, row in first.items()
     }
-    beside = told_apart(families)
+    beside = distinguished(families)
     return {key: row.called + beside[key] for key, row in first.items()}
 
 
@@ -239,18 +284,25 @@ def _defense_names(first: Mapping[Hashable, Row]) -> dict[Hashable, str]:
 
 
 def sign_flip(differences: Sequence[float]) -> float:
-    """Two-sided p: the share of all 2^n sign patterns whose sum is at least as far from 0 as the
-    one seen.
+    """Return the two-sided p of the exact sign-flip test.
 
-    Both halves' sums are listed and counted against each other, so that MOST_LISTED differences
-    cost 2^20 steps and not 2^40. Of more differences DRAWN patterns are drawn, the same ones at
-    each call, and the one seen is counted as one more, so that p is never too small.
+    It is the share of all 2^n patterns of signs whose sum is at least as far from 0 as the observed
+    sum. For more than MOST_LISTED differences, DRAWN patterns are drawn, the same ones at each
+    call; the observed one is counted as one more, so that p is never too small.
+
+    `scipy.stats.permutation_test` lists all 2^n patterns one by one: 20 differences take it 20 s
+    in place of 1 ms, and each one more doubles that. It also misses equal sums near 0.
+
+    Args:
+        differences: One number for each attack, at least one.
     """
     n = len(differences)
     if not n:
         raise ValueError("a test needs at least one difference")
-    # Sums in another order are equal sums
+
+    # Equal sums differ by rounding if they are added in another order.
     seen = abs(math.fsum(differences)) - 1e-12 * math.fsum(map(abs, differences))
+
     if n > MOST_LISTED:
         generator = np.random.default_rng(0)
         sums = [
@@ -258,6 +310,9 @@ def sign_flip(differences: Sequence[float]) -> float:
             for _ in range(DRAWN // 1000)
         ]
         return (1 + int((abs(np.concatenate(sums)) >= seen).sum())) / (1 + DRAWN)
+
+    # The sums of both halves are listed, 2^20 of each for 40 differences. For each sum on the left,
+    # those on the right that make the whole large enough are counted by their place in the order.
     left, right = _signed_sums(differences[: n // 2]), np.sort(_signed_sums(differences[n // 2 :]))
     above = len(right) - np.searchsorted(right, seen - left, side="left")
     below = np.searchsorted(right, -seen - left, side="right")
@@ -265,6 +320,7 @@ def sign_flip(differences: Sequence[float]) -> float:
 
 
 def _signed_sums(numbers: Sequence[float]) -> np.ndarray:
+    """List the sums of all patterns of signs: n numbers -> float64 (2^n,)."""
     sums = np.zeros(1)
     for number in numbers:
         sums = np.concatenate([sums + number, sums - number])
@@ -272,7 +328,9 @@ def _signed_sums(numbers: Sequence[float]) -> np.ndarray:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's step-down correction, in the order given."""
+    """Correct p values for how many there are, in the order given (Holm, 1979)."""
+    # The smallest p is multiplied by their number, the next by one less; none may fall below the
+    # one before it.
     corrected, highest = [0.0] * len(ps), 0.0
     for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         highest = max(highest, min(1.0, (len(ps) - rank) * ps[index]))
@@ -281,16 +339,19 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def fewest_attacks(comparisons: int) -> int:
-    """How many attacks it takes before the smallest possible p, after Holm, can be 0.05 or less: 6
-    for one comparison."""
+    """How many attacks it takes until p, after Holm, can be 0.05 or less: 6 for one comparison."""
+    # The smallest possible p of n attacks is 2 / 2^n.
     return math.ceil(math.log2(2 * max(1, comparisons) / SIGNIFICANT))
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
-    """What the comparisons of one data set allow to say, in a sentence or two; "" without any."""
+    """Say in a sentence or two what the comparisons of one data set show; "" without any."""
     if not comparisons:
         return ""
+
     attacks, needed = max(c.attacks for c in comparisons), fewest_attacks(len(comparisons))
+
+    # Too few attacks: no p could be small enough, so nothing is concluded.
     if attacks < needed:
         why = (
             "Fewer than six attacks cannot show significance"
@@ -302,6 +363,7 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
             f"{why}: with {attacks} the smallest p that an exact sign-flip test can give is"
             f" {2 / 2**attacks:.3g}, {smallest:.3g} after Holm."
         )
+
     shown = [c.defense for c in comparisons if c.holm <= SIGNIFICANT]
     drawn = (
         f" p from {DRAWN:,} random sign flips, as all of {attacks} attacks are too many to list."

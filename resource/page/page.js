@@ -144,9 +144,9 @@ function filter() {
   let total = 0;
   for (const row of document.querySelectorAll("#means tbody tr, #runs tbody tr")) {
     const text = [row.textContent, ...[...row.cells].map((cell) => cell.title), ...selects.map((s) => row.dataset[s.name])].join(" ").toLowerCase();
-    const hole = row.classList.contains("hole");
+    const notRun = row.classList.contains("not-run");
     const fits = words.every((word) => text.includes(word)) && selects.every((s) => !s.value || row.dataset[s.name] === s.value);
-    row.hidden = !fits || (hole && !byId("holes").checked);
+    row.hidden = !fits || (notRun && !byId("not-run").checked);
     if (row.dataset.cell !== undefined) {
       total += 1;
       if (!row.hidden) shown.add(Number(row.dataset.cell));
