@@ -775,16 +775,19 @@ def test_what_is_no_file_is_not_waited_for(small: Record, tmp_path: Path) -> Non
         reading.read_json(folder)
 
 
-def test_a_record_of_schema_1_is_read(small: Record, tmp_path: Path) -> None:
-    """Before schema 2 there was no checksum in record.json; a file that has one is checked whatever
-    its schema says."""
+def test_a_record_without_its_own_checksum_is_refused(small: Record, tmp_path: Path) -> None:
+    """Whatever its schema says; and one of another schema, whatever its checksum."""
     path = helpers.copy(small, tmp_path).folder / "record.json"
     info = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
-    path.write_text(json.dumps({**info, "schema": 1}))
-    assert Record.load("small", tmp_path).info["seed"] == 0
-    path.write_text(json.dumps(info))
-    with pytest.raises(UserError, match=r"record\.json: damaged"):
+    for schema in (1, 2):
+        path.write_text(json.dumps({**info, "schema": schema}))
+        with pytest.raises(UserError, match=r"record\.json: damaged file \(no 'checksum'\)"):
+            Record.load("small", tmp_path)
+    writing.write_sealed(path, {**info, "schema": 1})
+    with pytest.raises(UserError, match="schema 1, but this version reads schema 2"):
         Record.load("small", tmp_path)
+    writing.write_sealed(path, info)
+    assert Record.load("small", tmp_path).info["seed"] == 0, "the same fields, sealed"
     path.write_text(json.dumps({**info, "schema": 1, "checksum": "0" * 64}))
     with pytest.raises(UserError, match="does not match its own checksum"):
         Record.load("small", tmp_path)

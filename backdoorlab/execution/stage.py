@@ -90,7 +90,7 @@ def open_stage(
             }
         else:
             refuse_foreign(path, marker.name)
-            for entry in folders.entries(path):
+            for entry in list(path.iterdir()):
                 folders.remove(entry)
         writing.write_json(marker, {**settings, **made, **replaces})
         try:
@@ -117,7 +117,7 @@ def _worthless(stage: Path, done: str) -> bool:
     """Whether a stage that nobody holds is ours and will never be continued: it holds no
     checkpoint, or its run is finished."""
     names = {entry.name for entry in stage.iterdir()}
-    ours = "run.json" in names or names <= {locks.HOLDER}
+    ours = "run.json" in names or not names
     finished = stage.with_name(stage.name.removesuffix(".partial")) / done
     return ours and (
         not _begun(stage) or (finished.exists() and not _is_to_replace(stage, finished))
