@@ -388,7 +388,7 @@ def test_an_attack_without_a_training_set(digits: Dataset, tmp_path: Path, capsy
     folder = bench(tmp_path / "X", digits, attack="blind")
     change(folder, lambda content: content.update(bd_train=None))
     assert bring(folder) == 0
-    assert "left no poisoned training set" in capsys.readouterr().err
+    assert "stored no poisoned training set" in capsys.readouterr().err
     assert main(["defense", "dau", "--result_file", "got"]) == 2
     assert "was imported without its training set, which this defense needs" in complaint(
         capsys.readouterr().err

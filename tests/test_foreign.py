@@ -679,7 +679,7 @@ def test_weights_that_are_none_are_one_line(mistake: str, tmp_path: Path, capsys
         (["--crop_padding", "-1"], "crop_padding must be >= 0"),
         (
             ["--target_label", "1"],
-            "--target_label says where --triggered_path FOLDER leads, and there is none",
+            "--target_label N is the target of the images in --triggered_path FOLDER, which is",
         ),
         (
             ["--triggered_path", "/no/such/folder"],
@@ -689,7 +689,7 @@ def test_weights_that_are_none_are_one_line(mistake: str, tmp_path: Path, capsys
             ["--triggered_path", "{triggered}"],
             (
                 "--triggered_path needs --target_label N, the class that the trigger is to lead to."
-                " The model takes"
+                " The model classifies"
             ),
         ),
         (
