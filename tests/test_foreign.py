@@ -145,7 +145,7 @@ def test_weights_that_are_no_numbers_are_refused(
     torch.save(found, disk / "lost.pt")
     assert bring(disk, "lost", weights="lost.pt") == 2
     assert (
-        "lost.pt: conv1.weight holds NaN or infinity" in complaint(capsys.readouterr().err)
+        "lost.pt: conv1.weight contains NaN or infinity" in complaint(capsys.readouterr().err)
         and not (tmp_path / "record" / "lost").exists()
     )
 

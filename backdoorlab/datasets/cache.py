@@ -50,6 +50,8 @@ def write_cache(folder: Path, name: str, arrays: Arrays) -> None:
         # Processes that were killed while writing leave their stages.
         if folder.parent.is_dir():
             sweep(folder.parent, _ours)
+
+        # Locked, so that the sweep of another process leaves it alone.
         with locked(stage):
             try:
                 final = stage / "final"
@@ -109,6 +111,7 @@ def read_cache(folder: Path, name: str) -> Dataset:
     meta = read_meta(folder / "meta.json")
     try:
         files = [folder / f"{array_name}.npy" for array_name in ARRAY_NAMES]
+        # Labels are small, and are loaded whole.
         labels = [torch.from_numpy(np.load(file)) for file in files[1::2]]
         train, test = (
             Split(mapped(file), rows, file) for file, rows in zip(files[::2], labels, strict=True)

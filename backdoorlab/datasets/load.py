@@ -103,6 +103,7 @@ def find(
     Raises:
         UserError: no data set at hand has this fingerprint.
     """
+    # By content: the cache may have it under another name.
     for meta in sorted(cache_root().glob("*/meta.json")):
         if read_meta(meta).get("fingerprint") == wanted:
             return read_cache(meta.parent, name)
@@ -128,6 +129,7 @@ def load_trusted(
         image_size: side in pixels to resize to; None keeps the size.
         flag: name of the option that gave the path, for errors.
     """
+    # As many channels as the data set has.
     root, grey = Path(path), dataset.image_shape[0] == 1
     if not root.is_dir():
         raise UserError(
@@ -146,6 +148,8 @@ def load_trusted(
             f"{flag} {path}: expected images of {dataset.image_shape} (channels, height, width),"
             f" found {images.shape[1:]}"
         )
+
+    # Numbers in shards may be those of other classes.
     if labels.max() >= dataset.num_classes:
         raise UserError(
             f"{flag} {path}: {dataset.name} has {dataset.num_classes} classes, found label"
@@ -178,6 +182,7 @@ def train_files(path: str) -> list[str] | None:
 
     None where `load` reads no image files.
     """
+    # The same decision as in `folder_reader`.
     train = Path(path) / "train"
     if not train.is_dir() or any(parquet_files(Path(path))):
         return None

@@ -94,6 +94,7 @@ def source_key(path: Path) -> str:
     digest = hashlib.sha256()
     for file in _source_files(path):
         try:
+            # The name, too: it says the class or the split.
             digest.update(str(file.relative_to(path)).encode())
         except UnicodeEncodeError as error:
             raise UserError(

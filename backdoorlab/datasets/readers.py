@@ -36,6 +36,7 @@ def digits(image_size: int, channels: int) -> Arrays:
     )
     images = large.round().clamp(0, 255).to(torch.uint8).repeat(1, channels, 1, 1).numpy()
 
+    # rank_in_class: how many images of the same class stand before this one.
     labels = bunch.target.astype(np.int64)
     rank_in_class = (labels[:, None] == np.arange(10)).cumsum(0)[np.arange(len(labels)), labels]
     test = rank_in_class % 5 == 0
@@ -130,6 +131,7 @@ def _gtsrb(root: str, split: str, download: bool) -> Any:
     if download:
         address, md5 = GTSRB
         download_and_extract_archive(address, download_root=str(folder), md5=md5)
+    # An interrupted download or unpacking leaves fewer.
     found = ImageFolder(str(images)) if images.is_dir() else ()
     if len(found) != GTSRB_SIZE:
         raise RuntimeError(f"{images}: expected {GTSRB_SIZE:,} images, found {len(found):,}")
@@ -189,6 +191,7 @@ def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
         )
 
     parts = [read_shards(files, path, image_size, grey) for files in (train, test)]
+    # The classes are those of the training set.
     strange = sorted(set(parts[1][1].tolist()) - set(parts[0][1].tolist()))
     if strange:
         raise UserError(
@@ -217,6 +220,7 @@ def read_shards(
     encoded: list[bytes] = []
     labels: list[int] = []
     for file in files:
+        # The schema alone tells whether the columns are there, before data are read.
         try:
             schema = pq.read_schema(file)
             image_column = _column(file, schema.names, ("img", "image"))
@@ -263,6 +267,7 @@ def _image_folder(path: Path, image_size: int | None, grey: bool | None) -> Arra
         )
 
     parts = [class_images(folder, classes, image_size, grey) for folder in (path / "train", test)]
+    # A class without images would still be an output of the network.
     bare = sorted(set(range(len(classes))) - set(parts[0][1].tolist()))
     if bare:
         raise UserError(

@@ -151,12 +151,14 @@ def _result(folder: Path, file: Path) -> Mapping[str, Any]:
             f"{file}: expected a dict with {', '.join(KEYS)}, found {type(found).__name__}"
         )
 
+    # Version 1 has the images themselves under "x".
     parts = [found.get(part) for part in ("bd_train", "bd_test")]
     if any("x" in part for part in parts if isinstance(part, dict)):
         raise UserError(
             f"{file}: a record of BackdoorBench v1 (images in lists), expected v2 (images in"
             " files): make it again with v2, or with attack/"
         )
+
     missing = [key for key in KEYS if key not in found]
     if missing:
         raise UserError(f"{file}: not a BackdoorBench v2 record: no {', '.join(missing)} in it")
@@ -195,6 +197,7 @@ def fits(
                 f"the record was made on {size:,} {word} images, {where} has {len(labels):,}: pass"
                 " the --dataset_path that it was made on"
             )
+
         wrong = int((labels[poison.index] != poison.original_labels).sum())
         if wrong:
             raise UserError(
@@ -234,6 +237,7 @@ def write(
         test_size: images of the test set.
         settings: plain values for info.pickle.
     """
+    # Its scripts read img_size as (height, width, channels), and paths from their own folder.
     channels, height, width = image_shape
     value = {
         "model_name": model_name,
@@ -258,6 +262,7 @@ def write(
     # The format has no kinds: ours are kept beside the settings, for `_stated`.
     stated = {} if train is None else {STATED: train.index[train.kind == CROSS].tolist()}
     writing.write_bytes(folder / INFO, pickles.dump({**settings, **stated}))
+
     if train is not None:
         writing.write_bytes(folder / INDEX, pickles.dump(_indicator(train, train_size)))
 
@@ -307,6 +312,7 @@ def _split(
             " left out"
         )
 
+    # Labels in two rows: that of the attack, and the true one.
     images = torch.empty(len(index), *shape, dtype=torch.uint8)
     labels = torch.empty(2, len(index), dtype=torch.int64)
     for row, i in enumerate(index.tolist()):
@@ -328,6 +334,7 @@ def _marked(
         _row(found, "poison_indicator", where),
         _row(found, "original_index_array", where),
     )
+    # One mark for each image of the clean split.
     size = len(marks)
     if not np.isin(marks, (0, 1)).all():
         raise UserError(f"{where}: poison_indicator must be a row of 0 and 1")
@@ -335,6 +342,7 @@ def _marked(
 
     if positions.dtype.kind not in "iu" or ((positions < 0) | (positions >= size)).any():
         raise UserError(f"{where}: original_index_array must hold positions in 0..{size - 1}")
+    # A test set may be a part, such as the images of other classes than the target.
     if part == "bd_train" and not np.array_equal(np.sort(positions), np.arange(size)):
         raise UserError(
             f"{where}: only {len(np.unique(positions)):,} of {size:,} training images are in it: a"
@@ -351,6 +359,7 @@ def _entries(found: Mapping[str, Any], index: np.ndarray, size: int, where: str)
         raise UserError(f"{where}: expected bd_data_container with a data_dict in it")
 
     keys = {_whole(key, f"{where}: an index of data_dict", 0, size - 1): key for key in stored}
+
     lost = [i for i in index.tolist() if i not in keys]
     if lost:
         raise UserError(
@@ -424,6 +433,7 @@ def _entry(
 
 def _anchored(folder: Path, stored: str, where: str) -> Path:
     """Return the file in the record's own folder for a stored path: its last three parts."""
+    # Paths of Windows are read everywhere.
     parts = stored.replace("\\", "/").split("/")[-3:]
     path = folder.joinpath(*parts)
     if len(parts) < 3 or any(part in ("", ".", "..") or "\0" in part for part in parts):
@@ -444,6 +454,7 @@ def _read_png(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     channels, height, width = shape
     if not path.is_file():
         raise UserError(f"{path}: missing, but {RESULT} names it: copy the whole record")
+    # More than 8 bytes a pixel is no PNG of this size.
     if path.stat().st_size > SMALL_FILE + 8 * height * width:
         raise UserError(
             f"{path}: refused: {path.stat().st_size:,} bytes are too many for a PNG of"
@@ -490,6 +501,7 @@ def _stated(poison: Poison, info: Mapping[str, Any], file: Path) -> Poison | Non
             f"{file}: {STATED} names image {int(wrong[0])}, which is not marked, or does not keep"
             " its label"
         )
+
     return replace(
         poison, kind=torch.where(torch.isin(poison.index, found), CROSS, POISON).to(torch.uint8)
     )
@@ -518,6 +530,7 @@ def _with_kinds(
     of_target = (
         kept & (poison.original_labels == targets) if len(targets) == 1 else torch.zeros_like(kept)
     )
+    # No changed label: clean-label, where keeping the label says nothing.
     cross = kept & ~of_target if len(targets) else torch.zeros_like(kept)
     if attack not in (*DYNAMIC, *COVERED) and not cross.any():
         return poison
@@ -541,6 +554,7 @@ def _with_kinds(
                 f"{undecided} marked training images of the target class keep their label: counted"
                 " as cross, though some may be poison"
             )
+
     return replace(poison, kind=torch.where(cross, CROSS, POISON).to(torch.uint8))
 
 
@@ -609,6 +623,7 @@ def _image_shape(file: Path, found: Any) -> tuple[int, int, int]:
         raise UserError(
             f"{file}: img_size must be (height, width, channels), found {str(found)[:60]}"
         )
+    # Larger images than these are not what this library is for, and claims of them are refused.
     height, width, channels = (_whole(side, f"{file}: img_size", 1, 4096) for side in found)
     if channels not in (1, 3) or height != width:
         raise UserError(

@@ -47,6 +47,7 @@ def export_record(options: Export) -> int:
     root = record_root(options.record_root)
     if options.name is None:
         raise UserError("NAME is missing: which record to export")
+    # Exactly one of the two formats.
     if (options.to is None) == (options.weights is None):
         raise UserError(
             "say what to export: --weights FILE.safetensors, or --to backdoorbench NAME PATH"
@@ -57,6 +58,7 @@ def export_record(options: Export) -> int:
         if options.path is not None:
             raise UserError(f"{options.path}: --weights FILE takes no further path")
         return _export_weights(record, Path(options.weights), options)
+
     if options.path is None:
         raise UserError("--to backdoorbench NAME PATH is missing its PATH: the folder to write")
     if options.defense is not None:
@@ -68,6 +70,7 @@ def export_record(options: Export) -> int:
 
 def _export_weights(record: Record, path: Path, options: Export) -> int:
     """Write a model's weights, and print how to load them."""
+    # By its suffix, `import` and other programs know what the file is.
     if path.suffix != ".safetensors" or not path.parent.is_dir():
         raise UserError(
             f"--weights {path}: expected a file that ends in .safetensors, in a folder that exists"
@@ -77,6 +80,7 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
             f"{path} exists: choose another name, or pass --overwrite True to replace it"
         )
 
+    # The record's own model, or that after a defense, each with its scores.
     model, scores, precision = record.model(), record.info["scores"], record.info.get("precision")
     if options.defense is not None:
         folder = _run_folder(record, options.defense, options.run_name)
@@ -139,6 +143,8 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
     dataset = record.info["dataset"]
     channels, height, width = dataset["image_shape"]
     backdoorbench.refuse_foreign_shapes(dataset["name"], height, width)
+
+    # Imported triggered images are only numbered: their positions belong to other images.
     clean, triggered = record.dataset().test, record.test_poison.of_kind(POISON)
     if not torch.equal(clean.labels[triggered.index], triggered.original_labels):
         raise UserError(
@@ -147,6 +153,7 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
             " can be exported"
         )
 
+    # Nothing that is not ours is deleted with an older export.
     refuse_existing(path, backdoorbench.RESULT, options.overwrite)
     strange = backdoorbench.foreign_file(path)
     if strange is not None:  # such as results of BackdoorBench's own defenses
@@ -180,6 +187,7 @@ def _settings(record: Record, name: str) -> dict[str, Any]:
     """Return the settings of a record as BackdoorBench's scripts store them in info.pickle."""
     dataset, architecture = record.info["dataset"], record.info["architecture"]
     channels, height, width = dataset["image_shape"]
+
     settings = {
         "attack": record.info["attack"],
         "dataset": dataset["name"],
@@ -234,6 +242,7 @@ def _misfits(record: Record, path: Path) -> list[str]:
             " there, its weights cannot"
         )
 
+    # Compared as they are printed.
     mean, std = ([round(x, 6) for x in architecture[key]] for key in ("mean", "std"))
     usual = published(name)
     if [list(usual.get("mean", ())), list(usual.get("std", ()))] != [mean, std]:

@@ -75,6 +75,7 @@ def push(
         The commit.
     """
     _check_repository(repo)
+    # What does not verify here would be refused by everybody who pulls it.
     found = verify(name, root)
     if found.wrong:
         raise UserError(found.wrong[0])
@@ -130,7 +131,9 @@ def pull(source: str, name: str, root: Path, api: Any, *, overwrite: bool = Fals
     repo, _, revision = source.partition("@")
     _check_repository(repo)
     check_name(name)
+
     target = root / name
+    # Before the download, and again under the lock.
     refuse_existing(target, "record.json", overwrite)
     stage = root / f"{name}.partial"
     with locks.locked(stage):
@@ -231,15 +234,9 @@ def _download(
         for name, entry in manifest.items():
             reading.check_entry(final / folder, name, entry)
 
-        total, free = (
-            sum(entry["size"] for entry in manifest.values()),
-            shutil.disk_usage(final).free,
-        )
-        if total > free:
-            raise UserError(
-                f"{repo}@{commit} needs {total >> 20} MiB, but there are {free >> 20} MiB free here"
-            )
+        _refuse_too_large(manifest, final, f"{repo}@{commit}")
 
+        # A size in the repository that is not the manifest's is refused before it is downloaded.
         for name, entry in manifest.items():
             path = f"{folder}{name}"
             yield path
@@ -255,6 +252,16 @@ def _download(
         path for path in sizes if RESULT.fullmatch(path) and ".partial/" not in path
     ):
         yield from fetch_listed(path.removesuffix("result.json"), fetch_manifest(path))
+
+
+def _refuse_too_large(manifest: Mapping[str, Any], folder: Path, source: str) -> None:
+    """Raise a UserError if the files of a manifest do not fit on the disk of a folder."""
+    total = sum(entry["size"] for entry in manifest.values())
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise UserError(
+            f"{source} needs {total >> 20} MiB, but there are {free >> 20} MiB free here"
+        )
 
 
 def _record_files(record: Record) -> list[str]:

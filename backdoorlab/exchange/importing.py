@@ -14,7 +14,7 @@ import torch
 from tyro.conf import Positional, arg
 
 from .. import models
-from ..data import Dataset, Split
+from ..data import Dataset
 from ..datasets import cache
 from ..datasets.load import find as find_dataset
 from ..datasets.load import load as load_dataset
@@ -119,6 +119,7 @@ def import_record(options: Import) -> int:
     if not options.save_folder_name:
         raise UserError("--save_folder_name NAME is missing: the record will be record/NAME")
     check_name(options.save_folder_name)
+    # Here, and not by the parser, so that calls from Python are checked, too.
     for name, least in (("image_size", 1), ("crop_padding", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -195,6 +196,7 @@ def _dataset_of(contents: backdoorbench.Contents, options: Import) -> Dataset:
     """Find the data set of a BackdoorBench record; one that does not fit is a UserError."""
     channels, height, _ = contents.image_shape
     name = options.dataset or contents.data_name
+    # A path settles which data are meant; a name alone is looked up in the cache first.
     dataset = None if options.dataset_path else _cached(name, contents)
     if dataset is None:
         dataset = load_dataset(name, options.dataset_path, image_size=height, grey=channels == 1)
@@ -242,24 +244,21 @@ def _from_weights(options: Import, device: torch.device) -> Found:
     """Read a model of unknown history, and match it with its data set and its network."""
     path = _own_weights(options)
     weights, meta = read_weights(path)
+
+    # Exports of ours state their network and normalisation.
     described = meta.get("architecture")
     described = described if isinstance(described, dict) else {}
     architecture = _architecture(options, described, path)
+
     name = options.dataset or Path(options.dataset_path or "").resolve().name
     image_size, grey = options.image_size, options.grey
     dataset = load_dataset(name, options.dataset_path, image_size=image_size, grey=grey)
 
-    # What the user says comes first, then what the file says, then what fits best.
-    stems: list[models.Stem] = ["stock", "small"]
-    if options.stem:
-        stems = [options.stem]
-    elif "stem" in described:
-        stems = [described["stem"]]
     model, built, tried = fit(
         weights,
         architecture,
         dataset,
-        stems=stems,
+        stems=_stems(options, described),
         normalisations=_given(options, dataset)
         or _kept(described, dataset.image_shape[0])
         or _published(name, dataset),
@@ -271,22 +270,19 @@ def _from_weights(options: Import, device: torch.device) -> Found:
         *([tried] if tried else []),
     ]
 
+    # Without triggered images there is no ASR, and the rest of the scores is the same.
     triggered = no_poison(dataset.test)
     if options.triggered_path is not None:
-
-        def answers(split: Split) -> torch.Tensor:
-            return predict(model, split, device)
-
         triggered, said = triggered_images(
-            options.triggered_path, options.target_label, dataset, image_size, answers
+            options.triggered_path,
+            options.target_label,
+            dataset,
+            image_size,
+            lambda split: predict(model, split, device),
         )
-        notes += [
-            (
-                "ASR is measured on images given with --triggered_path, for class"
-                f" {options.target_label}"
-            ),
-            *said,
-        ]
+        target = options.target_label
+        measured = f"ASR is measured on images given with --triggered_path, for class {target}"
+        notes += [measured, *said]
 
     return Found(
         attack="unknown",
@@ -307,11 +303,14 @@ def _from_weights(options: Import, device: torch.device) -> Found:
 
 def _own_weights(options: Import) -> Path:
     """Return the file of a user's own model; a UserError where options are missing or unfit."""
+    # A path without --from is most likely a forgotten --from.
     if options.path is not None:
         raise UserError(
             f"{options.path}: say what it is, --from backdoorbench; a model of your own is"
             " --weights FILE"
         )
+
+    # Without a model there is still a way to get one: the message is the command.
     if options.weights is None:
         name = options.dataset or (
             Path(options.dataset_path).name if options.dataset_path else "NAME"
@@ -322,6 +321,7 @@ def _own_weights(options: Import) -> Path:
             f" {name} --dataset_path {options.dataset_path or 'FOLDER'} --save_folder_name"
             f" {options.save_folder_name}"
         )
+
     if options.dataset is None and options.dataset_path is None:
         raise UserError(
             "--dataset_path FOLDER is missing: images of the model's classes, train/<class>/*.png"
@@ -333,6 +333,13 @@ def _own_weights(options: Import) -> Path:
             " missing"
         )
     return Path(options.weights)
+
+
+def _stems(options: Import, described: Mapping[str, Any]) -> list[models.Stem]:
+    """Return the candidates: as the user says, else as the file says, else both."""
+    if options.stem:
+        return [options.stem]
+    return [described["stem"]] if "stem" in described else ["stock", "small"]
 
 
 def _architecture(options: Import, described: Mapping[str, Any], path: Path) -> str:
@@ -350,9 +357,12 @@ def _architecture(options: Import, described: Mapping[str, Any], path: Path) -> 
 
 def _fill(final: Path, found: Found, options: Import, device: torch.device) -> None:
     """Score the model, and write the record into the staged folder `final`."""
+    # The settings of the attack are unknown, except for how images were augmented.
     dataset, test = found.dataset, found.test
     config = _augmentation(options, found.source.get("settings", {}), published(dataset.name))
     scores = Evaluator(dataset.test, test, dataset.num_classes, device)(found.model.to(device))
+
+    # Mostly a mistake of the user, which no other check can see.
     notes = list(found.notes)
     if scores.clean_accuracy < 2 / dataset.num_classes:
         notes.append(
@@ -390,6 +400,7 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
         # Which clean images the triggered ones were is unknown: no pairs can be shown.
         save_preview(final / "preview.png", test.triggered(), no_poison(dataset.test))
     write_record(final, info, found.model, found.train, test)
+    # What cannot be read back must not get its name.
     refuse_unreadable(final, read_folder)
 
 

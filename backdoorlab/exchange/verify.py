@@ -36,6 +36,7 @@ def verify(name: str, root: Path) -> Finding:
 
 def verify_record(record: Record) -> Finding:
     """Verify a record that is loaded, of which only weights and results are still unverified."""
+    # record.json is not in its own manifest.
     count, wrong = 1 + len(record.info["files"]), []
     shapes = record.model_shapes()
 
@@ -70,6 +71,7 @@ def _verify_result(folder: Path, model: Shapes, train_size: int) -> int:
     Raises:
         UserError: one of them is missing or damaged.
     """
+    # A run is finished by its result.json: other files alone are what is left of one.
     if not (folder / "result.json").is_file():
         raise UserError(
             f"{folder / 'result.json'}: missing, so the run beside it counts as not done. Restore"

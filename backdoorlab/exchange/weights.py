@@ -144,15 +144,10 @@ def fit(
     Raises:
         UserError: the weights are not finite, or those of another network.
     """
-    lost = next((name for name, values in weights.items() if not values.isfinite().all()), None)
-    if lost is not None:
-        raise UserError(
-            f"{source}: {lost} holds NaN or infinity, so that the model answers nothing: its"
-            " training diverged, or the file is damaged"
-        )
+    _refuse_infinite(weights, source)
 
-    step = max(1, len(dataset.train) // LOOK_AT)
-    sample = dataset.train.subset(torch.arange(0, len(dataset.train), step)[:LOOK_AT])
+    sample = _sample(dataset.train)
+    # A stem is only a question for timm's networks on small images.
     own = architecture in models.OWN
     one_stem = own or dataset.image_shape[1] > models.SMALL
     width = _width(weights) if own else None
@@ -167,6 +162,7 @@ def fit(
         if problem:
             problems.append(problem)
             continue
+
         for word, one in described.items():
             model = _build(one, dataset.image_shape, dataset.num_classes)
             # Compared by `_misfit`: only the counters of batch normalisation may be absent.
@@ -176,16 +172,36 @@ def fit(
             found.append(Candidate(right, stem, word, model, one))
 
     if not found:
-        stranger = (
-            "; timm's names are expected, and of torchvision's networks only ResNets have them"
-        )
-        raise UserError(
-            f"{source}: not the weights of {architecture} for {dataset.num_classes} classes and"
-            f" images of {dataset.image_shape[0]} channels ({problems[0]}): check --architecture,"
-            f" and that the data are those of the model{'' if own else stranger}"
-        )
+        raise _not_its_weights(architecture, dataset, problems[0], source)
     best = max(found, key=lambda candidate: candidate.right)
     return best.model, best.architecture, _choice(best, found, len(sample))
+
+
+def _sample(train: Split) -> Split:
+    """Return about LOOK_AT training images, by which candidates are compared."""
+    # Evenly spaced, so that all classes are there even if the images are sorted by class.
+    step = max(1, len(train) // LOOK_AT)
+    return train.subset(torch.arange(0, len(train), step)[:LOOK_AT])
+
+
+def _refuse_infinite(weights: Mapping[str, Tensor], source: Path) -> None:
+    """Raise a UserError if weights are not finite."""
+    lost = next((name for name, values in weights.items() if not values.isfinite().all()), None)
+    if lost is not None:
+        raise UserError(
+            f"{source}: {lost} contains NaN or infinity, so that the model predicts nothing: its"
+            " training diverged, or the file is damaged"
+        )
+
+
+def _not_its_weights(architecture: str, dataset: Dataset, problem: str, source: Path) -> UserError:
+    """Return the error for weights that fit a network in no stem."""
+    names = "; timm's names are expected, and of torchvision's networks only ResNets have them"
+    return UserError(
+        f"{source}: not the weights of {architecture} for {dataset.num_classes} classes and"
+        f" images of {dataset.image_shape[0]} channels ({problem}): check --architecture, and that"
+        f" the data are those of the model{'' if architecture in models.OWN else names}"
+    )
 
 
 def _misfit(
@@ -252,6 +268,26 @@ def triggered_images(
         raise _no_target(torch.bincount(guess(split), minlength=dataset.num_classes), dataset)
     check_target(target, dataset.num_classes)
 
+    counted, notes = _counted(split, target, len(dataset.test), path)
+    # Which test images these were is unknown: they are numbered.
+    kept = split.subset(counted)
+    labels = torch.full_like(kept.labels, target)
+    kind = torch.full((len(kept),), POISON, dtype=torch.uint8)
+    return Poison(torch.arange(len(kept)), kept.images, labels, kept.labels, kind), notes
+
+
+def _counted(split: Split, target: int, most: int, path: str) -> tuple[Tensor, list[str]]:
+    """Choose the triggered images by which ASR is measured.
+
+    Args:
+        split: all of them, with their true labels.
+        target: the target class.
+        most: largest number of them, that of the test images.
+        path: their folder, for errors.
+
+    Returns:
+        (positions int64 in the split, notes for the user).
+    """
     notes = []
     counted = (split.labels != target).nonzero().squeeze(1)
     if len(counted) < len(split):
@@ -265,27 +301,14 @@ def triggered_images(
             " no ASR can be measured"
         )
 
-    # A record is read as one of its data: it has no more triggered images than test images.
-    if len(counted) > len(dataset.test):
-        counted = counted[torch.linspace(0, len(counted) - 1, len(dataset.test)).long()]
+    # No record has more triggered images than test images.
+    if len(counted) > most:
+        counted = counted[torch.linspace(0, len(counted) - 1, most).long()]
         notes.append(
             f"only {len(counted)} of the triggered images are kept, evenly spaced: as many as there"
             " are test images"
         )
-
-    # Which test images these were is unknown: they are numbered.
-    kept = split.subset(counted)
-    labels = torch.full_like(kept.labels, target)
-    return (
-        Poison(
-            torch.arange(len(kept)),
-            kept.images,
-            labels,
-            kept.labels,
-            torch.full((len(kept),), POISON, dtype=torch.uint8),
-        ),
-        notes,
-    )
+    return counted, notes
 
 
 def _no_target(answers: Tensor, dataset: Dataset) -> UserError:
@@ -307,6 +330,7 @@ def describe(meta: Mapping[str, Any]) -> str:
     name = architecture["name"]
     mean, std = ([round(x, 6) for x in architecture[key]] for key in ("mean", "std"))
     normalise = f"normalise images in [0, 1] with mean {mean} and std {std}"
+    # Our own loader always works; others need timm's names, and the usual stem.
     whole = (
         "load it with backdoorlab.exchange.weights.load_exported(PATH), which takes images in"
         " [0, 1]"
@@ -368,6 +392,7 @@ def _stock(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
 
 def _width(weights: Mapping[str, Tensor]) -> int | None:
     """Return the width of one of our own networks: the channels of its first convolution."""
+    # Anything may be under this name: a width of None then fits no network.
     first = weights.get("conv1.weight")
     return len(first) if first is not None and first.dim() == 4 and len(first) else None
 
@@ -402,12 +427,15 @@ def _difference(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
     lost = [
         name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")
     ]
+
     extra = [name for name in weights if name not in wanted]
     other = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in wanted
         if name in weights and weights[name].shape != wanted[name].shape
     ]
+
+    # Two examples of each suffice: a wrong network has hundreds.
     parts = [
         f"{len(part)} {word}: {', '.join(part[:2])}{', ...' if len(part) > 2 else ''}"
         for word, part in (("missing", lost), ("unknown", extra), ("of another shape", other))

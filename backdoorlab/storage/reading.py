@@ -71,6 +71,7 @@ def one_line(path: Path) -> Iterator[None]:
         yield
     except (UserError, FileNotFoundError):
         raise
+    # Whoever made the file chooses what breaks: these are all that parsing and torch can raise.
     except (
         OSError,
         ValueError,
@@ -177,6 +178,7 @@ def check_file(folder: Path, name: str, entry: Any) -> None:
             " --overwrite"
         )
     with one_line(path), _opened(path) as stream:
+        # A huge file of another size is not hashed.
         _size(stream, entry)
         if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
             raise ValueError("its SHA-256 is not the one in the manifest")
@@ -208,6 +210,7 @@ def sha256(path: Path) -> str:
 
 def tensor_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
     """Return the SHA-256 over a text and the names, dtypes, shapes and bytes of CPU tensors."""
+    # Sorted, so that the order in the file does not count.
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -48,6 +48,8 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         "files",
     )
     _refuse_missing(path, info, required)
+
+    # Each of these must be an object before anything in it is looked at.
     dataset, architecture, config, scores = (
         _object(path, info, key) for key in ("dataset", "architecture", "config", "scores")
     )
@@ -78,8 +80,10 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
     }
     _refuse_unsound(path, sound | _dataset_soundness(dataset) | _common_soundness(info))
 
+    # A network is built by these, so their values are bounded before memory is taken.
     _check_network(path, architecture, dataset["image_shape"], info["num_classes"])
     _check_scores(path, scores)
+    # Training-controlled attacks may have the scores of an ordinary model besides.
     if info.get("plain_scores") is not None:
         plain = _object(path, info, "plain_scores")
         _check_scores(path, plain)
@@ -146,7 +150,7 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
     if "before" in result:
         _check_scores(path, _object(path, result, "before"))
 
-    # A method that reports no split has None there.
+    # A method that reports no split has None there; one of several stages has more than one.
     split = result["split"]
     sound = {
         "assumes": (
@@ -184,6 +188,7 @@ def poison_shapes(info: Mapping[str, Any], most: int | None) -> Check:
     image_shape = tuple(info["dataset"]["image_shape"])
 
     def check(shapes: Shapes) -> None:
+        # The index says how many images there are; the other columns must agree.
         rows = shapes["index"][1][0] if "index" in shapes and shapes["index"][1] else 0
         wanted = {
             "index": (torch.int64, (rows,)),
@@ -227,6 +232,7 @@ def _check_schema(path: Path, info: Mapping[str, Any]) -> None:
 
 
 def _refuse_missing(path: Path, info: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    # All of them in one message.
     missing = [key for key in keys if key not in info]
     if missing:
         raise damaged(path, f"no {', '.join(missing)}")
@@ -256,6 +262,7 @@ def _check_scores(path: Path, scores: Mapping[str, Any]) -> None:
 def _check_manifest(path: Path, info: Mapping[str, Any], required: tuple[str, ...]) -> None:
     manifest = _object(path, info, "files")
     _refuse_missing(path, manifest, required)
+    # Names first: a path out of the folder must never be opened.
     for name, entry in manifest.items():
         check_entry(path.parent, name, entry)
 
@@ -263,6 +270,7 @@ def _check_manifest(path: Path, info: Mapping[str, Any], required: tuple[str, ..
 def _common_soundness(info: Mapping[str, Any]) -> dict[str, bool]:
     """Return field -> whether it is sound or absent, for the optional fields that records and
     results share."""
+    # Counts of images, by which methods are compared; texts, which are printed.
     passes = info.get("image_passes")
     return {
         "image_passes": (

@@ -21,6 +21,7 @@ def staged(target: Path, done: str, overwrite: bool) -> Iterator[Path]:
         UserError: `target` exists and may not be replaced, another process writes it, or the disk
             refuses.
     """
+    # Before anything is made, and again under the lock.
     refuse_existing(target, done, overwrite)
     stage = target.with_name(f"{target.name}.partial")
     try:
@@ -52,7 +53,7 @@ def refuse_foreign(stage: Path, marker: str, other: str = "name") -> None:
 def _filled(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[Path]:
     """Lock the stage, yield its folder `final`, rename that to `target`, and delete the stage."""
     with locks.locked(stage):
-        refuse_existing(target, done, overwrite)  # again: it may be finished since
+        refuse_existing(target, done, overwrite)
         entries = list(stage.iterdir())
         if any(entry.name.startswith(("checkpoint-", "cached-")) for entry in entries):
             raise UserError(
@@ -61,6 +62,7 @@ def _filled(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[P
         refuse_foreign(stage, "run.json")
 
         try:
+            # What is left is that of a killed command: it is not continued.
             for entry in entries:
                 folders.remove(entry)
             writing.write_json(stage / "run.json", {"method": "staged", "config": {}})
