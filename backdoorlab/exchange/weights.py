@@ -69,7 +69,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as stream:
             ours = "backdoorlab" in (stream.metadata() or {})
-            tensors = {} if ours else {name: stream.get_tensor(name) for name in stream.keys()}
+            names = [] if ours else stream.keys()
+            tensors = {name: stream.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: not readable as safetensors ({str(error).splitlines()[0]}). Fetch it again"
