@@ -199,7 +199,7 @@ def absent(cells: Sequence[Cell], failed: Container[Cell]) -> list[layout.Missin
     return [one for one in dict.fromkeys(lost) if one not in done]
 
 
-# --- what is there
+# --- finished cells
 
 
 def look(cell: Cell, root: Path, other_code: bool = False) -> State:
@@ -318,7 +318,7 @@ def _seconds(found: Mapping[str, Any]) -> float | None:
     )
 
 
-# --- running what is not
+# --- running the others
 
 
 class Drive:
