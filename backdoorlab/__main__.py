@@ -300,7 +300,7 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   attack NAME --save_folder_name RECORD   run an attack (the same as python attack/NAME.py ...)
   defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
   table [RECORD ...] [--format FORMAT]    records and defenses side by side; --mean True: over seeds
-  bench --config GRID                     attacks x defenses x seeds: run what is missing, show means
+  bench --config GRID                     attacks x defenses x seeds: run what is missing
   report [RECORD ...] --html FILE         the same as an offline page; --figures DIR for papers
   import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH),
                                           or your own model (--weights FILE)

@@ -1,5 +1,4 @@
-"""BackdoorBench records, written here in that format's own layout; and what must not come in with
-them."""
+"""BackdoorBench records, written here in the format's own layout, and attacks by such files."""
 
 import io
 import pickle
@@ -60,7 +59,7 @@ def split(
     key: Any = np.int64,
     in_memory: bool = False,
 ) -> dict[str, Any]:
-    """bd_train or bd_test with its PNGs: `label_of(index, original)` is what the attacker says."""
+    """Make bd_train or bd_test with its PNGs; `label_of(index, original)` is the attack's label."""
     stored: dict[Any, Any] = {}
     for i in index:
         original = int(clean.labels[i])
@@ -114,7 +113,7 @@ def bench(
     info: Any = None,
     **options: Any,
 ) -> Path:
-    """A whole record: 144 poisoned training images, and 60 triggered test images."""
+    """Make a record of 144 poisoned training images and 60 triggered test images."""
     folder.mkdir(parents=True)
     test = [i for i in range(70) if int(digits.test.labels[i]) != TARGET][:60]
     content = {
@@ -145,14 +144,13 @@ def bench(
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Load a record's file, which this test wrote, without any care; change it and write it
-    back."""
+    """Load a file that this test wrote without safety checks, change it, and write it back."""
     content = torch.load(folder / "attack_result.pt", weights_only=False)
     torch.save(edit(content) or content, folder / "attack_result.pt")
 
 
 def named_as_numpy_1(file: Path) -> None:
-    """The same file as numpy 1 would have written it."""
+    """Rewrite a file as numpy 1 would have written it."""
     with zipfile.ZipFile(file) as archive:
         entries = [(name, archive.read(name)) for name in archive.namelist()]
     assert any(
@@ -271,7 +269,8 @@ def test_images_kept_in_memory_are_read_without_pillow(
 
 
 def of_the_first(index: int) -> bool:
-    """Among the first 30 % of a batch of 100; the last of 1,442 images are a batch of 42."""
+    """Return whether an index is among the first 30 % of its batch: 100 images, at the end of the
+    1,442 images 42."""
     return index % 100 < (12 if index >= 1400 else 30)
 
 
@@ -282,8 +281,8 @@ def kept_outside_of_the_first(index: int, original: int) -> int:
 def test_cross_images_are_told_from_poison(
     digits: Dataset, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Marked images 0, 10, ..., 1430; only those at the start of a batch are poison, some of them
-    of the target class."""
+    """Of the marked images 0, 10, ..., 1430 only those at the start of a batch are poison, some of
+    which are of the target class."""
     kinds, said = {}, {}
     for attack in ("wanet", "bpp", None):
         name = str(attack)
@@ -332,8 +331,7 @@ def test_a_static_attack_marks_only_poison(
 def test_only_one_of_two_data_sets_of_a_name_can_be_meant(
     digits: Dataset, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Of a record's labels and places alone nobody can tell a data set from the same one with other
-    pixels."""
+    """A record has no clean images, so two data sets with the same labels cannot be told apart."""
     from test_foreign import write_images
 
     for folder, images in (
@@ -388,7 +386,7 @@ def test_an_attack_without_a_training_set(digits: Dataset, tmp_path: Path, capsy
     folder = bench(tmp_path / "X", digits, attack="blind")
     change(folder, lambda content: content.update(bd_train=None))
     assert bring(folder) == 0
-    assert "left no poisoned training set" in capsys.readouterr().err
+    assert "stored no poisoned training set" in capsys.readouterr().err
     assert main(["defense", "dau", "--result_file", "got"]) == 2
     assert "was imported without its training set, which this defense needs" in complaint(
         capsys.readouterr().err
@@ -484,8 +482,7 @@ def test_what_goes_out_is_in_the_layout(tiny: Record, tmp_path: Path, capsys: Ca
 def test_cross_images_come_back_as_such_and_those_whom_the_attack_is_not_meant_for_stay_at_home(
     attack: str, own: tuple[str, ...], tmp_path: Path, capsys: Capture
 ) -> None:
-    """Also where BackdoorBench's attack of that name poisons the first images of a batch, and ours
-    are drawn."""
+    """BackdoorBench's attack of that name poisons the first images of a batch, ours random ones."""
     flags = (
         "--width",
         "64",
@@ -614,11 +611,11 @@ def test_an_imported_record_runs_under_every_defense(
         )
 
 
-# --- what must not come in
+# --- attacks by files
 
 
 class Payload:
-    """Touches a file where it is unpickled with no care."""
+    """Object that creates a file when it is unpickled without safety checks."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -686,7 +683,7 @@ def bare(value: Any, file: Path) -> None:
 
 
 def opened(file: Path) -> None:
-    """What a careless reader does."""
+    """Load a file without safety checks, as a control."""
     try:
         torch.load(file, weights_only=False)
     except Exception:
@@ -752,8 +749,8 @@ def test_a_payload_in_the_settings_does_not_run(
 
 
 def test_what_is_looked_at_is_what_is_read(tmp_path: Path) -> None:
-    """An archive has its directory at the end, where we look; torch looks at the beginning, where
-    another file could stand."""
+    """Our check finds an archive by its end, torch by its beginning, where another file could
+    be."""
     old, new = io.BytesIO(), io.BytesIO()
     torch.save({"a": torch.device("cpu")}, old, _use_new_zipfile_serialization=False)
     torch.save({"a": 1}, new)
@@ -811,7 +808,7 @@ def first_entry(content: dict[str, Any], part: str = "bd_train") -> dict[str, An
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG header that claims a size, over almost no data."""
+    """Make a PNG that claims a size, with almost no data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -930,7 +927,7 @@ def test_a_mistake_in_a_record_is_one_line(
 
 
 def test_the_undamaged_record_is_read(whole: Path) -> None:
-    """The control of the mistakes above."""
+    """Control of the mistakes above."""
     assert bring(whole) == 0
 
 

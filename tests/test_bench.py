@@ -1,4 +1,4 @@
-"""A grid is finished once and only once, whatever happens to those who work on it."""
+"""Bench: each cell of a grid is finished exactly once, whatever happens to drivers and commands."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ HAS_FORK = "fork" in multiprocessing.get_all_start_methods()
 
 @pytest.fixture
 def made(small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
-    """A record with DAU's result, for cells that only copy it."""
+    """Make a record with a result of DAU, which quick cells copy."""
     folder = tmp_path / "made" / "small"
     shutil.copytree(small.folder, folder)
     monkeypatch.setenv("QUICK_MADE", str(folder))
@@ -49,7 +49,8 @@ def made(small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reco
 
 
 def quick_cells(made: Record, records: int, runs: int) -> list[Cell]:
-    """`records` attacks with `runs` defenses each, whose commands take a fraction of a second."""
+    """Make `records` attacks with `runs` defenses each, whose commands take a fraction of a
+    second."""
     result = json.loads((made.folder / "defense" / "dau" / "seed0" / "result.json").read_text())
     plain: dict[str, Any] = dict(label="quick", path=QUICK)
     found = []
@@ -94,7 +95,7 @@ def states(cells: list[Cell], root: Path) -> dict[Cell, driver.State]:
 
 
 def work(cells: list[Cell], root: Path, jobs: int = 2) -> dict[Cell, str]:
-    """One driver, from what it finds to the end."""
+    """Run one driver to its end."""
     found = states(cells, root)
     missing = [cell for cell, state in found.items() if not state.done and not state.complaint]
     return Drive(missing, found, root, launchers.Local(jobs), Bench()).run()
@@ -145,7 +146,8 @@ def test_a_failing_cell_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Seed 1 fails: an attack, whose defenses cannot run, and one defense of every other record."""
+    """With seed 1 an attack fails, so that its defenses cannot run, and one defense of every other
+    record."""
     monkeypatch.setenv("QUICK_FAILS", "1")
     cells, root = quick_cells(made, 2, 3), tmp_path / "root"
     failed = work(cells, root)
@@ -165,7 +167,7 @@ def test_a_failing_cell_does_not_stop_the_others(
 def test_what_is_held_by_another_is_waited_for_and_not_repeated(
     made: Record, tmp_path: Path
 ) -> None:
-    """A driver was killed, its command runs on: it holds the lock, and is the only one that ever
+    """The command of a killed driver goes on: it keeps the lock, and is the only one that
     starts."""
     cells, root = quick_cells(made, 1, 0), tmp_path / "root"
     drive = Drive(cells, states(cells, root), root, launchers.Local(1), Bench())
@@ -185,8 +187,8 @@ def test_a_start_that_is_refused_waits_while_others_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As Slurm's `sbatch` does when it is slow to answer or a user has too many jobs. With nothing
-    running it is an error."""
+    """As by `sbatch` when it is slow, or a user has too many jobs. With nothing running it is an
+    error."""
     monkeypatch.setattr("backdoorlab.bench.driver.REFUSED", 0.1)
     cells, root = quick_cells(made, 3, 0), tmp_path / "root"
     drive = Drive(cells, states(cells, root), root, launchers.Local(3), Bench())
@@ -255,7 +257,7 @@ def test_an_interrupt_ends_the_commands_too(
 
 
 def drive_silently(cells: list[Cell], root: Path, jobs: int) -> None:
-    """A driver in a process of its own, without a word."""
+    """Run a driver without output, as a process of its own."""
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stderr(nowhere),
@@ -272,8 +274,10 @@ def kill_until_done(
     jobs: int = 2,
     after_kills: Callable[[], None] = lambda: None,
 ) -> int:
-    """Two drivers at all times, `kills` of them killed at random moments; then both may finish. How
-    many kills met a driver at work."""
+    """Run two drivers at all times, kill `kills` of them at random moments, then let both finish.
+
+    Returns the number of kills that met a driver at work.
+    """
     context, met = multiprocessing.get_context("fork"), 0
     rng = random.Random(0)
 
@@ -312,7 +316,7 @@ def test_killed_drivers_finish_each_cell_once(
     pause: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No cell is started twice, though its driver may be dead when it ends; none is lost."""
+    """No cell is started twice or lost, though its driver may be dead when it ends."""
     cells, root, held = (
         quick_cells(made, records, runs),
         tmp_path / "root",
@@ -334,8 +338,7 @@ def test_killed_drivers_finish_each_cell_once(
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not HAS_FORK, reason="drivers are forked")
 def test_killed_drivers_with_real_commands(tmp_path: Path, small_flags: tuple[str, ...]) -> None:
-    """60 real cells on images of a second's training, 40 kills: each finished once, each by an
-    ordinary command line."""
+    """Run 60 real cells of a second's training with 40 kills: each is finished once."""
     cells, root = real_cells(tmp_path, small_flags, seeds=12), tmp_path / "root"
     assert len(cells) == 60
     # A killed driver's command runs on beside its successor's
@@ -530,7 +533,7 @@ def test_the_estimate_is_what_alike_cells_took() -> None:
 
 
 def lay_out(cells: list[Cell], root: Path, made: Record) -> None:
-    """Finished records and results of a grid's own settings, without training."""
+    """Write finished records and results with a grid's settings, without training."""
     for cell in cells:
         source = made.folder if cell.kind == "attack" else made.folder / "defense" / "dau" / "seed0"
         shutil.copytree(source, cell.folder(root), ignore=shutil.ignore_patterns("defense"))
@@ -546,8 +549,8 @@ def lay_out(cells: list[Cell], root: Path, made: Record) -> None:
 
 
 def test_a_finished_grid_takes_seconds_and_runs_nothing(made: Record, tmp_path: Path) -> None:
-    """All 63 cells of the digits' grid, verified and shown by the command as a user types it: under
-    10 s of processor time."""
+    """The command verifies and shows all 63 cells of the digits' grid in under 10 s of processor
+    time."""
     root = tmp_path / "root"
     lay_out(grid.cells(grid.read("bench_digits")), root, made)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -573,7 +576,7 @@ def test_a_finished_grid_takes_seconds_and_runs_nothing(made: Record, tmp_path: 
 def test_the_command_from_nothing_to_a_table(
     tmp_path: Path, small_flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A record and a defense by real commands, then again, then with one more defense."""
+    """Run a record and a defense by real commands, then again, then with one more defense."""
     record = real_cells(tmp_path, small_flags, seeds=1)[0].record
     argv = [
         "bench",
@@ -611,8 +614,8 @@ def test_the_command_from_nothing_to_a_table(
 def test_the_page_shows_the_grid_and_nothing_else(
     made: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A damaged result that the grid does not ask for, and a whole one, beside a grid that is done;
-    the CSV holds the table alone."""
+    """Beside the grid's results are a damaged one and a sound one that it does not ask for. The CSV
+    contains the table only."""
     root = tmp_path / "root"
     path = tmp_path / "one.yaml"
     path.write_text(yaml.safe_dump({"attacks": ["badnet"], "defenses": ["dau"], "seeds": [0]}))

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import stat
 import sys
 import tempfile
@@ -573,31 +572,6 @@ def test_a_lock_holds_where_a_folders_is_known_on_one_machine_only(
     assert not list(tmp_path.iterdir()), (
         "with control: what nobody holds is swept, its lock file too"
     )
-
-
-def test_a_stage_in_which_an_older_version_works_is_held(tmp_path: Path) -> None:
-    """Older versions locked the folder itself; with control: once they have ended, it goes on or is
-    swept."""
-    fcntl = pytest.importorskip("fcntl")
-    stage = tmp_path / "x.partial"
-    stage.mkdir()
-    (stage / locks.HOLDER).write_text(f"{os.getpid()} {socket.gethostname()}")
-    old = os.open(stage, os.O_RDONLY)
-    fcntl.flock(old, fcntl.LOCK_EX)
-    folders.sweep(tmp_path, lambda _stage: True)
-    with (
-        pytest.raises(UserError, match=f"being written by process {os.getpid()} on "),
-        locks.locked(stage),
-    ):
-        pass
-    assert stage.is_dir()
-    os.close(old)
-    with locks.locked(stage):
-        assert locks.try_lock(stage) is None and not list(stage.iterdir())
-    stage.mkdir()
-    folders.sweep(tmp_path, lambda _stage: True)
-    folders.tidy(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_lock_files_that_a_kill_leaves_are_tidied(tmp_path: Path) -> None:

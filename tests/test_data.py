@@ -1,4 +1,4 @@
-"""From files to batches: every reader, the cache, and the one loop over a split."""
+"""Data: every reader, the cache, and batches."""
 
 import io
 import json
@@ -296,7 +296,8 @@ from backdoorlab.data import Augment, Split, batches, mapped
 from backdoorlab.poison import Poison
 
 def held():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+    status = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
 
 file, way = Path(sys.argv[1]), sys.argv[2]
 images, labels = mapped(file), torch.zeros(len(np.load(file, mmap_mode="r")), dtype=torch.int64)
@@ -309,7 +310,8 @@ for batch in batches(clean, 64, device=torch.device("cpu"), order=torch.arange(2
     pass
 before = held()
 received = poison.apply(clean)
-for batch in batches(received, 64, device=torch.device("cpu"), generator=generator, augment=Augment(4, True)):
+cpu, augment = torch.device("cpu"), Augment(4, True)
+for batch in batches(received, 64, device=cpu, generator=generator, augment=augment):
     pass
 print(held() - before)
 """
@@ -317,8 +319,8 @@ print(held() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_set_larger_than_the_memory_it_may_take_is_poisoned_and_read(tmp_path: Path) -> None:
-    """96 MB of images, of which 1 % are poisoned, and one shuffled pass: private memory may grow by
-    a quarter of that. Control: a resident copy."""
+    """Poison 1 % of 96 MB of images and make one shuffled pass: private memory may grow by a
+    quarter of their size. Control: a copy in memory."""
     file = tmp_path / "images.npy"
     np.save(file, np.random.default_rng(0).integers(0, 256, (8_000, 3, 64, 64), np.uint8))
     megabytes = file.stat().st_size / 2**20
@@ -459,7 +461,7 @@ def test_digits_are_split_by_class_and_without_overlap() -> None:
 
 
 def picture(value: int, size: tuple[int, int] = (12, 12), mode: str = "RGB") -> Image.Image:
-    """(width, height); a gradient that depends on `value`, different in each channel."""
+    """Make an image of `size` (width, height): a gradient by `value`, different in each channel."""
     rows, columns = np.mgrid[0 : size[1], 0 : size[0]]
     planes = [(value * 7 + k * 31 + rows * 3 + columns * 2) % 256 for k in range(3)]
     return Image.fromarray(np.stack(planes, -1).astype(np.uint8)).convert(mode)
@@ -499,7 +501,7 @@ def shards(
     test: str = "test",
     size: tuple[int, int] = (12, 12),
 ) -> Path:
-    """Shards in the hub's layout: train-00000-of-0000N.parquet ... with the labels 0, 1, 2 in
+    """Write shards in the hub's layout, train-00000-of-0000N.parquet, with the labels 0, 1, 2 in
     turn."""
     root.mkdir(parents=True, exist_ok=True)
     start = 0
@@ -516,8 +518,8 @@ def shards(
 
 
 def test_gtsrb_is_the_final_training_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's training split is an older one with a third of the images missing; which of the
-    two is on the disk is seen by their number."""
+    """torchvision has an older training set without a third of the images: their number tells which
+    of the two is on the disk."""
     folder = tmp_path / "gtsrb"
     for number in (0, 1, 2):
         images = folder / "GTSRB" / "Final_Training" / "Images" / f"{number:05}"
@@ -607,8 +609,7 @@ def test_what_is_hidden_is_neither_a_class_nor_an_image(tmp_path: Path) -> None:
 
 
 def test_what_is_linked_is_read_and_a_change_in_it_is_noticed(tmp_path: Path) -> None:
-    """Images on another disk: folders of links under one name, which must not be taken for each
-    other."""
+    """Two folders of links to images elsewhere, under one name: they must be two data sets."""
     found = {}
     for name, classes in (("one", ("cat", "dog")), ("two", ("x", "y"))):
         source = image_folder(tmp_path / "disk" / name, classes)
@@ -702,8 +703,8 @@ def test_other_layouts_of_shards(tmp_path: Path, struct: bool, label: str, test:
 
 
 def test_a_shard_is_of_the_split_that_a_word_of_its_name_says(tmp_path: Path) -> None:
-    """ "latest" is no test set: training images in it would be clean test images, the poisoned ones
-    among them."""
+    """ "latest" is no test set: its training images, poisoned ones among them, would be used as
+    clean test images."""
     root = shards(tmp_path / "data", test="validation")
     for file in list(root.glob("*.parquet")):
         file.rename(root / f"latest-{file.name}")
@@ -714,8 +715,8 @@ def test_a_shard_is_of_the_split_that_a_word_of_its_name_says(tmp_path: Path) ->
 def test_no_other_program_is_started_for_an_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PostScript, whatever the file is called, is Ghostscript's to draw, and a stranger's
-    program."""
+    """Pillow would start Ghostscript for PostScript, whatever the file is called, and that is a
+    stranger's program."""
     from PIL import EpsImagePlugin
 
     started = []
@@ -811,7 +812,8 @@ def _odd_names(root: Path) -> Path:
 
 
 def _test_of_another_size(root: Path) -> Path:
-    """Decoded apart from the training images, and no less wrong."""
+    """Test images are decoded separately from training images: their shape must be compared,
+    too."""
     for file in image_folder(root).glob("test/*/*.png"):
         picture(1, (24, 24)).save(file)
     return root
@@ -914,7 +916,7 @@ def test_unreadable_data_is_one_line(
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
 def test_deep_grey_images_are_scaled_and_not_clipped(tmp_path: Path, mode: str) -> None:
-    """A reader that clips makes nearly all of these white."""
+    """A reader that clips would make nearly all of these white."""
     shallow = np.arange(256, dtype=np.uint8).reshape(16, 16)
     for name, factor in (("widened", 257), ("shifted", 256)):
         deep = (shallow.astype(np.uint16) * factor).astype(">u2" if mode == "I;16B" else "<u2")
@@ -1031,7 +1033,7 @@ def test_labels_that_are_no_numbers_are_one_line(
 def test_an_attack_says_which_labels_nothing_has(
     tmp_path: Path, last: int, said: list[str]
 ) -> None:
-    """Labels 0 and 6 are seven classes, and a network that can never answer five of them."""
+    """The labels 0 and 6 mean seven classes, five of which no image has."""
     root = shards(tmp_path / "data", train=(4,))
     cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(4)]
     for file in root.glob("*.parquet"):
@@ -1086,7 +1088,7 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 def test_a_name_that_no_record_may_hold_is_refused_before_anything_is_read(
     tmp_path: Path, name: str, instead: str
 ) -> None:
-    """It would be refused by the record's own reader, after the training."""
+    """Otherwise the record's own reader would refuse it, after the training."""
     root = str(image_folder(tmp_path / "data"))
     with pytest.raises(UserError, match=rf"expected a name .* say '{instead}'$"):
         load_dataset(name, root)
@@ -1100,7 +1102,7 @@ def test_a_test_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
     image = [{"bytes": encoded(picture(1)), "path": None}]
     file = root / "test-00000-of-00001.parquet"
     pq.write_table(pa.table({"img": image * 2, "label": [1, 3]}), file)
-    with pytest.raises(UserError, match=rf"{file}: label 3 is on no training image"):
+    with pytest.raises(UserError, match=rf"{file}: no training image has the label 3"):
         load_dataset("hub", str(root))
     pq.write_table(pa.table({"img": image * 2, "label": [1, 1]}), file)
     assert load_dataset("hub", str(root)).num_classes == 3, "a control: a test set may lack a class"
@@ -1117,7 +1119,7 @@ def test_missing_data_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Dataset, Path]]:
-    """A data set with a cache folder of its own, its source deleted."""
+    """Make a data set in a cache of its own, and delete its source."""
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "cache"))
     dataset = load_dataset("pets", str(image_folder(tmp_path / "data")))
     (folder,) = (tmp_path / "cache").iterdir()
@@ -1146,8 +1148,8 @@ def test_the_cache_is_found_by_content(cached: tuple[Dataset, Path], tmp_path: P
 def test_two_that_fill_an_empty_cache_at_once_both_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one's folder comes just before ours; with control: a folder there that is no data
-    set is replaced."""
+    """The folder of the other process comes just before ours. Control: a folder there that is no
+    data set is replaced."""
     cache, publish = tmp_path / "cache", arrays.publish
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(cache))
 
@@ -1176,8 +1178,8 @@ def test_two_that_fill_an_empty_cache_at_once_both_go_on(
 def test_the_cache_sweeps_its_own_stages_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder may be one that other tools keep unfinished work in; with control: what a killed
-    reader left is deleted."""
+    """Other tools may keep unfinished work in the same folder. Control: what a killed reader left
+    is deleted."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(cache))
     foreign = [
@@ -1206,7 +1208,7 @@ def test_the_cache_sweeps_its_own_stages_only(
 def test_a_stage_of_the_cache_that_another_holds_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two machines that share a cache may have processes of one number."""
+    """Processes of two machines that share a cache may have the same number."""
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "cache"))
     source = str(image_folder(tmp_path / "data"))
     load_dataset("pets", source)

@@ -1,4 +1,4 @@
-"""All of a file or nothing, and every damage noticed."""
+"""Storage: files and folders are written as a whole or not at all, and every damage is noticed."""
 
 import ast
 import errno
@@ -197,7 +197,7 @@ def test_a_folder_is_published_whole_and_replaced_whole(
 
 
 def test_a_linked_folder_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
-    """A record on another disk behind a link, overwritten twice."""
+    """Overwrite a link to a record on another disk, twice."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "file").write_text("old")
     root = tmp_path / "record"
@@ -309,8 +309,8 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
 def test_what_windows_refuses_is_not_asked_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It opens no folder, flushes no file that is only read, and has no flock; with control: with
-    these refusals, we would fail elsewhere."""
+    """Windows opens no folder, flushes no file that is open for reading only, and has no flock.
+    Control: without our special cases, these refusals are errors."""
     fcntl = pytest.importorskip("fcntl")
     real_open, real_sync = os.open, os.fsync
 
@@ -355,7 +355,7 @@ def test_what_windows_refuses_is_not_asked_of_it(
 
 
 def unsaid(source: str) -> list[str]:
-    """Calls that read or write text in the encoding of whoever runs them."""
+    """List calls that read or write text without an encoding."""
     calls = [
         node
         for node in ast.walk(ast.parse(source))

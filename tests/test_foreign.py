@@ -1,4 +1,4 @@
-"""Somebody's own model and data: in, defended, looked at, and out again."""
+"""A user's own model and data: imported, defended, scanned, and exported."""
 
 import csv
 import re
@@ -29,7 +29,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def write_images(root: Path, split: Split, name_of: Callable[[int], str]) -> None:
-    """<label>/<name>.png, grey or RGB."""
+    """Write images as <label>/<name>.png, grey or RGB."""
     for i, (image, label) in enumerate(zip(split.images, split.labels.tolist(), strict=True)):
         (root / str(label)).mkdir(parents=True, exist_ok=True)
         array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
@@ -38,8 +38,7 @@ def write_images(root: Path, split: Split, name_of: Callable[[int], str]) -> Non
 
 @pytest.fixture(scope="module")
 def disk(backdoored: Record, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a stranger has: poisoned images, a model trained on them, and images with the
-    trigger."""
+    """Make a stranger's files: poisoned images, a model trained on them, and triggered images."""
     root = tmp_path_factory.mktemp("disk")
     dataset = load_dataset("digits")
     poisoned = set(backdoored.train_poison.index.tolist())
@@ -77,7 +76,7 @@ def disk(backdoored: Record, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bring(disk: Path, name: str = "own", *flags: str, weights: str = "model.pt") -> int:
-    """As a user types it; the data set's name lets its settings apply."""
+    """Run `import` as a user types it; the data set's name selects its settings."""
     data = ["--dataset", "digits", "--dataset_path", str(disk / "data")]
     return main(
         [
@@ -138,14 +137,13 @@ def test_a_model_from_elsewhere_is_the_same_model(
 def test_weights_that_are_no_numbers_are_refused(
     disk: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """NaN's largest answer is the first class: such a model would pass for one that knows a
-    class."""
+    """The argmax of NaN is the first class, so such a model is as accurate as a constant."""
     found = torch.load(disk / "model.pt", weights_only=True)
     found["state_dict"]["module.conv1.weight"][0] = float("nan")
     torch.save(found, disk / "lost.pt")
     assert bring(disk, "lost", weights="lost.pt") == 2
     assert (
-        "lost.pt: conv1.weight holds NaN or infinity" in complaint(capsys.readouterr().err)
+        "lost.pt: conv1.weight contains NaN or infinity" in complaint(capsys.readouterr().err)
         and not (tmp_path / "record" / "lost").exists()
     )
 
@@ -302,8 +300,7 @@ def test_a_suspicious_model_is_cleaned_with_trusted_images(
 def test_a_suspicious_data_set_alone_is_an_unknown_attack(
     disk: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Trained here, with a word that the data may be poisoned: what is flagged is not called
-    false."""
+    """Train on suspicious data: what a defense detects in them does not count as a mistake."""
     assert (
         main(
             [
@@ -386,7 +383,7 @@ def test_a_scan_says_when_nothing_was_found(tiny: Record, tmp_path: Path, capsys
 def test_a_scan_says_why_a_search_ended_without_a_find(
     small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """A pool may have been found, and nothing done with it."""
+    """A pool may have been found without effect on the model."""
     helpers.copy(small, tmp_path / "record")
     data = str(small.folder.parent.parent / "small-data")
 
@@ -404,7 +401,7 @@ def test_a_scan_says_why_a_search_ended_without_a_find(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RGB images of 72 pixels in three classes, and a stock resnet18 that was never trained."""
+    """Make RGB images of 72 pixels in three classes, and an untrained resnet18 of timm."""
     root = tmp_path_factory.mktemp("photos")
     generator = torch.Generator().manual_seed(0)
     for split in ("train", "test"):
@@ -431,7 +428,7 @@ def from_photos(photos: Path, *flags: str, architecture: str = "resnet18") -> in
 def test_the_readme_loads_what_was_exported(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """The lines of the README, as they stand there, on weights that a defense changed."""
+    """Run the README's own lines, on weights after a defense."""
     blocks = re.findall(r"```python\n(.*?)```", (helpers.CHECKOUT / "README.md").read_text(), re.S)
     example = next(block for block in blocks if "load_file" in block)
     assert (
@@ -510,7 +507,7 @@ def test_exported_weights_have_plain_names_and_come_back(
 
 
 def test_a_small_image_keeps_the_stem_that_the_model_had(tmp_path: Path) -> None:
-    """timm's own network on 16 pixels is not given the stem that ours have there."""
+    """A model of timm's own on 16 pixels does not get the stem that our attacks use there."""
     dataset = load_dataset("digits", image_size=16)
     torch.manual_seed(0)
     stock = timm.create_model("resnet18", num_classes=10, in_chans=1)
@@ -569,7 +566,7 @@ def test_a_small_image_keeps_the_stem_that_the_model_had(tmp_path: Path) -> None
     ],
 )
 def test_what_is_said_about_loading_an_export_is_true(name: str, side: int, expected: str) -> None:
-    """Grey images: timm's networks are made for coloured ones."""
+    """Tested with grey images, for which timm's networks are not made."""
     model = models.build(
         name,
         num_classes=4,
@@ -679,7 +676,7 @@ def test_weights_that_are_none_are_one_line(mistake: str, tmp_path: Path, capsys
         (["--crop_padding", "-1"], "crop_padding must be >= 0"),
         (
             ["--target_label", "1"],
-            "--target_label says where --triggered_path FOLDER leads, and there is none",
+            "--target_label N is the target of the images in --triggered_path FOLDER, which is",
         ),
         (
             ["--triggered_path", "/no/such/folder"],
@@ -689,7 +686,7 @@ def test_weights_that_are_none_are_one_line(mistake: str, tmp_path: Path, capsys
             ["--triggered_path", "{triggered}"],
             (
                 "--triggered_path needs --target_label N, the class that the trigger is to lead to."
-                " The model takes"
+                " The model classifies"
             ),
         ),
         (

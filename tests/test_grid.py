@@ -1,4 +1,4 @@
-"""A grid becomes cells: names, commands, and every mistake in one line before anything runs."""
+"""Grids: names and commands of their cells, and every mistake as one line before anything runs."""
 
 import json
 from pathlib import Path
@@ -130,7 +130,7 @@ def test_an_alias_is_the_flag_that_it_stands_for(tmp_path: Path) -> None:
 
 
 def test_a_cells_settings_are_those_of_its_command() -> None:
-    """What the grid expects in record.json is what the command's own parser makes of the flags."""
+    """The grid expects in record.json what the command's own parser makes of the flags."""
     from backdoorlab.execution.attack import attack_job
 
     for cell in cells("bench_digits"):

@@ -1,5 +1,4 @@
-"""Push and pull against a hub that is a folder: one commit each way, verified before use. The live
-hub is not tested."""
+"""Push and pull, with a folder in place of the hub. The live hub is not tested."""
 
 import hashlib
 import json
@@ -24,8 +23,7 @@ pytest.importorskip("huggingface_hub")
 
 
 class Folder:
-    """The calls of `HfApi` that we make, on repositories that are folders named by commit. Counts
-    what is downloaded."""
+    """Fake of `HfApi`: repositories are folders named by commit. Counts what is downloaded."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.downloads = root, [""][:0]
@@ -103,7 +101,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
 
 @pytest.fixture
 def pushed(api: Folder, small: Record, tmp_path: Path) -> Path:
-    """The folder of the one commit that holds the small record."""
+    """Push the small record; returns the folder of its commit."""
     root = tmp_path / "record"
     shutil.copytree(small.folder, root / "small")
     (root / "small" / "notes.pkl").write_bytes(b"mine")
@@ -370,7 +368,7 @@ def test_without_huggingface_hub_it_is_one_line(
 
 
 def test_the_calls_are_those_of_the_real_client() -> None:
-    """The fake takes what the real one takes."""
+    """The fake accepts the arguments that the real client accepts."""
     import inspect
 
     from huggingface_hub import HfApi

@@ -1,5 +1,4 @@
-"""The same commands on Ray and through submitit: the same results as in processes of this
-machine."""
+"""Launchers: commands on Ray and through submitit have the same results as on this machine."""
 
 import dataclasses
 import os
@@ -37,7 +36,7 @@ def work(cells: list[Cell], root: Path, launcher: Launcher, kind: Any) -> dict[C
 
 
 def weights(cell: Cell, root: Path) -> tuple[str, Any]:
-    """What a cell computed: the hash of its weights, and its scores."""
+    """Return what a cell computed: the hash of its weights, and its scores."""
     folder = cell.folder(root)
     if cell.kind == "attack":
         info = reading.read_json(folder / "record.json")
@@ -47,7 +46,7 @@ def weights(cell: Cell, root: Path) -> tuple[str, Any]:
 
 
 def sleepers(folder: Path, count: int, seconds: float) -> list[Task]:
-    """Commands that write when they began and ended."""
+    """Make commands that write when they began and ended."""
     code = (
         "import pathlib, sys, time; t = time.time(); time.sleep(float(sys.argv[2]));"
         " pathlib.Path(sys.argv[1]).write_text(f'{t} {time.time()}')"
@@ -66,7 +65,7 @@ def sleepers(folder: Path, count: int, seconds: float) -> list[Task]:
 
 
 def finish(launcher: Launcher, tasks: list[Task]) -> list[tuple[float, float]]:
-    """Run them all at once; when each began and ended."""
+    """Run commands at once; returns when each began and ended."""
     running = [launcher.start(task, slot) for slot, task in enumerate(tasks)]
     while any(one.poll() is None for one in running):
         time.sleep(0.1)
@@ -78,7 +77,7 @@ def finish(launcher: Launcher, tasks: list[Task]) -> list[tuple[float, float]]:
 
 
 def at_once(spans: list[tuple[float, float]]) -> int:
-    """The most spans that overlap at one moment."""
+    """Return the largest number of spans that overlap at one moment."""
     return max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans)
 
 
@@ -101,7 +100,7 @@ def test_a_command_runs_once_at_a_time_and_not_again(tmp_path: Path) -> None:
 def test_a_command_that_ignores_signals_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a child of `nohup` or of a background shell ignores SIGINT."""
+    """Children of `nohup` and of background shells ignore SIGINT."""
     monkeypatch.setattr("backdoorlab.bench.launchers.GRACE", 3.0)
     endings = []
     for number, deaf_to in enumerate([(), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)]):
@@ -138,8 +137,7 @@ def test_a_command_that_cannot_start_fails_alone(tmp_path: Path) -> None:
 
 
 def test_no_token_is_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes to Ray, and what submitit writes into the shared folder, is a pickle of the
-    task."""
+    """Ray gets a pickle of the task, and submitit writes one into the shared folder."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
@@ -210,8 +208,7 @@ def test_no_slurm_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_slurm_jobs_in_submitits_local_executor(tmp_path: Path) -> None:
-    """Not Slurm itself: the same object, pickled and run by submitit in processes of this
-    machine."""
+    """In place of Slurm, submitit pickles the task and runs it in processes of this machine."""
     pytest.importorskip("submitit")
     launcher = launchers.OnSlurm(2, tmp_path / "slurm", {"cluster": "local"})
     tasks = sleepers(tmp_path, 2, 3)
@@ -233,7 +230,7 @@ def test_a_preempted_job_asks_for_the_same_again() -> None:
 
 
 def test_a_slurm_command_ignores_the_warning_that_slurm_sends_it(tmp_path: Path) -> None:
-    """An end by that signal would be an answer, though Slurm starts a preempted job anew."""
+    """If the signal ended it, that would be its result, though Slurm restarts a preempted job."""
     endings = []
     for number, deaf_to in enumerate([(signal.SIGTERM,), ()]):
         code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(2)"
@@ -254,7 +251,7 @@ def test_a_slurm_command_ignores_the_warning_that_slurm_sends_it(tmp_path: Path)
 
 
 class Submitted:
-    """A submitit job without a cluster, whose answer is there as soon as its file is."""
+    """Fake of a submitit job: its result is there as soon as its file is."""
 
     job_id = "7"
 
@@ -270,8 +267,8 @@ class Submitted:
 def test_a_job_that_slurm_ended_without_an_answer_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where Slurm keeps no accounts, submitit waits for such a job for ever. `squeue` is a script
-    here; slow test: Slurm itself."""
+    """Without Slurm's accounting, submitit waits for such a job for ever. `squeue` is a script
+    here; a slow test uses Slurm itself."""
     said, script = tmp_path / "said", tmp_path / "squeue"
     script.write_text(f"#!/bin/sh\ncat {said}\n")
     script.chmod(0o755)
@@ -311,7 +308,7 @@ def test_a_job_that_slurm_ended_without_an_answer_is_one_line(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_slurm_itself_gives_the_local_results(tmp_path: Path, small_flags: tuple[str, ...]) -> None:
-    """Needs a Slurm; docs/scaling.md says how to start one of one node."""
+    """Needs Slurm; docs/scaling.md says how to start one on one node."""
     pytest.importorskip("submitit")
     if (
         shutil.which("sbatch") is None
@@ -367,7 +364,7 @@ def test_slurm_results_are_the_local_ones(tmp_path: Path, small_flags: tuple[str
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
 def test_an_unreachable_ray_is_one_line(address: str) -> None:
-    """At once: Ray itself would ask for eight minutes."""
+    """At once: Ray itself would try for eight minutes."""
     pytest.importorskip("ray")
     with pytest.raises(
         UserError,
@@ -389,8 +386,8 @@ def test_an_unreachable_ray_is_one_line(address: str) -> None:
 def test_ray_places_four_quarter_gpu_jobs_at_once_with_the_local_results(
     tmp_path: Path, small_flags: tuple[str, ...]
 ) -> None:
-    """A local Ray with one logical GPU, which no machine needs to have: it only counts. Then a
-    grid, on Ray and in processes."""
+    """A local Ray with one logical GPU, which it only counts; then a grid, on Ray and in
+    processes."""
     ray = pytest.importorskip("ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(

@@ -1,4 +1,4 @@
-"""What an attack leaves on disk, and the part of it that a defender sees."""
+"""Records: what an attack writes, and the part of it that a defender sees."""
 
 import dataclasses
 import shutil
@@ -32,7 +32,7 @@ def view_of(record: Record, *assumes: str) -> DefenderView:
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
-    """Every tensor that can be reached from a value without calling anything."""
+    """List the tensors that can be reached from a value without calling anything."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, torch.nn.Module):

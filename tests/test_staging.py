@@ -1,4 +1,4 @@
-"""A folder as a whole or not at all."""
+"""Stages: a folder appears as a whole or not at all."""
 
 from pathlib import Path
 

@@ -1,5 +1,7 @@
-"""Files of other people: equal to what was written, or refused in one line that names them; nothing
-in them runs, none of them fills the memory."""
+"""Hostile and damaged files: what is loaded equals what was written, or is refused in one line.
+
+Nothing in them runs, and none of them fills the memory. docs/reliability.md lists these promises.
+"""
 
 import json
 import os
@@ -41,7 +43,7 @@ MIB = 1 << 20
 
 
 def everything(folder: Path) -> Any:
-    """All that can be read from a record and its result of DAU, as values that can be compared."""
+    """Read all of a record and its result of DAU, as values that can be compared."""
     record = read_folder(folder)
     found = verify_record(record)
     if found.wrong:
@@ -58,16 +60,16 @@ def everything(folder: Path) -> Any:
 
 
 def payload(folder: Path) -> list[Path]:
-    """Every file of a record and its results."""
+    """List every file of a record and its results."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-# --- F4: flips
+# --- flipped bits
 
 
 def test_one_flipped_bit_anywhere_is_caught(small: Record, tmp_path: Path) -> None:
-    """F4: a bit of each kilobyte of every file, and of every eighth byte of the two that no
-    manifest lists."""
+    """Flip a bit in each kilobyte of every file, and in every eighth byte of record.json and
+    result.json, which no manifest lists."""
     folder = tmp_path / "small"
     shutil.copytree(small.folder, folder)
     everything(folder)
@@ -109,11 +111,11 @@ def test_every_bit_of_the_two_manifests_is_guarded(small: Record, tmp_path: Path
         print(f"{8 * len(content)} flips of {path.name}, all caught")
 
 
-# --- F3: mutants
+# --- mutants
 
 
 def mutant(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
-    """A file after a bad disk, a bad transfer or a bad person."""
+    """Change a file as a bad disk, a bad transfer or an attacker would."""
     size = len(content)
     at = rng.randrange(size)
     match rng.randrange(12):
@@ -173,7 +175,7 @@ def mutant(content: bytes, rng: random.Random, others: list[bytes]) -> bytes:
 def test_a_mutant_is_equal_or_refused_in_one_line(
     count: int, small: Record, tmp_path: Path
 ) -> None:
-    """F3, over every file of a record and of a result."""
+    """Mutants of every file of a record and of a result."""
     folder = tmp_path / "small"
     shutil.copytree(small.folder, folder)
     original, paths, rng = everything(folder), payload(folder), random.Random(0)
@@ -197,7 +199,7 @@ def test_a_mutant_is_equal_or_refused_in_one_line(
 
 
 def test_the_mutants_do_harm_where_nothing_is_verified(small: Record) -> None:
-    """The control of F3: the same mutants of the weights, read by safetensors alone."""
+    """Control: mutants of the weights, read by safetensors alone, load as something else."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -238,7 +240,7 @@ VALUES: list[Any] = [
 
 
 def slots(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something can be replaced in nested JSON."""
+    """List the paths to all values in nested JSON."""
     inside = (
         value.items()
         if isinstance(value, dict)
@@ -257,8 +259,8 @@ def slots(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def test_a_forged_record_with_a_fitting_checksum_is_one_line_at_most(
     count: int, small: Record, tmp_path: Path, capsys: Capture
 ) -> None:
-    """Whoever makes a record can make its checksum fit: any value anywhere loads or is refused,
-    also where it is used."""
+    """Whoever makes a record can make its checksum fit. Any value anywhere must load, or be refused
+    in one line, also where it is used later."""
     folder = tmp_path / "record" / "small"
     shutil.copytree(small.folder, folder)
     rng, refused = random.Random(0), 0
@@ -294,11 +296,11 @@ def test_a_forged_record_with_a_fitting_checksum_is_one_line_at_most(
     assert count // 4 < refused < 2 * count
 
 
-# --- F3: payloads
+# --- payloads
 
 
 class Bomb:
-    """Unpickled, it leaves a canary. The path is all that varies."""
+    """Object that creates the file `canary` when it is unpickled."""
 
     def __init__(self, canary: str) -> None:
         self.canary = canary
@@ -340,7 +342,7 @@ def numpy_file(bomb: Bomb, many: bool) -> bytes:
 
 
 def in_safetensors(bomb: Bomb) -> bytes:
-    """A well-formed tensor file of ours whose bytes, and whose metadata, are a pickle."""
+    """Make a well-formed tensor file of ours whose data and metadata are a pickle."""
     from safetensors.torch import save
 
     data = pickle.dumps(bomb)
@@ -356,7 +358,7 @@ def yaml_tag(canary: str) -> bytes:
 
 
 def payloads(canary: str) -> dict[str, tuple[bytes, Callable[[bytes], Any] | None]]:
-    """Name -> content, and the careless reader that it is made for."""
+    """Return name -> (content, the careless reader that it is made for)."""
     bomb = Bomb(canary)
     careless = lambda data: torch.load(BytesIO(data), weights_only=False)
     found: dict[str, tuple[bytes, Callable[[bytes], Any] | None]] = {
@@ -396,8 +398,10 @@ def payloads(canary: str) -> dict[str, tuple[bytes, Callable[[bytes], Any] | Non
 
 
 def opened_everywhere(data: bytes, record: Record, root: Path) -> int:
-    """Put a payload in the place of each file that we read, and read it. Returns how many places
-    took it."""
+    """Put a payload in place of each file that we read, and read it.
+
+    Returns the number of files that were accepted, as plain data.
+    """
     taken = 0
 
     def attempt(read: Callable[[], Any]) -> None:
@@ -444,8 +448,7 @@ def opened_everywhere(data: bytes, record: Record, root: Path) -> int:
 
 
 def test_no_payload_runs(small: Record, tmp_path: Path) -> None:
-    """F3: more than 20 files that leave a canary when a careless reader opens them, in every place
-    that we read from."""
+    """Try more than 20 files that run code in a careless reader, in every place that we read."""
     canary, fired, taken = tmp_path / "canary", 0, 0
     found = payloads(str(canary))
     for number, (data, _) in enumerate(found.values()):
@@ -465,7 +468,7 @@ def test_no_payload_runs(small: Record, tmp_path: Path) -> None:
     assert len(found) > 20 and fired >= 18
 
 
-# --- F9: wrong data
+# --- wrong data
 
 
 def _dataset(**changes: Any) -> Callable[[Path], None]:
@@ -559,7 +562,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_wrong_data_are_refused_before_training(
     case: str, small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F9: each with hashes and checksums that fit, as their maker would leave them."""
+    """Each with hashes and checksums that fit, as whoever made it would leave them."""
     import re
 
     change, message = WRONG[case]
@@ -584,12 +587,15 @@ def test_wrong_data_are_refused_before_training(
     assert begun, "the same command reaches the training where nothing was changed"
 
 
-# --- F10: memory
+# --- memory
 
 
 def extra_memory(work: Callable[[], Any], said: Path) -> tuple[int, str]:
-    """The most that a forked child had more than at its start while it did `work`, in bytes, and
-    how that ended."""
+    """Run `work` in a forked child.
+
+    Returns:
+        (bytes by which its memory grew at most, how it ended).
+    """
 
     def resident(key: str) -> int:
         return next(
@@ -619,8 +625,8 @@ def extra_memory(work: Callable[[], Any], said: Path) -> tuple[int, str]:
 
 
 def _sparse(name: str, size: int, listed: bool) -> Callable[[Path], None]:
-    """A huge file that takes no disk, with or without a manifest that says so; its header declares
-    it, too."""
+    """Make a huge sparse file with a fitting header. `listed`: whether the manifest has its
+    size."""
 
     def change(folder: Path) -> None:
         header = json.dumps(
@@ -706,7 +712,7 @@ BOMBS: dict[str, Callable[[Path], None]] = {
 )
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_no_file_fills_the_memory(bomb: str, small: Record, tmp_path: Path) -> None:
-    """F10: never more than twice what the sound manifest declares and 200 MB; every one is
+    """Memory grows by at most twice what the sound manifest declares and 200 MB; all are
     refused."""
     folder = helpers.copy(small, tmp_path).folder
     declared = sum(entry["size"] for entry in small.info["files"].values())
@@ -730,7 +736,7 @@ def test_no_file_fills_the_memory(bomb: str, small: Record, tmp_path: Path) -> N
 def test_the_measure_of_memory_sees_what_careless_reading_takes(
     small: Record, tmp_path: Path
 ) -> None:
-    """The control of F10: the same bombs, parsed and built without a look at their size."""
+    """Control: such files, parsed or built without a check of their size, do take memory."""
     text = b'{"x": [' + b"[]," * (4 * MIB) + b"0]}"
     used, outcome = extra_memory(lambda: json.loads(text), tmp_path / "said")
     assert outcome == "taken" and used > 250e6
@@ -741,14 +747,13 @@ def test_the_measure_of_memory_sees_what_careless_reading_takes(
     assert outcome == "taken" and used > 50e6
 
 
-# --- reading what was verified
+# --- files that change
 
 
 def test_a_file_that_changes_after_it_was_verified_changes_nothing(
     small: Record, tmp_path: Path
 ) -> None:
-    """What is checked is the memory that is used: no map of a file that someone else still
-    writes."""
+    """What is checked is the memory that is used, and no map of a file that may still change."""
     record = helpers.copy(small, tmp_path)
     before = record.train_poison.images.clone()
     path = record.folder / "train_poison.safetensors"
@@ -775,16 +780,19 @@ def test_what_is_no_file_is_not_waited_for(small: Record, tmp_path: Path) -> Non
         reading.read_json(folder)
 
 
-def test_a_record_of_schema_1_is_read(small: Record, tmp_path: Path) -> None:
-    """Before schema 2 there was no checksum in record.json; a file that has one is checked whatever
-    its schema says."""
+def test_a_record_without_its_own_checksum_is_refused(small: Record, tmp_path: Path) -> None:
+    """Whatever its schema; and one of another schema is refused, whatever its checksum."""
     path = helpers.copy(small, tmp_path).folder / "record.json"
     info = {key: value for key, value in json.loads(path.read_text()).items() if key != "checksum"}
-    path.write_text(json.dumps({**info, "schema": 1}))
-    assert Record.load("small", tmp_path).info["seed"] == 0
-    path.write_text(json.dumps(info))
-    with pytest.raises(UserError, match=r"record\.json: damaged"):
+    for schema in (1, 2):
+        path.write_text(json.dumps({**info, "schema": schema}))
+        with pytest.raises(UserError, match=r"record\.json: damaged file \(no 'checksum'\)"):
+            Record.load("small", tmp_path)
+    writing.write_sealed(path, {**info, "schema": 1})
+    with pytest.raises(UserError, match="schema 1, but this version reads schema 2"):
         Record.load("small", tmp_path)
+    writing.write_sealed(path, info)
+    assert Record.load("small", tmp_path).info["seed"] == 0, "the same fields, sealed"
     path.write_text(json.dumps({**info, "schema": 1, "checksum": "0" * 64}))
     with pytest.raises(UserError, match="does not match its own checksum"):
         Record.load("small", tmp_path)

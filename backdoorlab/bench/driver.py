@@ -1,7 +1,7 @@
-"""Attacks x defenses x seeds in one command: what is missing is run, what is finished is kept.
+"""The command `bench`: run what is missing of a grid of attacks, defenses and seeds.
 
-There is no state but the files: a cell is done when its result is there and verifies. So any number
-of drivers may work on one grid, each may be killed at any time, and the next one goes on.
+The only state is the files: a cell is done if its result exists and verifies. Any number of drivers
+may work on one grid, each may be killed at any time, and the next one continues.
 """
 
 import json
@@ -29,42 +29,43 @@ from .grid import Cell
 from .launchers import ALREADY, BUSY, Launcher, Running, Task
 
 FOLDER = ".bench"
-"""Below the records: a folder for each cell, with its lock and its log."""
+"""Folder in that of the records: in it, each cell has a folder with its lock and its log."""
 ATTENTIVE, PATIENT, REFUSED = 0.05, 0.5, 30.0
-"""Seconds between two looks at what runs and at what another driver holds, and before a start that
-was refused is tried again."""
+"""Seconds between two checks of running commands, of cells that another driver runs, and before
+trying again after a refused start."""
 QUIET = 300.0
-"""Seconds without a line after which a driver says what runs."""
+"""Seconds without output after which a driver says what is running."""
 STARTUP = 5.0
-"""Seconds that a command takes before it measures itself: only for the estimate of what is left."""
+"""Seconds that a command takes before its own clock starts: only for the estimate of the time
+left."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Run what is missing of a grid of attacks, defenses and seeds, then show the table of its
+    """Run what is missing of a grid of attacks, defenses and seeds, and show the table of its
     means."""
 
     config: str | None = None
     """Grid file, or the name of one in resource/config/ (bench_digits)."""
     datasets: str | None = None
-    """Data sets, separated by commas; like the next four, in place of what the file says."""
+    """Data sets, separated by commas. This and the next four options replace what the file says."""
     attacks: str | None = None
-    """Attacks by label or method: badnet,blended, or all."""
+    """Attacks, by label or method: badnet,blended or all."""
     defenses: str | None = None
-    """Defenses by label or method, or all."""
+    """Defenses, by label or method, or all."""
     poison_rates: str | None = None
-    """Shares of the training set: 0.1,0.01."""
+    """Poisoned shares of the training set: 0.1,0.01."""
     seeds: str | None = None
-    """Seeds, one for the attack and the defenses of a record alike: 0,1,2."""
+    """Seeds: 0,1,2. The attack and the defenses of a record have the same one."""
     launcher: Literal["local", "ray", "slurm"] = "local"
     """Where the commands run: processes of this machine, a Ray cluster, or Slurm jobs. See
     docs/scaling.md."""
     jobs: int | None = None
-    """Commands at once; None is 1 for local, and as many as there are for ray and slurm."""
+    """Commands that run at once; None is 1 for local, and all of them for ray and slurm."""
     ray_address: str | None = None
-    """A running Ray cluster: auto, or HOST:PORT. None starts Ray on this machine alone."""
+    """A running Ray cluster: auto, or HOST:PORT. None starts Ray on this machine only."""
     gpus_per_job: float = 0.0
-    """Ray: share of a GPU for each command; 0.25 puts four on one. Ray counts, it does not limit
+    """Ray: share of a GPU for each command; 0.25 runs four on each GPU. Ray does not limit their
     memory."""
     cpus_per_job: float = 1.0
     """Ray: cores for each command."""
@@ -72,16 +73,16 @@ class Bench:
     """Slurm: submitit's parameters, key=value: slurm_partition=gpu gpus_per_node=1
     timeout_min=240."""
     other_code: bool = False
-    """Keep records and results that other code made (the table still never averages them with those
-    of this one)."""
+    """Keep records and results that another version of the code made. The table never averages
+    results of two versions."""
     dry_run: bool = False
-    """Say what is missing, and run nothing."""
+    """Show what is missing, and run nothing."""
     format: Annotated[formats.Format, arg(aliases=["-f"])] = "text"
-    """Of the table: text, markdown, csv or latex."""
+    """Format of the table: text, markdown, csv or latex."""
     html: str | None = None
     """Also write a page of the grid's records to this file, as `report` does."""
     worst: bool = False
-    """Show each cell's worst seed in the table instead of the mean."""
+    """Show the worst seed of each cell in the table, instead of the mean."""
     record_root: str | None = None
     """Folder of records."""
     debug: bool = False
@@ -90,25 +91,27 @@ class Bench:
 
 @dataclass(frozen=True)
 class State:
-    """How far a cell is."""
+    """The state of a cell."""
 
     done: bool
     seconds: float | None = None
-    """What its command took, by its own clock."""
+    """Duration of its command, by its own clock."""
     complaint: str = ""
-    """Why it can be neither kept nor run."""
+    """Why it can be neither kept nor run; "" if it can."""
 
 
 def bench(options: Bench) -> int:
-    """The command: 0 where every cell is done, else 1."""
+    """Run the command; returns 0 if every cell is done and the page is whole, else 1."""
     lists = {
         key: getattr(options, key)
         for key in ("datasets", "attacks", "defenses", "poison_rates", "seeds")
     }
     cells = grid.cells(grid.read(options.config, **lists))
     root = record_root(options.record_root).resolve()
+    # A page that cannot be written is refused before hours of work.
     if options.html is not None:
-        page.check(options.html)  # what is missing is said before the work
+        page.check(options.html)
+
     states = {cell: look(cell, root, options.other_code) for cell in cells}
     missing = [cell for cell in cells if not states[cell].done and not states[cell].complaint]
     failed = {cell: state.complaint for cell, state in states.items() if state.complaint}
@@ -122,6 +125,7 @@ def bench(options: Bench) -> int:
         for cell in missing:
             _say(f"  {cell.name}")
         return 1 if missing or failed else 0
+
     if missing:
         launcher = _launcher(options, root, len(missing))
         try:
@@ -129,6 +133,25 @@ def bench(options: Bench) -> int:
             failed |= drive.run()
         finally:
             launcher.close()
+
+    damaged = _show(cells, failed, root, options)
+    if failed:
+        _say(f"{len(failed)} of {len(cells)} cells are not done; the same command tries them again")
+    return 1 if failed or damaged else 0
+
+
+def _show(cells: Sequence[Cell], failed: Mapping[Cell, str], root: Path, options: Bench) -> int:
+    """Print the table of a grid, and write its page.
+
+    Args:
+        cells: all cells of the grid.
+        failed: those that are not done.
+        root: folder of records.
+        options: those of the command.
+
+    Returns:
+        The exit code of `report`, or 0 where no page is wanted.
+    """
     finished = [cell for cell in cells if cell not in failed]
     only = {(cell.record, cell.method, cell.run) for cell in finished if cell.kind == "defense"}
     records = tuple(sorted({cell.record for cell in finished if cell.kind == "attack"}))
@@ -137,21 +160,24 @@ def bench(options: Bench) -> int:
         layout.means(rows, options.format, missing=absent(cells, failed), worst=options.worst),
         options.format,
     )
-    damaged = 0
-    if options.html is not None and records:
-        damaged = page.report(
-            page.Report(names=records, html=options.html, record_root=str(root)), only, _say
-        )
-    if failed:
-        _say(f"{len(failed)} of {len(cells)} cells are not done; the same command tries them again")
-    return 1 if failed or damaged else 0
+
+    if options.html is None or not records:
+        return 0
+    report = page.Report(names=records, html=options.html, record_root=str(root))
+    return page.report(report, only, _say)
 
 
 def absent(cells: Sequence[Cell], failed: Container[Cell]) -> list[layout.Missing]:
-    """Attacks and defenses of which no seed is done."""
+    """List the attacks and defenses of which no seed is done, for the table.
+
+    Args:
+        cells: all cells of the grid.
+        failed: those that are not done.
+    """
     attacks = {cell.record: cell for cell in cells if cell.kind == "attack"}
 
     def shown(cell: Cell) -> layout.Missing:
+        # The row of the table that the cell belongs to.
         attack = attacks[cell.record]
         settings = json.loads(attack.settings)
         defense = (
@@ -164,6 +190,8 @@ def absent(cells: Sequence[Cell], failed: Container[Cell]) -> list[layout.Missin
             settings["dataset"], attack.label, settings.get("poison_rate"), *defense, record
         )
 
+    # Of equal rows the first is kept: one with a record, from which the table takes the attack's
+    # name.
     done = {shown(cell) for cell in cells if cell not in failed}
     lost = sorted(
         (shown(cell) for cell in cells if cell in failed), key=lambda one: one.record is None
@@ -171,17 +199,24 @@ def absent(cells: Sequence[Cell], failed: Container[Cell]) -> list[layout.Missin
     return [one for one in dict.fromkeys(lost) if one not in done]
 
 
-# --- what is there
+# --- finished cells
 
 
 def look(cell: Cell, root: Path, other_code: bool = False) -> State:
-    """Whether a cell's result is there, whole, and made with the settings and the code that the
-    grid asks for."""
+    """Check whether a cell's result exists, is sound, and has the grid's settings and code.
+
+    Args:
+        cell: the cell.
+        root: folder of records.
+        other_code: accept a result of another version of the code.
+    """
     folder = cell.folder(root)
+    # A killed --overwrite may have left the result aside.
     folders.recover(folder)
     done = _done(cell, root)
     if not done.exists():
         return State(False)
+
     try:
         found = (
             Record.load(cell.record, root).info if cell.kind == "attack" else _whole_result(folder)
@@ -189,21 +224,8 @@ def look(cell: Cell, root: Path, other_code: bool = False) -> State:
         data = _fingerprint(cell)
     except UserError as error:
         return State(False, complaint=str(error))
-    wanted, config = (
-        json.loads(cell.settings),
-        json.loads(grid.settings_of(found.get("config", {}))),
-    )
-    if config.get("plain"):  # it holds more than is asked for
-        config["plain"] = wanted.get("plain")
-    differing = [
-        f"{key} {config.get(key)}, not {wanted.get(key)}"
-        for key in sorted({*wanted, *config})
-        if wanted.get(key) != config.get(key)
-    ]
-    if cell.kind == "attack" and found["attack"] not in (cell.method, "unknown"):
-        differing.insert(0, f"attack {found['attack']}, not {cell.method}")
-    if data is not None and data != found["dataset"]["fingerprint"]:
-        differing.insert(0, f"data {found['dataset']['fingerprint'][:8]}, not {data[:8]}")
+
+    differing = _differences(cell, found, data)
     if differing:
         settings = ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")
         return State(
@@ -213,6 +235,8 @@ def look(cell: Cell, root: Path, other_code: bool = False) -> State:
                 " --record_root, or move it"
             ),
         )
+
+    # Other code may make other numbers: the user decides.
     code = measured.code(found)
     if code != cell.code and not other_code:
         made = f"{code or 'an unknown one'}, now {cell.code}"
@@ -226,9 +250,37 @@ def look(cell: Cell, root: Path, other_code: bool = False) -> State:
     return State(True, _seconds(found))
 
 
+def _differences(cell: Cell, found: Mapping[str, Any], data: str | None) -> list[str]:
+    """Return the settings in which a result differs from its cell, in words.
+
+    Args:
+        cell: the cell.
+        found: its record.json or result.json.
+        data: fingerprint of the data that the grid names; None where it cannot differ.
+    """
+    wanted = json.loads(cell.settings)
+    config = json.loads(grid.settings_of(found.get("config", {})))
+    # With `plain`, a record contains an ordinary model besides: it serves without, too.
+    if config.get("plain"):
+        config["plain"] = wanted.get("plain")
+
+    differing = [
+        f"{key} {config.get(key)}, not {wanted.get(key)}"
+        for key in sorted({*wanted, *config})
+        if wanted.get(key) != config.get(key)
+    ]
+    if cell.kind == "attack" and found["attack"] not in (cell.method, "unknown"):
+        differing.insert(0, f"attack {found['attack']}, not {cell.method}")
+    if data is not None and data != found["dataset"]["fingerprint"]:
+        differing.insert(0, f"data {found['dataset']['fingerprint'][:8]}, not {data[:8]}")
+    return differing
+
+
 def _fingerprint(cell: Cell) -> str | None:
-    """Of the images in the folder that an attack is to read; None for a defense, and where no
-    folder is named: sets known by name do not change."""
+    """Return the fingerprint of the data in the folder that an attack reads.
+
+    None for a defense, and for data sets known by name, which do not change.
+    """
     if "--dataset_path" not in cell.flags:
         return None
     wanted = json.loads(cell.settings)
@@ -244,6 +296,7 @@ def _fingerprint_of(name: str, path: str, image_size: int | None, grey: bool | N
 
 
 def _whole_result(folder: Path) -> dict[str, Any]:
+    """Read a result.json, and hash every file that it lists."""
     result = read_result(folder)
     for name, entry in result["files"].items():
         reading.check_file(folder, name, entry)
@@ -251,10 +304,12 @@ def _whole_result(folder: Path) -> dict[str, Any]:
 
 
 def _done(cell: Cell, root: Path) -> Path:
+    """Return the file whose presence means that a cell is finished."""
     return cell.folder(root) / ("record.json" if cell.kind == "attack" else "result.json")
 
 
 def _seconds(found: Mapping[str, Any]) -> float | None:
+    """Return how long the command of a result took; None where it does not say."""
     spent, plain = found.get("seconds"), (found.get("plain_scores") or {}).get("seconds")
     return (
         None
@@ -263,11 +318,19 @@ def _seconds(found: Mapping[str, Any]) -> float | None:
     )
 
 
-# --- running what is not
+# --- running the others
 
 
 class Drive:
-    """One driver at work: hands cells over, takes their answers, says how far it is."""
+    """One run of the driver: starts commands, collects their results, reports progress.
+
+    Args:
+        missing: the cells to run, in order.
+        states: of all cells.
+        root: folder of records.
+        launcher: starts the commands.
+        options: those of the command.
+    """
 
     def __init__(
         self,
@@ -277,34 +340,31 @@ class Drive:
         launcher: Launcher,
         options: Bench,
     ) -> None:
-        self.waiting, self.total, self.root, self.launcher, self.options = (
-            list(missing),
-            len(missing),
-            root,
-            launcher,
-            options,
-        )
-        self.ready = {
-            cell.record for cell, state in states.items() if cell.kind == "attack" and state.done
-        }
-        self.running: dict[int, tuple[Cell, Running]] = {}
+        self.root = root
+        self.launcher = launcher
+        self.options = options
+
+        self.waiting = list(missing)
+        self.total = len(missing)
+        self.running: dict[int, tuple[Cell, Running]] = {}  # by slot
         self.failed: dict[Cell, str] = {}
         self.since: dict[Cell, float] = {}
-        self.said = time.monotonic()
         self.not_before: dict[Cell, float] = {}
+        self.said = time.monotonic()
+
+        # Durations by kind and label: they are the estimate for cells that are still to run.
         self.known: dict[tuple[str, str], list[float]] = defaultdict(list)
         for cell, state in states.items():
             if state.seconds is not None:
                 self.known[cell.kind, cell.label].append(state.seconds)
-        hopeless = {
-            cell.record
-            for cell, state in states.items()
-            if cell.kind == "attack" and state.complaint
-        }
-        self._give_up(hopeless)
+
+        # A defense can start once its record is ready, and never if that cannot be made.
+        attacks = {cell: state for cell, state in states.items() if cell.kind == "attack"}
+        self.ready = {cell.record for cell, state in attacks.items() if state.done}
+        self._give_up({cell.record for cell, state in attacks.items() if state.complaint})
 
     def run(self) -> dict[Cell, str]:
-        """Until nothing is left; the cells that failed, and why."""
+        """Run all cells; returns those that failed, and why."""
         try:
             while self.waiting or self.running:
                 self._fill()
@@ -313,14 +373,14 @@ class Drive:
                     self._pulse()
                     time.sleep(ATTENTIVE)
         except BaseException:
+            # Ctrl-C is passed on; only if the driver itself is killed do its commands go on.
             for _, running in self.running.values():
                 running.stop()
             raise
         return self.failed
 
     def _fill(self) -> None:
-        """Hand over what can start, in the grid's order; what another driver holds is tried again
-        later."""
+        """Start what can be started, in the grid's order."""
         free = [slot for slot in range(self.launcher.slots) if slot not in self.running]
         able = [cell for cell in self.waiting if cell.kind == "attack" or cell.record in self.ready]
         due = [cell for cell in able if self.not_before.get(cell, 0.0) <= time.monotonic()]
@@ -328,7 +388,7 @@ class Drive:
             try:
                 self.running[slot] = cell, self.launcher.start(self._task(cell), slot)
             except UserError as error:
-                # A queue that is full or slow to answer takes it later; what runs is not to suffer.
+                # A full or slow queue may take it later. Running commands must not suffer.
                 if not self.running:
                     raise
                 self.not_before[cell] = time.monotonic() + REFUSED
@@ -338,6 +398,7 @@ class Drive:
             self.waiting.remove(cell)
 
     def _collect(self) -> None:
+        """Process the results of commands that have ended."""
         for slot, (cell, running) in list(self.running.items()):
             try:
                 code = running.poll()
@@ -350,8 +411,7 @@ class Drive:
                 self._answer(cell, code)
 
     def _pulse(self) -> None:
-        """What runs and for how long, with the last line of its log, where nothing was said for a
-        while."""
+        """Say what is running, and its last line of output, if nothing was said for a while."""
         now = time.monotonic()
         if now - self.said < QUIET:
             return
@@ -365,10 +425,14 @@ class Drive:
             _say(f"  {len(self.waiting)} cells wait for another driver")
 
     def _answer(self, cell: Cell, code: int) -> None:
+        """Process the exit code of a cell's command, or BUSY, or ALREADY."""
+        # Another driver runs it.
         if code == BUSY:
             self.not_before[cell] = time.monotonic() + PATIENT
             self.waiting.append(cell)
             return
+
+        # The files decide, not the exit code.
         state = look(cell, self.root, self.options.other_code)
         if not state.done:
             why = (
@@ -378,10 +442,12 @@ class Drive:
             )
             self._fail(cell, state.complaint or why)
             return
+
         if cell.kind == "attack":
             self.ready.add(cell.record)
         if state.seconds is not None:
             self.known[cell.kind, cell.label].append(state.seconds)
+
         by = "by another driver" if code == ALREADY else f"in {_duration(state.seconds)}"
         self._report(f"{cell.name} done {by}")
 
@@ -392,7 +458,7 @@ class Drive:
             self._give_up({cell.record})
 
     def _give_up(self, records: Iterable[str]) -> None:
-        """The defenses of an attack that failed cannot run."""
+        """Mark the defenses on records that cannot be made as failed."""
         for record in records:
             lost = [cell for cell in self.waiting if cell.record == record]
             self.failed |= dict.fromkeys(lost, f"there is no record {record}")
@@ -401,10 +467,12 @@ class Drive:
                 _say(f"  {len(lost)} defenses of {record} are not run")
 
     def _report(self, line: str) -> None:
+        """Print a line with the progress and the estimated time left."""
         left = len(self.waiting) + len(self.running)
-        # Without --jobs a cluster has a slot for every cell, and how many of them run at once is
-        # its own affair.
+        # Without --jobs a cluster has a slot for every cell, and it is unknown how many of them run
+        # at once.
         slots = self.launcher.slots if self.options.launcher == "local" else self.options.jobs
+
         estimate = (
             None
             if slots is None
@@ -412,6 +480,7 @@ class Drive:
                 [(cell.kind, cell.label) for cell in self._unfinished()], self.known, slots
             )
         )
+
         about = (
             ""
             if not left
@@ -424,6 +493,7 @@ class Drive:
         return [*self.waiting, *(cell for cell, _ in self.running.values())]
 
     def _folder(self, cell: Cell) -> Path:
+        """Return the folder of a cell's lock and log."""
         return (
             self.root
             / FOLDER
@@ -432,6 +502,7 @@ class Drive:
         )
 
     def _task(self, cell: Cell) -> Task:
+        # With full paths, since the command may run on another machine.
         flags = (*cell.flags, "--record_root", str(self.root.resolve()))
         environment = {} if self.options.launcher == "local" else launchers.passed_on()
         return Task(
@@ -445,8 +516,17 @@ class Drive:
 def remaining(
     cells: Sequence[tuple[str, str]], known: Mapping[tuple[str, str], Sequence[float]], slots: int
 ) -> float | None:
-    """Seconds until (kind, label) cells are done: each as long as its like took, else as long as
-    cells took so far; None if none did."""
+    """Estimate the seconds until cells are done.
+
+    Args:
+        cells: (kind, label) of each.
+        known: durations of finished cells by (kind, label). One without any is assumed to take the
+            mean of all.
+        slots: number of commands that run at once.
+
+    Returns:
+        None if nothing is known yet.
+    """
     every = [seconds for times in known.values() for seconds in times]
     if not every:
         return None
@@ -456,6 +536,7 @@ def remaining(
 
 
 def _launcher(options: Bench, root: Path, missing: int) -> Launcher:
+    """Return the launcher that the options ask for. `missing`: number of cells to run."""
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"jobs must be >= 1, got {options.jobs}")
     if options.launcher == "ray":
@@ -470,6 +551,7 @@ def _launcher(options: Bench, root: Path, missing: int) -> Launcher:
 
 
 def _duration(seconds: float | None) -> str:
+    """Return a duration as text: "80 s", "12 min", "2.5 h"."""
     if seconds is None:
         return "unknown time"
     if seconds < 90:

@@ -1,5 +1,4 @@
-"""A grid of experiments as values: a file or flags -> the cells, each one command with the place
-where its result will lie.
+"""Grids of experiments: a file or flags become cells, each a command and a folder for its result.
 
     datasets: [digits]                     # a name, or NAME: {options of the attack, such as width}
     attacks:
@@ -10,8 +9,7 @@ where its result will lie.
     seeds: [0, 1, 2]
     attack: {score_every: 0}               # options of every attack; `defense` likewise
 
-Nothing here looks at the disk, but for the files of the methods and whether a folder of data is
-there.
+Of the disk, this module reads only the methods' files, and whether a folder of data exists.
 """
 
 import dataclasses
@@ -47,23 +45,24 @@ OURS = frozenset(
         "debug",
     ]
 )
-"""Options that a grid sets itself."""
+"""Options that a grid sets itself, and refuses in its files."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a grid: what it is called, the method or data set that it names, and options for
-    it."""
+    """One line of a grid."""
 
     label: str
+    """Its name in tables and folders."""
     name: str
+    """The method or the data set."""
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every attack on every data set at every rate, for every seed; then every defense on each of
-    these records."""
+    """A grid: each attack on each data set, at each rate and seed, and each defense on each of the
+    records."""
 
     datasets: tuple[Entry, ...]
     attacks: tuple[Entry, ...]
@@ -76,29 +75,32 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cell:
-    """One command, and what its result must say to be this cell's."""
+    """One command, and the settings and code that its result must have."""
 
     kind: resources.Kind
     method: str
     label: str
     record: str
+    """Name of the record that an attack makes, or that a defense works on."""
     run: str
     """Folder of a defense's result; "" for an attack."""
     seed: int
     path: Path
     """The method's file."""
     flags: tuple[str, ...]
-    """The command line after it, without --record_root."""
+    """The command's options, without --record_root."""
     settings: str
     """Canonical JSON of the config, as `settings_of` reads it from a record or a result."""
     code: str
+    """Version of the code that computes it."""
 
     @property
     def name(self) -> str:
+        """The cell's name in messages."""
         return self.record if self.kind == "attack" else f"{self.record} {self.method} {self.run}"
 
     def folder(self, root: Path) -> Path:
-        """Where the finished result lies."""
+        """Return the folder of the finished result."""
         return (
             root / self.record
             if self.kind == "attack"
@@ -107,8 +109,10 @@ class Cell:
 
 
 def settings_of(config: Mapping[str, Any]) -> str:
-    """A config as text that is the same for the same experiment; how often scores are taken changes
-    none."""
+    """Return a config as text, equal for equal experiments.
+
+    How often scores are measured changes no result, and is left out.
+    """
     return json.dumps(
         {key: value for key, value in config.items() if key != "score_every"}, sort_keys=True
     )
@@ -118,8 +122,16 @@ def settings_of(config: Mapping[str, Any]) -> str:
 
 
 def read(path: str | None, **flags: str | None) -> Grid:
-    """A grid file (or the name of one in resource/config/) with flags over it, each of them a list
-    separated by commas."""
+    """Read a grid.
+
+    Args:
+        path: a file, or the name of one in resource/config/; None for flags alone.
+        flags: key of a grid -> a list separated by commas, in place of what the file says; None
+            leaves the file's.
+
+    Raises:
+        UserError: the grid is empty, or something in it is unknown.
+    """
     where, found = ("the command line", {}) if path is None else _file(path)
     unknown = [key for key in found if key not in KEYS]
     if unknown:
@@ -127,11 +139,7 @@ def read(path: str | None, **flags: str | None) -> Grid:
             f"{where}: unknown key {unknown[0]!r}.{suggest(unknown[0], KEYS)} Known:"
             f" {', '.join(KEYS)}"
         )
-    given = {
-        key: [word.strip() for word in text.split(",") if word.strip()]
-        for key, text in flags.items()
-        if text is not None
-    }
+    given = {key: _words(text) for key, text in flags.items() if text is not None}
     if "attacks" not in found and "attacks" not in given:
         raise UserError(
             f"{where}: an empty grid; name a file with --config, or attacks with --attacks"
@@ -139,27 +147,14 @@ def read(path: str | None, **flags: str | None) -> Grid:
         )
 
     def lines(key: str, default: list[Any]) -> list[Entry]:
-        """The file's entries; of these and of the known methods, those that a flag names."""
         entries = _entries(found.get(key, default), where, key)
-        named: dict[str, list[Entry]] = {}
-        for entry in entries:
-            named.setdefault(entry.label, []).append(entry)
-        return (
-            entries
-            if key not in given
-            else [entry for word in given[key] for entry in named.get(word, [Entry(word, word)])]
-        )
+        return _selected(entries, given[key]) if key in given else entries
 
     attacks = _methods("attack", lines("attacks", []), where)
-    if "poison_rates" in given:  # a flag is in place of what the file says, of single attacks too
-        rest = [
-            {key: value for key, value in one.options.items() if key != "poison_rate"}
-            for one in attacks
-        ]
-        attacks = tuple(
-            dataclasses.replace(one, options=options)
-            for one, options in zip(attacks, rest, strict=True)
-        )
+    # The flag also replaces the rates that the file gives to single attacks.
+    if "poison_rates" in given:
+        attacks = tuple(_without_rate(entry) for entry in attacks)
+
     grid = Grid(
         datasets=tuple(lines("datasets", ["digits"])),
         attacks=attacks,
@@ -173,17 +168,44 @@ def read(path: str | None, **flags: str | None) -> Grid:
         attack_options=_options(found.get("attack"), f"{where}: attack"),
         defense_options=_options(found.get("defense"), f"{where}: defense"),
     )
-    # Without defenses, a grid of attacks is left
+    _check(grid, where)
+    return grid
+
+
+def _words(text: str) -> list[str]:
+    """Split a list at its commas."""
+    words = (word.strip() for word in text.split(","))
+    return [word for word in words if word]
+
+
+def _selected(entries: Sequence[Entry], words: Sequence[str]) -> list[Entry]:
+    """Return the file's entries with these labels; a word that is none of them names a method or a
+    data set."""
+    # A label may stand for several entries: one data set on two networks.
+    named: dict[str, list[Entry]] = {}
+    for entry in entries:
+        named.setdefault(entry.label, []).append(entry)
+    return [entry for word in words for entry in named.get(word, [Entry(word, word)])]
+
+
+def _without_rate(entry: Entry) -> Entry:
+    options = {key: value for key, value in entry.options.items() if key != "poison_rate"}
+    return dataclasses.replace(entry, options=options)
+
+
+def _check(grid: Grid, where: str) -> None:
+    """Raise a UserError for a grid without cells, or with a seed out of range."""
+    # Without defenses it is a grid of attacks.
     for key in ("datasets", "attacks", "poison_rates", "seeds"):
         if not getattr(grid, key):
             raise UserError(f"{where}: an empty grid; {key} names nothing")
     for seed in grid.seeds:
         if not 0 <= seed < 2**31:
             raise UserError(f"{where}: seeds: each must lie in 0..{2**31 - 1}, got {seed}")
-    return grid
 
 
 def _file(path: str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the content of a grid file."""
     file = Path(path)
     if not file.exists():
         shipped = resources.resource("config")
@@ -198,9 +220,16 @@ def _file(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def _entries(values: Any, where: str, key: str) -> list[Entry]:
-    """Strings, or single `label: {options}`."""
+    """Read the lines under a key of a grid file: names, or `label: {options}`.
+
+    Args:
+        values: what the file has there.
+        where: name of the file, for errors.
+        key: the key.
+    """
     if not isinstance(values, list):
         values = [values]
+
     found: list[Entry] = []
     for value in values:
         if isinstance(value, dict) and len(value) == 1:
@@ -212,15 +241,18 @@ def _entries(values: Any, where: str, key: str) -> list[Entry]:
             raise UserError(
                 f"{where}: {key}: expected names, or `- label: {{options}}`, found {value!r}"
             )
+
+        # YAML reads the name 1 as a number.
         label = str(label)
         if not WORD.fullmatch(label):
             raise UserError(
                 f"{where}: {key}: {label!r} is no name: letters, digits, dots, dashes and"
                 " underscores make one"
             )
+
         name = label if key == "datasets" else str(options.pop("method", label))
         entry = Entry(label, name, options)
-        # The same data set on two networks makes records of two names.
+        # A data set may be there twice: on two networks it makes records of two names.
         if key != "datasets" and any(other.label == label and other != entry for other in found):
             raise UserError(
                 f"{where}: {key}: two unlike entries are called {label}: give one another label, `-"
@@ -231,7 +263,11 @@ def _entries(values: Any, where: str, key: str) -> list[Entry]:
 
 
 def _methods(kind: resources.Kind, entries: Iterable[Entry], where: str) -> tuple[Entry, ...]:
-    """Entries that name methods; `all` is every method (of the attacks, every one that attacks)."""
+    """Replace `all` by every method, check all names, and read the options.
+
+    The control `none` is not among all attacks. An entry for a single method replaces that by
+    `all`.
+    """
     known = methods.available(kind)
     found: dict[str, Entry] = {}
     for entry in entries:
@@ -242,6 +278,8 @@ def _methods(kind: resources.Kind, entries: Iterable[Entry], where: str) -> tupl
                     f"{where}: unknown {kind} {name!r}.{suggest(name, known)} Known:"
                     f" {', '.join(known)}"
                 )
+
+            # `all` never replaces an entry of the same label, before it or after it.
             every = entry.name == "all"
             label = name if every else entry.label
             if label not in found or not every:
@@ -252,6 +290,7 @@ def _methods(kind: resources.Kind, entries: Iterable[Entry], where: str) -> tupl
 
 
 def _numbers(number: Any, values: Any, where: str) -> tuple[Any, ...]:
+    """Read numbers, each once. `number`: int or float; `where` begins the message of an error."""
     found = []
     for value in values if isinstance(values, list) else [values]:
         try:
@@ -265,6 +304,7 @@ def _numbers(number: Any, values: Any, where: str) -> tuple[Any, ...]:
 
 
 def _options(values: Any, where: str) -> Mapping[str, Any]:
+    """Check that a part of a grid file is `key: value` lines, or empty."""
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -275,10 +315,13 @@ def _options(values: Any, where: str) -> Mapping[str, Any]:
 def _by_field(
     kind: resources.Kind, method: str, options: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """Options under their fields' names, whatever alias was used; those that the grid itself sets
-    are refused."""
+    """Return options by the names of their fields, whatever alias the file uses.
+
+    Those that the grid sets itself are a UserError that begins with `where`.
+    """
     fields = flag_names(methods.load(kind, method).config_class)
     found = {fields.get(key, key): value for key, value in options.items()}
+    # They are part of a cell's command already.
     for key in OURS & found.keys():
         raise UserError(f"{where}: {key} is set by the grid: take it out")
     return found
@@ -288,9 +331,12 @@ def _by_field(
 
 
 def cells(grid: Grid) -> list[Cell]:
-    """Each attack, followed by the defenses of its record. Every option is read as its command
-    would read it."""
+    """Return the cells of a grid: each attack, followed by the defenses on its record.
+
+    Every option is parsed as the command would parse it.
+    """
     found: list[Cell] = []
+    # The defaults of a defense depend on the data and on how long the attack trained.
     defenses = cache(
         lambda trained: [_defense_settings(grid, entry, trained) for entry in grid.defenses]
     )
@@ -298,6 +344,8 @@ def cells(grid: Grid) -> list[Cell]:
         for entry in grid.attacks:
             for rate in _rates(grid, entry):
                 attack = _attack_settings(grid, dataset, entry, rate)
+
+                # The attack and its defenses share a seed.
                 for seed in grid.seeds:
                     record = f"{attack.place}-s{seed}"
                     check_name(record)
@@ -308,6 +356,7 @@ def cells(grid: Grid) -> list[Cell]:
                         found.append(
                             defense.cell(record, run, seed, ("--result_file", record, *name))
                         )
+
     _refuse_twins(found)
     return found
 
@@ -319,12 +368,13 @@ class _Settings:
     method: methods.Method
     label: str
     place: str
-    """Its name without the seed: of a record, or of a run, where "" is the plain one."""
+    """Name of the record, or of the run, without the seed; "" for a run without a variant."""
     flags: tuple[str, ...]
     config: Any
     code: str
 
     def cell(self, record: str, run: str, seed: int, names: tuple[str, ...]) -> Cell:
+        """Return the cell for a seed. `names`: the options that name the record and the run."""
         return Cell(
             kind=self.method.kind,
             method=self.method.name,
@@ -340,7 +390,7 @@ class _Settings:
 
 
 def _rates(grid: Grid, entry: Entry) -> tuple[float | None, ...]:
-    """An attack that poisons nothing is there once; one whose options name rates has its own."""
+    """Return the poison rates of an attack: its own, else the grid's; None if it has no rate."""
     if "poison_rate" not in {
         f.name for f in dataclasses.fields(methods.load("attack", entry.name).config_class)
     }:
@@ -354,6 +404,7 @@ def _rates(grid: Grid, entry: Entry) -> tuple[float | None, ...]:
 
 
 def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | None) -> _Settings:
+    """Parse the options of an attack on a data set, and name its record."""
     method = methods.load("attack", entry.name)
     shared = _by_field("attack", method.name, {**grid.attack_options, **dataset.options}, "attack")
     if rate is not None and "poison_rate" in shared:
@@ -361,11 +412,15 @@ def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | Non
             f"attack: poison_rate is not shared: say `poison_rates: [{shared['poison_rate']}]`, or"
             " give it to single attacks"
         )
+
+    # An attack's own options come before those of all attacks.
     options = {**shared, **entry.options}
     if rate is not None:
         check_rate(rate)
         options["poison_rate"] = rate
     flags = ["--dataset", dataset.name, *as_flags(method.config_class, options, entry.label)]
+
+    # Parsed as by the command itself, so that a mistake is found before anything runs.
     parsed = parse(
         method.config_class,
         method.name,
@@ -376,6 +431,8 @@ def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | Non
     )
     parsed.config.check()
     _check_data_and_model(parsed.config)
+
+    # What distinguishes records on the same data is part of their name.
     given = {name for name, origin in parsed.origins.items() if origin == "flag"}
     tags = [parsed.config.model] if "model" in given else []
     tags += [f"w{parsed.config.width}"] if "width" in given else []
@@ -387,7 +444,7 @@ def _attack_settings(grid: Grid, dataset: Entry, entry: Entry, rate: float | Non
 
 
 def _check_data_and_model(config: Any) -> None:
-    """Refuse what every command of the attack would refuse when it begins."""
+    """Refuse now what each command of the attack would refuse when it starts."""
     known = dataset_names()
     if config.dataset_path is None and config.dataset not in known:
         said = (
@@ -399,6 +456,8 @@ def _check_data_and_model(config: Any) -> None:
         )
     if config.dataset_path is not None and not Path(config.dataset_path).is_dir():
         raise UserError(f"{config.dataset}: dataset_path {config.dataset_path}: no such folder")
+
+    # timm is slow to import, and mostly not needed.
     if config.model not in models.OWN:
         import timm
 
@@ -410,6 +469,7 @@ def _check_data_and_model(config: Any) -> None:
 
 
 def _defense_settings(grid: Grid, entry: Entry, trained: Trained) -> _Settings:
+    """Parse the options of a defense, for a model that was trained so, and name its run."""
     method = methods.load("defense", entry.name)
     shared = _by_field("defense", method.name, grid.defense_options, "defense")
     flags = as_flags(method.config_class, {**shared, **entry.options}, entry.label)
@@ -417,6 +477,8 @@ def _defense_settings(grid: Grid, entry: Entry, trained: Trained) -> _Settings:
         method.config_class, method.name, "defense", flags, lambda _: trained, entry.label
     )
     parsed.config.check()
+
+    # A label "dau-strict" of the method dau makes the run "strict".
     variant = (
         ""
         if entry.label == method.name
@@ -428,7 +490,7 @@ def _defense_settings(grid: Grid, entry: Entry, trained: Trained) -> _Settings:
 
 
 def _refuse_twins(found: Sequence[Cell]) -> None:
-    """Two lines of a grid that would write to one place."""
+    """Raise a UserError if two cells would have the same result."""
     seen: dict[str, Cell] = {}
     for cell in found:
         other = seen.setdefault(cell.name, cell)

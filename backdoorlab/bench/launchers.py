@@ -1,9 +1,7 @@
-"""Where the commands of a grid run: in processes of this machine, on a Ray cluster, or as Slurm
-jobs.
+"""Launchers: run the commands of a grid as processes of this machine, on Ray, or as Slurm jobs.
 
-Each command runs beside a lock on its own folder that its process inherits. So whoever started it
-may be killed: while the command goes on, nobody starts it a second time, and when it ends, however
-it ends, the lock is gone.
+Each command's process inherits the lock on its folder. If its driver is killed, the command goes on
+and nobody starts it a second time; when it ends, in whatever way, the lock is gone.
 """
 
 import contextlib
@@ -26,53 +24,56 @@ from ..errors import UserError
 from ..storage import locks, writing
 
 BUSY, ALREADY = 75, 76
-"""Answers in place of an exit code: another process runs this command; its result was there before
-it could start."""
+"""In place of an exit code: another process runs the command; its result existed before it could
+start."""
 LOOK = 30.0
-"""Seconds between two questions to Slurm's queue."""
+"""Seconds between two calls of squeue."""
 LOG = "log.txt"
+"""Output of a command, in its folder."""
 HOPELESS = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM])
-"""What one command cannot write, no other can: the driver ends, in one line."""
+"""Errors of writing that every command would meet: they end the driver."""
 GRACE = 10.0
-"""Seconds that a command has to end after each signal, from the mildest to the one that nothing
-ignores."""
+"""Seconds that a command has to end after SIGINT, and again after SIGTERM, before SIGKILL."""
 PASSED_ON = ("BACKDOORLAB_", "OMP_", "MKL_")
 PASSED_ON_TOO = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "PYTHONPATH")
-"""Beginnings and names of the environment variables that a command on another machine is given too;
-never a token."""
+"""Prefixes and names of the environment variables that are passed to other machines; never a
+token."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A command, the folder that is locked while it runs and holds its log, and the file that says
-    it is done."""
+    """A command to run."""
 
     command: tuple[str, ...]
     folder: Path
+    """Locked while it runs; contains its log."""
     done: Path
+    """The file whose presence means that it is finished."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables besides those of the process that starts it."""
 
 
 class Running(Protocol):
-    """A command that was handed over."""
+    """A command that was started, or is queued."""
 
     def poll(self) -> int | None:
-        """Its exit code (minus the signal that ended it), BUSY, ALREADY, or None while it runs or
-        waits."""
+        """Return its exit code (-N after signal N), BUSY or ALREADY; None until it has ended."""
 
     def stop(self) -> None:
-        """Interrupt it, and wait until it has ended."""
+        """Interrupt the command, and wait until it has ended."""
 
 
 class Launcher(Protocol):
-    """What takes commands."""
+    """A way to run commands."""
 
     slots: int
-    """How many are handed over at once."""
+    """Most commands at once."""
 
-    def start(self, task: Task, slot: int) -> Running: ...
+    def start(self, task: Task, slot: int) -> Running:
+        """Start a command. `slot`: a number below `slots` that no running command has."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what the launcher itself has started."""
 
 
 # --- beside the command
@@ -80,7 +81,7 @@ class Launcher(Protocol):
 
 @dataclass
 class Process:
-    """A command of this machine; holds the lock as long as the process does."""
+    """A running command on this machine. This process keeps its lock, too, until it has ended."""
 
     child: subprocess.Popen[bytes]
     lock: int
@@ -92,8 +93,9 @@ class Process:
         return code
 
     def stop(self) -> None:
+        # Python takes SIGINT for Ctrl-C, and writes no half files.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            self.child.send_signal(number)  # does nothing where it has ended
+            self.child.send_signal(number)  # nothing happens if it has ended
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.child.wait(GRACE)
                 break
@@ -120,7 +122,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Answered:
-    """A command that was not to start."""
+    """A command that did not start: another process runs it, or it is finished."""
 
     code: int
 
@@ -132,19 +134,27 @@ class Answered:
 
 
 def begin(task: Task, deaf_to: Sequence[int] = ()) -> Process | Answered:
-    """Lock the task's folder and start its command with the lock in its hands, and ignoring some
-    signals."""
+    """Lock a command's folder, and start the command, which inherits the lock.
+
+    Args:
+        task: the command.
+        deaf_to: signals that it ignores.
+    """
     writing.make_folder(task.folder)
     lock = locks.try_lock(task.folder)
     if lock is None:
         return Answered(BUSY)
+
     try:
+        # Under the lock: another driver may have finished it just now.
         if task.done.exists():
             locks.unlock(lock)
             return Answered(ALREADY)
+
         with open(task.folder / LOG, "ab") as log:
             log.write(f"$ {' '.join(task.command)}\n".encode())
             log.flush()
+            # The lock is that of the open file: it ends when both processes have closed it.
             child = subprocess.Popen(
                 task.command,
                 stdin=subprocess.DEVNULL,
@@ -166,7 +176,7 @@ def _ignore(signals: Sequence[int]) -> None:
 
 
 def run_there(task: Task, deaf_to: Sequence[int] = ()) -> int:
-    """The whole life of a command on the machine that was given it."""
+    """Run a command to its end on a machine of a cluster; returns what `Running.poll` does."""
     running = begin(task, deaf_to)
     if isinstance(running, Answered):
         return running.code
@@ -181,34 +191,32 @@ def run_there(task: Task, deaf_to: Sequence[int] = ()) -> int:
 
 
 def last_words(folder: Path) -> str:
-    """Why the last command in a folder's log failed: its `error:` line, else the last line that it
-    wrote."""
+    """Return why the last command in a log failed: its `error:` line, else its last line."""
     try:
-        lines = (
-            (folder / LOG)
-            .read_text(encoding="utf-8", errors="replace")
-            .rsplit("\n$ ", 1)[-1]
-            .splitlines()[1:]
-        )
+        log = (folder / LOG).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+    # Each command begins with a line "$ COMMAND".
+    lines = log.rsplit("\n$ ", 1)[-1].splitlines()[1:]
     said = [line.strip() for line in lines if line.strip()]
-    return next(
-        (line for line in reversed(said) if line.startswith("error:")), said[-1] if said else ""
-    ).removeprefix("error: ")
+    errors = [line for line in said if line.startswith("error:")]
+    last = (errors or said or [""])[-1]
+    return last.removeprefix("error: ")
 
 
 # --- this machine
 
 
 class Local:
-    """A process a slot. Cores are shared out among them; GPUs in turn, one to each slot."""
+    """Processes of this machine. Slots share its cores evenly, and take its GPUs in turn."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.gpus = _gpus()
 
     def start(self, task: Task, slot: int) -> Running:
+        # Without it, every command would start as many threads as there are cores.
         extra = dict(task.environment)
         if "OMP_NUM_THREADS" not in os.environ:
             extra["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.slots))
@@ -219,15 +227,17 @@ class Local:
         except OSError as error:
             if error.errno in HOPELESS:
                 raise
-            return Refused(error)  # no memory, say: this command's failure, not the others'
+            # Too little memory, for example: other commands may still start.
+            return Refused(error)
 
     def close(self) -> None:
         pass
 
 
 def _gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """List the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # torch takes a second to import, and is not needed where the variable says it.
     if said is not None:
         return [name for name in said.split(",") if name]
     import torch
@@ -239,8 +249,14 @@ def _gpus() -> list[str]:
 
 
 class OnRay:
-    """Each command is a Ray task that takes a share of a GPU; Ray finds the node, and tries again
-    where a node is lost."""
+    """Ray tasks: Ray finds a node for each command, and tries again if the node is lost.
+
+    Args:
+        slots: most commands at once.
+        address: of a running cluster; None starts Ray on this machine.
+        gpus_per_job: share of a GPU that each command takes.
+        cpus_per_job: cores that each command takes.
+    """
 
     def __init__(
         self, slots: int, address: str | None, gpus_per_job: float, cpus_per_job: float
@@ -250,20 +266,9 @@ class OnRay:
         self.slots = slots
         self.ours = not self.ray.is_initialized()
         if self.ours:
-            _refuse_silent(address)
-            quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="error")
-            try:
-                (
-                    self.ray.init(address=address, **quiet)
-                    if address
-                    else self.ray.init(**quiet, object_store_memory=100 << 20)
-                )
-            except Exception as error:  # Ray raises many kinds
-                where = f"at {address}" if address else "on this machine"
-                raise UserError(
-                    f"no Ray {where} ({_first_line(error)}): start one with `ray start --head`, or"
-                    " leave --ray_address out"
-                ) from error
+            self._connect(address)
+
+        # Ray would wait for ever for what the cluster does not have.
         have = self.ray.cluster_resources()
         for kind, wanted in (("GPU", gpus_per_job), ("CPU", cpus_per_job)):
             if wanted > have.get(kind, 0):
@@ -272,9 +277,26 @@ class OnRay:
                     f"a job asks for {wanted:g} {kind}, but the Ray cluster has"
                     f" {have.get(kind, 0):g}: lower --{kind.lower()}s_per_job"
                 )
+
         self.remote = self.ray.remote(num_gpus=gpus_per_job, num_cpus=cpus_per_job, max_retries=2)(
             run_there
         )
+
+    def _connect(self, address: str | None) -> None:
+        """Connect to a cluster, or start one of this machine alone."""
+        _refuse_silent(address)
+        quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="error")
+        try:
+            if address:
+                self.ray.init(address=address, **quiet)
+            else:
+                self.ray.init(**quiet, object_store_memory=100 << 20)
+        except Exception as error:  # Ray raises many kinds
+            where = f"at {address}" if address else "on this machine"
+            raise UserError(
+                f"no Ray {where} ({_first_line(error)}): start one with `ray start --head`, or"
+                " leave --ray_address out"
+            ) from error
 
     def start(self, task: Task, slot: int) -> Running:
         return RayTask(self.ray, self.remote.remote(task))
@@ -285,7 +307,7 @@ class OnRay:
 
 
 def _refuse_silent(address: str | None) -> None:
-    """Ray itself asks an address where nobody answers for minutes on end."""
+    """Raise a UserError if nobody answers at an address: Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         try:
@@ -299,7 +321,7 @@ def _refuse_silent(address: str | None) -> None:
 
 @dataclass
 class RayTask:
-    """A command that Ray has."""
+    """A command on Ray."""
 
     ray: Any
     reference: Any
@@ -322,13 +344,19 @@ class RayTask:
 
 
 class OnSlurm:
-    """Each command is a Slurm job; a preempted one is queued again and goes on from its
-    checkpoint."""
+    """Slurm jobs: a preempted one is queued again, and continues from its checkpoint.
+
+    Args:
+        slots: most jobs at once.
+        folder: for submitit's files; all nodes must see it.
+        parameters: submitit's own.
+    """
 
     def __init__(self, slots: int, folder: Path, parameters: Mapping[str, Any]) -> None:
         submitit = _installed("submitit", "slurm")
         self.slots = slots
         given = dict(parameters)
+        # Other values are submitit's own executors, for tests: they have no queue.
         cluster = given.pop("cluster", "slurm")
         self.queue = Queue() if cluster == "slurm" else None
         try:
@@ -342,8 +370,8 @@ class OnSlurm:
 
     def start(self, task: Task, slot: int) -> Running:
         try:
-            # What sbatch inherits its job has; submitit keeps what it is given in a file of the
-            # shared folder.
+            # Without an environment: sbatch passes on that of this process, and submitit would
+            # store ours in the shared folder.
             return SlurmJob(
                 self.executor.submit(_Requeued(replace(task, environment={}))), self.queue
             )
@@ -359,11 +387,11 @@ class OnSlurm:
 
 @dataclass(frozen=True)
 class _Requeued:
-    """What submitit calls, and asks for a successor when the time is up.
+    """The function of a job, which submitit queues again when its time is up.
 
-    Slurm signals the command, too. It goes on until it is killed, because one that ends before
-    would be an answer, and a job that was preempted, and that Slurm starts anew, would be taken for
-    one that failed.
+    Slurm sends its signals to the command, too. The command ignores them until it is killed: if it
+    ended before, its exit code would be the job's result, and a preempted job, which Slurm
+    restarts, would count as failed.
     """
 
     task: Task
@@ -378,8 +406,10 @@ class _Requeued:
 
 
 class Queue:
-    """Which of the user's jobs Slurm has ended, by `squeue`. submitit goes by `sacct`, which tells
-    nothing where there is no accounting."""
+    """The user's jobs that have ended, by `squeue`.
+
+    submitit asks `sacct`, which knows nothing on clusters without accounting.
+    """
 
     ENDED = (
         "BOOT_FAIL",
@@ -398,8 +428,10 @@ class Queue:
         self.states: dict[str, str] | None = None
 
     def ended(self, job_id: str) -> str | None:
-        """In what state, "gone" where Slurm has forgotten the job; None while it waits or runs, or
-        where Slurm does not answer."""
+        """Return the state in which a job ended.
+
+        "gone" if Slurm has forgotten it; None while it waits or runs, and if Slurm does not answer.
+        """
         if time.monotonic() - self.asked >= LOOK:
             self.asked = time.monotonic()
             ask = [
@@ -415,6 +447,7 @@ class Queue:
                 if answer.returncode
                 else dict(line.split(maxsplit=1) for line in answer.stdout.splitlines())
             )
+
         if self.states is None:
             return None
         state = self.states.get(job_id, "gone")
@@ -423,12 +456,12 @@ class Queue:
 
 @dataclass
 class SlurmJob:
-    """A command that Slurm has."""
+    """A command in Slurm's queue."""
 
     job: Any
     queue: Queue | None
     missed: float | None = None
-    """When it was first seen to have ended without an answer, which a shared file system may show
+    """When it was first seen to have ended without a result, which a shared file system may show
     late."""
 
     def poll(self) -> int | None:
@@ -440,12 +473,14 @@ class SlurmJob:
         return self.job.result()
 
     def _answered(self) -> bool:
+        """Return whether the job's result is there; a UserError if it ended without one."""
         if self.queue is None or self.job.paths.result_pickle.exists():
             return self.job.done()
         state = self.queue.ended(self.job.job_id)
         if state is None:
             self.missed = None
             return False
+        # The job has ended: its result may still be on its way through the file system.
         self.missed = self.missed or time.monotonic()
         if time.monotonic() - self.missed > 2 * LOOK:
             raise UserError(
@@ -455,11 +490,12 @@ class SlurmJob:
         return False
 
     def stop(self) -> None:
+        # Slurm ends the job in its own time: a next driver meets its lock until then.
         self.job.cancel()
 
 
 def parameters(given: Sequence[str]) -> dict[str, Any]:
-    """key=value words as submitit takes them: whole numbers are numbers."""
+    """Parse key=value words as submitit's parameters: digits become an int."""
     found: dict[str, Any] = {}
     for word in given:
         key, equals, value = word.partition("=")
@@ -473,6 +509,7 @@ def parameters(given: Sequence[str]) -> dict[str, Any]:
 
 
 def _installed(module: str, extra: str) -> Any:
+    """Import an optional package. `extra`: name of the extra that installs it."""
     import importlib
 
     try:
@@ -491,12 +528,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def command(path: Path, flags: Sequence[str]) -> tuple[str, ...]:
-    """The command line of a method's file, with this interpreter."""
+    """Return the command line that runs a method's file with this interpreter."""
     return (sys.executable, str(path), *flags)
 
 
 def passed_on() -> dict[str, str]:
-    """What a command on another machine has to be told of this process's environment."""
+    """Return the environment variables that a command on another machine needs."""
     return {
         name: value
         for name, value in os.environ.items()

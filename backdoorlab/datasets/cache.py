@@ -1,4 +1,4 @@
-"""Decoded data sets as arrays in a folder, found by content and checked at each load."""
+"""Cache of decoded data sets: folders of arrays, found by content and checked at each load."""
 
 import json
 import os
@@ -13,13 +13,17 @@ import torch
 from ..data import Dataset, Split, fingerprint, mapped
 from ..errors import UserError
 from ..storage.folders import publish, remove, sweep
-from ..storage.locks import HOLDER, locked
+from ..storage.locks import locked
 from .decoding import Arrays
 from .locations import cache_root
 
+STAGE = re.compile(r".+-[0-9a-f]{16}\.[0-9]+\.partial")
+"""Names of unfinished folders: data set, cache key, and the process that writes."""
+ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
+
 
 def cached() -> list[dict[str, Any]]:
-    """One entry a cached data set: name, fingerprint, sizes, folder."""
+    """List the cached data sets: name, fingerprint, class_names, train and test sizes, folder."""
     return [
         {**read_meta(meta), "folder": str(meta.parent)}
         for meta in sorted(cache_root().glob("*/meta.json"))
@@ -32,23 +36,30 @@ def _dataset(name: str, arrays: Arrays) -> Dataset:
     return Dataset(name, train, test, arrays[4], fingerprint(train, test, arrays[4]))
 
 
-STAGE = re.compile(r".+-[0-9a-f]{16}\.[0-9]+\.partial")
-"""What `_write_cache` calls its stages: the data set, its key, and a process."""
-ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
-
-
 def write_cache(folder: Path, name: str, arrays: Arrays) -> None:
+    """Write a data set into the cache.
+
+    Args:
+        folder: its place in the cache, which does not exist yet.
+        name: name of the data set.
+        arrays: what a reader returned.
+    """
     dataset = _dataset(name, arrays)
     stage = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
+        # Processes that were killed while writing leave their stages.
         if folder.parent.is_dir():
             sweep(folder.parent, _ours)
+
+        # Locked, so that the sweep of another process leaves it alone.
         with locked(stage):
             try:
                 final = stage / "final"
                 final.mkdir()
                 for array_name, array in zip(ARRAY_NAMES, arrays[:4], strict=True):
                     np.save(final / f"{array_name}.npy", array)
+
+                # meta.json is written last: a folder without it is not used.
                 counts = dict(train=len(dataset.train), test=len(dataset.test))
                 meta = dict(
                     name=name,
@@ -68,34 +79,45 @@ def write_cache(folder: Path, name: str, arrays: Arrays) -> None:
 
 
 def _put(final: Path, folder: Path) -> None:
-    """Give a whole data set its name, in place of a half one; that of a process which was faster is
-    as good."""
+    """Rename a finished folder to its name in the cache, in place of an incomplete one."""
     try:
         publish(final, folder)
     except OSError:
-        if (folder / "meta.json").exists():  # another process was faster
+        # Another process was faster: it wrote the same content.
+        if (folder / "meta.json").exists():
             return
         remove(folder)
         publish(final, folder)
 
 
 def _ours(stage: Path) -> bool:
-    """Whether an unfinished folder is one that `_write_cache` makes: the cache may be a folder that
-    others use, too."""
+    """Return whether `write_cache` made an unfinished folder.
+
+    The cache may be a folder that other programs use, too.
+    """
     return STAGE.fullmatch(stage.name) is not None and {
         entry.name for entry in stage.iterdir()
-    } <= {HOLDER, "final"}
+    } <= {"final"}
 
 
 def read_cache(folder: Path, name: str) -> Dataset:
-    """Memory-mapped, so that only what is used is read; a changed byte is refused."""
+    """Load a data set from its folder in the cache.
+
+    Images are memory-mapped, so that they take memory only where they are used.
+
+    Raises:
+        UserError: the content does not match its fingerprint.
+    """
     meta = read_meta(folder / "meta.json")
     try:
         files = [folder / f"{array_name}.npy" for array_name in ARRAY_NAMES]
+        # Labels are small, and are loaded whole.
         labels = [torch.from_numpy(np.load(file)) for file in files[1::2]]
         train, test = (
             Split(mapped(file), rows, file) for file, rows in zip(files[::2], labels, strict=True)
         )
+
+        # The fingerprint covers every pixel, label and class name.
         class_names = tuple(meta["class_names"])
         intact = fingerprint(train, test, class_names) == meta["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -108,6 +130,7 @@ def read_cache(folder: Path, name: str) -> Dataset:
 
 
 def read_meta(file: Path) -> dict[str, Any]:
+    """Read a meta.json; {} where it is missing or damaged."""
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

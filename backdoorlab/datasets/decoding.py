@@ -1,4 +1,4 @@
-"""Files and cells to bytes: images uint8 (N, C, H, W)."""
+"""Decoding of images from files and parquet cells: uint8 (N, C, H, W)."""
 
 import io
 import math
@@ -15,21 +15,21 @@ from ..errors import UserError
 from .locations import cache_root
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
-"""What Pillow may take a file for, whatever it is called: its readers of other formats are many,
-and one starts Ghostscript."""
-
+"""Formats that Pillow may use, whatever a file is called. It has many more readers, one of which
+starts Ghostscript."""
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError)
-"""What Pillow raises for a file that is no image, or not a whole one, or one that claims too much;
-its own bomb is none of these."""
+"""What Pillow raises for a file that is no image, is incomplete, or claims too large a size. Its
+DecompressionBombError is not among them."""
 LARGE = 2**30
-"""Bytes of decoded images beyond which they go to a file and not to memory."""
+"""Bytes of decoded images. A larger set is decoded into a file instead of memory."""
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
-"""train images uint8 (N, C, H, W), train labels int64, test images, test labels, class names."""
+"""Training images uint8 (N, C, H, W), training labels int64 (N,), test images, test labels, class
+names."""
 
 
 def refuse_different(first: np.ndarray, other: np.ndarray) -> None:
-    """Images (N, C, H, W) of one set, or (C, H, W), must be of one shape."""
+    """Raise a UserError if two arrays of images (N, C, H, W) or (C, H, W) differ in C, H or W."""
     shapes = first.shape[-3:], other.shape[-3:]
     if shapes[0] != shapes[1]:
         raise UserError(
@@ -39,10 +39,23 @@ def refuse_different(first: np.ndarray, other: np.ndarray) -> None:
 
 
 def decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
-    """Decode a sequence of images with threads into one uint8 (N, C, H, W) array."""
+    """Decode images in threads.
+
+    Args:
+        items: a sequence of N undecoded images.
+        decode: turns one of them into uint8 (C, H, W).
+
+    Returns:
+        uint8 (N, C, H, W).
+
+    Raises:
+        UserError: there are none, or they differ in shape.
+    """
     count = len(items)
     if count == 0:
         raise UserError("the data set has no images in one of its splits")
+
+    # The first image decides the shape of all.
     first = decode(items[0])
     out = _room((count, *first.shape))
 
@@ -58,14 +71,13 @@ def decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
 
 
 def _room(shape: tuple[int, ...]) -> np.ndarray:
-    """uint8 zeros in memory, or where they are more than LARGE in a file without a name, which goes
-    with the array."""
+    """Return uint8 zeros; above LARGE bytes, in a nameless file that is deleted with the array."""
     if math.prod(shape) <= LARGE:
         return np.zeros(shape, np.uint8)
     cache_root().mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=cache_root()) as file:
-            # A full disk is an error here; in the middle of a map it would end the process
+            # A full disk is an error here. In the middle of a memory map it would kill the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, math.prod(shape))
             return np.memmap(file, np.uint8, "w+", shape=shape)
@@ -77,6 +89,7 @@ def _room(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def from_bytes(data: bytes, path: Path, image_size: int | None, grey: bool | None) -> np.ndarray:
+    """Decode the bytes of an image file; `path` names its source in errors. See `from_pil`."""
     from PIL import Image
 
     try:
@@ -89,6 +102,7 @@ def from_bytes(data: bytes, path: Path, image_size: int | None, grey: bool | Non
 
 
 def from_file(file: Path, image_size: int | None, grey: bool | None) -> np.ndarray:
+    """Decode an image file. See `from_pil`."""
     from PIL import Image
 
     try:
@@ -99,6 +113,16 @@ def from_file(file: Path, image_size: int | None, grey: bool | None) -> np.ndarr
 
 
 def from_pil(image: Any, image_size: int | None, grey: bool | None) -> np.ndarray:
+    """Convert a Pillow image to bytes.
+
+    Args:
+        image: a PIL.Image.
+        image_size: side in pixels to resize to (bilinear); None keeps the size.
+        grey: one channel (True) or three (False); None decides by the image's mode.
+
+    Returns:
+        uint8 (C, H, W).
+    """
     from PIL import Image
 
     if grey is None:
@@ -111,15 +135,18 @@ def from_pil(image: Any, image_size: int | None, grey: bool | None) -> np.ndarra
 
 
 def _eight_bits(image: Any) -> Any:
-    """An image of at most 8 bits a channel, for `convert` clips what is above 255 and so would turn
-    deep images white."""
+    """Reduce an image to 8 bits a channel; a value that cannot be scaled raises a ValueError.
+
+    Pillow's own `convert` would clip values at 255 and turn 16-bit images white.
+    """
     from PIL import Image
 
     if image.mode.startswith("I;16"):
-        # The upper byte: each of the 256 greys stands for 256 values, and 8 bits that were widened,
-        # by 256 or by 257, come back as they were.
+        # The upper byte. 8-bit values that were widened, by a factor of 256 or 257, come back
+        # exactly.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    # Such a format does not say what is white, so there is nothing to scale by
+
+    # These modes do not define white, so there is nothing to scale by.
     if image.mode in ("I", "F"):
         low, high = image.getextrema()
         if not 0 <= low <= high <= 255:

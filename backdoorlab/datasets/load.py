@@ -1,15 +1,13 @@
-"""Data sets by name: read once, resized once, then kept as bytes in a cache that is found by
-content.
+"""Data sets by name: read and resized once, then kept as bytes in a cache.
 
-A data set is one of
-  digits                                    embedded in scikit-learn, the default
-  cifar10 cifar100 mnist fashion_mnist gtsrb svhn   torchvision's, downloaded where there is a network
-                                                   (gtsrb: its final training set)
-  any other name with --dataset_path FOLDER        parquet shards or train/<class>/*.png
+The names that need no path:
+  digits                                            in scikit-learn, the default
+  cifar10 cifar100 mnist fashion_mnist gtsrb svhn   downloaded by torchvision where they are missing
+                                                    (gtsrb with its final training set)
 
-Whatever the name, `--dataset_path` may point at parquet shards in the Hugging Face hub's layout
-(columns `img` or `image`, and `label`) or at a folder `train/<class>/*.png` with `test/` or `val/`
-beside it.
+With --dataset_path FOLDER, a data set may have any name. FOLDER has one of two layouts:
+  *.parquet             as on the Hugging Face hub: columns `img` or `image`, and `label`
+  train/<class>/*.png   with test/<class>/*.png or val/<class>/*.png beside it
 """
 
 import hashlib
@@ -29,7 +27,7 @@ from .readers import TORCHVISION, class_images, digits, folder_reader, from_torc
 
 DEFAULT = "digits"
 READER_VERSION = 4
-"""Part of every cache key: raise it when what is read changes, or decoding or resizing changes a
+"""Part of every cache key. Raise it when a change of reading, decoding or resizing changes a
 pixel."""
 
 
@@ -38,10 +36,43 @@ def load(
 ) -> Dataset:
     """Load a data set from the cache, else from `path`, else by name.
 
-    image_size: side in pixels that every image is resized to (bilinear); None keeps the size found.
-    grey: one channel (True) or three (False); None keeps what the first image has.
+    Args:
+        name: one of `names()`, or any name with a path.
+        path: folder of images; None reads scikit-learn or torchvision.
+        image_size: side in pixels that every image is resized to (bilinear); None keeps the size.
+        grey: one channel (True) or three (False); None keeps what the first image has.
+
+    Raises:
+        UserError: there is no such data set, or it cannot be read.
     """
-    if not is_plain(name):  # a record could be made of it, and not be read
+    _refuse_unknown(name, path)
+
+    # The key is made of the content of the source, so that other images are another entry.
+    options = dict(image_size=image_size, grey=grey, reader=READER_VERSION)
+    source = (
+        f"{'sklearn' if name == DEFAULT else 'torchvision'}:{name}"
+        if path is None
+        else source_key(Path(path))
+    )
+    key = hashlib.sha256(json.dumps([source, options], sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_root() / f"{_safe(name)}-{key}"
+
+    if not (folder / "meta.json").exists():
+        if path is not None:
+            arrays = folder_reader(Path(path))(Path(path), image_size, grey)
+        elif name == DEFAULT:
+            arrays = digits(image_size or 32, channels=3 if grey is False else 1)
+        else:
+            arrays = from_torchvision(name, image_size, grey)
+        refuse_different(arrays[0], arrays[2])
+        write_cache(folder, name, arrays)
+    return read_cache(folder, name)
+
+
+def _refuse_unknown(name: str, path: str | None) -> None:
+    """Raise a UserError if no data set can have this name, or the folder does not exist."""
+    # A record on data of such a name could be written, but not read.
+    if not is_plain(name):
         raise UserError(
             f"--dataset {name!r}: expected a name of at most 200 letters and no path: without a"
             f" slash, say {_plain_name(name)!r}"
@@ -56,34 +87,27 @@ def load(
             f"unknown data set {name!r}.{suggest(name, names())} Known: {', '.join(names())}; any"
             " other data needs --dataset_path FOLDER"
         )
-    options = dict(image_size=image_size, grey=grey, reader=READER_VERSION)
-    source = (
-        f"{'sklearn' if name == DEFAULT else 'torchvision'}:{name}"
-        if path is None
-        else source_key(Path(path))
-    )
-    key = hashlib.sha256(json.dumps([source, options], sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_root() / f"{_safe(name)}-{key}"
-    if not (folder / "meta.json").exists():
-        if path is not None:
-            arrays = folder_reader(Path(path))(Path(path), image_size, grey)
-        elif name == DEFAULT:
-            arrays = digits(image_size or 32, channels=3 if grey is False else 1)
-        else:
-            arrays = from_torchvision(name, image_size, grey)
-        refuse_different(arrays[0], arrays[2])
-        write_cache(folder, name, arrays)
-    return read_cache(folder, name)
 
 
 def find(
     name: str, wanted: str, *, image_size: int | None = None, grey: bool | None = None
 ) -> Dataset:
-    """The data set of a record by the fingerprint that the record carries: in the cache, else by
-    name."""
+    """Find the data set of a record, in the cache or by name.
+
+    Args:
+        name: its name in the record.
+        wanted: its fingerprint in the record.
+        image_size: as in `load`, and as `grey` only used where the cache does not have it.
+        grey: as in `load`.
+
+    Raises:
+        UserError: no data set at hand has this fingerprint.
+    """
+    # By content: the cache may have it under another name.
     for meta in sorted(cache_root().glob("*/meta.json")):
         if read_meta(meta).get("fingerprint") == wanted:
             return read_cache(meta.parent, name)
+
     if name in names():
         dataset = load(name, image_size=image_size, grey=grey)
         if dataset.fingerprint == wanted:
@@ -97,8 +121,15 @@ def find(
 def load_trusted(
     path: str, dataset: Dataset, image_size: int | None, flag: str = "--trusted_path"
 ) -> Split:
-    """A user's own clean images of a data set's classes: <class>/*.png (names or numbers of the
-    classes) or parquet shards."""
+    """Load a user's own clean images of a data set's classes.
+
+    Args:
+        path: folder of <class>/*.png, named as the classes or their numbers, or of parquet shards.
+        dataset: the data set, whose classes and image shape they must have.
+        image_size: side in pixels to resize to; None keeps the size.
+        flag: name of the option that gave the path, for errors.
+    """
+    # As many channels as the data set has.
     root, grey = Path(path), dataset.image_shape[0] == 1
     if not root.is_dir():
         raise UserError(
@@ -109,25 +140,16 @@ def load_trusted(
     if shards:
         images, labels = read_shards(shards, root, image_size, grey)
     else:
-        classes = class_folders(root)
-        known = (
-            dataset.class_names
-            if set(classes) & set(dataset.class_names)
-            else tuple(map(str, range(dataset.num_classes)))
-        )
-        unknown = [name for name in classes if name not in known]
-        if unknown or not classes:
-            raise UserError(
-                f"{flag} {path}: expected one folder for each of the {dataset.num_classes} classes"
-                f" of {dataset.name} ({', '.join(dataset.class_names[:5])}, ..., or their numbers),"
-                f" found {', '.join(unknown[:5]) or listing(root)}"
-            )
+        known = _trusted_classes(root, dataset, f"{flag} {path}")
         images, labels = class_images(root, known, image_size, grey)
+
     if images.shape[1:] != dataset.image_shape:
         raise UserError(
             f"{flag} {path}: expected images of {dataset.image_shape} (channels, height, width),"
             f" found {images.shape[1:]}"
         )
+
+    # Numbers in shards may be those of other classes.
     if labels.max() >= dataset.num_classes:
         raise UserError(
             f"{flag} {path}: {dataset.name} has {dataset.num_classes} classes, found label"
@@ -136,9 +158,31 @@ def load_trusted(
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
+def _trusted_classes(root: Path, dataset: Dataset, where: str) -> tuple[str, ...]:
+    """Return the names that folders of trusted images go by, in the order of the labels."""
+    classes = class_folders(root)
+    # One folder with the name of a class settles that they are names and not numbers.
+    known = (
+        dataset.class_names
+        if set(classes) & set(dataset.class_names)
+        else tuple(map(str, range(dataset.num_classes)))
+    )
+    unknown = [name for name in classes if name not in known]
+    if unknown or not classes:
+        raise UserError(
+            f"{where}: expected one folder for each of the {dataset.num_classes} classes of"
+            f" {dataset.name} ({', '.join(dataset.class_names[:5])}, ..., or their numbers), found"
+            f" {', '.join(unknown[:5]) or listing(root)}"
+        )
+    return known
+
+
 def train_files(path: str) -> list[str] | None:
-    """The training images of an image folder, in the order in which `load` gives them; None where
-    images are not files."""
+    """List the files of an image folder's training images, in the order of `load`.
+
+    None where `load` reads no image files.
+    """
+    # The same decision as in `folder_reader`.
     train = Path(path) / "train"
     if not train.is_dir() or any(parquet_files(Path(path))):
         return None
@@ -146,15 +190,15 @@ def train_files(path: str) -> list[str] | None:
 
 
 def names() -> list[str]:
-    """Every data set that needs no path."""
+    """List the data sets that need no path."""
     return [DEFAULT, *TORCHVISION]
 
 
 def _plain_name(name: str) -> str:
-    """One that may be used in place of a name that may not: ylecun/mnist is mnist, as whoever gives
-    the hub's name would expect."""
+    """Return an allowed name close to one that is not: "mnist" for the hub's "ylecun/mnist"."""
     return next((part for part in reversed(re.split(r"[/\\]", name)) if is_plain(part)), "mine")
 
 
 def _safe(name: str) -> str:
+    """Return a name as part of a folder's name."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)

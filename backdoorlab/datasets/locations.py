@@ -1,4 +1,4 @@
-"""Where data lie, and which files of a folder are read."""
+"""Folders of data, and the files in them that are read."""
 
 import hashlib
 import os
@@ -11,30 +11,35 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 
 
 def cache_root() -> Path:
-    """$BACKDOORLAB_CACHE, else ~/.cache/backdoorlab."""
+    """Return the folder of the cache: $BACKDOORLAB_CACHE, else ~/.cache/backdoorlab."""
     return Path(os.environ.get("BACKDOORLAB_CACHE") or Path.home() / ".cache" / "backdoorlab")
 
 
 def data_root() -> Path:
-    """Where torchvision keeps its downloads: $BACKDOORLAB_DATA, else ./data."""
+    """Return torchvision's download folder: $BACKDOORLAB_DATA, else ./data."""
     return Path(os.environ.get("BACKDOORLAB_DATA") or "data")
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder that are not hidden, in alphabetical order (numbers in
-    numerical order)."""
+    """List the names of visible folders in a folder: numbers in numerical order, then the others
+    in alphabetical order."""
     names = (
         child.name
         for child in folder.iterdir()
         if child.is_dir() and not child.name.startswith(".")
     )
+    # So that "10" comes after "9".
     return sorted(
         names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
     )
 
 
 def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """Files and labels in the order of the images."""
+    """List the images in <folder>/<class>/ in order.
+
+    Returns:
+        (files, labels): a label is a position in `classes`.
+    """
     files: list[Path] = []
     labels: list[int] = []
     for number, name in enumerate(classes):
@@ -45,7 +50,8 @@ def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """In order; nothing hidden, such as a notebook's copies and a Mac's leftovers."""
+    """List the images anywhere below a folder, in order of their paths."""
+    # Hidden files are copies by notebooks, or leftovers of macOS, and no images of the class.
     images = (file for file in _files_below(folder) if file.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(
         file
@@ -55,15 +61,20 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def parquet_files(folder: Path) -> Iterator[Path]:
+    """Yield the parquet files anywhere below a folder, in no order."""
     return (file for file in _files_below(folder) if file.suffix == ".parquet")
 
 
 def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Every file in a folder and in the folders below it, linked ones too: what is read and what is
-    hashed must be the same."""
+    """Yield every file anywhere below a folder, following links.
+
+    What is read and what is hashed for the cache key both go by this function.
+    """
     real = os.path.realpath(folder)
-    if real in above or not folder.is_dir():  # a link to a folder that it lies in leads nowhere
+    # A link to a folder that contains it would be followed for ever.
+    if real in above or not folder.is_dir():
         return
+
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
@@ -73,15 +84,17 @@ def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
 
 
 def listing(path: Path) -> str:
+    """Return the first five names in a folder as text, for error messages."""
     entries = sorted(entry.name for entry in path.iterdir())
     return ", ".join(entries[:5]) + (" ..." if len(entries) > 5 else "") if entries else "nothing"
 
 
 def source_key(path: Path) -> str:
-    """SHA-256 over the names and contents of every file that a reader may open."""
+    """Return the SHA-256 over the names and contents of every file that a reader may open."""
     digest = hashlib.sha256()
     for file in _source_files(path):
         try:
+            # The name, too: it says the class or the split.
             digest.update(str(file.relative_to(path)).encode())
         except UnicodeEncodeError as error:
             raise UserError(

@@ -1,4 +1,5 @@
-"""One reader for each kind of source: scikit-learn, torchvision, parquet shards, image folders."""
+"""Readers of data sets, one for each kind of source: scikit-learn, torchvision, parquet shards,
+image folders."""
 
 import json
 import re
@@ -16,21 +17,26 @@ from .decoding import Arrays, decode_all, from_bytes, from_file, from_pil
 from .locations import IMAGE_SUFFIXES, class_files, class_folders, data_root, listing, parquet_files
 
 MOST_CLASSES = 2**16
-"""From here on, a label beyond the number of images is taken for a mistake: each class below the
-largest takes memory in the network."""
+"""Labels from here on are refused unless there are as many images: every class up to the largest
+label takes memory in the network."""
 
 
 def digits(image_size: int, channels: int) -> Arrays:
-    """1,797 grey 8x8 digits of the UCI test set, bilinear to `image_size`; every fifth image of
-    each class is for testing."""
+    """Read scikit-learn's digits: 1,797 grey images of 8x8 pixels, the test set of UCI.
+
+    They are resized to `image_size` (bilinear). Every fifth image of each class is a test image.
+    """
     from sklearn.datasets import load_digits
 
+    # Grey values are 0..16.
     bunch = load_digits()
     small = torch.from_numpy(bunch.images).to(torch.float32)[:, None] * (255 / 16)
     large = torch.nn.functional.interpolate(
         small, size=(image_size, image_size), mode="bilinear", align_corners=False
     )
     images = large.round().clamp(0, 255).to(torch.uint8).repeat(1, channels, 1, 1).numpy()
+
+    # rank_in_class: how many images of the same class stand before this one.
     labels = bunch.target.astype(np.int64)
     rank_in_class = (labels[:, None] == np.arange(10)).cumsum(0)[np.arange(len(labels)), labels]
     test = rank_in_class % 5 == 0
@@ -47,9 +53,10 @@ GTSRB = (
     "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/GTSRB_Final_Training_Images.zip",
     "f33fd80ac59bff73c82d25ab499e03a3",
 )
-"""Address and MD5 of the training set that results on GTSRB are published for; torchvision's is
-that of the competition before, 26,640 images."""
+"""Address and MD5 of the training set of the final competition, for which results on GTSRB are
+published. torchvision has that of the competition before, 26,640 images."""
 GTSRB_SIZE = 39_209
+"""Images in it."""
 
 TORCHVISION: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "cifar10": ("CIFAR10", dict(train=True), dict(train=False)),
@@ -59,9 +66,14 @@ TORCHVISION: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {
     "gtsrb": (None, dict(split="train"), dict(split="test")),
     "svhn": ("SVHN", dict(split="train"), dict(split="test")),
 }
+"""Name -> torchvision's class (None for `_gtsrb`), its arguments for training and test images."""
 
 
 def from_torchvision(name: str, image_size: int | None, grey: bool | None) -> Arrays:
+    """Read one of TORCHVISION, and download it where it is missing.
+
+    `image_size` and `grey` as in `load.load`.
+    """
     import torchvision.datasets
 
     root = data_root()
@@ -69,42 +81,57 @@ def from_torchvision(name: str, image_size: int | None, grey: bool | None) -> Ar
     make = getattr(torchvision.datasets, class_name) if class_name else _gtsrb
     parts = []
     for arguments in (train_arguments, test_arguments):
-        try:
-            found = make(root=str(root), download=False, **arguments)
-        except RuntimeError:
-            _require_network(name, root)
-            try:
-                found = make(root=str(root), download=True, **arguments)
-            except Exception as error:
-                raise UserError(
-                    f"data set {name!r} could not be downloaded to {root} ({error}): pass"
-                    " --dataset_path FOLDER"
-                ) from error
+        found = _found_or_downloaded(make, arguments, name, root)
         parts.append(decode_all(found, lambda item: from_pil(item[0], image_size, grey)))
+        # Some of torchvision's classes say targets, others labels.
         parts.append(
             np.asarray(getattr(found, "targets", getattr(found, "labels", None)), dtype=np.int64)
         )
+
     class_names = tuple(str(c) for c in getattr(found, "classes", range(int(parts[1].max()) + 1)))
     return parts[0], parts[1], parts[2], parts[3], class_names
 
 
+def _found_or_downloaded(
+    make: Callable[..., Any], arguments: dict[str, Any], name: str, root: Path
+) -> Any:
+    """Return a data set of torchvision, from `root` or from the network."""
+    try:
+        return make(root=str(root), download=False, **arguments)
+    except RuntimeError:
+        _require_network(name, root)
+
+    try:
+        return make(root=str(root), download=True, **arguments)
+    except Exception as error:
+        raise UserError(
+            f"data set {name!r} could not be downloaded to {root} ({error}): pass"
+            " --dataset_path FOLDER"
+        ) from error
+
+
 def _gtsrb(root: str, split: str, download: bool) -> Any:
-    """torchvision's test set; for training the images of the final competition, which torchvision
-    does not have."""
+    """Make GTSRB: torchvision's test set, or the final competition's training set.
+
+    Raises:
+        RuntimeError: the training set is not there, as torchvision says it of its own sets.
+    """
     from torchvision.datasets import GTSRB as Theirs
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.utils import download_and_extract_archive
 
     if split == "test":
         test = Theirs(root, split=split, download=download)
-        # As torchvision's other sets have them
+        # torchvision's other data sets have this attribute.
         test.targets = [label for _, label in test._samples]
         return test
+
     folder = Path(root) / "gtsrb"
     images = folder / "GTSRB" / "Final_Training" / "Images"
     if download:
         address, md5 = GTSRB
         download_and_extract_archive(address, download_root=str(folder), md5=md5)
+    # An interrupted download or unpacking leaves fewer.
     found = ImageFolder(str(images)) if images.is_dir() else ()
     if len(found) != GTSRB_SIZE:
         raise RuntimeError(f"{images}: expected {GTSRB_SIZE:,} images, found {len(found):,}")
@@ -112,8 +139,8 @@ def _gtsrb(root: str, split: str, download: bool) -> Any:
 
 
 def _require_network(name: str, root: Path) -> None:
-    """One quick look before a download, so that a missing network is a line within seconds and not
-    a row of retries."""
+    """Raise a UserError within seconds if there is no network, in place of a row of retries."""
+    # One host that answers is enough.
     for host in ("www.cs.toronto.edu", "ossci-datasets.s3.amazonaws.com", "github.com"):
         try:
             with socket.create_connection((host, 443), timeout=2):
@@ -128,7 +155,7 @@ def _require_network(name: str, root: Path) -> None:
 
 
 def folder_reader(path: Path) -> Callable[[Path, int | None, bool | None], Arrays]:
-    """The reader that fits a folder."""
+    """Return the reader for a folder: of parquet shards where it has some, else of images."""
     if any(parquet_files(path)):
         return _parquet
     if (path / "train").is_dir() and class_folders(path / "train"):
@@ -140,11 +167,14 @@ def folder_reader(path: Path) -> Callable[[Path, int | None, bool | None], Array
 
 
 def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
-    """Hugging Face shards: `train*.parquet` and `test*.parquet` (or `validation*`), anywhere below
-    the folder."""
+    """Read parquet shards of the Hugging Face hub, anywhere below a folder.
+
+    Their names say the split: train*.parquet, and test*.parquet or validation*.parquet.
+    """
     shards = sorted(parquet_files(path))
 
-    def of(split: str) -> list[Path]:  # a word of the name that begins so: "latest" is no test set
+    def of(split: str) -> list[Path]:
+        # A word in the name must begin so: "latest" is no test set.
         return [shard for shard in shards if re.search(rf"(?<![a-z]){split}", shard.name.lower())]
 
     train, test = of("train"), of("test") or of("val")
@@ -159,13 +189,14 @@ def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
             f"--dataset_path {path}: expected shards named train*.parquet and test*.parquet, found"
             f" {listing(path)}"
         )
+
     parts = [read_shards(files, path, image_size, grey) for files in (train, test)]
+    # The classes are those of the training set.
     strange = sorted(set(parts[1][1].tolist()) - set(parts[0][1].tolist()))
     if strange:
         raise UserError(
-            f"{test[0]}: label {strange[0]} is on no training image, and only those say what the"
-            f" classes are ({len(strange)} such): pass a folder whose training shards have every"
-            " class, all of them"
+            f"{test[0]}: no training image has the label {strange[0]} ({len(strange)} such labels):"
+            " expected every class in the training set, pass a folder with all its shards"
         )
     return *parts[0], *parts[1], _class_names(path, int(parts[0][1].max()) + 1)
 
@@ -173,12 +204,23 @@ def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
 def read_shards(
     files: list[Path], path: Path, image_size: int | None, grey: bool | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of some shards, in the order of the files."""
+    """Read parquet shards.
+
+    Args:
+        files: the shards, in the order of the result.
+        path: the folder that the user gave, for errors.
+        image_size: side in pixels to resize to; None keeps the size.
+        grey: one channel (True) or three (False); None decides by each image.
+
+    Returns:
+        (images uint8 (N, C, H, W), labels int64 (N,)).
+    """
     import pyarrow.parquet as pq
 
     encoded: list[bytes] = []
     labels: list[int] = []
     for file in files:
+        # The schema alone tells whether the columns are there, before data are read.
         try:
             schema = pq.read_schema(file)
             image_column = _column(file, schema.names, ("img", "image"))
@@ -190,19 +232,24 @@ def read_shards(
             raise UserError(
                 f"{file}: not a readable parquet file ({error}): fetch it again"
             ) from error
+
+        # The hub stores an image as {bytes, path}. An empty cell fails when it is decoded.
         encoded += [
             cell.get("bytes") or b"" if isinstance(cell, dict) else cell
             for cell in table[image_column].to_pylist()
         ]
         labels += table[label_column].to_pylist()
+
     return decode_all(encoded, lambda item: from_bytes(item, path, image_size, grey)), _labels(
         labels, path
     )
 
 
 def _image_folder(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
-    """train/<class>/*.png with test/ or val/ beside it; classes in alphabetical order (numbers in
-    numerical order)."""
+    """Read train/<class>/*.png with test/ or val/ beside it.
+
+    The classes are in alphabetical order, or in numerical order where they are numbers.
+    """
     classes = class_folders(path / "train")
     test = next(
         (path / n for n in ("test", "val", "valid", "validation") if (path / n).is_dir()), None
@@ -211,13 +258,16 @@ def _image_folder(path: Path, image_size: int | None, grey: bool | None) -> Arra
         raise UserError(
             f"--dataset_path {path}: expected test/ or val/ beside train/, found {listing(path)}"
         )
+
     strange = sorted(set(class_folders(test)) - set(classes))
     if strange:
         raise UserError(
             f"{test / strange[0]}: no folder of this name in train/, whose folders are the classes:"
             f" {', '.join(classes[:5])}"
         )
+
     parts = [class_images(folder, classes, image_size, grey) for folder in (path / "train", test)]
+    # A class without images would still be an output of the network.
     bare = sorted(set(range(len(classes))) - set(parts[0][1].tolist()))
     if bare:
         raise UserError(
@@ -230,7 +280,11 @@ def _image_folder(path: Path, image_size: int | None, grey: bool | None) -> Arra
 def class_images(
     folder: Path, classes: Sequence[str], image_size: int | None, grey: bool | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of <class>/*.png; a label is a position in `classes`."""
+    """Read <folder>/<class>/*.png.
+
+    Returns:
+        (images uint8 (N, C, H, W), labels int64 (N,)): a label is a position in `classes`.
+    """
     files, labels = class_files(folder, classes)
     if not files:
         raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
@@ -240,7 +294,7 @@ def class_images(
 
 
 def _labels(labels: Any, path: Path) -> np.ndarray:
-    """int64 (N,), none missing or negative."""
+    """Return labels as int64 (N,), and refuse missing, negative and implausible ones."""
     wrong = [label for label in labels if not is_count(label)]
     if wrong:
         raise UserError(
@@ -257,8 +311,11 @@ def _labels(labels: Any, path: Path) -> np.ndarray:
 
 
 def _class_names(path: Path, count: int) -> tuple[str, ...]:
-    """From classes.json (a list of names or of {label, name}, or number -> name) where there is
-    one, else the numbers."""
+    """Read the names of `count` classes from a folder's classes.json.
+
+    It may be a list of names, a list of {label, name}, or an object {number: name}, also under the
+    key "classes" or "names". Without the file, the numbers are the names.
+    """
     file = path / "classes.json"
     if not file.exists():
         return tuple(str(number) for number in range(count))
@@ -266,6 +323,8 @@ def _class_names(path: Path, count: int) -> tuple[str, ...]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error})") from error
+
+    # Each accepted form is brought to a list in the order of the labels.
     if isinstance(found, dict):
         found = found.get("classes", found.get("names", found))
     if isinstance(found, dict):
@@ -276,12 +335,14 @@ def _class_names(path: Path, count: int) -> tuple[str, ...]:
         if not all(is_count(entry.get("label", 0)) for entry in found):
             raise UserError(f"{file}: expected whole numbers as labels beside the names")
         found = [entry["name"] for entry in sorted(found, key=lambda entry: entry.get("label", 0))]
+
     if len(found) < count:
         raise UserError(f"{file}: {len(found)} class names, but labels up to {count - 1}")
     return tuple(str(name) for name in found)
 
 
 def _column(file: Path, columns: list[str], wanted: tuple[str, ...]) -> str:
+    """Return the first of the wanted columns that a shard has."""
     for name in wanted:
         if name in columns:
             return name

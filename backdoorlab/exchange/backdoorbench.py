@@ -1,14 +1,14 @@
 """BackdoorBench's records: a folder with `attack_result.pt`, `info.pickle` and one PNG for each
 poisoned image.
 
-Written from a description of the format, not from its code. What a reader has to know:
+Written from a description of the format, not from its code. Its peculiarities:
 
-  - Stored paths depend on the folder that a script was started in (`./record/X/...`, or
-    `../record/X/...` in older files): only their last three parts say anything, and they are looked
-    up in the record's own folder.
-  - A mark says "changed", not "poisoned": WaNet, Input-aware and BPP also mark images that keep
-    their true label (cross).
-  - Version 1 kept lists of images instead of files; it is recognised and refused.
+  - Stored paths depend on the folder in which a script was started (`./record/X/...`, or
+    `../record/X/...` in older files). Only their last three parts are used, inside the record's own
+    folder.
+  - A mark means "changed", not "poisoned": WaNet, Input-aware and BPP also mark images that keep
+    their true label (kind CROSS).
+  - Version 1 stored lists of images instead of files. It is recognised and refused.
 """
 
 import io
@@ -34,7 +34,7 @@ from . import pickles
 RESULT, INFO = "attack_result.pt", "info.pickle"
 INDEX = "train_poison_index_list.pickle"
 PICTURE = re.compile(r"bd_(train|test)_dataset/\d+/\d+\.png")
-"""Where `write` puts images."""
+"""Paths of images by `write`."""
 KEYS = (
     "model_name",
     "num_classes",
@@ -46,21 +46,21 @@ KEYS = (
     "bd_test",
 )
 DYNAMIC = ("wanet", "inputaware", "bpp", "blind", "lira")
-"""Attacks that control their training: the stored training set only imitates what the model saw."""
+"""Training-controlled attacks: the stored training set is not what the model was trained on."""
 FIRST_OF_BATCH = ("wanet", "inputaware")
-"""They poison the first images of every batch of the unshuffled set, so that a position says what a
-mark does not."""
+"""Attacks that poison the first images of every batch of the unshuffled set, so that an image's
+position tells its kind."""
 COVERED = ("tact", "adaptive_blend", "adaptive_patch")
-"""Our attacks that stamp images and leave them their true label."""
+"""Our attacks with cover samples: stamped images that keep their true label."""
 STATED = "backdoorlab_cross"
-"""In the info.pickle of records that come from here: positions of the marked training images that
-are cross."""
+"""Key in the info.pickle of our exports: positions of the marked training images of kind CROSS."""
 SMALL_FILE = 65_536
+"""Bytes that a PNG may have besides those of its pixels."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A record as it lies on disk, checked against itself, not yet against a data set."""
+    """A record as stored: checked for consistency, but not against a data set (see `fits`)."""
 
     folder: Path
     attack: str
@@ -71,8 +71,9 @@ class Contents:
     data_name: str
     weights: Mapping[str, Tensor]
     train: Poison | None
-    """None where the attack left no training set."""
+    """None where the attack stored no training set."""
     train_size: int | None
+    """Images of the clean training set."""
     test: Poison
     test_size: int
     settings: Mapping[str, Any]
@@ -81,53 +82,45 @@ class Contents:
 
 
 def read(path: Path) -> Contents:
-    """A record from its folder, or from its attack_result.pt; whatever is wrong with it is one line
-    that names the file."""
+    """Read a record.
+
+    Args:
+        path: its folder, or its attack_result.pt.
+
+    Raises:
+        UserError: it is no sound record of version 2; the message names the file.
+    """
     folder = path.parent if path.name == RESULT else path
     file = folder / RESULT
-    if not file.is_file():
-        raise UserError(
-            f"{folder}: expected a BackdoorBench record, a folder with {RESULT} in it; there is"
-            " none"
-        )
-    found = pickles.load(file)
-    if not isinstance(found, dict):
-        raise UserError(
-            f"{file}: expected a dict with {', '.join(KEYS)}, found {type(found).__name__}"
-        )
-    if any(
-        isinstance(found.get(part), dict) and "x" in found[part] for part in ("bd_train", "bd_test")
-    ):
-        raise UserError(
-            f"{file}: a record of BackdoorBench v1 (images in lists), expected v2 (images in"
-            " files): make it again with v2, or with attack/"
-        )
-    missing = [key for key in KEYS if key not in found]
-    if missing:
-        raise UserError(f"{file}: not a BackdoorBench v2 record: no {', '.join(missing)} in it")
+    found = _result(folder, file)
     info = _info(folder / INFO)
     settings = _settings(info)
     attack = settings.get("attack", "backdoorbench")
     shape = _image_shape(file, found["img_size"])
     num_classes = _whole(found["num_classes"], f"{file}: num_classes", 1, 10**6)
+
+    # Some attacks store the triggered test images only.
     notes: list[str] = []
     train = None
     if found["bd_train"] is None:
         notes.append(
-            f"{attack} left no poisoned training set: only defenses that do without one can run"
+            f"{attack} stored no poisoned training set: only defenses that need none can run"
         )
     else:
         train = _split(folder, found["bd_train"], "bd_train", shape, num_classes, notes)
         if attack in DYNAMIC:
             notes.append(
-                f"{attack} controls its training: the stored training set only imitates what the"
+                f"{attack} is a training-controlled attack: the stored training set is not what the"
                 " model was trained on"
             )
     test = _split(folder, found["bd_test"], "bd_test", shape, num_classes, notes)
+
+    # Exports of ours state the kinds; in others they are inferred.
     poison = None
     if train is not None:
         stated = _stated(train[0], info, folder / INFO)
         poison = _with_kinds(*train, attack, settings, notes) if stated is None else stated
+
     return Contents(
         folder=folder,
         attack=attack,
@@ -145,16 +138,52 @@ def read(path: Path) -> Contents:
     )
 
 
+def _result(folder: Path, file: Path) -> Mapping[str, Any]:
+    """Load a record's attack_result.pt, and refuse one that is not of version 2."""
+    if not file.is_file():
+        raise UserError(
+            f"{folder}: expected a BackdoorBench record, a folder with {RESULT} in it; there is"
+            " none"
+        )
+    found = pickles.load(file)
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{file}: expected a dict with {', '.join(KEYS)}, found {type(found).__name__}"
+        )
+
+    # Version 1 has the images themselves under "x".
+    parts = [found.get(part) for part in ("bd_train", "bd_test")]
+    if any("x" in part for part in parts if isinstance(part, dict)):
+        raise UserError(
+            f"{file}: a record of BackdoorBench v1 (images in lists), expected v2 (images in"
+            " files): make it again with v2, or with attack/"
+        )
+
+    missing = [key for key in KEYS if key not in found]
+    if missing:
+        raise UserError(f"{file}: not a BackdoorBench v2 record: no {', '.join(missing)} in it")
+    return found
+
+
 def fits(
     contents: Contents, train_labels: Tensor, test_labels: Tensor, num_classes: int, where: str
 ) -> None:
-    """Refuse a data set that is not the one of the record: another size, number of classes, or
-    order of its images."""
+    """Raise a UserError unless a data set has the record's size, classes and order of images.
+
+    Args:
+        contents: the record.
+        train_labels: int64 (N,), true labels of the training set.
+        test_labels: int64 (N,), true labels of the test set.
+        num_classes: number of the data set's classes.
+        where: what the data set is called in the message.
+    """
     if contents.num_classes != num_classes:
         raise UserError(
             f"the record has {contents.num_classes} classes, {where} has {num_classes}: pass the"
             " --dataset_path that it was made on"
         )
+
+    # The record contains no clean images: the true labels of its poisoned ones must agree.
     parts = [
         ("training", contents.train, contents.train_size, train_labels),
         ("test", contents.test, contents.test_size, test_labels),
@@ -162,11 +191,13 @@ def fits(
     for word, poison, size, labels in parts:
         if poison is None:
             continue
+
         if size != len(labels):
             raise UserError(
                 f"the record was made on {size:,} {word} images, {where} has {len(labels):,}: pass"
                 " the --dataset_path that it was made on"
             )
+
         wrong = int((labels[poison.index] != poison.original_labels).sum())
         if wrong:
             raise UserError(
@@ -190,8 +221,23 @@ def write(
     test_size: int,
     settings: Mapping[str, Any],
 ) -> None:
-    """Fill an empty folder as BackdoorBench's scripts write and read it; `name` is the folder's
-    later name, which the paths carry."""
+    """Fill an empty folder with a record that BackdoorBench's scripts can read.
+
+    Args:
+        folder: the folder.
+        name: its later name, which the stored paths contain.
+        model_name: the network, by BackdoorBench's name.
+        weights: state dict of the network, without normalisation.
+        num_classes: number of classes.
+        image_shape: (C, H, W).
+        data_name: the data set, by BackdoorBench's name.
+        train: poisoned training images; None where they are unknown.
+        train_size: images of the training set.
+        test: triggered test images.
+        test_size: images of the test set.
+        settings: plain values for info.pickle.
+    """
+    # Its scripts read img_size as (height, width, channels), and paths from their own folder.
     channels, height, width = image_shape
     value = {
         "model_name": model_name,
@@ -212,21 +258,23 @@ def write(
         ),
     }
     writing.write_bytes(folder / RESULT, pickles.dump(value))
+
+    # The format has no kinds: ours are kept beside the settings, for `_stated`.
     stated = {} if train is None else {STATED: train.index[train.kind == CROSS].tolist()}
     writing.write_bytes(folder / INFO, pickles.dump({**settings, **stated}))
+
     if train is not None:
         writing.write_bytes(folder / INDEX, pickles.dump(_indicator(train, train_size)))
 
 
 def foreign_file(folder: Path) -> Path | None:
-    """The first file in a folder, if any, that `write` could not have put there."""
+    """Return the first file in a folder that `write` did not make, if there is one."""
     for file in sorted(folder.rglob("*")):
+        # A link to a folder is a foreign file; so is what a real folder contains, not itself.
+        if file.is_dir() and not file.is_symlink():
+            continue
         place = file.relative_to(folder).as_posix()
-        if (
-            not (file.is_dir() and not file.is_symlink())
-            and place not in (RESULT, INFO, INDEX)
-            and not PICTURE.fullmatch(place)
-        ):
+        if place not in (RESULT, INFO, INDEX) and not PICTURE.fullmatch(place):
             return file
     return None
 
@@ -242,62 +290,87 @@ def _split(
     num_classes: int,
     notes: list[str],
 ) -> tuple[Poison, int]:
-    """The marked images of bd_train or bd_test, all of kind POISON for now, and the size of the
-    clean split."""
+    """Read the marked images of a split.
+
+    Args:
+        folder: the record's folder.
+        found: the value of `part` in attack_result.pt.
+        part: "bd_train" or "bd_test".
+        shape: (C, H, W).
+        num_classes: number of classes.
+        notes: extended where something was left out.
+
+    Returns:
+        (the images, all of kind POISON for now; the size of the clean split).
+    """
     where = f"{folder / RESULT}: {part}"
+    index, size = _marked(found, part, where, shape)
+    stored = _entries(found, index, size, where)
+    if len(stored) > len(index):
+        notes.append(
+            f"{part}: {len(stored) - len(index)} stored images are not marked as poisoned and were"
+            " left out"
+        )
+
+    # Labels in two rows: that of the attack, and the true one.
+    images = torch.empty(len(index), *shape, dtype=torch.uint8)
+    labels = torch.empty(2, len(index), dtype=torch.int64)
+    for row, i in enumerate(index.tolist()):
+        picture, pair = _entry(folder, stored[i], f"{where}, image {i}", shape)
+        images[row] = torch.from_numpy(picture.copy())
+        for k in range(2):
+            labels[k, row] = _whole(pair[k], f"{where}, image {i}: a label", 0, num_classes - 1)
+
+    kind = torch.full((len(index),), POISON, dtype=torch.uint8)
+    place = torch.from_numpy(index.astype(np.int64))
+    return Poison(place, images, labels[0], labels[1], kind), size
+
+
+def _marked(
+    found: Any, part: str, where: str, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, int]:
+    """Return the positions of the marked images of a split, in order, and the split's size."""
     marks, positions = (
         _row(found, "poison_indicator", where),
         _row(found, "original_index_array", where),
     )
-    container = found.get("bd_data_container")
-    stored = container.get("data_dict") if isinstance(container, dict) else None
-    if not isinstance(stored, dict):
-        raise UserError(f"{where}: expected bd_data_container with a data_dict in it")
+    # One mark for each image of the clean split.
     size = len(marks)
     if not np.isin(marks, (0, 1)).all():
         raise UserError(f"{where}: poison_indicator must be a row of 0 and 1")
     _affordable(size * math.prod(shape), where)
+
     if positions.dtype.kind not in "iu" or ((positions < 0) | (positions >= size)).any():
         raise UserError(f"{where}: original_index_array must hold positions in 0..{size - 1}")
+    # A test set may be a part, such as the images of other classes than the target.
     if part == "bd_train" and not np.array_equal(np.sort(positions), np.arange(size)):
         raise UserError(
             f"{where}: only {len(np.unique(positions)):,} of {size:,} training images are in it: a"
             " part of a training set cannot be imported"
         )
-    index = np.intersect1d(np.flatnonzero(marks), positions)
+    return np.intersect1d(np.flatnonzero(marks), positions), size
+
+
+def _entries(found: Mapping[str, Any], index: np.ndarray, size: int, where: str) -> dict[int, Any]:
+    """Return position -> entry of the images that a split stores; each in `index` must have one."""
+    container = found.get("bd_data_container")
+    stored = container.get("data_dict") if isinstance(container, dict) else None
+    if not isinstance(stored, dict):
+        raise UserError(f"{where}: expected bd_data_container with a data_dict in it")
+
     keys = {_whole(key, f"{where}: an index of data_dict", 0, size - 1): key for key in stored}
+
     lost = [i for i in index.tolist() if i not in keys]
     if lost:
         raise UserError(
             f"{where}: image {lost[0]} is marked as poisoned, but no file is named for it"
             f" ({len(lost)} such)"
         )
-    if len(keys) > len(index):
-        notes.append(
-            f"{part}: {len(keys) - len(index)} stored images are not marked as poisoned and were"
-            " left out"
-        )
-    images = torch.empty(len(index), *shape, dtype=torch.uint8)
-    labels = torch.empty(2, len(index), dtype=torch.int64)
-    for row, i in enumerate(index.tolist()):
-        picture, pair = _entry(folder, stored[keys[i]], f"{where}, image {i}", shape)
-        images[row] = torch.from_numpy(picture.copy())
-        for k in range(2):
-            labels[k, row] = _whole(pair[k], f"{where}, image {i}: a label", 0, num_classes - 1)
-    return (
-        Poison(
-            torch.from_numpy(index.astype(np.int64)),
-            images,
-            labels[0],
-            labels[1],
-            torch.full((len(index),), POISON, dtype=torch.uint8),
-        ),
-        size,
-    )
+    return {i: stored[key] for i, key in keys.items()}
 
 
 def _row(found: Any, key: str, where: str) -> np.ndarray:
-    """A one-dimensional array out of the stand-in for it."""
+    """Return the one-dimensional array under a key of a split."""
     array = found.get(key) if isinstance(found, dict) else None
     if not isinstance(array, pickles.Array) or array.values is None or array.values.ndim != 1:
         raise UserError(f"{where}: expected {key} as a row of numbers in a numpy array")
@@ -305,7 +378,10 @@ def _row(found: Any, key: str, where: str) -> np.ndarray:
 
 
 def _affordable(size: int, where: str) -> None:
-    """Refuse what a small file only claims before memory is taken for it."""
+    """Refuse more images than fit in memory, before memory is taken for them.
+
+    `size`: bytes that they would take, as a small file may falsely claim.
+    """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not on Windows
@@ -320,8 +396,18 @@ def _affordable(size: int, where: str) -> None:
 def _entry(
     folder: Path, entry: Any, where: str, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, Any]:
-    """uint8 (C, H, W) and (poisoned label, original label): from a file, or from the pickle
-    itself."""
+    """Read one stored image.
+
+    Args:
+        folder: the record's folder.
+        entry: a tuple with a picture in it, or a dict with a path.
+        where: what the image is called in errors.
+        shape: (C, H, W).
+
+    Returns:
+        (uint8 (C, H, W), (poisoned label, original label)): the labels are unchecked.
+    """
+    # Images are in the pickle itself where BackdoorBench had no folder to save them to.
     if (
         isinstance(entry, tuple)
         and len(entry) == 3
@@ -334,6 +420,7 @@ def _entry(
                 " height, width)"
             )
         return entry[0].pixels, entry[1:]
+
     pair = entry.get("other_info") if isinstance(entry, dict) else None
     if (
         not isinstance(pair, (list, tuple))
@@ -345,29 +432,36 @@ def _entry(
 
 
 def _anchored(folder: Path, stored: str, where: str) -> Path:
-    """The file in the record's own folder that a path from another place means: its last three
-    parts."""
+    """Return the file in the record's own folder for a stored path: its last three parts."""
+    # Paths of Windows are read everywhere.
     parts = stored.replace("\\", "/").split("/")[-3:]
     path = folder.joinpath(*parts)
     if len(parts) < 3 or any(part in ("", ".", "..") or "\0" in part for part in parts):
         raise UserError(
             f"{where}: path {stored[:200]!r} does not end in <folder>/<label>/<index>.png"
         )
+    # A link in the record may point anywhere.
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{path}: refused: it leads out of the record")
     return path
 
 
 def _read_png(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """uint8 (C, H, W). The size that the file claims is looked at before anything is unpacked."""
+    """Read a PNG as uint8 (C, H, W).
+
+    The size of the file, and the size that it claims, are checked before anything is unpacked.
+    """
     channels, height, width = shape
     if not path.is_file():
         raise UserError(f"{path}: missing, but {RESULT} names it: copy the whole record")
+    # More than 8 bytes a pixel is no PNG of this size.
     if path.stat().st_size > SMALL_FILE + 8 * height * width:
         raise UserError(
             f"{path}: refused: {path.stat().st_size:,} bytes are too many for a PNG of"
             f" {width}x{height}"
         )
+
+    # Width and height stand at a fixed place, right behind the signature.
     data = path.read_bytes()
     if data[:8] != b"\x89PNG\r\n\x1a\n" or len(data) < 24:
         raise UserError(f"{path}: not a PNG file")
@@ -377,6 +471,7 @@ def _read_png(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
             f"{path}: a picture of {claimed[0]}x{claimed[1]}, expected {width}x{height} as in"
             " img_size"
         )
+
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
@@ -386,7 +481,7 @@ def _read_png(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _stated(poison: Poison, info: Mapping[str, Any], file: Path) -> Poison | None:
-    """Kinds as a record from here states them; None for all others."""
+    """Set the kinds that an export of ours states in its info.pickle; None for other records."""
     positions = info.get(STATED)
     if positions is None:
         return None
@@ -394,9 +489,11 @@ def _stated(poison: Poison, info: Mapping[str, Any], file: Path) -> Poison | Non
         raise UserError(
             f"{file}: {STATED} must be a list of positions, found {type(positions).__name__}"
         )
+
     found = torch.tensor(
         [_whole(i, f"{file}: {STATED}", 0, 2**31) for i in positions], dtype=torch.int64
     )
+    # Only an image that keeps its label can be of this kind.
     kept = poison.index[poison.labels == poison.original_labels]
     wrong = found[~torch.isin(found, kept)]
     if len(wrong):
@@ -404,6 +501,7 @@ def _stated(poison: Poison, info: Mapping[str, Any], file: Path) -> Poison | Non
             f"{file}: {STATED} names image {int(wrong[0])}, which is not marked, or does not keep"
             " its label"
         )
+
     return replace(
         poison, kind=torch.where(torch.isin(poison.index, found), CROSS, POISON).to(torch.uint8)
     )
@@ -412,18 +510,32 @@ def _stated(poison: Poison, info: Mapping[str, Any], file: Path) -> Poison | Non
 def _with_kinds(
     poison: Poison, size: int, attack: str, settings: Mapping[str, Any], notes: list[str]
 ) -> Poison:
-    """POISON or CROSS for marked images of a training set of `size`. Where labels change, one that
-    keeps its own is cross, unless it is of the target class anyway. Such a one is poison in a
-    static attack, as all are where no label changes (clean-label); in a dynamic one it is cross,
-    unless its place in the batch says otherwise."""
+    """Infer which marked training images are POISON and which are CROSS.
+
+    Images whose label changed are POISON. One that keeps its label is
+      - CROSS if it is not of the target class,
+      - POISON if it is, in a static attack without CROSS images, as are all images of such an
+        attack if no label changed (clean-label),
+      - in other attacks what its position in the batch says, and CROSS where that says nothing.
+
+    Args:
+        poison: the marked images.
+        size: images of the training set.
+        attack: name of the attack.
+        settings: those of info.pickle.
+        notes: extended where the kind of some images is uncertain.
+    """
     kept = poison.labels == poison.original_labels
     targets = poison.labels[~kept].unique()
     of_target = (
         kept & (poison.original_labels == targets) if len(targets) == 1 else torch.zeros_like(kept)
     )
+    # No changed label: clean-label, where keeping the label says nothing.
     cross = kept & ~of_target if len(targets) else torch.zeros_like(kept)
     if attack not in (*DYNAMIC, *COVERED) and not cross.any():
         return poison
+
+    # The first rate * batch_size images of each batch are poison.
     rate, batch_size = settings.get("pratio"), settings.get("batch_size")
     if (
         attack in FIRST_OF_BATCH
@@ -432,7 +544,7 @@ def _with_kinds(
         and 0 < rate <= 1 <= int(rate * batch_size)
     ):
         batch, place = poison.index // batch_size, poison.index % batch_size
-        # The last batch is a smaller one
+        # The last batch is smaller.
         first = (rate * (size - batch * batch_size).clamp_max(batch_size).double()).long()
         cross |= kept & (place >= first)
     else:
@@ -442,12 +554,15 @@ def _with_kinds(
                 f"{undecided} marked training images of the target class keep their label: counted"
                 " as cross, though some may be poison"
             )
+
     return replace(poison, kind=torch.where(cross, CROSS, POISON).to(torch.uint8))
 
 
 def _changed(poison: Poison, notes: list[str]) -> Poison:
-    """Triggered test images whose label the attack changes; the others would count as hits for a
-    model without a backdoor."""
+    """Return the triggered test images whose label the attack changes.
+
+    The others would count as successes for a model without a backdoor.
+    """
     changed = poison.labels != poison.original_labels
     if changed.all():
         return poison
@@ -458,7 +573,7 @@ def _changed(poison: Poison, notes: list[str]) -> Poison:
 
 
 def _info(path: Path) -> dict[str, Any]:
-    """info.pickle, unchecked; {} without the file."""
+    """Load info.pickle, whose values are not checked; {} where there is none."""
     if not path.exists():
         return {}
     found = pickles.load(path)
@@ -471,12 +586,15 @@ def _info(path: Path) -> dict[str, Any]:
 
 
 def _settings(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Its numbers and short words. Paths are left out: a record says nothing about a machine."""
-    kept = {
-        key: value
-        for key, value in info.items()
-        if isinstance(key, str) and key != STATED and _plain(value)
-    }
+    """Return the numbers and short words of info.pickle.
+
+    Paths are left out, since a record contains nothing of a machine.
+    """
+    named = {key: value for key, value in info.items() if isinstance(key, str)}
+    kept = {key: value for key, value in named.items() if _plain(value)}
+    kept.pop(STATED, None)
+
+    # It becomes part of names and of tables.
     attack = kept.get("attack")
     if not isinstance(attack, str) or not re.fullmatch(r"[A-Za-z][\w.+-]{0,39}", attack, re.ASCII):
         kept.pop("attack", None)
@@ -484,6 +602,8 @@ def _settings(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> bool:
+    """Return whether a value is a number, a short word without slashes, or a short list of
+    numbers."""
     if isinstance(value, (list, tuple)):
         return len(value) <= 16 and all(
             isinstance(item, (int, float)) and _plain(item) for item in value
@@ -498,11 +618,12 @@ def _plain(value: Any) -> bool:
 
 
 def _image_shape(file: Path, found: Any) -> tuple[int, int, int]:
-    """img_size (H, W, C) -> (C, H, W)."""
+    """Check img_size (H, W, C), and return it as (C, H, W)."""
     if not isinstance(found, (tuple, list)) or len(found) != 3:
         raise UserError(
             f"{file}: img_size must be (height, width, channels), found {str(found)[:60]}"
         )
+    # Larger images than these are not what this library is for, and claims of them are refused.
     height, width, channels = (_whole(side, f"{file}: img_size", 1, 4096) for side in found)
     if channels not in (1, 3) or height != width:
         raise UserError(
@@ -513,8 +634,7 @@ def _image_shape(file: Path, found: Any) -> tuple[int, int, int]:
 
 
 def refuse_foreign_shapes(data_name: str, height: int, width: int) -> None:
-    """One line for a data set that a record of this format cannot be of, before one is written that
-    nobody can read."""
+    """Raise a UserError if the format cannot express a data set, before a record is written."""
     if height != width:
         raise UserError(
             f"BackdoorBench's records hold square images, these are {height}x{width}: only"
@@ -524,12 +644,14 @@ def refuse_foreign_shapes(data_name: str, height: int, width: int) -> None:
 
 
 def _whole(value: Any, what: str, low: int, high: int) -> int:
+    """Return an integer in low..high, or raise a UserError that begins with `what`."""
     if type(value) is not int or not low <= value <= high:
         raise UserError(f"{what} must be a whole number in {low}..{high}, found {str(value)[:60]}")
     return value
 
 
 def _word(value: Any, what: str) -> str:
+    """Return a name of at most 100 plain characters, or raise a UserError."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,99}", value, re.ASCII):
         raise UserError(f"{what} must be a name, found {str(value)[:60]!r}")
     return value
@@ -541,7 +663,19 @@ def _word(value: Any, what: str) -> str:
 def _write_split(
     folder: Path, name: str, part: str, poison: Poison, positions: np.ndarray, size: int
 ) -> dict[str, Any]:
-    """One PNG for each image, and the dict that finds them."""
+    """Write one PNG for each image of a split.
+
+    Args:
+        folder: the record's folder.
+        name: its later name.
+        part: name of the split's folder.
+        poison: the images.
+        positions: of the split's images in the clean data set, (N,).
+        size: images of the clean split.
+
+    Returns:
+        The split's value in attack_result.pt.
+    """
     stored = {}
     for index, image, label, original in zip(
         poison.index.tolist(),
@@ -552,12 +686,15 @@ def _write_split(
     ):
         place = folder / part / str(original)
         place.mkdir(parents=True, exist_ok=True)
+
+        # Pillow takes grey images as (H, W) and colour images as (H, W, C).
         array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
         Image.fromarray(array).save(place / f"{index}.png")
         stored[index] = {
             "path": f"./record/{name}/{part}/{original}/{index}.png",
             "other_info": [label, original],
         }
+
     home = f"./record/{name}/{part}"
     return {
         "bd_data_container": {
@@ -574,6 +711,7 @@ def _write_split(
 
 
 def _indicator(poison: Poison, size: int) -> np.ndarray:
+    """Return float64 (size,): 1 for marked images, else 0."""
     marks = np.zeros(size, np.float64)
     marks[poison.index.numpy()] = 1
     return marks

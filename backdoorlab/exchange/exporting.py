@@ -1,8 +1,8 @@
-"""export: a record for BackdoorBench's scripts, or its weights for any PyTorch code."""
+"""The command `export`: a record for BackdoorBench's scripts, or weights for any PyTorch code."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tyro.conf import Positional
@@ -18,7 +18,7 @@ from . import backdoorbench, weights
 
 @dataclass(frozen=True)
 class Export:
-    """Give a record to BackdoorBench's scripts, or a model to any PyTorch code."""
+    """Export a record for BackdoorBench's scripts, or a model for any PyTorch code."""
 
     name: Positional[str | None] = None
     """The record."""
@@ -27,11 +27,13 @@ class Export:
     to: Literal["backdoorbench"] | None = None
     """Format of PATH."""
     weights: str | None = None
-    """File.safetensors to write a model to, under the names of timm or torchvision."""
+    """File to write a model to, ending in .safetensors. Its names are those of timm or
+    torchvision."""
     defense: str | None = None
-    """Whose purified model; None is the record's own, backdoor included. With --weights only."""
+    """Export the model after this defense; None is the record's own, with its backdoor. With
+    --weights only."""
     run_name: str = "seed0"
-    """Which run of the defense."""
+    """Run of the defense."""
     record_root: str | None = None
     """Folder of records."""
     overwrite: bool = False
@@ -41,18 +43,22 @@ class Export:
 
 
 def export_record(options: Export) -> int:
+    """Run the command; returns its exit code."""
     root = record_root(options.record_root)
     if options.name is None:
         raise UserError("NAME is missing: which record to export")
+    # Exactly one of the two formats.
     if (options.to is None) == (options.weights is None):
         raise UserError(
             "say what to export: --weights FILE.safetensors, or --to backdoorbench NAME PATH"
         )
+
     record = Record.load(options.name, root)
     if options.weights is not None:
         if options.path is not None:
             raise UserError(f"{options.path}: --weights FILE takes no further path")
         return _export_weights(record, Path(options.weights), options)
+
     if options.path is None:
         raise UserError("--to backdoorbench NAME PATH is missing its PATH: the folder to write")
     if options.defense is not None:
@@ -63,6 +69,8 @@ def export_record(options: Export) -> int:
 
 
 def _export_weights(record: Record, path: Path, options: Export) -> int:
+    """Write a model's weights, and print how to load them."""
+    # By its suffix, `import` and other programs know what the file is.
     if path.suffix != ".safetensors" or not path.parent.is_dir():
         raise UserError(
             f"--weights {path}: expected a file that ends in .safetensors, in a folder that exists"
@@ -71,23 +79,15 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
         raise UserError(
             f"{path} exists: choose another name, or pass --overwrite True to replace it"
         )
+
+    # The record's own model, or that after a defense, each with its scores.
     model, scores, precision = record.model(), record.info["scores"], record.info.get("precision")
     if options.defense is not None:
-        check_name(options.run_name)
-        check_name(options.defense)
-        folder = record.folder / "defense" / options.defense / options.run_name
-        if not (folder / "result.json").is_file():
-            runs = sorted(
-                f"{p.parent.parent.name} ({p.parent.name})"
-                for p in (record.folder / "defense").glob("*/*/result.json")
-            )
-            raise UserError(
-                f"record {record.name!r} has no finished run {options.run_name!r} of"
-                f" {options.defense!r}. Finished: {', '.join(runs) or 'none yet'}"
-            )
+        folder = _run_folder(record, options.defense, options.run_name)
         result = read_result(folder)
         scores, precision = result["after"], result.get("precision")
         load_weights(model, folder / "model.safetensors", result["files"], record.model_shapes())
+
     meta = {
         "record": record.name,
         "attack": record.info["attack"],
@@ -99,6 +99,7 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
         "scores": {key: scores[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
         "precision": precision,  # of the scores; the weights are float32
     }
+
     try:
         weights.write_weights(path, model, **meta)
     except OSError as error:
@@ -113,15 +114,37 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
     return 0
 
 
+def _run_folder(record: Record, defense: str, run_name: str) -> Path:
+    """Return the folder of a finished run of a defense."""
+    # Both come from the command line and become parts of a path.
+    check_name(run_name)
+    check_name(defense)
+    folder = record.folder / "defense" / defense / run_name
+    if not (folder / "result.json").is_file():
+        runs = sorted(
+            f"{p.parent.parent.name} ({p.parent.name})"
+            for p in (record.folder / "defense").glob("*/*/result.json")
+        )
+        raise UserError(
+            f"record {record.name!r} has no finished run {run_name!r} of {defense!r}. Finished:"
+            f" {', '.join(runs) or 'none yet'}"
+        )
+    return folder
+
+
 def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
+    """Write a record in BackdoorBench's format, and print what its scripts will see differently."""
     if not len(record.test_poison):
         raise UserError(
             f"record {record.name!r} holds no triggered images, which a BackdoorBench record needs:"
             " only --weights can be exported"
         )
+
     dataset = record.info["dataset"]
     channels, height, width = dataset["image_shape"]
     backdoorbench.refuse_foreign_shapes(dataset["name"], height, width)
+
+    # Imported triggered images are only numbered: their positions belong to other images.
     clean, triggered = record.dataset().test, record.test_poison.of_kind(POISON)
     if not torch.equal(clean.labels[triggered.index], triggered.original_labels):
         raise UserError(
@@ -129,7 +152,42 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
             " were given with --triggered_path), which a BackdoorBench record says: only --weights"
             " can be exported"
         )
-    architecture, config = record.info["architecture"], record.info["config"]
+
+    # Nothing that is not ours is deleted with an older export.
+    refuse_existing(path, backdoorbench.RESULT, options.overwrite)
+    strange = backdoorbench.foreign_file(path)
+    if strange is not None:  # such as results of BackdoorBench's own defenses
+        raise UserError(
+            f"{strange} is not part of an export, and replacing {path} would delete it: move it, or"
+            " choose another name"
+        )
+
+    with staged(path, backdoorbench.RESULT, options.overwrite) as final:
+        backdoorbench.write(
+            final,
+            name=path.name,
+            model_name=record.info["architecture"]["name"],
+            weights=record.model().network.state_dict(),
+            num_classes=record.info["num_classes"],
+            image_shape=(channels, height, width),
+            data_name=dataset["name"],
+            train=record.train_poison if record.info.get("has_train", True) else None,
+            train_size=dataset["train_size"],
+            test=triggered,
+            test_size=len(clean),
+            settings=_settings(record, path.name),
+        )
+    print(f"BackdoorBench record written: {path}")
+    for note in _misfits(record, path):
+        print(note)
+    return 0
+
+
+def _settings(record: Record, name: str) -> dict[str, Any]:
+    """Return the settings of a record as BackdoorBench's scripts store them in info.pickle."""
+    dataset, architecture = record.info["dataset"], record.info["architecture"]
+    channels, height, width = dataset["image_shape"]
+
     settings = {
         "attack": record.info["attack"],
         "dataset": dataset["name"],
@@ -143,51 +201,25 @@ def _export_backdoorbench(record: Record, path: Path, options: Export) -> int:
         "attack_label_trans": "all2one" if record.info["target"] is not None else "all2all",
         "pratio": record.info["poisoned"] / dataset["train_size"],
         "random_seed": record.info["seed"],
-        "save_folder_name": path.name,
+        "save_folder_name": name,
         **{key: architecture[key] for key in ("mean", "std")},
     }
+
+    config = record.info["config"]
     settings |= {
         key: config[key]
         for key in ("epochs", "batch_size", "lr", "crop_padding", "flip")
         if key in config
     }
-    # What the attack was made with, where that was BackdoorBench; which images are cross is stated
-    # by backdoorbench.write.
-    settings |= {
-        key: value
-        for key, value in record.info.get("source", {}).get("settings", {}).items()
-        if key in ("pratio", "batch_size")
-    }
-    refuse_existing(path, backdoorbench.RESULT, options.overwrite)
-    strange = backdoorbench.foreign_file(path)
-    if strange is not None:  # such as what a defense of BackdoorBench's has left there
-        raise UserError(
-            f"{strange} is not part of an export, and replacing {path} would delete it: move it, or"
-            " choose another name"
-        )
-    with staged(path, backdoorbench.RESULT, options.overwrite) as final:
-        backdoorbench.write(
-            final,
-            name=path.name,
-            model_name=architecture["name"],
-            weights=record.model().network.state_dict(),
-            num_classes=record.info["num_classes"],
-            image_shape=(channels, height, width),
-            data_name=dataset["name"],
-            train=record.train_poison if record.info.get("has_train", True) else None,
-            train_size=dataset["train_size"],
-            test=triggered,
-            test_size=len(clean),
-            settings=settings,
-        )
-    print(f"BackdoorBench record written: {path}")
-    for note in _misfits(record, path):
-        print(note)
-    return 0
+
+    # An imported record keeps what BackdoorBench attacked with. `backdoorbench.write` adds which
+    # images are cover samples.
+    theirs = record.info.get("source", {}).get("settings", {})
+    return settings | {key: theirs[key] for key in ("pratio", "batch_size") if key in theirs}
 
 
 def _misfits(record: Record, path: Path) -> list[str]:
-    """What BackdoorBench's scripts will see differently."""
+    """List, for the user, what BackdoorBench's scripts will see differently."""
     architecture, name = record.info["architecture"], record.info["dataset"]["name"]
     notes = []
     if path.resolve().parent.name != "record":
@@ -195,6 +227,8 @@ def _misfits(record: Record, path: Path) -> list[str]:
             "BackdoorBench's scripts look for it in their folder record/: copy it there under the"
             " same name"
         )
+
+    # Their networks go by name alone, ours also by width and stem.
     if architecture["name"] == "preactresnet18" and architecture["width"] not in (None, 64):
         notes.append(
             f"BackdoorBench's preactresnet18 has width 64, this one {architecture['width']}: its"
@@ -207,6 +241,8 @@ def _misfits(record: Record, path: Path) -> list[str]:
             f"BackdoorBench has no {architecture['name']} with our stem: its images can be used"
             " there, its weights cannot"
         )
+
+    # Compared as they are printed.
     mean, std = ([round(x, 6) for x in architecture[key]] for key in ("mean", "std"))
     usual = published(name)
     if [list(usual.get("mean", ())), list(usual.get("std", ()))] != [mean, std]:

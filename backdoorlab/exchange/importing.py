@@ -1,4 +1,7 @@
-"""import: a record of what others made. Nothing in their files is executed."""
+"""The command `import`: a record of other people's attacks or models.
+
+Nothing in their files is executed.
+"""
 
 import contextlib
 import sys
@@ -11,7 +14,7 @@ import torch
 from tyro.conf import Positional, arg
 
 from .. import models
-from ..data import Dataset, Split
+from ..data import Dataset
 from ..datasets import cache
 from ..datasets.load import find as find_dataset
 from ..datasets.load import load as load_dataset
@@ -34,8 +37,8 @@ from .weights import Normalisation, bare, fit, read_weights, triggered_images, u
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Make a record of a BackdoorBench record, or of your own model and data. Nothing in the files
-    is executed."""
+    """Import a BackdoorBench record, or your own model and data. Nothing in the files is
+    executed."""
 
     path: Positional[str | None] = None
     """Folder of the BackdoorBench record (with attack_result.pt in it)."""
@@ -47,12 +50,12 @@ class Import:
     """Your own model: .safetensors, or .pt / .pth with a state dict in it."""
     architecture: Annotated[str | None, arg(aliases=["--model"])] = None
     """Its network: preactresnet18, preactresnet10, or a timm model by name. Files that `export
-    --weights` wrote know it."""
+    --weights` wrote state it."""
     dataset: str | None = None
-    """Name of the data set; default what the record says, or the name of the folder."""
+    """Name of the data set. Default: the name in the record, or that of the folder."""
     dataset_path: str | None = None
-    """Folder with parquet shards or train/<class>/*.png and test/<class>/*.png: the data that the
-    model was trained on."""
+    """Folder of the data that the model was trained on: parquet shards, or train/<class>/*.png and
+    test/<class>/*.png."""
     image_size: int | None = None
     """Side in pixels that all images are resized to; None keeps the data set's own. Your own model
     only."""
@@ -60,62 +63,68 @@ class Import:
     """One channel (True) or three (False); None keeps what the data set has. Your own model
     only."""
     mean: tuple[float, ...] | None = None
-    """Normalisation that the model was trained with, one number a channel in [0, 1] units; None
-    takes the usual one that fits best."""
+    """Mean of the normalisation that the model was trained with, one number a channel, in [0, 1]
+    units; None chooses the usual normalisation with the best accuracy."""
     std: tuple[float, ...] | None = None
-    """As mean."""
+    """Its standard deviation, likewise."""
     stem: models.Stem | None = None
-    """timm models on images of at most 64 pixels: stock as timm makes them, small without the
-    stem's stride; None takes what fits best."""
+    """For timm models on images of at most 64 pixels: stock keeps timm's stem, small removes its
+    stride; None chooses the one with the best accuracy."""
     crop_padding: int | None = None
-    """How defenses augment: random crops out of images padded by so many pixels; None is the data
-    set's published setting, else 4."""
+    """Augmentation in defenses: random crops after padding by this many pixels; 0 crops nothing.
+    None is the data set's published setting, else 4."""
     flip: bool | None = None
-    """How defenses augment: random mirroring; None is the data set's published setting, else
+    """Augmentation in defenses: random mirroring. None is the data set's published setting, else
     False."""
     triggered_path: str | None = None
-    """Folder <true class>/*.png of test images with a trigger that you suspect: the table then has
-    an ASR. Your own model only."""
+    """Folder <true class>/*.png of test images with a suspected trigger, for an ASR. Your own model
+    only."""
     target_label: Annotated[int | None, arg(aliases=["--attack_target"])] = None
-    """Class, counted from 0, that the trigger is to lead to."""
+    """Target class of the trigger, counted from 0."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     record_root: str | None = None
     """Folder of records."""
     overwrite: bool = False
-    """Replace a record of the same name, its defenses' results with it."""
+    """Replace a record of the same name, together with the results of its defenses."""
     debug: bool = False
     """Show a traceback with an error."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of somebody else's attack: everything that a record holds besides its
-    scores."""
+    """What is known of somebody else's attack: the content of a record, without its scores."""
 
     attack: str
     dataset: Dataset
     image_size: int | None
+    """As in `load`, like `grey`."""
     grey: bool | None
     model: Classifier
     architecture: Mapping[str, Any]
     train: Poison
     test: Poison
     known_poison: bool
+    """Whether the poisoned training images are known: without them there is no TPR or FPR."""
     has_train: bool
+    """Whether the training set is that of the model: without it, many defenses cannot run."""
     seed: int
     source: Mapping[str, Any]
+    """Where it comes from: format, SHA-256 and settings."""
     notes: list[str]
 
 
 def import_record(options: Import) -> int:
+    """Run the command; returns its exit code."""
     if not options.save_folder_name:
         raise UserError("--save_folder_name NAME is missing: the record will be record/NAME")
     check_name(options.save_folder_name)
+    # Here, and not by the parser, so that calls from Python are checked, too.
     for name, least in (("image_size", 1), ("crop_padding", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"{name} must be >= {least}, got {value}")
+
     root, device = record_root(options.record_root), choose_device(options.device)
     target = root / options.save_folder_name
     with staged(target, "record.json", options.overwrite) as final:
@@ -125,6 +134,7 @@ def import_record(options: Import) -> int:
             else _from_weights(options, device)
         )
         _fill(final, found, options, device)
+
     record = Record.load(options.save_folder_name, root)
     print(layout.text(layout.rows([record])))
     print(f"record written: {record.folder}")
@@ -132,29 +142,18 @@ def import_record(options: Import) -> int:
 
 
 def _from_backdoorbench(options: Import, device: torch.device) -> Found:
+    """Read a BackdoorBench record, and match it with its data set and its network."""
     if options.path is None:
         raise UserError(
             "--from backdoorbench PATH is missing its PATH: the folder with attack_result.pt in it"
         )
     _only_for_own(options)
+
     contents = backdoorbench.read(Path(options.path))
     channels, height, _ = contents.image_shape
-    name = options.dataset or contents.data_name
-    dataset = None if options.dataset_path else _cached(name, contents)
-    if dataset is None:
-        dataset = load_dataset(name, options.dataset_path, image_size=height, grey=channels == 1)
-    if dataset.image_shape != contents.image_shape:
-        raise UserError(
-            f"the record has images of {contents.image_shape} (channels, height, width), {name} has"
-            f" {dataset.image_shape}"
-        )
-    backdoorbench.fits(
-        contents,
-        dataset.train.labels,
-        dataset.test.labels,
-        dataset.num_classes,
-        options.dataset_path or name,
-    )
+    dataset = _dataset_of(contents, options)
+
+    # The record may say its own normalisation; BackdoorBench itself goes by the data set's name.
     source = contents.folder / backdoorbench.RESULT
     normalisations = (
         _given(options, dataset)
@@ -170,6 +169,7 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
         device=device,
         source=source,
     )
+
     seed = contents.settings.get("random_seed")
     return Found(
         attack=contents.attack,
@@ -192,9 +192,36 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
     )
 
 
+def _dataset_of(contents: backdoorbench.Contents, options: Import) -> Dataset:
+    """Find the data set of a BackdoorBench record; one that does not fit is a UserError."""
+    channels, height, _ = contents.image_shape
+    name = options.dataset or contents.data_name
+    # A path settles which data are meant; a name alone is looked up in the cache first.
+    dataset = None if options.dataset_path else _cached(name, contents)
+    if dataset is None:
+        dataset = load_dataset(name, options.dataset_path, image_size=height, grey=channels == 1)
+
+    if dataset.image_shape != contents.image_shape:
+        raise UserError(
+            f"the record has images of {contents.image_shape} (channels, height, width), {name} has"
+            f" {dataset.image_shape}"
+        )
+    backdoorbench.fits(
+        contents,
+        dataset.train.labels,
+        dataset.test.labels,
+        dataset.num_classes,
+        options.dataset_path or name,
+    )
+    return dataset
+
+
 def _cached(name: str, contents: backdoorbench.Contents) -> Dataset | None:
-    """The one data set of that name in the cache whose labels are the record's, whatever folder it
-    was read from."""
+    """Find the data set of this name in the cache that has the record's labels.
+
+    None where there is none; several are a UserError.
+    """
+    # By content, since the cache may have several of this name, read from different folders.
     fitting: dict[str, Dataset] = {}
     for entry in cache.cached():
         if entry.get("name") == name and isinstance(entry.get("fingerprint"), str):
@@ -205,64 +232,33 @@ def _cached(name: str, contents: backdoorbench.Contents) -> Dataset | None:
                 )
                 if found.image_shape == contents.image_shape:
                     fitting[found.fingerprint] = found
-    if len(fitting) > 1:  # the record has none of the clean images, so that nothing tells which
+
+    # The record contains no clean images, so that nothing distinguishes them.
+    if len(fitting) > 1:
         many = f"the cache has {len(fitting)} data sets called {name} that have the record's labels"
         raise UserError(f"{many}: pass the --dataset_path that it was made on")
     return next(iter(fitting.values()), None)
 
 
 def _from_weights(options: Import, device: torch.device) -> Found:
-    if options.path is not None:
-        raise UserError(
-            f"{options.path}: say what it is, --from backdoorbench; a model of your own is"
-            " --weights FILE"
-        )
-    if options.weights is None:
-        name = options.dataset or (
-            Path(options.dataset_path).name if options.dataset_path else "NAME"
-        )
-        raise UserError(
-            "--weights FILE is missing (or --from backdoorbench PATH). For a suspicious data set"
-            " without a model, train one on it: python attack/none.py --suspicious True --dataset"
-            f" {name} --dataset_path {options.dataset_path or 'FOLDER'} --save_folder_name"
-            f" {options.save_folder_name}"
-        )
-    if options.dataset is None and options.dataset_path is None:
-        raise UserError(
-            "--dataset_path FOLDER is missing: images of the model's classes, train/<class>/*.png"
-            " and test/<class>/*.png"
-        )
-    if options.target_label is not None and options.triggered_path is None:
-        raise UserError(
-            "--target_label says where --triggered_path FOLDER leads, and there is none"
-        )
-    path = Path(options.weights)
+    """Read a model of unknown history, and match it with its data set and its network."""
+    path = _own_weights(options)
     weights, meta = read_weights(path)
+
+    # Exports of ours state their network and normalisation.
     described = meta.get("architecture")
     described = described if isinstance(described, dict) else {}
-    architecture = options.architecture or described.get("name")
-    if not isinstance(architecture, str):
-        raise UserError(
-            f"--architecture NAME is missing: which network {path} is for, such as"
-            f" {', '.join(models.OWN)} or a timm name like resnet18"
-        )
-    if architecture not in models.OWN:
-        _known_in_timm(architecture)
+    architecture = _architecture(options, described, path)
+
     name = options.dataset or Path(options.dataset_path or "").resolve().name
     image_size, grey = options.image_size, options.grey
     dataset = load_dataset(name, options.dataset_path, image_size=image_size, grey=grey)
-    stems: list[models.Stem] = (
-        [options.stem]
-        if options.stem
-        else [described["stem"]]
-        if "stem" in described
-        else ["stock", "small"]
-    )
+
     model, built, tried = fit(
         weights,
         architecture,
         dataset,
-        stems=stems,
+        stems=_stems(options, described),
         normalisations=_given(options, dataset)
         or _kept(described, dataset.image_shape[0])
         or _published(name, dataset),
@@ -273,22 +269,21 @@ def _from_weights(options: Import, device: torch.device) -> Found:
         "whether and how the model and its data were attacked is not known",
         *([tried] if tried else []),
     ]
+
+    # Without triggered images there is no ASR, and the rest of the scores is the same.
     triggered = no_poison(dataset.test)
     if options.triggered_path is not None:
-
-        def answers(split: Split) -> torch.Tensor:
-            return predict(model, split, device)
-
         triggered, said = triggered_images(
-            options.triggered_path, options.target_label, dataset, image_size, answers
+            options.triggered_path,
+            options.target_label,
+            dataset,
+            image_size,
+            lambda split: predict(model, split, device),
         )
-        notes += [
-            (
-                "ASR is measured on images given with --triggered_path, for class"
-                f" {options.target_label}"
-            ),
-            *said,
-        ]
+        target = options.target_label
+        measured = f"ASR is measured on images given with --triggered_path, for class {target}"
+        notes += [measured, *said]
+
     return Found(
         attack="unknown",
         dataset=dataset,
@@ -306,17 +301,76 @@ def _from_weights(options: Import, device: torch.device) -> Found:
     )
 
 
+def _own_weights(options: Import) -> Path:
+    """Return the file of a user's own model; a UserError where options are missing or unfit."""
+    # A path without --from is most likely a forgotten --from.
+    if options.path is not None:
+        raise UserError(
+            f"{options.path}: say what it is, --from backdoorbench; a model of your own is"
+            " --weights FILE"
+        )
+
+    # Without a model there is still a way to get one: the message is the command.
+    if options.weights is None:
+        name = options.dataset or (
+            Path(options.dataset_path).name if options.dataset_path else "NAME"
+        )
+        raise UserError(
+            "--weights FILE is missing (or --from backdoorbench PATH). For a suspicious data set"
+            " without a model, train one on it: python attack/none.py --suspicious True --dataset"
+            f" {name} --dataset_path {options.dataset_path or 'FOLDER'} --save_folder_name"
+            f" {options.save_folder_name}"
+        )
+
+    if options.dataset is None and options.dataset_path is None:
+        raise UserError(
+            "--dataset_path FOLDER is missing: images of the model's classes, train/<class>/*.png"
+            " and test/<class>/*.png"
+        )
+    if options.target_label is not None and options.triggered_path is None:
+        raise UserError(
+            "--target_label N is the target of the images in --triggered_path FOLDER, which is"
+            " missing"
+        )
+    return Path(options.weights)
+
+
+def _stems(options: Import, described: Mapping[str, Any]) -> list[models.Stem]:
+    """Return the candidates: as the user says, else as the file says, else both."""
+    if options.stem:
+        return [options.stem]
+    return [described["stem"]] if "stem" in described else ["stock", "small"]
+
+
+def _architecture(options: Import, described: Mapping[str, Any], path: Path) -> str:
+    """Return the name of the network of a model: as the user says, else as the file does."""
+    name = options.architecture or described.get("name")
+    if not isinstance(name, str):
+        raise UserError(
+            f"--architecture NAME is missing: which network {path} is for, such as"
+            f" {', '.join(models.OWN)} or a timm name like resnet18"
+        )
+    if name not in models.OWN:
+        _known_in_timm(name)
+    return name
+
+
 def _fill(final: Path, found: Found, options: Import, device: torch.device) -> None:
-    """Score, and write the record into the staged folder."""
+    """Score the model, and write the record into the staged folder `final`."""
+    # The settings of the attack are unknown, except for how images were augmented.
     dataset, test = found.dataset, found.test
     config = _augmentation(options, found.source.get("settings", {}), published(dataset.name))
     scores = Evaluator(dataset.test, test, dataset.num_classes, device)(found.model.to(device))
+
+    # Mostly a mistake of the user, which no other check can see.
     notes = list(found.notes)
     if scores.clean_accuracy < 2 / dataset.num_classes:
         notes.append(
             f"clean accuracy {scores.clean_accuracy:.3f} is near chance: probably another"
             " normalisation (--mean, --std), network or order of classes"
         )
+
+    # One target only, over test and training images: an attack may have several, or none.
     targets = set(test.labels.tolist()) | set(
         found.train.labels[found.train.labels != found.train.original_labels].tolist()
     )
@@ -337,17 +391,21 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
         "seconds": None,
         **environment(device),
     }
+
     for note in notes:
         print(f"  {note}", file=sys.stderr)
     if found.known_poison or not len(test):
         save_preview(final / "preview.png", dataset.test, test)
-    else:  # whose images the triggered ones were is not known, so no pairs are shown
+    else:
+        # Which clean images the triggered ones were is unknown: no pairs can be shown.
         save_preview(final / "preview.png", test.triggered(), no_poison(dataset.test))
     write_record(final, info, found.model, found.train, test)
+    # What cannot be read back must not get its name.
     refuse_unreadable(final, read_folder)
 
 
 def _only_for_own(options: Import) -> None:
+    """Refuse options that are for a user's own model only."""
     given = [
         name
         for name in ("weights", "triggered_path", "target_label", "image_size", "grey")
@@ -362,8 +420,13 @@ def _only_for_own(options: Import) -> None:
 def _augmentation(
     options: Import, stored: Mapping[str, Any], setting: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """How defenses augment: as given, else as the file says (an export of ours does), else as is
-    published for the data set."""
+    """Return the augmentation in defenses.
+
+    Args:
+        options: what the user says comes first,
+        stored: then the settings in the file, which an export of ours has,
+        setting: then the published settings of the data set.
+    """
     padding, flip = stored.get("crop_padding"), stored.get("flip")
     padding = padding if type(padding) is int and padding >= 0 else setting.get("crop_padding", 4)
     flip = flip if isinstance(flip, bool) else setting.get("flip", False)
@@ -374,6 +437,7 @@ def _augmentation(
 
 
 def _known_in_timm(architecture: str) -> None:
+    """Raise a UserError unless the installed timm has a model of this name."""
     import timm
 
     if not timm.is_model(architecture):
@@ -385,7 +449,7 @@ def _known_in_timm(architecture: str) -> None:
 
 
 def _given(options: Import, dataset: Dataset) -> dict[str, Normalisation] | None:
-    """--mean and --std, both or neither."""
+    """Return the normalisation of --mean and --std, or None where neither is given."""
     if options.mean is None and options.std is None:
         return None
     channels = dataset.image_shape[0]
@@ -399,7 +463,7 @@ def _given(options: Import, dataset: Dataset) -> dict[str, Normalisation] | None
 
 
 def _kept(described: Mapping[str, Any], channels: int) -> dict[str, Normalisation] | None:
-    """What a file says of its own normalisation."""
+    """Return the normalisation that a file states, or None where it is missing or unusable."""
     mean, std = described.get("mean"), described.get("std")
     fitting = all(
         isinstance(row, (list, tuple)) and len(row) == channels and all(_number(x) for x in row)
@@ -411,11 +475,13 @@ def _kept(described: Mapping[str, Any], channels: int) -> dict[str, Normalisatio
 
 
 def _number(x: Any) -> bool:
-    # Also for integers that are no float
+    """Return whether a value is a number below 1e6 in size."""
+    # Not by isfinite: an integer may be too large for a float.
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < 1e6
 
 
 def _published(name: str, dataset: Dataset) -> dict[str, Normalisation]:
-    """What is published for a data set of that name; else all that is usual."""
+    """Return the published normalisation of a data set, else all usual ones as candidates."""
+    # CelebA is used without normalisation.
     setting = {"mean": (0.0,) * 3, "std": (1.0,) * 3} if name == "celeba" else published(name)
     return _kept(setting, dataset.image_shape[0]) or usual_normalisations(dataset)

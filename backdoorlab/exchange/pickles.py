@@ -1,10 +1,11 @@
-"""The one place that reads or writes a pickle: PyTorch files of other people, with exactly the
-names that data need.
+"""Pickles of other people: the only module that reads or writes them.
 
-Three doors, each shut on its own. The pickle inside the file is listed, not run, and refused for
-any name outside NAMES. `torch.load` reads it with `weights_only=True`. And the names of numpy and
-Pillow lead to the inert stand-ins below, so that neither library is called with a stranger's
-arguments. There is no way from here to the unsafe loader.
+Three barriers, each of which is enough:
+  1. The pickle in the file is listed without being run, and refused for any name outside NAMES.
+  2. `torch.load` reads it with `weights_only=True`.
+  3. The names of numpy and Pillow stand for the inert classes below, so that neither library is
+     called with a stranger's arguments.
+The unsafe loader is never called.
 """
 
 import contextlib
@@ -32,11 +33,11 @@ PLAIN = {
     "f4": np.float32,
     "f8": np.float64,
 }
-"""Element types that an array in a pickle may have; an object is not among them."""
+"""Element types that an array in a pickle may have. Python objects are not among them."""
 
 
 class DType:
-    """Stands in for numpy.dtype: a code out of PLAIN and a byte order."""
+    """Stand-in for numpy.dtype: a code out of PLAIN, and a byte order."""
 
     def __init__(self, code: Any = None, *_flags: Any) -> None:
         if code not in PLAIN:
@@ -48,16 +49,18 @@ class DType:
         self.order = state[1] if state[1] in ("<", ">") else "="
 
     def numpy(self) -> np.dtype[Any]:
+        """Return numpy's own type."""
         return np.dtype(PLAIN[self.code]).newbyteorder(self.order)
 
 
 class Array:
-    """Stands in for numpy.ndarray: bytes that fit a shape and a plain type."""
+    """Stand-in for numpy.ndarray: bytes that fit a shape and a plain type."""
 
     def __init__(self, *_arguments: Any) -> None:
         self.values: np.ndarray | None = None
 
     def __setstate__(self, state: Any) -> None:
+        # Whoever made the file chose the state: every part of it is checked before it is used.
         _version, shape, dtype, fortran, data = state
         if (
             not isinstance(dtype, DType)
@@ -71,10 +74,10 @@ class Array:
 
 
 class Picture:
-    """Stands in for PIL.Image.Image: 8-bit grey or RGB bytes that fit a size."""
+    """Stand-in for PIL.Image.Image: 8-bit grey or RGB bytes that fit a size."""
 
     def __init__(self, *_arguments: Any) -> None:
-        self.pixels: np.ndarray | None = None
+        self.pixels: np.ndarray | None = None  # uint8 (C, H, W)
 
     def __setstate__(self, state: Any) -> None:
         _info, mode, (width, height), _palette, data = state[:5]
@@ -88,11 +91,12 @@ class Picture:
 
 
 def _reconstruct(*_arguments: Any) -> Array:
+    """Return an empty array, which gets its values from `__setstate__`."""
     return Array()
 
 
 def _scalar(dtype: Any, data: Any) -> Any:
-    """numpy's scalar as a plain number, so that it can be a key."""
+    """Return numpy's scalar as a plain number, which can be a key."""
     if not isinstance(dtype, DType) or not isinstance(data, bytes):
         raise ValueError("a number that is not a plain type and bytes")
     return np.frombuffer(data, dtype.numpy(), 1)[0].item()
@@ -101,13 +105,16 @@ def _scalar(dtype: Any, data: Any) -> Any:
 STAND_INS: dict[str, Any] = {
     "numpy.ndarray": Array,
     "numpy.dtype": DType,
-    "numpy.core.multiarray._reconstruct": _reconstruct,  # numpy 1
+    # numpy 1
+    "numpy.core.multiarray._reconstruct": _reconstruct,
     "numpy.core.multiarray.scalar": _scalar,
-    "numpy._core.multiarray._reconstruct": _reconstruct,  # numpy 2
+    # numpy 2
+    "numpy._core.multiarray._reconstruct": _reconstruct,
     "numpy._core.multiarray.scalar": _scalar,
     "PIL.Image.Image": Picture,
     "PIL.PngImagePlugin.PngImageFile": Picture,
 }
+"""Name in a pickle -> what is called in its place."""
 STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 NAMES = frozenset(
     [
@@ -119,23 +126,33 @@ NAMES = frozenset(
     + [f"torch.{kind}Storage" for kind in STORAGES]
     + list(STAND_INS)
 )
+"""All names that a pickle may use."""
 
 
 def load(path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU: plain values, tensors, and the stand-ins above; anything
-    else is one line that names the file."""
+    """Read a file by `torch.save`.
+
+    Returns:
+        Plain values, tensors on the CPU, and the stand-ins above.
+
+    Raises:
+        UserError: the file is missing, is unreadable, or contains anything else.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    content = path.read_bytes()  # once, so that what is read is what was looked at
+
+    # Read once, so that the bytes that were checked are the bytes that are loaded.
+    content = path.read_bytes()
     try:
         names = _names(path, content)
     except UserError:
         raise
-    except Exception as error:  # whoever made the file chooses what breaks
+    except Exception as error:  # whoever made the file chooses how it breaks
         raise UserError(
             f"{path}: not readable as a PyTorch file ({_first_line(error)}). Fetch it again, or"
             " save it again with torch.save"
         ) from error
+
     strange = sorted(names - NAMES)
     if strange:
         raise UserError(
@@ -144,11 +161,12 @@ def load(path: Path) -> Any:
             " images do not need and which could run code. Save only a state dict, best as"
             " safetensors"
         )
+
     try:
         with _only(STAND_INS):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
-        # Torch's own advice is its unsafe loader
+        # torch's own message advises its unsafe loader: it is not shown.
         why = type(error).__name__ if "weights_only" in str(error) else _first_line(error)
         raise UserError(
             f"{path}: refused by the safe loader ({why}). Fetch it again, or save only a state dict"
@@ -157,8 +175,19 @@ def load(path: Path) -> Any:
 
 
 def state_dict(found: Any, path: Path) -> dict[str, Tensor]:
-    """name -> dense tensor out of what a file holds: a state dict, or one under a usual key. No
-    tensor may be larger than its bytes."""
+    """Extract a state dict from what `load` returned.
+
+    Args:
+        found: a state dict, or a dict with one under a usual key.
+        path: the file, for errors and for its size.
+
+    Returns:
+        Name -> dense tensor.
+
+    Raises:
+        UserError: there is no state dict, or a tensor claims more bytes than the file has.
+    """
+    # Training scripts often save it beside other things.
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -171,6 +200,8 @@ def state_dict(found: Any, path: Path) -> dict[str, Tensor]:
             f"{path}: expected a state dict (names -> tensors), found {_kind(found)}. Save"
             " model.state_dict()"
         )
+
+    # A stride of 0 would make a huge tensor out of one number.
     for name, tensor in found.items():
         if (
             tensor.layout != torch.strided
@@ -186,8 +217,10 @@ def state_dict(found: Any, path: Path) -> dict[str, Tensor]:
 
 
 def dump(value: Any) -> bytes:
-    """`torch.save` of plain values, tensors and numpy arrays, under the names that numpy 1 and 2
-    both know."""
+    """Return the bytes of `torch.save` for plain values, tensors and numpy arrays.
+
+    Both numpy 1 and numpy 2 can read them.
+    """
     stream = io.BytesIO()
     torch.save(
         value, stream, pickle_module=types.SimpleNamespace(__name__="pickle", Pickler=_OldNames)
@@ -196,11 +229,11 @@ def dump(value: Any) -> bytes:
 
 
 _InPython: Any = pickle._Pickler
-"""The pickler whose methods can be replaced; the one in C has no save_global."""
+"""The pickler in Python: that in C has no save_global to override."""
 
 
 class _OldNames(_InPython):
-    """numpy 2 writes numpy._core, which numpy 1 cannot import; the old name works in both."""
+    """Pickler that writes numpy.core for numpy._core, which numpy 1 does not have."""
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         module = getattr(obj, "__module__", None) or ""
@@ -216,11 +249,15 @@ class _OldNames(_InPython):
 
 
 def _names(path: Path, content: bytes) -> set[str]:
-    """Every module.name in the file's pickle, read as text; archives that could unpack into more
-    than their size are refused.
+    """List every module.name in a file's pickle without running it.
 
-    The archive must be the whole file: its directory is at the end, but torch looks at the
-    beginning, where another file could be.
+    Args:
+        path: the file, for errors.
+        content: its bytes.
+
+    Raises:
+        UserError: it is not a plain archive by `torch.save`, or could unpack into more than its
+            size.
     """
     stream = io.BytesIO(content)
     if not content.startswith(b"PK\x03\x04") or not zipfile.is_zipfile(stream):
@@ -228,13 +265,18 @@ def _names(path: Path, content: bytes) -> set[str]:
             f"{path}: refused: not the zip archive that torch.save has written since torch 1.6."
             " Save only a state dict, best as safetensors"
         )
+
     with zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
+        # A zip archive is found by its end, but torch looks at the beginning of the file, where
+        # another archive could be.
         if min((entry.header_offset for entry in entries), default=0) != 0:
             raise UserError(
                 f"{path}: refused: something stands before the archive, which torch.save does not"
                 " write"
             )
+
+        # A second pickle would be one that is not listed below.
         pickles = [
             entry for entry in entries if entry.filename.lower().split("/")[-1].endswith(".pkl")
         ]
@@ -243,6 +285,8 @@ def _names(path: Path, content: bytes) -> set[str]:
                 f"{path}: refused: expected one data.pkl in it, found {len(pickles)} pickles"
                 " (TorchScript?). Save a state dict instead"
             )
+
+        # Compressed entries could unpack into any size; of repeated ones, torch may take the other.
         lower = [entry.filename.lower() for entry in entries]
         if len(set(lower)) != len(lower) or any(
             entry.compress_type != zipfile.ZIP_STORED for entry in entries
@@ -253,6 +297,9 @@ def _names(path: Path, content: bytes) -> set[str]:
             )
         if sum(entry.file_size for entry in entries) > len(content):
             raise UserError(f"{path}: refused: its entries claim more bytes than the file has")
+
+        # The opcodes of the second kind name what they call in other ways: torch.save has no use
+        # for them, and they are refused, whatever they name.
         found = set()
         for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
             if opcode.name == "GLOBAL":
@@ -264,7 +311,7 @@ def _names(path: Path, content: bytes) -> set[str]:
 
 @contextlib.contextmanager
 def _only(stand_ins: Mapping[str, Any]) -> Iterator[None]:
-    """Exactly these names for a while, without those that other packages have allowed."""
+    """Allow exactly these names to torch's safe loader, in place of those that others allowed."""
     others = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals([(value, name) for name, value in stand_ins.items()])
@@ -276,6 +323,7 @@ def _only(stand_ins: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _kind(value: Any) -> str:
+    """Return what a value is, in words for an error message."""
     if isinstance(value, Mapping):
         return f"a dict with {', '.join(map(repr, list(value)[:5])) or 'nothing in it'}"
     return type(value).__name__

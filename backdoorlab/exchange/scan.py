@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tyro.conf import Positional
 
-from ..data import Dataset, Split
+from ..data import Split
 from ..datasets.load import train_files
-from ..device import choose_device, keep_freed_memory, seed_everything
+from ..device import seed_everything
 from ..errors import UserError
-from ..execution.defense import defense_job
-from ..execution.precision import choose
+from ..execution.defense import defense_job, prepare
+from ..execution.scores import ScoreLog
 from ..execution.stage import open_stage
 from ..record import Record, check_name, defender_view, read_result, record_root
 from ..run import Run
@@ -58,7 +58,7 @@ def scan(options: Scan) -> int:
         raise UserError("NAME is missing: which record to scan")
     record = Record.load(options.name, record_root(options.record_root))
     dataset = record.dataset(options.dataset_path)
-    flagged, notes = _found(record, dataset, options)
+    flagged, notes = _found(record, options)
     train = record.train_poison.apply(dataset.train)
     names = None if options.dataset_path is None else train_files(options.dataset_path)
     if not flagged.any():
@@ -192,7 +192,7 @@ def sheet(train: Split, flagged: Tensor, class_names: tuple[str, ...]) -> bytes:
     return buffer.getvalue()
 
 
-def _found(record: Record, dataset: Dataset, options: Scan) -> tuple[Tensor, list[str]]:
+def _found(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
     """What is flagged, bool (N,), and DAU's notes: from a finished run, else from a search."""
     folder, run_name = record.folder / "defense" / "dau", options.run_name or "seed0"
     check_name(run_name)
@@ -208,10 +208,10 @@ def _found(record: Record, dataset: Dataset, options: Scan) -> tuple[Tensor, lis
             f"record {record.name!r} has no finished run {run_name!r} of dau: leave --run_name out"
             " to search now"
         )
-    return _searched(record, dataset, options)
+    return _searched(record, options)
 
 
-def _searched(record: Record, dataset: Dataset, options: Scan) -> tuple[Tensor, list[str]]:
+def _searched(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
     """Search with DAU's default settings for this data set, now or in an earlier scan.
 
     What was found stays in an unfinished run named scan, so that a later run of the defense is not
@@ -224,31 +224,24 @@ def _searched(record: Record, dataset: Dataset, options: Scan) -> tuple[Tensor, 
     job = defense_job(dau, argv, "backdoorlab scan")
 
     # The same device, precision and random numbers as in a run of the defense.
-    device = choose_device(options.device)
-    keep_freed_memory(device)
-    architecture = record.info["architecture"]
-    network = {
-        "architecture": architecture["name"],
-        "width": architecture["width"],
-        "image_shape": list(dataset.image_shape),
-    }
-    chosen = choose(job.config.precision, device, network, record.model)
-    inputs = {"record": reading.sha256(record.folder / "record.json")}
     target = record.folder / "defense" / "dau" / "scan"
+    prepared = prepare(job, record, target)
+    precision = prepared.choice.precision
+    log = ScoreLog(train_poison=record.train_poison if record.known_poison else None)
 
     # Kept in the stage, and read from there by the next scan.
-    with open_stage(target, "result.json", job, inputs, chosen.precision) as stage:
-        seed_everything(job.config.seed, device)
+    with open_stage(target, "result.json", job, prepared.inputs, precision) as stage:
+        seed_everything(job.config.seed, prepared.device)
         run = Run(
             stage,
             seed=job.config.seed,
-            device=device,
-            precision=chosen.precision,
-            train_poison=record.train_poison if record.known_poison else None,
-            train_size=len(dataset.train),
+            device=prepared.device,
+            precision=precision,
+            train_size=len(prepared.dataset.train),
+            callbacks=log.callbacks(),
         )
         job.say_settings(run)
-        view = defender_view(record, dataset, dau.assumes, None, device)
+        view = defender_view(record, prepared.dataset, dau.assumes, None, prepared.device)
 
         def search() -> dict[str, Tensor]:
             return {"flagged": dau.module.find_poison(view, job.config, run)[0]}

@@ -1,4 +1,4 @@
-"""Hash a record and all its defenses' results again, and say which files are not what they were."""
+"""Verification: hash a record and its results again, and name the files that have changed."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +15,19 @@ from ..storage.schema import refuse_difference
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and one line for each thing that is wrong."""
+    """What was checked, and what is wrong with it."""
 
     files: int
+    """Number of files that were hashed."""
     results: int
+    """Number of results of defenses."""
     wrong: tuple[str, ...]
+    """One line for each problem."""
 
 
 def verify(name: str, root: Path) -> Finding:
-    """Everything in a record that can be loaded is loaded as a run would, and every file of a
-    manifest hashed."""
+    """Load everything in the record `name` of the folder `root` as a run would, and hash every
+    file of its manifests."""
     try:
         return verify_record(Record.load(name, root))
     except (UserError, FileNotFoundError) as error:
@@ -32,15 +35,19 @@ def verify(name: str, root: Path) -> Finding:
 
 
 def verify_record(record: Record) -> Finding:
-    """The same for a record that is loaded, and so verified but for its weights and results."""
+    """Verify a record that is loaded, of which only weights and results are still unverified."""
+    # record.json is not in its own manifest.
     count, wrong = 1 + len(record.info["files"]), []
     shapes = record.model_shapes()
+
+    # Without sound weights nothing in the record can be used: its results are not looked at.
     try:
         reading.read_tensors(
             record.folder / "model.safetensors", entry=record.info["files"]["model.safetensors"]
         )
     except (UserError, FileNotFoundError) as error:
         return Finding(0, 0, (str(error),))
+
     folders = list(result_folders(record.folder))
     for folder in folders:
         try:
@@ -51,13 +58,27 @@ def verify_record(record: Record) -> Finding:
 
 
 def _verify_result(folder: Path, model: Shapes, train_size: int) -> int:
-    """Number of files, all of them sound."""
+    """Verify one result of a defense.
+
+    Args:
+        folder: the result's folder.
+        model: dtypes and shapes of the record's weights.
+        train_size: N of the training set.
+
+    Returns:
+        The number of files in it.
+
+    Raises:
+        UserError: one of them is missing or damaged.
+    """
+    # A run is finished by its result.json: other files alone are what is left of one.
     if not (folder / "result.json").is_file():
         raise UserError(
             f"{folder / 'result.json'}: missing, so the run beside it counts as not done. Restore"
             " it, or run the defense again"
         )
     manifest = read_result(folder)["files"]
+    # All other files of a result are hashed, but not parsed.
     checks: dict[str, reading.Check] = {
         "model.safetensors": partial(refuse_difference, wanted=model),
         "split.safetensors": partial(_refuse_other_split, train_size=train_size),
@@ -70,7 +91,7 @@ def _verify_result(folder: Path, model: Shapes, train_size: int) -> int:
 
 
 def _refuse_other_split(found: Shapes, train_size: int) -> None:
-    """A split says who is flagged and, where the defense ranks its samples, by what."""
+    """Raise a ValueError unless a split has a flag for each image, and a suspicion, or none."""
     wanted: Shapes = {"flagged": (torch.bool, (train_size,))}
     if "suspicion" in found:
         wanted["suspicion"] = (torch.float32, (train_size,))

@@ -1,11 +1,11 @@
-"""Models and images that were not made here: weights in a file, and the network that they fit;
-triggered images in a folder.
+"""Weights of other people and the network that they fit, and triggered images in a folder.
 
-An exported file is safetensors under the inner network's own names, so that timm and torchvision
-load it without us; what a name does not say (normalisation, stem, classes) is in its metadata.
+An exported file is safetensors under the names of the inner network, so that timm and torchvision
+can load it without this library. Normalisation, stem and classes are in its metadata.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from ..storage import reading, schema, writing
 from . import pickles
 
 LOOK_AT = 1000
-"""Training images that settle which normalisation a model was trained with."""
+"""Number of training images by which the normalisation of a model is chosen."""
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""(mean, std), one number a channel, in [0, 1] units."""
 USUAL: dict[int, dict[str, Normalisation]] = {
     3: {
         "ImageNet's": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -36,24 +37,45 @@ USUAL: dict[int, dict[str, Normalisation]] = {
     },
     1: {"MNIST's": ((0.1307,), (0.3081,)), "[-1, 1]": ((0.5,), (0.5,)), "none": ((0.0,), (1.0,))},
 }
-"""What a model from elsewhere was probably normalised with, by its number of channels."""
+"""Number of channels -> the usual normalisations."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network that the weights fit, and how well it does with one normalisation."""
+
+    right: float
+    """Accuracy on the sample of training images, in [0, 1]."""
+    stem: models.Stem
+    word: str
+    """What the normalisation is called."""
+    model: Classifier
+    architecture: dict[str, Any]
+    """As a record describes it."""
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict, metadata) of a .safetensors or a torch.save file; the metadata is that of our
-    own exports, else {}."""
+    """Read weights from a .safetensors file or a file by torch.save.
+
+    Returns:
+        (state dict, metadata): the metadata of a file by `write_weights`, else {}.
+    """
     if not path.is_file():
         raise UserError(f"--weights {path}: no such file")
     if path.suffix != ".safetensors":
         return bare(pickles.state_dict(pickles.load(path), path)), {}
+
+    # A stranger's file is read by safetensors, one of ours with its own checksum by `reading`.
     try:
         with safe_open(path, framework="pt", device="cpu") as stream:
             ours = "backdoorlab" in (stream.metadata() or {})
-            tensors = {} if ours else {name: stream.get_tensor(name) for name in stream.keys()}
+            names = [] if ours else stream.keys()
+            tensors = {name: stream.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: not readable as safetensors ({str(error).splitlines()[0]}). Fetch it again"
         ) from error
+
     meta: dict[str, Any] = {}
     if ours:
         tensors, meta = reading.read_tensors(path)
@@ -63,13 +85,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def write_weights(path: Path, model: Classifier, **metadata: Any) -> None:
-    """The inner network alone, under its own names, with JSON metadata; atomic."""
+    """Write the weights of the inner network, under its names, and JSON metadata, atomically."""
     writing.write_tensors(path, model.network.state_dict(), **metadata)
 
 
 def load_exported(path: str | Path) -> Classifier:
-    """The model of a file that `export --weights` wrote: takes images (N, C, H, W) in [0, 1],
-    normalisation included."""
+    """Load the model of a file that `export --weights` wrote.
+
+    It takes images (N, C, H, W) in [0, 1], and normalises them itself.
+    """
     weights, meta = read_weights(Path(path))
     if "architecture" not in meta:
         raise UserError(
@@ -77,14 +101,17 @@ def load_exported(path: str | Path) -> Classifier:
             " trained in"
         )
     schema.check_export(Path(path), meta)
+
+    # Compared without weights first: a wrong width in the metadata would take any amount of memory.
     network = meta["architecture"], meta["image_shape"], meta["num_classes"]
-    with torch.device("meta"):  # before memory is taken for it
+    with torch.device("meta"):
         problem = _difference(build_model(*network).network.state_dict(), weights)
     if problem:
         raise UserError(
             f"{path}: damaged file (its weights are not those of the network that it names:"
             f" {problem}). Export it again"
         )
+
     model = build_model(*network)
     model.network.load_state_dict(weights)
     return model.eval()
@@ -100,70 +127,109 @@ def fit(
     device: torch.device,
     source: Path,
 ) -> tuple[Classifier, dict[str, Any], str | None]:
-    """(model, architecture, what was tried): the weights in the stem and normalisation that get
-    most training images right.
+    """Choose the stem and normalisation with which weights classify most training images correctly.
 
-    The weights of another network are refused before memory is taken for it.
+    Args:
+        weights: the state dict.
+        architecture: name of the network.
+        dataset: the data that the model was trained on.
+        stems: candidates.
+        normalisations: candidates by name.
+        device: where the images are classified.
+        source: file of the weights, for errors.
+
+    Returns:
+        (model, its architecture as a record describes it, a note on the choice): the note is None
+        where there was one candidate.
+
+    Raises:
+        UserError: the weights are not finite, or those of another network.
     """
+    _refuse_infinite(weights, source)
+
+    sample = _sample(dataset.train)
+    # A stem is only a question for timm's networks on small images.
+    own = architecture in models.OWN
+    one_stem = own or dataset.image_shape[1] > models.SMALL
+    width = _width(weights) if own else None
+    found: list[Candidate] = []
+    problems: list[str] = []
+    for stem in dict.fromkeys(("small",) if one_stem else stems):
+        described: dict[str, dict[str, Any]] = {
+            word: dict(name=architecture, width=width, mean=list(mean), std=list(std), stem=stem)
+            for word, (mean, std) in normalisations.items()
+        }
+        problem = _misfit(next(iter(described.values())), dataset, weights)
+        if problem:
+            problems.append(problem)
+            continue
+
+        for word, one in described.items():
+            model = build_model(one, dataset.image_shape, dataset.num_classes)
+            # Compared by `_misfit`: only the counters of batch normalisation may be absent.
+            model.network.load_state_dict(dict(weights), strict=False)
+            answers = predict(model.to(device), sample, device)
+            right = (answers == sample.labels).double().mean().item()
+            found.append(Candidate(right, stem, word, model, one))
+
+    if not found:
+        raise _not_its_weights(architecture, dataset, problems[0], source)
+    best = max(found, key=lambda candidate: candidate.right)
+    return best.model, best.architecture, _choice(best, found, len(sample))
+
+
+def _sample(train: Split) -> Split:
+    """Return about LOOK_AT training images, by which candidates are compared."""
+    # Evenly spaced, so that all classes are there even if the images are sorted by class.
+    step = max(1, len(train) // LOOK_AT)
+    return train.subset(torch.arange(0, len(train), step)[:LOOK_AT])
+
+
+def _refuse_infinite(weights: Mapping[str, Tensor], source: Path) -> None:
+    """Raise a UserError if weights are not finite."""
     lost = next((name for name, values in weights.items() if not values.isfinite().all()), None)
     if lost is not None:
         raise UserError(
-            f"{source}: {lost} holds NaN or infinity, so that the model answers nothing: its"
+            f"{source}: {lost} contains NaN or infinity, so that the model predicts nothing: its"
             " training diverged, or the file is damaged"
         )
-    shape, num_classes = dataset.image_shape, dataset.num_classes
-    width = _width(weights) if architecture in models.OWN else None
-    found = []
-    problems: dict[str, str] = {}
-    step = max(1, len(dataset.train) // LOOK_AT)
-    sample = dataset.train.subset(torch.arange(0, len(dataset.train), step)[:LOOK_AT])
-    one_stem = architecture in models.OWN or shape[1] > models.SMALL
-    for stem in dict.fromkeys(("small",) if one_stem else stems):
-        for word, (mean, std) in normalisations.items():
-            described = dict(
-                name=architecture, width=width, mean=list(mean), std=list(std), stem=stem
-            )
-            if stem not in problems:
-                with torch.device("meta"):
-                    wanted = build_model(described, shape, num_classes).network.state_dict()
-                problems[stem] = _difference(wanted, weights)
-            if problems[stem]:
-                continue
-            model = build_model(described, shape, num_classes)
-            # Compared above; only batch counters may be absent
-            model.network.load_state_dict(dict(weights), strict=False)
-            right = (
-                (predict(model.to(device), sample, device) == sample.labels).double().mean().item()
-            )
-            found.append((right, stem, word, model, described))
-    if not found:
-        raise UserError(
-            f"{source}: not the weights of {architecture} for {num_classes} classes and images of"
-            f" {shape[0]} channels ({next(iter(problems.values()))}): check --architecture, and"
-            " that the data are those of the model"
-            + (
-                ""
-                if architecture in models.OWN
-                else (
-                    "; timm's names are expected, and of torchvision's networks only ResNets have"
-                    " them"
-                )
-            )
-        )
-    best = max(found, key=lambda entry: entry[0])
-    tried = None
-    if len(found) > 1:
-        tried = (
-            f"normalisation and stem chosen by accuracy on {len(sample):,} training images:"
-            f" {best[2]} with the {best[1]} stem, {best[0]:.3f} (others:"
-            f" {', '.join(f'{word} {stem} {right:.3f}' for right, stem, word, _, _ in found if (stem, word) != (best[1], best[2]))});"
-            " pass --mean, --std and --stem if you know better"
-        )
-    return best[3], best[4], tried
+
+
+def _not_its_weights(architecture: str, dataset: Dataset, problem: str, source: Path) -> UserError:
+    """Return the error for weights that fit a network in no stem."""
+    names = "; timm's names are expected, and of torchvision's networks only ResNets have them"
+    return UserError(
+        f"{source}: not the weights of {architecture} for {dataset.num_classes} classes and"
+        f" images of {dataset.image_shape[0]} channels ({problem}): check --architecture, and that"
+        f" the data are those of the model{'' if architecture in models.OWN else names}"
+    )
+
+
+def _misfit(
+    architecture: Mapping[str, Any], dataset: Dataset, weights: Mapping[str, Tensor]
+) -> str:
+    """Return why weights do not fit a network, or ""; no memory is taken for the network."""
+    with torch.device("meta"):
+        network = build_model(architecture, dataset.image_shape, dataset.num_classes).network
+    return _difference(network.state_dict(), weights)
+
+
+def _choice(best: Candidate, found: Sequence[Candidate], images: int) -> str | None:
+    """Return the note that says which candidate was chosen, or None for a single one."""
+    if len(found) == 1:
+        return None
+    others = ", ".join(
+        f"{other.word} {other.stem} {other.right:.3f}" for other in found if other is not best
+    )
+    return (
+        f"normalisation and stem chosen by accuracy on {images:,} training images:"
+        f" {best.word} with the {best.stem} stem, {best.right:.3f} (others: {others}); pass --mean,"
+        " --std and --stem if you know better"
+    )
 
 
 def usual_normalisations(dataset: Dataset) -> dict[str, Normalisation]:
-    """The candidates for images of that many channels, and the data's own."""
+    """Return the usual candidates for images of this data set, and its own mean and deviation."""
     return USUAL[dataset.image_shape[0]] | {
         "the data's own": data.channel_statistics(dataset.train)
     }
@@ -176,11 +242,22 @@ def triggered_images(
     image_size: int | None,
     guess: Callable[[Split], Tensor],
 ) -> tuple[Poison, list[str]]:
-    """Triggered images <true class>/*.png of a folder, and notes; images of the target class do not
-    count in ASR.
+    """Load triggered images from a folder of <true class>/*.png.
 
-    `guess(split)` gives the model's answers, which are only used to help a user who did not say the
-    target.
+    Images of the target class are left out: they do not count in ASR.
+
+    Args:
+        path: the folder.
+        target: the attack's target class.
+        dataset: the data set, whose classes and image shape they must have.
+        image_size: side in pixels to resize to; None keeps the size.
+        guess: classifies a split; only used to advise a user who gave no target.
+
+    Returns:
+        (the images, with `target` as label; notes for the user).
+
+    Raises:
+        UserError: there is no target, no folder, or no image of another class.
     """
     if not Path(path).is_dir():
         raise UserError(
@@ -189,14 +266,29 @@ def triggered_images(
         )
     split = load_trusted(path, dataset, image_size, flag="--triggered_path")
     if target is None:
-        answers = torch.bincount(guess(split), minlength=dataset.num_classes)
-        most = int(answers.argmax())
-        raise UserError(
-            "--triggered_path needs --target_label N, the class that the trigger is to lead to."
-            f" The model takes {answers[most] / len(split):.0%} of these images for class {most}"
-            f" ({dataset.class_names[most]})"
-        )
+        raise _no_target(torch.bincount(guess(split), minlength=dataset.num_classes), dataset)
     check_target(target, dataset.num_classes)
+
+    counted, notes = _counted(split, target, len(dataset.test), path)
+    # Which test images these were is unknown: they are numbered.
+    kept = split.subset(counted)
+    labels = torch.full_like(kept.labels, target)
+    kind = torch.full((len(kept),), POISON, dtype=torch.uint8)
+    return Poison(torch.arange(len(kept)), kept.images, labels, kept.labels, kind), notes
+
+
+def _counted(split: Split, target: int, most: int, path: str) -> tuple[Tensor, list[str]]:
+    """Choose the triggered images by which ASR is measured.
+
+    Args:
+        split: all of them, with their true labels.
+        target: the target class.
+        most: largest number of them, that of the test images.
+        path: their folder, for errors.
+
+    Returns:
+        (positions int64 in the split, notes for the user).
+    """
     notes = []
     counted = (split.labels != target).nonzero().squeeze(1)
     if len(counted) < len(split):
@@ -209,34 +301,39 @@ def triggered_images(
             f"--triggered_path {path}: all {len(split)} images are of the target class {target}, so"
             " no ASR can be measured"
         )
-    if len(counted) > len(dataset.test):
-        counted = counted[torch.linspace(0, len(counted) - 1, len(dataset.test)).long()]
+
+    # No record has more triggered images than test images.
+    if len(counted) > most:
+        counted = counted[torch.linspace(0, len(counted) - 1, most).long()]
         notes.append(
             f"only {len(counted)} of the triggered images are kept, evenly spaced: as many as there"
             " are test images"
         )
-    kept = split.subset(counted)
-    labels = torch.full_like(kept.labels, target)
-    # Whose test images these were is not known: they are numbered.
-    return (
-        Poison(
-            torch.arange(len(kept)),
-            kept.images,
-            labels,
-            kept.labels,
-            torch.full((len(kept),), POISON, dtype=torch.uint8),
-        ),
-        notes,
+    return counted, notes
+
+
+def _no_target(answers: Tensor, dataset: Dataset) -> UserError:
+    """Return the error for a missing target. `answers`: images by predicted class, (K,)."""
+    most = int(answers.argmax())
+    return UserError(
+        "--triggered_path needs --target_label N, the class that the trigger is to lead to. The"
+        f" model classifies {answers[most] / answers.sum():.0%} of these images as class {most}"
+        f" ({dataset.class_names[most]})"
     )
 
 
 def describe(meta: Mapping[str, Any]) -> str:
-    """How to load an exported file without this library, in lines that a person can copy."""
+    """Return instructions for loading an exported file without this library.
+
+    `meta`: the file's metadata.
+    """
     architecture = meta["architecture"]
     name = architecture["name"]
     mean, std = ([round(x, 6) for x in architecture[key]] for key in ("mean", "std"))
     normalise = f"normalise images in [0, 1] with mean {mean} and std {std}"
+    # Our own loader always works; others need timm's names, and the usual stem.
     whole = "load it with backdoorlab.load_exported(PATH), which takes images in [0, 1]"
+
     stock = None if name in models.OWN else _stock(meta)
     if stock is None:
         return f"{normalise}\n{whole}"
@@ -250,13 +347,19 @@ def describe(meta: Mapping[str, Any]) -> str:
 
 
 def _stock(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
-    """The call that makes timm's network with weights of the same shapes, and what ours changed in
-    it since; None if there is none."""
+    """Find the call that makes timm's network with weights of the same shapes.
+
+    Returns:
+        (the call, the changes that turn its network into ours), each as Python code; None if there
+        is no such call.
+    """
     import timm
 
     name, (channels, height, _) = meta["architecture"]["name"], meta["image_shape"]
     with torch.device("meta"):
         ours = build_model(meta["architecture"], meta["image_shape"], meta["num_classes"]).network
+
+    # Only transformers take img_size, and some of them work without it.
     wanted = dict(num_classes=meta["num_classes"], in_chans=channels)
     for options in (wanted, wanted | {"img_size": height}):
         try:
@@ -264,7 +367,9 @@ def _stock(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
                 stock = timm.create_model(name, **options)
         except TypeError:  # convolutional networks take no img_size
             continue
+
         if not _difference(stock.state_dict(), ours.state_dict()):
+            # Our small stem only changes strides, and replaces pooling by Identity.
             pairs = [
                 (part, module, stock.get_submodule(part)) for part, module in ours.named_modules()
             ]
@@ -278,28 +383,25 @@ def _stock(meta: Mapping[str, Any]) -> tuple[str, list[str]] | None:
                 for part, new, old in pairs
                 if isinstance(new, nn.Identity) and not isinstance(old, nn.Identity)
             ]
-            return (
-                (
-                    f"timm.create_model({name!r},"
-                    f" {', '.join(f'{key}={value}' for key, value in options.items())})"
-                ),
-                changes,
-            )
+            arguments = ", ".join(f"{key}={value}" for key, value in options.items())
+            return f"timm.create_model({name!r}, {arguments})", changes
     return None
 
 
 def _width(weights: Mapping[str, Tensor]) -> int | None:
-    """Channels of the first convolution of our own networks."""
+    """Return the width of one of our own networks: the channels of its first convolution."""
+    # Anything may be under this name: a width of None then fits no network.
     first = weights.get("conv1.weight")
     return len(first) if first is not None and first.dim() == 4 and len(first) else None
 
 
 def bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what wrappers put before all of them."""
+    """Remove the prefixes that wrappers put before all names of a state dict."""
     found = dict(weights)
-    # The state dict of our own Classifier
+    # The state dict of our own Classifier has its normalisation beside the network.
     if {"mean", "std"} < set(found) and any(name.startswith("network.") for name in found):
         del found["mean"], found["std"]
+    # Wrappers may be nested, such as DataParallel around a compiled module.
     for _ in range(4):
         for prefix in ("module.", "_orig_mod.", "network.", "model."):
             if all(name.startswith(prefix) for name in found):
@@ -308,16 +410,24 @@ def bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _difference(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """'' where weights fit; else the first few that do not."""
+    """Return "" where weights fit, else the first names that do not.
+
+    Args:
+        wanted: state dict of the network.
+        weights: state dict of the file; counters of batch normalisation may be absent.
+    """
     lost = [
         name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")
     ]
+
     extra = [name for name in weights if name not in wanted]
     other = [
         f"{name} {tuple(weights[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in wanted
         if name in weights and weights[name].shape != wanted[name].shape
     ]
+
+    # Two examples of each suffice: a wrong network has hundreds.
     parts = [
         f"{len(part)} {word}: {', '.join(part[:2])}{', ...' if len(part) > 2 else ''}"
         for word, part in (("missing", lost), ("unknown", extra), ("of another shape", other))

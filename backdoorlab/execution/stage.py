@@ -97,7 +97,7 @@ def open_stage(
             made = _continued(path, settings, made)
         else:
             refuse_foreign(path, MARKER)
-            for entry in folders.entries(path):
+            for entry in list(path.iterdir()):
                 folders.remove(entry)
         writing.write_json(path / MARKER, {**settings, **made, **replaces})
 
@@ -154,7 +154,7 @@ def _worthless(stage: Path, done: str) -> bool:
     That is so if it has no checkpoint, or its run is finished.
     """
     names = {entry.name for entry in stage.iterdir()}
-    ours = MARKER in names or names <= {locks.HOLDER}
+    ours = MARKER in names or not names
     finished = stage.with_name(stage.name.removesuffix(".partial")) / done
     return ours and (
         not _begun(stage) or (finished.exists() and not _is_to_replace(stage, finished))

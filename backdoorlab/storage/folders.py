@@ -1,4 +1,4 @@
-"""Folders brought to their name, put back, cleared away."""
+"""Folders: published under their name, replaced, recovered after a kill, cleaned up."""
 
 import contextlib
 import os
@@ -7,37 +7,36 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from .locks import HOLDER, PATIENCE, lock_where_allowed, release, try_lock
+from .locks import PATIENCE, lock_where_allowed, release, try_lock
 from .writing import WINDOWS, sync_folder
 
 
-def entries(folder: Path) -> list[Path]:
-    """What is in a locked folder."""
-    return [entry for entry in folder.iterdir() if entry.name != HOLDER]
-
-
 def put(stage: Path, target: Path) -> None:
-    """Bring a finished folder to its name, in place of an older one where there is one."""
-    (replace_folder if target.exists() else publish)(stage, target)
+    """Rename a finished folder to its name, in place of an older one where there is one."""
+    if target.exists():
+        replace_folder(stage, target)
+    else:
+        publish(stage, target)
 
 
 def publish(stage: Path, target: Path) -> None:
-    """Rename a finished folder to its name, with everything in it on the disk first."""
+    """Rename a finished folder to its name, after all of it is flushed to the disk."""
     _sync_tree(stage)
     os.rename(stage, target)
     sync_folder(target.parent)
 
 
 def replace_folder(stage: Path, target: Path) -> None:
-    """Publish over an existing folder: the old one is moved aside, and deleted only after the new
-    one is in place.
+    """Rename a finished folder to the name of an existing one, and delete that.
 
-    For a moment there is neither; a process that ends just then leaves the old one aside, and
-    `recover` puts it back.
+    The old folder is moved aside, and deleted only after the new one is in place. A process that is
+    killed between the two renames leaves only the old one, aside; `recover` puts it back.
     """
     _sync_tree(stage)
     aside, trash = _aside(target), target.with_name(f".{target.name}.trash")
-    descriptor = try_lock(target)  # keeps `recover` in other processes away
+
+    # The lock keeps `recover` in other processes from acting between the renames.
+    descriptor = try_lock(target)
     try:
         os.rename(target, aside)
         try:
@@ -46,23 +45,29 @@ def replace_folder(stage: Path, target: Path) -> None:
             os.rename(aside, target)
             raise
         sync_folder(target.parent)
+
+        # Under this name, a half-deleted folder is never put back.
         remove(trash)
-        # From here on, nobody takes the half-deleted folder for one to put back
         os.rename(aside, trash)
     finally:
         release(target, descriptor)
+
     _discard(trash)
 
 
 def recover(target: Path) -> None:
-    """Put back the folder that a killed `replace_folder` moved aside, or delete it where the new
-    one is in place."""
+    """Finish what a killed `replace_folder` began.
+
+    Puts the old folder back, or deletes it where the new one is in place.
+    """
     aside, deadline = _aside(target), time.monotonic() + PATIENCE
     while aside.is_dir():
         descriptor = lock_where_allowed(target)
-        if descriptor is None and time.monotonic() < deadline:  # its writer is between two renames
+        # Another process is between its two renames: they take moments.
+        if descriptor is None and time.monotonic() < deadline:
             time.sleep(0.005)
             continue
+
         try:
             if descriptor is not None and target.exists():
                 _discard(aside)
@@ -77,8 +82,7 @@ def recover(target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, a link (and nothing of what it leads to), or a folder with all that is in it,
-    if it is there."""
+    """Delete a file, a link or a whole folder, if it is there. What a link leads to stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -86,7 +90,7 @@ def remove(path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """As `remove`, as far as it goes."""
+    """Delete like `remove`, as far as possible and without an error."""
     if path.is_symlink():
         with contextlib.suppress(OSError):
             path.unlink()
@@ -95,13 +99,17 @@ def _discard(path: Path) -> None:
 
 
 def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
-    """Delete the stages (*.partial) in a folder that nobody holds and that `stale` calls worthless;
-    none where there are no locks."""
+    """Delete the stages (*.partial) in a folder that no process has locked and `stale` accepts.
+
+    Where there are no locks, nothing is deleted.
+    """
     for stage in folder.glob("*.partial"):
         if stage.is_symlink() or not stage.is_dir():
             continue
+
         descriptor = lock_where_allowed(stage)
-        if descriptor is None or descriptor < 0:  # held, or nobody can tell
+        # None: somebody works in it. -1: nobody can tell.
+        if descriptor is None or descriptor < 0:
             continue
         try:
             if stage.is_dir() and stale(stage):
@@ -111,10 +119,14 @@ def sweep(folder: Path, stale: Callable[[Path], bool]) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Delete what killed writers left in a folder that holds nothing: folders half-deleted by
-    `replace_folder`, and lock files."""
+    """Delete what killed processes left in a folder.
+
+    These are folders that `replace_folder` half deleted, and lock files that nobody has locked.
+    """
     for trash in folder.glob(".*.trash"):
         _discard(trash)
+
+    # Locking and releasing removes the file.
     for lock in folder.glob(".*.held"):
         held = folder / lock.name.removeprefix(".").removesuffix(".held")
         release(held, lock_where_allowed(held))
@@ -125,9 +137,10 @@ def _aside(target: Path) -> Path:
 
 
 def _sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder` to the disk."""
     for inner, _, names in os.walk(folder):
         for name in names:
-            # Windows flushes only what is open for writing
+            # Windows flushes only files that are open for writing.
             with open(Path(inner) / name, "r+b" if WINDOWS else "rb") as stream:
                 os.fsync(stream.fileno())
         sync_folder(Path(inner))

@@ -1,4 +1,4 @@
-"""Who holds a folder: one process at a time, until it ends."""
+"""Locks on folders: one process at a time works in a folder, and its lock ends when it ends."""
 
 import contextlib
 import errno
@@ -16,54 +16,68 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-HOLDER = ".holder"
-"""The file in a locked folder in which older versions named its holder; a stage that they left may
-have one."""
+# Not the package filelock: a command of a grid inherits the descriptor of its lock (bench/), so
+# `try_lock` stays in any case. filelock would stand beside it, and it writes no name of its holder.
+
 NOT_OURS = frozenset([errno.EAGAIN, errno.EACCES, errno.ENOENT, errno.ESTALE])
-"""What a lock file answers that another process holds, or has just removed, on this machine or over
-NFS."""
+"""Errors that mean another process has the lock file locked, or has just removed it (the last two
+over NFS)."""
 PATIENCE = 1.0
-"""Seconds to wait for another process that only looks at a folder, or puts it in its place."""
+"""Seconds to wait for a process that only inspects a folder, or is renaming it."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; a second one is told who does. The lock ends with the
-    process, however it ends."""
+    """Lock a folder for this process, and make it where it is missing.
+
+    The lock ends with the block or with the process. A folder that is empty by then is removed.
+
+    Raises:
+        UserError: another process has the lock; the message names its number and its machine.
+    """
     deadline = time.monotonic() + PATIENCE
     while True:
         make_folder(folder.parent)
         descriptor = try_lock(folder)
         if descriptor is not None:
             break
+
+        # A process that has just begun, or only sweeps, has not written its name: try again.
         holder = _holder(folder)
         if holder or time.monotonic() > deadline:
             raise UserError(
                 f"{folder} is being written by {holder or 'another process'}: wait for it, or"
                 " choose another name"
             )
-        time.sleep(0.005)  # whoever has only begun, or sweeps, says no name
+        time.sleep(0.005)
+
     try:
-        make_folder(folder)  # not before: the last holder may just have been removing it
+        # Only now: the previous holder may have been removing the folder until it let go.
+        make_folder(folder)
         _sign(descriptor)
-        (folder / HOLDER).unlink(missing_ok=True)
         yield
     finally:
-        with contextlib.suppress(OSError):  # where nothing came of it, nothing is left of it
+        # rmdir removes empty folders only.
+        with contextlib.suppress(OSError):
             folder.rmdir()
         release(folder, descriptor)
 
 
 def try_lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder while it, or a copy that a child inherits, is open; None
-    where another process holds the folder.
+    """Lock a folder without waiting.
 
-    What is locked is a file, opened for writing: NFS tells other machines of no lock on a folder,
-    and takes none on a file that is only read. It lies beside the folder and not in it, as NFS
-    deletes no folder in which a file is open.
+    The lock is on a file beside the folder. NFS does not pass locks on folders to other machines,
+    refuses locks on files that are open for reading only, and deletes no folder with an open file
+    in it.
+
+    Returns:
+        An open file descriptor, or -1 on Windows, which has no such locks. The lock lasts until
+        the descriptor, and every copy that a child inherited, is closed. None where another
+        process has the lock.
     """
-    if fcntl is None:  # two runs of one name are then the user's to avoid
+    if fcntl is None:
         return -1
+
     path = _lock_file(folder)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -73,11 +87,13 @@ def try_lock(folder: Path) -> int | None:
         if path.exists():  # another user's
             return None
         raise
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A file that its last holder removed can still be locked, but holds nothing.
-        if _is_in_place(descriptor, path) and not _held_by_older(folder):
-            os.ftruncate(descriptor, 0)  # a holder who was killed is still named in it
+        # The last holder may have removed this file after we opened it. It can still be locked,
+        # but the next process would make and lock a new one.
+        if _is_in_place(descriptor, path):
+            os.ftruncate(descriptor, 0)  # it may still name a holder that was killed
             return descriptor
     except OSError as error:
         if error.errno not in NOT_OURS:
@@ -86,20 +102,32 @@ def try_lock(folder: Path) -> int | None:
     except BaseException:
         os.close(descriptor)
         raise
+
     os.close(descriptor)
     return None
 
 
+def lock_where_allowed(folder: Path) -> int | None:
+    """Lock a folder as `try_lock` does, but return None, too, where no lock file may be made.
+
+    For clean-up of what other processes left: without a lock, it leaves things alone.
+    """
+    try:
+        return try_lock(folder)
+    except OSError:
+        return None
+
+
 def unlock(descriptor: int | None) -> None:
-    """Give up this process's part in a lock; its file stays, for a child that may hold it still."""
+    """Close this process's descriptor of a lock, and keep the file: a child may still use it."""
     if descriptor is not None and descriptor >= 0:
         os.close(descriptor)
 
 
 def release(folder: Path, descriptor: int | None) -> None:
-    """End a lock that no child is to keep: its file is removed first, while no other can hold
-    it."""
+    """End a lock that no child inherited, and remove its file."""
     if descriptor is not None and descriptor >= 0:
+        # Before unlocking, so that no other process can lock the file and then lose it.
         with contextlib.suppress(OSError):
             _lock_file(folder).unlink()
     unlock(descriptor)
@@ -109,56 +137,33 @@ def _lock_file(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.held")
 
 
-def lock_where_allowed(folder: Path) -> int | None:
-    """`try_lock` for one who looks after what others left: where it may not lock, it leaves things
-    alone."""
-    try:
-        return try_lock(folder)
-    except OSError:
-        return None
-
-
 def _is_in_place(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one of that name. It is opened again, since NFS answers `stat`
-    from memory."""
+    """Return whether an open file is still the one at `path`.
+
+    The path is opened again, since NFS may answer `stat` from its cache.
+    """
     with open(path, "rb") as again:
         return os.path.samestat(os.fstat(descriptor), os.fstat(again.fileno()))
 
 
-def _held_by_older(folder: Path) -> bool:
-    """Whether a process of an older version, which locks the folder itself, is at work in it."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
-
-
 def _sign(descriptor: int) -> None:
-    """Write the holder's name where others look for it."""
+    """Write this process's number and machine into its lock file."""
     if descriptor >= 0:
         os.write(descriptor, f"{os.getpid()} {socket.gethostname()}".encode())
         os.fsync(descriptor)
 
 
 def _holder(folder: Path) -> str:
-    """'process N on HOST' where the lock of a folder names a process that may be alive, else ''."""
+    """Return "process N on HOST" from a folder's lock file.
+
+    "" where it names no process, or one of this machine that has ended.
+    """
     try:
-        said = [
-            path.read_text(encoding="utf-8")
-            for path in (_lock_file(folder), folder / HOLDER)
-            if path.exists()
-        ]
-        number, host = next(filter(None, said), "").split()
+        number, host = _lock_file(folder).read_text(encoding="utf-8").split()
+        # Signal 0 only asks whether the process is there.
         if host == socket.gethostname():
             os.kill(int(number), 0)
-    except PermissionError:  # alive, and another user's
+    except PermissionError:  # it is, and belongs to another user
         pass
     except (OSError, ValueError):
         return ""

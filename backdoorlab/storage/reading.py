@@ -1,8 +1,8 @@
-"""Reading: a damaged or hostile file is one line that names it, and nothing here can run code.
+"""Safe reading: a damaged or hostile file becomes a one-line error that names it, and runs no code.
 
-Sizes come first: a file is read when its size is what the manifest says and its header fits what is
-expected, and what is checked is the very memory that is used afterwards, so that a file that
-changes meanwhile changes nothing.
+Sizes are checked before memory is taken: a file's size against its manifest, its header against
+what is expected. The bytes that are checked are the bytes that are used, so a file that changes
+meanwhile changes nothing.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ from torch import Tensor
 from ..errors import UserError
 
 LARGEST_JSON = 4 << 20
-"""Bytes. Parsed, the worst JSON takes about 25 times its size, and no record.json of ours comes
-near this."""
+"""Bytes of a JSON file. The worst JSON takes 25 times its size when parsed; no record.json of ours
+comes near this limit."""
 LARGEST_HEADER = 4 << 20
-"""Bytes of the header of a tensor file, which is JSON too."""
+"""Bytes of the header of a safetensors file, which is JSON, too."""
 MOST_DIMENSIONS = 16
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.(safetensors|json|csv|png)")
-"""What a file of a record may be called."""
+"""Allowed names of files in a record."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -49,25 +49,29 @@ DTYPES = {
 }
 
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Tensor name -> type and shape."""
+"""Tensor name -> dtype and shape."""
 Entry = Mapping[str, Any]
-"""A file's line in a manifest: sha256 (hex) and size (bytes)."""
+"""One file in a manifest: sha256 (hex) and size (bytes)."""
 Check = Callable[[Shapes], None]
-"""Raises ValueError, with what is wrong, for shapes that are not those expected."""
+"""Raises a ValueError that says what is wrong with the shapes."""
 
 
 def damaged(path: Path, why: str) -> UserError:
+    """Return the error for a damaged file."""
     return UserError(f"{path}: damaged file ({why}). Restore it, or make it again with --overwrite")
 
 
 @contextmanager
 def one_line(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while a file is read is one line that names it; that it is not there
-    stays a FileNotFoundError."""
+    """Turn every error of reading a file into a UserError of one line that names it.
+
+    A FileNotFoundError is passed on.
+    """
     try:
         yield
     except (UserError, FileNotFoundError):
         raise
+    # Whoever made the file chooses what breaks: these are all that parsing and torch can raise.
     except (
         OSError,
         ValueError,
@@ -83,16 +87,13 @@ def one_line(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of finite numbers without a key twice."""
+    """Read a JSON object; NaN, infinity and repeated keys are errors."""
     return _parse(path)[1]
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """A JSON object by `writing.write_sealed`, in which any changed byte is noticed. One of schema
-    1, which had no seal, is taken as it is."""
+    """Read a JSON object by `writing.write_sealed`; any changed byte is an error."""
     content, value = _parse(path)
-    if "checksum" not in value and value.get("schema") == 1:
-        return value
     with one_line(path):
         del value["checksum"]
         if sealed(value) != content:
@@ -101,25 +102,38 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def sealed(value: Mapping[str, Any]) -> bytes:
-    """Canonical JSON with a SHA-256 over itself under `checksum`; a non-finite number is an
-    error."""
-    # Keys become text before they are sorted
+    """Return canonical JSON with its own SHA-256 under the key `checksum`.
+
+    The SHA-256 is that of the same JSON with an empty checksum. A non-finite number raises a
+    ValueError.
+    """
+    # A round trip turns all keys into text, so that they can be sorted.
     plain = json.loads(json.dumps(value, allow_nan=False))
     blank = canonical({**plain, "checksum": ""})
     return canonical({**plain, "checksum": hashlib.sha256(blank).hexdigest()})
 
 
 def canonical(value: Any) -> bytes:
+    """Return JSON with sorted keys: equal values are equal bytes."""
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def read_tensors(
     path: Path, device: str = "cpu", *, entry: Entry | None = None, check: Check | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, metadata) of a file by `writing.write_tensors`.
+    """Read a safetensors file by `writing.write_tensors`.
 
-    `entry`: the size and SHA-256 that a manifest promises. `check` sees types and shapes before any
-    data is read.
+    Args:
+        path: the file.
+        device: where the tensors go.
+        entry: size and SHA-256 by the manifest; None where no manifest lists the file.
+        check: called with dtypes and shapes before memory is taken for the data.
+
+    Returns:
+        (tensors by name, JSON metadata).
+
+    Raises:
+        UserError: the file is damaged, or `check` refuses it.
     """
     with one_line(path), _opened(path) as stream:
         size = _size(stream, entry)
@@ -127,27 +141,34 @@ def read_tensors(
         shapes, header = _header(stream, size, digest)
         if check is not None:
             check(shapes)
+
         tensors = {name: _read_tensor(stream, *shapes[name], digest) for name in shapes}
         if entry is not None and digest.hexdigest() != entry["sha256"]:
             raise ValueError("its SHA-256 is not the one in the manifest")
+
+        # The file's own checksum is all that a checkpoint has, which no manifest lists.
         checksum, text = parse_json(header["backdoorlab"].encode())
         if checksum != tensor_hash(tensors, text):
             raise ValueError("its content does not match its own checksum")
-        metadata = json.loads(text)  # a schedule's state may hold an infinity
+
+        # Not by `parse_json`: the state of a learning-rate schedule may contain an infinity.
+        metadata = json.loads(text)
         if not isinstance(metadata, dict):
             raise ValueError("expected a JSON object as metadata")
     return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
 
 
 def read_shapes(path: Path, entry: Entry | None = None) -> Shapes:
-    """Types and shapes in a tensor file, from its header alone; the byte ranges fill the file
-    exactly."""
+    """Read dtypes and shapes from the header of a safetensors file.
+
+    The header is checked: the byte ranges of its tensors fill the file exactly.
+    """
     with one_line(path), _opened(path) as stream:
         return _header(stream, _size(stream, entry), hashlib.sha256())[0]
 
 
 def check_file(folder: Path, name: str, entry: Any) -> None:
-    """A file is there, under a name that a record may hold, with the size and the SHA-256 of its
+    """Raise a UserError unless a file has an allowed name and the size and SHA-256 of its
     manifest."""
     path = folder / name
     check_entry(folder, name, entry)
@@ -157,13 +178,14 @@ def check_file(folder: Path, name: str, entry: Any) -> None:
             " --overwrite"
         )
     with one_line(path), _opened(path) as stream:
+        # A huge file of another size is not hashed.
         _size(stream, entry)
         if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
             raise ValueError("its SHA-256 is not the one in the manifest")
 
 
 def check_entry(folder: Path, name: str, entry: Any) -> None:
-    """A line of a manifest: a plain file name, a SHA-256 and a size."""
+    """Raise a UserError unless a manifest entry is an allowed file name, a SHA-256 and a size."""
     if not FILE_NAME.fullmatch(name):
         raise UserError(
             f"{folder}: its manifest lists {name!r}, but a record holds .safetensors, .json, .csv"
@@ -181,12 +203,14 @@ def check_entry(folder: Path, name: str, entry: Any) -> None:
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tensor_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 over a text and the names, types, shapes and bytes of tensors on the CPU."""
+    """Return the SHA-256 over a text and the names, dtypes, shapes and bytes of CPU tensors."""
+    # Sorted, so that the order in the file does not count.
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -197,7 +221,8 @@ def tensor_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def parse_json(content: bytes) -> Any:
-    """JSON without NaN, infinities (1e999 is one) or a key twice, which Python would take."""
+    """Parse JSON, refusing what Python would accept: NaN, infinities (also as 1e999), repeated
+    keys."""
     return json.loads(
         content,
         parse_constant=_refuse_constant,
@@ -207,14 +232,16 @@ def parse_json(content: bytes) -> Any:
 
 
 def is_count(value: Any) -> bool:
-    """A whole number from 0 on; True is none."""
+    """Return whether a value is an integer in 0..2^62 - 1, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
 def _parse(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return the bytes of a JSON file and the object in it."""
     with one_line(path), _opened(path) as stream:
         if _size(stream, None) > LARGEST_JSON:
             raise ValueError(f"more than {LARGEST_JSON >> 20} MiB of JSON")
+        # The limit again: the file may have grown since.
         content = stream.read(LARGEST_JSON + 1)
         value = parse_json(content)
         if not isinstance(value, dict):
@@ -224,8 +251,8 @@ def _parse(path: Path) -> tuple[bytes, dict[str, Any]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BufferedReader]:
-    """A regular file, read without waiting: opening a pipe in the ordinary way would hang until
-    someone writes."""
+    """Open a regular file for reading; anything else is a ValueError."""
+    # Without O_NONBLOCK, opening a named pipe would wait until somebody writes to it.
     descriptor = os.open(
         path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     )
@@ -237,6 +264,7 @@ def _opened(path: Path) -> Iterator[BufferedReader]:
 
 
 def _size(stream: BufferedReader, entry: Entry | None) -> int:
+    """Return the size of an open file in bytes, which must be that of the manifest."""
     size = os.fstat(stream.fileno()).st_size
     if entry is not None and size != entry["size"]:
         raise ValueError(f"{size} bytes, but the manifest says {entry['size']}")
@@ -244,18 +272,30 @@ def _size(stream: BufferedReader, entry: Entry | None) -> int:
 
 
 def _header(stream: BufferedReader, size: int, digest: Any) -> tuple[Shapes, dict[str, str]]:
-    """Shapes, in the order of the data, and metadata of a safetensors file; leaves the stream at
-    its data."""
+    """Read and check the header of a safetensors file, and leave the stream at the data.
+
+    Args:
+        stream: the file, at its beginning.
+        size: bytes of the file.
+        digest: a hashlib object, updated with the bytes read.
+
+    Returns:
+        (shapes in the order of the data, the file's metadata).
+    """
     length_bytes = stream.read(8)
     length = int.from_bytes(length_bytes, "little")
     if len(length_bytes) < 8 or length > size - 8:
         raise ValueError("shorter than its header")
     if length > LARGEST_HEADER:
         raise ValueError(f"a header of more than {LARGEST_HEADER >> 20} MiB")
+
     text = stream.read(length)
     digest.update(length_bytes + text)
     table = parse_json(text)
     metadata = table.pop("__metadata__", {})
+
+    # Each tensor must begin where the last one ended and have the bytes of its dtype and shape, so
+    # that the memory for all of them is that of the file.
     shapes: Shapes = {}
     end = 0
     for name, entry in sorted(table.items(), key=lambda item: item[1]["data_offsets"]):
@@ -264,11 +304,13 @@ def _header(stream: BufferedReader, size: int, digest: Any) -> tuple[Shapes, dic
             tuple(entry["shape"]),
             entry["data_offsets"],
         )
+
         if len(shape) > MOST_DIMENSIONS or not all(is_count(n) for n in (*shape, begin, stop)):
             raise ValueError(f"tensor {name!r} has no usable shape")
         if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"tensor {name!r} has another size than its type and shape")
         shapes[name], end = (dtype, shape), stop
+
     if 8 + length + end != size:
         raise ValueError("its tensors do not fill it")
     return shapes, metadata
@@ -277,8 +319,9 @@ def _header(stream: BufferedReader, size: int, digest: Any) -> tuple[Shapes, dic
 def _read_tensor(
     stream: BufferedReader, dtype: torch.dtype, shape: tuple[int, ...], digest: Any
 ) -> Tensor:
-    """The next tensor of a file, in memory of its own: torch reads the state of a generator from
-    aligned memory only."""
+    """Read the next tensor of a file into aligned memory, which the state of a generator needs."""
+    # safetensors.torch.load is not used: it takes the whole file as `bytes` and copies each tensor
+    # out of it, twice the memory, and it accepts a bool that is neither 0 nor 1.
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.numel():
         memory = tensor.view(-1).view(torch.uint8).numpy().data
@@ -291,13 +334,13 @@ def _read_tensor(
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that this file may hold")
+    raise ValueError(f"{name}: expected finite numbers only")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is not a number that this file may hold")
+        raise ValueError(f"{text[:20]}: expected finite numbers only")
     return number
 
 

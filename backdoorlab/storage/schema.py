@@ -1,5 +1,7 @@
-"""What record.json and result.json hold, and which tensors belong to them: whatever is used later
-is checked here, once."""
+"""Contents of record.json and result.json, and the tensors that belong to them.
+
+Whatever is used later is checked here, once, when it is read.
+"""
 
 import re
 from collections.abc import Mapping
@@ -12,8 +14,7 @@ from ..errors import UserError
 from .reading import Check, Shapes, check_entry, damaged, is_count
 
 SCHEMA = 2
-"""Since 2, record.json and result.json carry a checksum of themselves; 1 is read as well."""
-READABLE = (1, SCHEMA)
+"""Version of record.json and result.json, raised when an older reader could not use them."""
 PAYLOAD = ("model.safetensors", "train_poison.safetensors", "test_poison.safetensors")
 SCORES = ("clean_accuracy", "asr", "robust_accuracy")
 ASSUMABLE = {
@@ -22,19 +23,19 @@ ASSUMABLE = {
     "trusted": "trusted images",
     "seeds": "clean seeds",
 }
-"""What a defense may assume, in the words of the table."""
+"""What a defense may assume, with the table's words for it."""
 UNKNOWN = "unknown"
-"""Precision of a run that chose it itself, before what it chose was kept, and of a model that was
-trained elsewhere."""
+"""Precision of a model that was trained elsewhere, or of a run that did not store it."""
 LARGEST_SIDE = 8192
-"""Pixels of an image, and channels: more is taken for damage."""
+"""Most pixels along a side of an image, and most channels: more is treated as damage."""
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+\-]*")
-"""What names a method or a model; such names are printed and looked up, so they hold nothing that a
-terminal or a path would act on."""
+"""Names of methods and models. They are printed and used in paths, so they contain nothing that a
+terminal or a path treats specially."""
 
 
 def check_record(path: Path, info: Mapping[str, Any]) -> None:
-    """Refuse a record.json that lacks something or holds it in another form."""
+    """Raise a UserError unless a record.json has all required fields, each of a sound type and
+    value."""
     _check_schema(path, info)
     required = (
         "attack",
@@ -47,6 +48,8 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         "files",
     )
     _refuse_missing(path, info, required)
+
+    # Each of these must be an object before anything in it is looked at.
     dataset, architecture, config, scores = (
         _object(path, info, key) for key in ("dataset", "architecture", "config", "scores")
     )
@@ -54,20 +57,12 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         path, dataset, ("name", "fingerprint", "image_shape", "image_size", "grey", "train_size")
     )
     _refuse_missing(path, architecture, ("name", "width", "mean", "std"))
-    shape = dataset["image_shape"]
+
+    # Optional fields: an imported record does not know them all.
     sound = {
         "attack": _is_word(info["attack"]),
         "seed": is_count(info["seed"]),
         "seconds": _is_number(info.get("seconds")),
-        "dataset name": is_plain(dataset["name"]),
-        "dataset fingerprint": bool(re.fullmatch("[0-9a-f]{64}", str(dataset["fingerprint"]))),
-        "dataset image_size": (
-            dataset["image_size"] is None
-            or (is_count(dataset["image_size"]) and 1 <= dataset["image_size"] <= LARGEST_SIDE)
-        ),
-        "dataset grey": dataset["grey"] in (None, True, False),
-        "dataset train_size": is_count(dataset["train_size"]),
-        "dataset class_names": _are_texts(dataset.get("class_names")),
         "poisoned": info.get("poisoned") is None or is_count(info["poisoned"]),
         "target": info.get("target") is None or is_count(info["target"]),
         "known_poison": isinstance(info.get("known_poison", True), bool),
@@ -83,9 +78,12 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
         "config poison_rate": _is_number(config.get("poison_rate")),
         "scores triggered_predictions": _are_counts(scores.get("triggered_predictions")),
     }
-    _refuse_unsound(path, sound | _told(info))
-    _check_network(path, architecture, shape, info["num_classes"])
+    _refuse_unsound(path, sound | _dataset_soundness(dataset) | _common_soundness(info))
+
+    # A network is built by these, so their values are bounded before memory is taken.
+    _check_network(path, architecture, dataset["image_shape"], info["num_classes"])
     _check_scores(path, scores)
+    # Training-controlled attacks may have the scores of an ordinary model besides.
     if info.get("plain_scores") is not None:
         plain = _object(path, info, "plain_scores")
         _check_scores(path, plain)
@@ -93,8 +91,21 @@ def check_record(path: Path, info: Mapping[str, Any]) -> None:
     _check_manifest(path, info, PAYLOAD)
 
 
+def _dataset_soundness(dataset: Mapping[str, Any]) -> dict[str, bool]:
+    """Return field -> whether it is sound, for a record's data set."""
+    side = dataset["image_size"]
+    return {
+        "dataset name": is_plain(dataset["name"]),
+        "dataset fingerprint": bool(re.fullmatch("[0-9a-f]{64}", str(dataset["fingerprint"]))),
+        "dataset image_size": side is None or (is_count(side) and 1 <= side <= LARGEST_SIDE),
+        "dataset grey": dataset["grey"] in (None, True, False),
+        "dataset train_size": is_count(dataset["train_size"]),
+        "dataset class_names": _are_texts(dataset.get("class_names")),
+    }
+
+
 def check_export(path: Path, meta: Mapping[str, Any]) -> None:
-    """Refuse the metadata of exported weights that describe no network."""
+    """Raise a UserError unless the metadata of exported weights describe a network."""
     _refuse_missing(path, meta, ("architecture", "image_shape", "num_classes"))
     architecture = _object(path, meta, "architecture")
     _refuse_missing(path, architecture, ("name", "width", "mean", "std"))
@@ -104,6 +115,8 @@ def check_export(path: Path, meta: Mapping[str, Any]) -> None:
 def _check_network(
     path: Path, architecture: Mapping[str, Any], shape: Any, num_classes: Any
 ) -> None:
+    """Raise a UserError unless a network could be built: `shape` is its images' [C, H, W]."""
+    # The shape comes first: the number of means and deviations is compared with its channels.
     sound = {
         "num_classes": is_count(num_classes) and num_classes >= 1,
         "image_shape": (
@@ -121,12 +134,14 @@ def _check_network(
         "architecture std": _are_numbers(architecture["std"]),
     }
     _refuse_unsound(path, sound)
+
     if len(architecture["mean"]) != shape[0] or len(architecture["std"]) != shape[0]:
         raise damaged(path, f"mean and std need {shape[0]} numbers each")
 
 
 def check_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Refuse a result.json that lacks something or holds it in another form."""
+    """Raise a UserError unless a result.json has all required fields, each of a sound type and
+    value."""
     _check_schema(path, result)
     _refuse_missing(
         path, result, ("assumes", "after", "der", "split", "seconds", "collapsed", "files")
@@ -134,6 +149,8 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
     _check_scores(path, _object(path, result, "after"))
     if "before" in result:
         _check_scores(path, _object(path, result, "before"))
+
+    # A method that reports no split has None there; one of several stages has more than one.
     split = result["split"]
     sound = {
         "assumes": (
@@ -155,16 +172,23 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
         "seed": result.get("seed") is None or is_count(result["seed"]),
         "triggered_predictions": _are_counts(result.get("triggered_predictions")),
     }
-    _refuse_unsound(path, sound | _told(result))
+    _refuse_unsound(path, sound | _common_soundness(result))
     _check_manifest(path, result, ())
 
 
 def poison_shapes(info: Mapping[str, Any], most: int | None) -> Check:
-    """Poison of this record's data: its columns have one length, at most `most`, and its images the
-    data's shape."""
+    """Return the check of a file of poisoned images.
+
+    Its columns must have one length N, and its images the shape of the record's data.
+
+    Args:
+        info: the record's record.json.
+        most: largest N; None for no limit.
+    """
     image_shape = tuple(info["dataset"]["image_shape"])
 
     def check(shapes: Shapes) -> None:
+        # The index says how many images there are; the other columns must agree.
         rows = shapes["index"][1][0] if "index" in shapes and shapes["index"][1] else 0
         wanted = {
             "index": (torch.int64, (rows,)),
@@ -174,6 +198,7 @@ def poison_shapes(info: Mapping[str, Any], most: int | None) -> Check:
             "kind": (torch.uint8, (rows,)),
         }
         refuse_difference(shapes, wanted)
+
         if most is not None and rows > most:
             raise ValueError(f"{rows} poisoned images in a training set of {most}")
 
@@ -181,8 +206,8 @@ def poison_shapes(info: Mapping[str, Any], most: int | None) -> Check:
 
 
 def refuse_difference(found: Shapes, wanted: Shapes) -> None:
-    """ValueError with the first tensor that is missing, not expected, or of another type or
-    shape."""
+    """Raise a ValueError that names the first tensor that is missing, unknown, or of another dtype
+    or shape."""
     for name in sorted({*found, *wanted}):
         if found.get(name) != wanted.get(name):
             raise ValueError(
@@ -192,20 +217,22 @@ def refuse_difference(found: Shapes, wanted: Shapes) -> None:
 
 
 def _shape(entry: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    """Return a dtype and a shape as text, such as "uint8 (50, 3, 32, 32)"."""
     return "nothing" if entry is None else f"{str(entry[0]).removeprefix('torch.')} {entry[1]}"
 
 
 def _check_schema(path: Path, info: Mapping[str, Any]) -> None:
     _refuse_missing(path, info, ("schema",))
-    if info["schema"] not in READABLE:
+    if info["schema"] != SCHEMA:
         shown = info["schema"] if is_count(info["schema"]) else "unreadable"
         raise UserError(
-            f"{path}: schema {shown}, but this version reads schema {SCHEMA} and older: use the"
-            " version that wrote it"
+            f"{path}: schema {shown}, but this version reads schema {SCHEMA}: use the version that"
+            " wrote it"
         )
 
 
 def _refuse_missing(path: Path, info: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    # All of them in one message.
     missing = [key for key in keys if key not in info]
     if missing:
         raise damaged(path, f"no {', '.join(missing)}")
@@ -235,12 +262,15 @@ def _check_scores(path: Path, scores: Mapping[str, Any]) -> None:
 def _check_manifest(path: Path, info: Mapping[str, Any], required: tuple[str, ...]) -> None:
     manifest = _object(path, info, "files")
     _refuse_missing(path, manifest, required)
+    # Names first: a path out of the folder must never be opened.
     for name, entry in manifest.items():
         check_entry(path.parent, name, entry)
 
 
-def _told(info: Mapping[str, Any]) -> dict[str, bool]:
-    """What records and results say of themselves alike, where they say it."""
+def _common_soundness(info: Mapping[str, Any]) -> dict[str, bool]:
+    """Return field -> whether it is sound or absent, for the optional fields that records and
+    results share."""
+    # Counts of images, by which methods are compared; texts, which are printed.
     passes = info.get("image_passes")
     return {
         "image_passes": (
@@ -275,13 +305,14 @@ def _are_counts(value: Any) -> bool:
 
 
 def _is_quality(value: Any) -> bool:
+    """Return whether a value is the quality of a detection: tpr, fpr and precision."""
     return isinstance(value, dict) and all(
         key in value and _is_number(value[key]) for key in ("tpr", "fpr", "precision")
     )
 
 
 def _is_number(value: Any) -> bool:
-    """A number, or the None of a score that there is not."""
+    """Return whether a value is a number, or None for a score that does not exist."""
     return value is None or (
         isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
     )
@@ -300,7 +331,7 @@ def _is_word(value: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """A name that can be printed and that is no path."""
+    """Return whether a value is a name of 1 to 200 printable characters, and no path."""
     return (
         isinstance(value, str)
         and 0 < len(value) <= 200

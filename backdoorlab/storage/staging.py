@@ -1,5 +1,4 @@
-"""A folder that is there as a whole or not at all, for commands that are too short to be
-continued."""
+"""Stages: a folder appears as a whole or not at all, for commands too short to be resumed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,12 +10,22 @@ from . import folders, locks, writing
 
 @contextlib.contextmanager
 def staged(target: Path, done: str, overwrite: bool) -> Iterator[Path]:
-    """An empty folder beside the target that takes its place when the block ends well, and is gone
-    when it does not."""
+    """Yield an empty folder that becomes `target` if the block ends without an error.
+
+    Args:
+        target: the folder to write.
+        done: name of the file in it that says it is finished, such as record.json.
+        overwrite: replace a finished target.
+
+    Raises:
+        UserError: `target` exists and may not be replaced, another process writes it, or the disk
+            refuses.
+    """
+    # Before anything is made, and again under the lock.
     refuse_existing(target, done, overwrite)
     stage = target.with_name(f"{target.name}.partial")
     try:
-        with _locked(stage, target, done, overwrite) as final:
+        with _filled(stage, target, done, overwrite) as final:
             yield final
     except OSError as error:
         raise UserError(
@@ -26,9 +35,14 @@ def staged(target: Path, done: str, overwrite: bool) -> Iterator[Path]:
 
 
 def refuse_foreign(stage: Path, marker: str, other: str = "name") -> None:
-    """Nothing is deleted from a stage that somebody else made: ours has the file `marker` in it.
-    `other`: what the user may choose instead."""
-    if folders.entries(stage) and not (stage / marker).exists():
+    """Raise a UserError if a stage was made by somebody else, so that nothing in it is deleted.
+
+    Args:
+        stage: a folder that exists.
+        marker: name of the file that every stage of ours has.
+        other: what the user may choose instead, for the message.
+    """
+    if any(stage.iterdir()) and not (stage / marker).exists():
         raise UserError(
             f"{stage} is in the way and not ours (no {marker} in it): move it, or choose another"
             f" {other}"
@@ -36,21 +50,19 @@ def refuse_foreign(stage: Path, marker: str, other: str = "name") -> None:
 
 
 @contextlib.contextmanager
-def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[Path]:
+def _filled(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[Path]:
+    """Lock the stage, yield its folder `final`, rename that to `target`, and delete the stage."""
     with locks.locked(stage):
+        refuse_existing(target, done, overwrite)
+        entries = list(stage.iterdir())
+        if any(entry.name.startswith(("checkpoint-", "cached-")) for entry in entries):
+            raise UserError(
+                f"{stage} holds an unfinished run: finish it, delete it, or choose another name"
+            )
+        refuse_foreign(stage, "run.json")
+
         try:
-            refuse_existing(target, done, overwrite)
-            entries = folders.entries(stage)
-            if any(entry.name.startswith(("checkpoint-", "cached-")) for entry in entries):
-                raise UserError(
-                    f"{stage} holds an unfinished run: finish it, delete it, or choose another name"
-                )
-            refuse_foreign(stage, "run.json")
-        except UserError:
-            if not folders.entries(stage):
-                folders.remove(stage)
-            raise
-        try:
+            # What is left is that of a killed command: it is not continued.
             for entry in entries:
                 folders.remove(entry)
             writing.write_json(stage / "run.json", {"method": "staged", "config": {}})
@@ -63,11 +75,14 @@ def _locked(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[P
 
 
 def refuse_existing(target: Path, done: str, overwrite: bool) -> None:
-    """One line where something is in the target's place: what is not ours, or what is finished and
-    not to be replaced."""
-    # ".", "/": nothing can be made beside it and brought to its place
+    """Raise a UserError if `target` exists and may not be replaced.
+
+    It may only with `overwrite`, and only if the file `done` in it shows that it is ours.
+    """
+    # ".", "/": no stage can be made beside it and renamed to it.
     if target.name in ("", ".."):
         raise UserError(f"{target} is not a folder's own name: give its name, or another folder")
+
     folders.recover(target)
     if not target.exists():
         return

@@ -1,7 +1,8 @@
-"""Writing so that a reader sees all of it or nothing. Reading is in reading.py.
+"""Atomic writing: a reader finds the old content or the new, never a part. See reading.py for the
+other direction.
 
-Tensors are safetensors, everything else JSON: nothing here can run code. A file is written beside
-its target, flushed to the disk and renamed; a folder likewise.
+Tensors are safetensors, everything else is JSON, so that no file can run code. A file is written
+beside its target, flushed to the disk and renamed.
 """
 
 import json
@@ -19,7 +20,8 @@ WINDOWS = os.name == "nt"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Atomic: the old content or the new, never a part."""
+    """Write a file atomically."""
+    # Named by the process, so that two writers do not share one.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as stream:
@@ -28,40 +30,43 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
+        # Left only where writing failed: after the rename it has another name.
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Canonical JSON, atomic; a non-finite number is an error."""
+    """Write canonical JSON atomically; a non-finite number raises a ValueError."""
     write_bytes(path, canonical(value))
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
-    """JSON with a SHA-256 over itself, atomic; for files that no manifest lists."""
+    """Write JSON with its own SHA-256 in it, atomically: for files that no manifest lists."""
     write_bytes(path, sealed(value))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: Any) -> None:
-    """safetensors, atomic, with JSON `metadata` and a SHA-256 over it and all tensors inside the
-    file."""
+    """Write a safetensors file atomically, with JSON `metadata` and a SHA-256 over both in its
+    header."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    # Tensors that share memory are written separately: safetensors refuses to share.
     seen: set[int] = set()
-    # Memory under two names is written twice; safetensors refuses to share
     for name, tensor in plain.items():
         if tensor.untyped_storage().data_ptr() in seen:
             plain[name] = tensor.clone()
         seen.add(plain[name].untyped_storage().data_ptr())
+
+    # One key, since safetensors writes several in random order, and equal content would then not
+    # be equal bytes.
     text = json.dumps(metadata)
-    # One key: safetensors writes several in random order, and the same content would not be the
-    # same bytes.
     write_bytes(
         path, save(plain, metadata={"backdoorlab": json.dumps([tensor_hash(plain, text), text])})
     )
 
 
 def manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> SHA-256 and size of every file in a folder."""
+    """Return the manifest of a folder: file name -> {sha256 (hex), size (bytes)}."""
     return {
         path.name: {"sha256": sha256(path), "size": path.stat().st_size}
         for path in sorted(folder.iterdir())
@@ -70,7 +75,7 @@ def manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents where they are missing, each on the disk."""
+    """Make a folder and its missing parents, each flushed to the disk."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
@@ -79,7 +84,16 @@ def make_folder(folder: Path) -> None:
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """A nested state dict as plain JSON, its tensors moved to `tensors` under a path-like name."""
+    """Convert a nested state dict to plain JSON values; `unpack` is the inverse.
+
+    Args:
+        value: dicts, lists and tuples of tensors and plain values.
+        tensors: filled with the tensors, each under a name like "optimizer/state/0/exp_avg".
+        name: the beginning of these names.
+
+    Raises:
+        TypeError: something else is in it.
+    """
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
@@ -95,7 +109,7 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `pack` (tuples come back as lists)."""
+    """Restore what `pack` converted; tuples come back as lists."""
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
@@ -106,8 +120,10 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def sync_folder(folder: Path) -> None:
-    if WINDOWS:  # where a folder cannot be opened
+    """Flush the names in a folder to the disk."""
+    if WINDOWS:  # it opens no folders
         return
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
