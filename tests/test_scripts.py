@@ -1,5 +1,6 @@
 """Both commands as a user types them, and every mistake answered with one line."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -9,8 +10,11 @@ import helpers
 import pytest
 
 from backdoorlab import __main__, api, cli
+from backdoorlab.config import RUN_OPTIONS
 from backdoorlab.errors import UserError
 from backdoorlab.record import Record
+from backdoorlab.settings import help, methods, resources
+from backdoorlab.settings.parse import flag_names
 from backdoorlab.storage import reading
 
 BADNET = helpers.CHECKOUT / "attack" / "badnet.py"
@@ -137,6 +141,51 @@ def test_help_says_what_every_flag_does(file: Path, capsys: Capture) -> None:
         "save_folder_name" if file.parent.name == "attack" else "result_file",
     ):
         assert f"__{flag} " in shown
+
+
+@pytest.mark.parametrize(
+    ("file", "own"),
+    [(BADNET, "patch_size"), (NONE, "suspicious"), (FT, "epochs"), (DAU, "pool_rate")],
+)
+def test_help_begins_with_the_methods_own_numbers(file: Path, own: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(str(file), ["--help"])
+    shown = capsys.readouterr().out
+    places = [
+        shown.index(words)
+        for words in (
+            " method options ",
+            f"--{own} ",
+            " data and model options ",
+            "--dataset_path ",
+            " run options ",
+            "--save_folder_name " if file.parent.name == "attack" else "--result_file ",
+            "--debug ",
+        )
+    ]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("kind", ["attack", "defense"])
+def test_help_shows_every_field_once_with_its_text(kind: resources.Kind) -> None:
+    for name in methods.available(kind):
+        config_class = methods.load(kind, name).config_class
+        groups, fields = help.groups(config_class), dataclasses.fields(config_class)
+        assert list(groups) == ["method", "data and model", "run"]
+        shown = [name for names in groups.values() for name in names]
+        assert sorted(shown) == sorted(field.name for field in fields), name
+        assert set(help.texts(config_class)) >= set(shown), name
+        own = set(config_class.__annotations__) - {"RANGES"} - RUN_OPTIONS
+        assert set(groups["method"][: len(own)]) == own, name
+
+
+def test_help_shows_the_names_of_backdoorbench(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(str(BADNET), ["-h"])
+    shown = capsys.readouterr().out
+    aliases = set(flag_names(methods.load("attack", "badnet").config_class))
+    assert {"pratio", "attack_target", "client_optimizer"} <= aliases
+    assert all(f"--{alias} " in shown for alias in aliases)
 
 
 def test_help_of_commands(capsys: Capture) -> None:
