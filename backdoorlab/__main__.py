@@ -44,8 +44,8 @@ class Table:
     format: Annotated[formats.Format, arg(aliases=["-f"])] = "text"
     """text, markdown, csv or latex."""
     mean: bool = False
-    """Show one row per experiment instead of one per run: the mean over its seeds, published numbers
-    and a significance test over attacks."""
+    """Show one row per experiment instead of one per run: the mean over its seeds, published
+    numbers and a significance test over attacks."""
     worst: bool = False
     """As --mean, but with the scores of the worst seed instead of the mean."""
     record_root: str | None = None
@@ -309,7 +309,7 @@ def _cached_shape(entry: Mapping[str, Any]) -> str:
     """Return C x H x W of a cached data set, read from the head of its file of images."""
     try:
         images = np.load(Path(entry["folder"]) / "train_images.npy", mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return "an unknown size (damaged: delete the folder)"
     return _shape(images.shape[1:])
 
