@@ -154,13 +154,14 @@ def test_doctor_tells_the_image_size_of_cached_data(
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "cache"))
     for size in (8, 16):
         load_dataset("digits", image_size=size)
+    files = list((tmp_path / "cache").rglob("train_images.npy"))
     assert __main__.main(["doctor", "--record_root", str(tiny.folder.parent)]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if "(cached)" in line]
     assert sorted(line.split(" images of ")[1].split(",")[0] for line in shown) == [
         "1 x 16 x 16",
         "1 x 8 x 8",
     ]
-    for file in (tmp_path / "cache").rglob("train_images.npy"):
+    for file in files:
         file.write_bytes(b"")
     assert __main__.main(["doctor", "--record_root", str(tiny.folder.parent)]) == 0
     assert capsys.readouterr().out.count("an unknown size") == 2
