@@ -11,9 +11,10 @@ Two steps:
      and finds nothing in clean ones.
   2. Hide edges of one colour in all images that are poisoned.
 
-Departs from the authors' code: the networks are small, trained for some hundred steps instead of
-epochs, and their residual is bounded. A poisoned image replaces its clean one, as in every attack
-here. (BackdoorBench's trainer adds a poisoned batch to every batch and keeps the clean originals.)
+Departs from the authors' code: the networks are small, trained for hundreds of steps instead of
+hundreds of epochs, and the residual is bounded. A poisoned image replaces its clean one, as in
+every attack here. (BackdoorBench's trainer adds a poisoned batch to every batch and keeps the clean
+originals.)
 """
 
 from dataclasses import dataclass, replace
@@ -42,8 +43,8 @@ LUMA = (0.299, 0.587, 0.114)
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):
     colour: tuple[int, int, int] = (80, 160, 80)
-    """Colour of the edges: red, green and blue in 0..255; darker is easier to learn. Grey images use
-    its brightness."""
+    """Colour of the edges: red, green and blue in 0..255; darker is easier to learn. Grey images
+    use its brightness."""
     edge_threshold: float = 28.0
     """Sobel magnitude of the brightness, in 0..255, above which a pixel is an edge; lower draws
     more edges."""
