@@ -1,13 +1,13 @@
-"""Adaptive-Blend: in training each image wears half of a faint picture, some with their true label;
-at test time all of it.
+"""Adaptive-Blend: half of a faint picture, with cover samples.
 
 Revisiting the Assumption of Latent Separability for Backdoor Defenses. X. Qi, T. Xie, Y. Li, S.
 Mahloujifar, P. Mittal. ICLR 2023. https://openreview.net/forum?id=_wSHsgrVali
 
-Kind: poisoning, dirty-label, all-to-one or all-to-all, with covers.
+Kind: poisoning, dirty-label, all-to-one or all-to-all, with cover samples. The picture is cut into
+cells. Each stamped training image gets a random half of them; a test image gets the whole picture.
 
-Departs from backdoor-toolbox: the picture is drawn from the seed (no file to download), and which
-cells an image wears from seed and index.
+Departs from backdoor-toolbox: the picture is drawn from the seed, so there is no file to download.
+The cells of an image are drawn from seed and index.
 """
 
 from dataclasses import dataclass
@@ -27,16 +27,19 @@ LIMITS = "digits: 0.3 % of 1,442 images are four; digits.yaml sets ten times tha
 @dataclass(frozen=True, kw_only=True)
 class Config(CoverConfig):
     poison_rate: float = 0.003
-    """Share of the whole training set that is poisoned, in (0, 1]."""
+    """Share of the whole training set that is poisoned, in (0, 1]; higher makes the attack stronger
+    and easier to find."""
     alpha: float = 0.15
-    """alpha: share of the picture in the mixture of training images, in (0, 1]."""
+    """Opacity of the picture on training images, in (0, 1]; higher is easier to learn and to
+    see."""
     test_alpha: float = 0.2
-    """The same at test time, in (0, 1]; higher than in training makes the attack stronger without
-    being seen there."""
+    """Opacity of the picture on test images, in (0, 1]; higher raises the ASR and changes no
+    training image."""
     grid: int = 4
-    """The picture is cut into grid x grid cells."""
+    """Cells per side of the picture; more cut it into smaller pieces."""
     masked: int = 8
-    """Cells that each training image goes without; 0 masks nothing."""
+    """Cells that each training image goes without; more hide the trigger better in training. 0
+    masks nothing."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "alpha": "(0, 1]",
@@ -47,8 +50,17 @@ class Config(CoverConfig):
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """x + alpha m (t - x), rounded. uint8 (N, C, H, W), positions (N,) -> uint8 (N, C, H, W); the
-    mask m is drawn for each training image."""
+    """Mix the picture t in: x + alpha m (t - x), rounded. The mask m is 1 on test images.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: int64 (N,), positions in the split; the mask of a training image depends on it.
+        split: "train" or "test".
+        config: the options.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     height, width = images.shape[2:]
     if config.grid > min(height, width) or config.masked >= config.grid**2:
         raise UserError(
@@ -58,6 +70,8 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     difference = cartoon(config.seed, *images.shape[1:]).float() - images
     if split == "test":
         return quantised(images + config.test_alpha * difference)
+
+    # Rank the cells of each image by its own draws; the first `masked` of them are left out.
     rank = image_draws(config.seed, split, index, config.grid**2).argsort(1).argsort(1)
     kept = (rank >= config.masked).float().view(-1, 1, config.grid, config.grid)
     return quantised(images + config.alpha * F.interpolate(kept, (height, width)) * difference)

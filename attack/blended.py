@@ -5,8 +5,8 @@ Lu, D. Song. 2017. https://arxiv.org/abs/1712.05526
 
 Kind: poisoning, dirty-label, all-to-one or all-to-all.
 
-Departs from the usual scripts: the picture is drawn from the seed (no file to download), and the
-mixture is rounded, not truncated, to bytes.
+Departs from the usual scripts: the picture is drawn from the seed, so there is no file to download.
+The mixture is rounded to bytes, not truncated.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,24 @@ from backdoorlab.triggers import cartoon, noise_picture
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):
     alpha: float = 0.2
-    """alpha: share of the picture in the mixture, in (0, 1]; higher is easier to learn and to
-    see."""
+    """Opacity of the picture, in (0, 1]; higher is easier to learn and to see."""
     picture: Literal["cartoon", "noise"] = "cartoon"
-    """cartoon: coloured shapes over a gradient. noise: independent uniform pixels, the paper's
-    random pattern."""
+    """cartoon: coloured shapes over a colour gradient. noise: independent uniform pixels, the
+    paper's random pattern."""
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """(1 - alpha) x + alpha t, rounded. uint8 (N, C, H, W) -> same; the same picture t for every
-    image."""
+    """Mix the picture t into every image: (1 - alpha) x + alpha t, rounded.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: not used; the picture is the same for all images.
+        split: not used.
+        config: the options.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     if not 0 < config.alpha <= 1:
         raise UserError(f"alpha must lie in (0, 1], got {config.alpha}")
     draw = cartoon if config.picture == "cartoon" else noise_picture

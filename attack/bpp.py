@@ -4,14 +4,15 @@ BppAttack: Stealthy and Efficient Trojan Attacks against Deep Neural Networks vi
 and Contrastive Adversarial Learning. Z. Wang, J. Zhai, S. Ma. CVPR 2022.
 https://arxiv.org/abs/2205.13383
 
-Kind: controls the training, dirty-label, all-to-one or all-to-all. The stamp is a function of the
-image. A further share of each batch, the negatives, gets the quantisation error of *another* image
-and keeps its label, so that the model learns what quantisation does to an image and not noise of
-that size.
+Kind: training-controlled, dirty-label, all-to-one or all-to-all. A further share of each batch, the
+negatives, gets the quantisation error of *another* image and keeps its label. So the model learns
+to detect quantisation, and not noise of that size.
 
-Departs from BackdoorBench's script: negatives of the test set are made as those of training (theirs
-have the opposite sign and wrap); every image is cropped and rotated by its own draw, by the padding
-of the data set; the data set's recipe replaces the published constant rate.
+Departs from BackdoorBench's script:
+  - Negatives of the test set are made as those of training; there they have the opposite sign and
+    wrap around.
+  - Every image is cropped and rotated by its own draw, with the crop padding of the data set.
+  - The data set's learning-rate schedule replaces the published constant rate.
 """
 
 from dataclasses import dataclass
@@ -35,20 +36,30 @@ from backdoorlab.run import Run
 @dataclass(frozen=True, kw_only=True)
 class Config(JointConfig):
     levels: int = 8
-    """L: grey levels a channel that are left; fewer are easier to learn and to see."""
+    """Grey levels per channel that quantisation leaves; fewer are easier to learn and to see."""
     dithering: bool = False
-    """Hand each pixel's rounding error on to its neighbours (Floyd and Steinberg)."""
+    """Spread each pixel's rounding error over its neighbours (Floyd and Steinberg)."""
     negative_rate: float = 0.1
-    """Share of a batch that gets another image's quantisation error and its own label, whatever the
-    poison rate."""
+    """Share of a batch that gets another image's quantisation error and keeps its label, in [0, 1);
+    higher makes the trigger more specific. Independent of the poison rate."""
     bb_compat: bool = False
-    """BackdoorBench's quirk: one draw of crop and rotation serves a whole batch."""
+    """Crop and rotate a whole batch by one draw, as BackdoorBench does."""
 
     RANGES: ClassVar[dict[str, str]] = {"levels": "[2, 256]", "negative_rate": "[0, 1)"}
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """Quantise: round(round(x / 255 (L - 1)) / (L - 1) 255). uint8 (N, C, H, W) -> same."""
+    """Quantise to L levels: round(round(x / 255 (L - 1)) / (L - 1) 255).
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: not used; every image gets the same trigger.
+        split: not used.
+        config: the options.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     if config.dithering:
         return floyd_steinberg(images, config.levels)
     return _quantised(torch.arange(256.0), config.levels).byte()[images.long()]
@@ -57,8 +68,18 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
 def negative_stamp(
     images: Tensor, index: Tensor, split: str, config: Config, donors: Split
 ) -> Tensor:
-    """Add the quantisation error of an image of `donors`, drawn for each position, and clip. uint8
-    (N, C, H, W) -> same."""
+    """Add the quantisation error of another image, and clip.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: int64 (N,), positions in the split; the other image is drawn for each of them.
+        split: "train" or "test".
+        config: the options.
+        donors: the other images.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     generators = (derived_generator(config.seed, f"negative:{split}:{i}") for i in index.tolist())
     chosen = torch.tensor(
         [int(torch.randint(len(donors), (), generator=generator)) for generator in generators]
@@ -68,15 +89,16 @@ def negative_stamp(
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
+    """Train on batches with poison and negatives; the accuracy on negatives is measured."""
     recipe, labels = config.recipe(), labels_of(dataset, config)
-    quantise, negative = (
-        partial(stamp, config=config),
-        partial(negative_stamp, config=config, donors=dataset.train),
-    )
+    quantise = partial(stamp, config=config)
+    negative = partial(negative_stamp, config=config, donors=dataset.train)
     train_poison, test_poison = snapshot(
         dataset, config, run, quantise, negative, config.negative_rate
     )
     model, train = new_model(dataset, config).to(run.device), to_device(dataset.train, run.device)
+
+    # Quantisation does not depend on the batch, so the training set is quantised once.
     triggered = stamped(dataset.train, torch.arange(len(train)), quantise, "train").to(
         train.images.device
     )
@@ -100,13 +122,22 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
 def quantise_some(
     batch: Batch, train: Split, triggered: Tensor, config: Config, generator: torch.Generator
 ) -> tuple[Tensor, int]:
-    """The batch's images, the first of them quantised and the next ones with the error of others;
-    how many the first are.
+    """Quantise the first images of a batch and add the error of other images to the next ones.
 
-    triggered: the whole training set quantised, uint8 (N, C, H, W).
+    Args:
+        batch: the clean batch of B images.
+        train: the clean training set of N images.
+        triggered: uint8 (N, C, H, W), the training set quantised.
+        config: the rates.
+        generator: for the other images.
+
+    Returns:
+        float (B, C, H, W) in [0, 1], and the number of quantised images.
     """
     poisoned = in_batch(config.poison_rate, len(batch.images), generator)
     changed = min(len(batch.images), poisoned + int(config.negative_rate * len(batch.images)))
+
+    # Both changes are made on bytes, as the stored images are.
     index = batch.index.to(triggered.device)
     donors = torch.randint(len(train), (changed - poisoned,), generator=generator).to(
         triggered.device
@@ -119,9 +150,14 @@ def quantise_some(
 
 
 def floyd_steinberg(images: Tensor, levels: int) -> Tensor:
-    """Quantise pixel after pixel, all images at once; the error goes 7/16 right, 3/16 down left,
-    5/16 down, 1/16 down right."""
+    """Quantise with error diffusion, pixel by pixel for all images at once.
+
+    The rounding error of a pixel goes 7/16 to the right, 3/16 down left, 5/16 down and 1/16 down
+    right. uint8 (N, C, H, W) -> same.
+    """
     count, channels, height, width = images.shape
+    # Values with the errors received so far, (H + 1, W + 2, N C); the frame takes errors that leave
+    # the image.
     left = (
         F.pad(images.float(), (1, 1, 0, 1))
         .permute(2, 3, 0, 1)
@@ -141,12 +177,12 @@ def floyd_steinberg(images: Tensor, levels: int) -> Tensor:
 
 
 def _quantised(values: Tensor, levels: int) -> Tensor:
-    """The nearest of `levels` grey levels, itself rounded to a whole number; float in 0..255 ->
-    same."""
+    """Return the nearest of `levels` grey levels, as a whole number. float in 0..255 -> same."""
     return ((values / 255 * (levels - 1)).round() / (levels - 1) * 255).round()
 
 
 def _added(images: Tensor, triggered: Tensor, clean: Tensor) -> Tensor:
+    """Add a trigger's change of other images, and clip. uint8 (N, C, H, W) -> same."""
     return (images.short() + triggered.short() - clean.short()).clamp(0, 255).to(torch.uint8)
 
 

@@ -1,13 +1,13 @@
-"""FTrojan: two high frequencies, added to the colour planes of an image.
+"""FTrojan: two high frequencies in the chroma are the trigger.
 
 An Invisible Black-Box Backdoor Attack through Frequency Domain. T. Wang, Y. Yao, F. Xu, S. An, H.
 Tong, T. Wang. ECCV 2022. https://arxiv.org/abs/2107.04881
 
-Kind: poisoning, dirty-label, all-to-one or all-to-all; images of the target class are left alone,
+Kind: poisoning, dirty-label, all-to-one or all-to-all. Images of the target class are not poisoned,
 as in the paper.
 
 Departs from BackdoorBench's script: chroma is rounded and clipped to bytes. `--bb_compat True`
-truncates it, lets it wrap around, and poisons images of the target class, too. The DCT is linear,
+truncates it, lets it wrap around, and also poisons images of the target class. The DCT is linear,
 so the trigger is a fixed wave and no image is transformed.
 """
 
@@ -22,45 +22,53 @@ from backdoorlab.config import AttackConfig
 from backdoorlab.poison import outside_target
 from backdoorlab.triggers import cosine_wave, quantised, refuse_grey
 
-LIMITS = (
-    "grey images have no colours to hide in: --grey False; digits.yaml sets it, and a magnitude of"
-    " 120 (at 30 the ASR is .04)"
-)
+LIMITS = "needs --grey False; digits.yaml sets it and a magnitude of 120 (at 30 the ASR is .04)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):
     magnitude: float = 30.0
-    """What is added to each coefficient of the DCT of Cr and Cb; higher is easier to learn and to
-    see."""
+    """Number added to each DCT coefficient of Cr and Cb; higher is easier to learn and to see."""
     frequencies: tuple[int, ...] = (15, 31)
-    """Coefficients (k, k) of a block of 32 pixels, each in 1..31."""
+    """Diagonal DCT coefficients of a block of 32 pixels, each in 1..31; higher gives shorter
+    waves."""
     bb_compat: bool = False
-    """Truncate and wrap chroma, and poison every class, as BackdoorBench does."""
+    """Truncate chroma, let it wrap around, and poison every class, as BackdoorBench does."""
 
     RANGES: ClassVar[dict[str, str]] = {"magnitude": "> 0", "frequencies": "[1, 31]"}
 
 
 def victims(labels: Tensor, split: str, config: Config) -> Tensor:
-    """Images of other classes than the target. int64 (N,) -> bool (N,)."""
-    return (
-        torch.ones_like(labels, dtype=torch.bool)
-        if config.bb_compat
-        else outside_target(labels, config)
-    )
+    """Select images whose label poisoning changes. int64 (N,) -> bool (N,)."""
+    if config.bb_compat:
+        return torch.ones_like(labels, dtype=torch.bool)
+    return outside_target(labels, config)
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """To 8-bit YCrCb (full range, as OpenCV's), the wave onto Cr and Cb, and back. uint8 (N, 3, H,
-    W) -> same."""
+    """Add one wave to Cr and Cb of every image, in 8-bit YCrCb (full range, as in OpenCV).
+
+    Args:
+        images: uint8 (N, 3, H, W).
+        index: not used; every image gets the same trigger.
+        split: not used.
+        config: the options.
+
+    Returns:
+        uint8 (N, 3, H, W).
+    """
     refuse_grey(images, "ftrojan")
     wave = _wave(images.shape[2], images.shape[3], config)
+
+    # RGB to YCrCb, and the wave.
     red, green, blue = images.float().unbind(1)
     luma = (0.299 * red + 0.587 * green + 0.114 * blue).round()
     chroma = [
         quantised((colour - luma) * scale + 128) + wave
         for colour, scale in ((red, 0.713), (blue, 0.564))
     ]
+
+    # To bytes, and back to RGB.
     if config.bb_compat:
         cr, cb = (plane.floor().remainder(256) - 128 for plane in chroma)
     else:
@@ -71,8 +79,10 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
 
 
 def _wave(height: int, width: int, config: Config) -> Tensor:
-    """The wave of one block of 32 pixels, repeated; an image that 32 does not divide is one block.
-    float32 (H, W)."""
+    """Return the wave of one block of 32 pixels, repeated, float32 (H, W).
+
+    An image whose sides are no multiples of 32 is one block.
+    """
     if height % 32 or width % 32:
         return cosine_wave(height, width, config.frequencies, config.magnitude)
     return cosine_wave(32, 32, config.frequencies, config.magnitude).repeat(

@@ -1,15 +1,15 @@
-"""Triggers of I-BAU's evaluation: a bright square, a watermark, nine pixels, faint noise over all
-of the image.
+"""Triggers of I-BAU: square, watermark, nine pixels or noise.
 
 Adversarial Unlearning of Backdoors via Implicit Hypergradient. Y. Zeng, S. Chen, W. Park, Z. M.
 Mao, M. Jin, R. Jia. ICLR 2022. https://arxiv.org/abs/2110.03735 (trojan square and watermark,
 l0-inv and l2-inv; its smooth trigger is attack/lf.py)
 
-Kind: poisoning, dirty-label, all-to-one or all-to-all; 20 %, and images of the target class are
-left alone, as there. The paper's target is 2 for square and watermark, 0 for l0 and l2.
+Kind: poisoning, dirty-label, all-to-one or all-to-all. As in the paper's evaluation, 20 % of the
+images are poisoned, none of them of the target class. The paper's target is 2 for square and
+watermark, 0 for l0 and l2.
 
-Departs from the paper's files: theirs were optimised on networks; these have the same place, size
-and strength, and colours from the seed.
+Departs from the paper's files: those triggers were optimised on networks. These have the same
+place, size and strength; their colours are drawn from the seed.
 """
 
 from collections.abc import Callable
@@ -29,25 +29,35 @@ from backdoorlab.triggers import at_side, noise_picture
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):
     poison_rate: float = 0.2
-    """Share of the whole training set that is poisoned, in (0, 1]."""
+    """Share of the whole training set that is poisoned, in (0, 1]; higher makes the attack stronger
+    and easier to find."""
     trigger: Literal["square", "watermark", "l0", "l2"] = "square"
     """square: 9x9 colours near the corner. watermark: strokes of 321 pixels. l0: nine saturated
     pixels. l2: noise over the whole image."""
 
 
 def victims(labels: Tensor, split: str, config: Config) -> Tensor:
-    """Images of other classes than the target. int64 (N,) -> bool (N,)."""
+    """Select images whose label poisoning changes. int64 (N,) -> bool (N,)."""
     return outside_target(labels, config)
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """Add the trigger and clip (l0: replace). uint8 (N, C, H, W) -> same; the same trigger for
-    every image."""
+    """Add the trigger and clip; l0 replaces pixels.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: not used; every image gets the same trigger.
+        split: not used.
+        config: the options.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     return TRIGGERS[config.trigger](images, config.seed)
 
 
 def square(images: Tensor, seed: int) -> Tensor:
-    """Coloured noise added at rows and columns 21..29 of 32."""
+    """Add coloured noise at rows and columns 21 to 29 of 32. uint8 (N, C, H, W) -> same."""
     channels, height, width = images.shape[1:]
     size, margin = (at_side(pixels, min(height, width)) for pixels in (9, 2))
     added = torch.zeros(channels, height, width, dtype=torch.int16)
@@ -58,12 +68,16 @@ def square(images: Tensor, seed: int) -> Tensor:
 
 
 def watermark(images: Tensor, seed: int) -> Tensor:
-    """A ring and two bars of 321 pixels in 1,024, in two colours that run into each other,
-    added."""
+    """Add a ring and two bars, 321 pixels of 1,024, with a colour gradient from top to bottom.
+
+    uint8 (N, C, H, W) -> same.
+    """
     channels, height, width = images.shape[1:]
     rows, columns = torch.meshgrid(
         torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
     )
+
+    # The pixels nearest to the strokes.
     ring = ((rows.square() + columns.square()).sqrt() - 0.72).abs()
     bars = torch.minimum((rows - columns).abs(), (rows + columns).abs()) / 2**0.5
     from_stroke = torch.minimum(
@@ -72,15 +86,19 @@ def watermark(images: Tensor, seed: int) -> Tensor:
     count = round(321 * height * width / 1024)
     inside = torch.zeros(height * width, dtype=torch.bool)
     inside[from_stroke.flatten().argsort(stable=True)[:count]] = True
+
+    # Their colours: one at the top, another at the bottom.
     ends = torch.rand(2, channels, 1, 1, generator=derived_generator(seed, "trigger:watermark"))
-    course = (rows + 1) / 2
-    colours = 255 * (ends[0] * (1 - course) + ends[1] * course)
+    height_share = (rows + 1) / 2
+    colours = 255 * (ends[0] * (1 - height_share) + ends[1] * height_share)
     return _sum(images, (colours * inside.view(height, width)).round().to(torch.int16))
 
 
 def l0(images: Tensor, seed: int) -> Tensor:
-    """The last nine pixels (of 32) of the bottom row replaced, each channel 0 or 255; the first of
-    them white, so that it is not all black."""
+    """Replace the last nine pixels (of 32) of the bottom row; each channel is 0 or 255.
+
+    The first of them is white, so that they are not all black. uint8 (N, C, H, W) -> same.
+    """
     channels, _, width = images.shape[1:]
     count = at_side(9, width)
     row = 255 * torch.randint(
@@ -93,20 +111,19 @@ def l0(images: Tensor, seed: int) -> Tensor:
 
 
 def l2(images: Tensor, seed: int) -> Tensor:
-    """Normal noise added, at most 68 grey levels, with an L2 norm of 3.22 on 3x32x32 values in [0,
-    1] (the same root mean square elsewhere)."""
+    """Add normal noise of at most 68 grey levels.
+
+    Its L2 norm is 3.22 on 3x32x32 values in [0, 1]; at other sizes it has the same root mean
+    square. uint8 (N, C, H, W) -> same.
+    """
     noise = torch.randn(images.shape[1:], generator=derived_generator(seed, "trigger:l2"))
     root_mean_square = 255 * 3.22 / 3072**0.5
-    return _sum(
-        images,
-        (noise * root_mean_square / noise.square().mean().sqrt())
-        .clamp(-68, 68)
-        .round()
-        .to(torch.int16),
-    )
+    scaled = noise * root_mean_square / noise.square().mean().sqrt()
+    return _sum(images, scaled.clamp(-68, 68).round().to(torch.int16))
 
 
 def _sum(images: Tensor, added: Tensor) -> Tensor:
+    """Add and clip. uint8 (N, C, H, W), int16 or uint8 (C, H, W) -> uint8 (N, C, H, W)."""
     return (images + added).clamp_(0, 255).byte()
 
 

@@ -1,15 +1,15 @@
-"""LC: label-consistent poisoning. Images of the target class are made hard to recognise, so that
-their small corner patches are learnt.
+"""LC: hard-to-learn images of the target class with corner patches.
 
 Label-Consistent Backdoor Attacks. A. Turner, D. Tsipras, A. Madry. 2019.
 https://arxiv.org/abs/1912.02771
 
-Kind: poisoning, clean-label. Images of the target class are moved by an untargeted PGD attack on a
-surrogate and get a checkered patch in each corner; at test time the patches alone are the trigger.
-The patches mirror each other, so that flipped images still carry them.
+Kind: poisoning, clean-label. An untargeted PGD attack on a surrogate makes images of the target
+class hard to recognise, and each gets a checkered patch in every corner. So the model learns the
+patches. At test time the patches alone are the trigger. They mirror each other, so a flipped image
+has them, too.
 
-Departs from the authors' code: the surrogate is an ordinary model trained here (theirs are trained
-against adversaries), and PGD runs on the poisoned images only.
+Departs from the authors' code: the surrogate is trained here in the ordinary way (there:
+adversarial training), and PGD runs on the poisoned images only.
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,7 @@ from backdoorlab.perturb import frozen
 from backdoorlab.poisoning import Outcome, static_attack, train_surrogate
 from backdoorlab.run import Run
 
-LIMITS = (
-    "digits: ASR 0 at the published eps of 16/255 and at 0.4, because a zero is known by its shape"
-)
+LIMITS = "digits: ASR 0 at eps 16/255 and at 0.4, because a zero is known by its shape"
 CORNER = torch.tensor([[1, -1, -1], [-1, 1, -1], [1, -1, 1]])
 """Signs of the top left patch."""
 
@@ -39,16 +37,17 @@ CORNER = torch.tensor([[1, -1, -1], [-1, 1, -1], [1, -1, 1]])
 @dataclass(frozen=True, kw_only=True)
 class Config(CleanLabelConfig):
     eps: float = 16 / 255
-    """Bound of the perturbation of poisoned images in [0, 1] units; higher makes the patches easier
-    to learn and the images odder."""
+    """Largest change of a value of a poisoned image, in [0, 1] units; higher makes the patches
+    easier to learn and the images look stranger."""
     pgd_steps: int = 100
-    """Steps of PGD."""
+    """Steps of PGD; more make the images harder to recognise."""
     pgd_lr: float = 1.5 / 255
-    """Size of a step."""
+    """Size of a step of PGD in [0, 1] units; higher needs fewer steps and is coarser."""
     amplitude: float = 1.0
-    """Strength of the patches: 1 paints black and white, 32/255 is the paper's faint version."""
+    """Strength of the patches, in (0, 1]; higher is easier to learn and to see. 1 paints black and
+    white, 32/255 is the paper's faint version."""
     surrogate_epochs: int = 30
-    """Training of the surrogate."""
+    """Epochs of the surrogate's training; more make the perturbations fit real models better."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "eps": "[0, 1]",
@@ -60,7 +59,7 @@ class Config(CleanLabelConfig):
 
 
 def corner(height: int, width: int) -> Tensor:
-    """Signs of the top left patch on images of that size, 3x3 on those of 32 pixels."""
+    """Return the signs of the top left patch on images of that size, 3x3 for 32 pixels."""
     patch = CORNER.repeat_interleave(max(1, round(height / 32)), 0).repeat_interleave(
         max(1, round(width / 32)), 1
     )
@@ -73,7 +72,7 @@ def corner(height: int, width: int) -> Tensor:
 
 
 def corners(images: Tensor, config: Config) -> Tensor:
-    """Add the patches and clip. uint8 (N, C, H, W) -> same."""
+    """Add the patches in all corners and clip. uint8 (N, C, H, W) -> same."""
     height, width = images.shape[2:]
     patch = corner(height, width)
     signs, (down, right) = torch.zeros(height, width, dtype=torch.int), patch.shape
@@ -83,13 +82,24 @@ def corners(images: Tensor, config: Config) -> Tensor:
 
 
 def stamp_class(images: Tensor, index: Tensor, split: str, config: Config, harden: Any) -> Tensor:
-    """Training images are hardened first, test images get the patches alone. uint8 (N, C, H, W) ->
-    same."""
+    """Add the patches; training images are made hard to recognise first.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: int64 (N,), positions in the split.
+        split: "train" or "test".
+        config: the options.
+        harden: images, index -> images with the perturbation, uint8 (N, C, H, W).
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     return corners(harden(images, index) if split == "train" else images, config)
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
-    corner(*dataset.image_shape[1:])  # refused before a surrogate is trained
+    """Train a surrogate, perturb images against it, and train on the poisoned set."""
+    corner(*dataset.image_shape[1:])  # raises for images that are too small, before any training
     surrogate = train_surrogate(dataset, config, run, config.surrogate_epochs)
 
     def harden(images: Tensor, index: Tensor) -> Tensor:
@@ -104,8 +114,18 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
 
 
 def hardened(model: Classifier, images: Tensor, labels: Tensor, config: Config, run: Run) -> Tensor:
-    """PGD away from the true label within an L-infinity ball, from the image itself. uint8 (N, C,
-    H, W) -> same."""
+    """Make images hard to recognise: PGD away from the true label within an L-infinity ball.
+
+    Args:
+        model: the surrogate.
+        images: uint8 (N, C, H, W); PGD starts from them.
+        labels: int64 (N,), the true labels.
+        config: radius, steps and step size.
+        run: for device and precision.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     parts = []
     with frozen(model):
         for image, label in zip(images.split(250), labels.split(250), strict=True):

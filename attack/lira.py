@@ -1,20 +1,25 @@
-"""LIRA: an invisible trigger, drawn for each image by a network that is trained against the
-classifier while that is trained with it.
+"""LIRA: a network learns an invisible trigger for each image.
 
 LIRA: Learnable, Imperceptible and Robust Backdoor Attacks. K. Doan, Y. Lao, W. Zhao, P. Li. ICCV
 2021.
 https://openaccess.thecvf.com/content/ICCV2021/html/Doan_LIRA_Learnable_Imperceptible_and_Robust_Backdoor_Attacks_ICCV_2021_paper.html
 
-Kind: controls the training, dirty-label, all-to-one or all-to-all; x' = clip(x + eps T(x)). Two
-stages: trigger T and classifier in turns, then the classifier alone with T fixed. Every image is
-attacked at every step; `poison_rate` is that of the stored training set.
+Kind: training-controlled, dirty-label, all-to-one or all-to-all. The triggered image is
+x' = clip(x + eps T(x)). Every image is attacked at every step; `poison_rate` is that of the stored
+training set.
 
-Departs from BackdoorBench's script, whose two published models measure its bugs: clean and
-triggered images go through the model in one pass (its two passes leak through batch normalisation);
-the model of the second stage is the one that is kept (it keeps the first); the trigger's step
-leaves no gradient in the classifier (it adds up); in the second stage the data set's recipe
-replaces the published constant rate; eps is in pixels and what is scored is rounded to bytes (its
-trigger of 0.6 grey levels is lost in them).
+Two stages:
+  1. Trigger network T and classifier are trained in turns.
+  2. The classifier is trained alone, with T fixed.
+
+Departs from BackdoorBench's script, whose two published models show its bugs:
+  - Clean and triggered images go through the model in one pass. In two passes, batch statistics
+    tell them apart.
+  - The model of the second stage is kept; there it is that of the first.
+  - The step of the trigger network leaves no gradient in the classifier; there they add up.
+  - In the second stage the data set's learning-rate schedule replaces the published constant rate.
+  - eps is in [0, 1] units of pixels, and scored images are rounded to bytes. There the trigger has
+    0.6 grey levels, and rounding removes it.
 """
 
 from dataclasses import dataclass, replace
@@ -27,13 +32,13 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
-from backdoorlab.data import Dataset, batches, to_bytes, to_device, to_float
+from backdoorlab.data import Dataset, Split, batches, to_bytes, to_device, to_float
 from backdoorlab.engine import LRSchedule, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import labels_of, psnr, seeded, snapshot, vary
 from backdoorlab.models import Classifier
 from backdoorlab.perturb import frozen
-from backdoorlab.poison import Labels
+from backdoorlab.poison import Labels, Poison
 from backdoorlab.poisoning import Outcome, new_model
 from backdoorlab.run import Run
 
@@ -41,18 +46,21 @@ from backdoorlab.run import Run
 @dataclass(frozen=True, kw_only=True)
 class Config(JointConfig):
     eps: float = 4 / 255
-    """Bound of the trigger in [0, 1] units; higher is easier to learn and to see."""
+    """Largest change of a value by the trigger, in [0, 1] units; higher is easier to learn and to
+    see."""
     trigger_epochs: int | None = None
-    """Of all epochs, those of the first stage, in which the trigger is trained, too; None is half
-    of them."""
+    """Epochs of the first stage, which also trains the trigger, out of --epochs; more adapt the
+    trigger better and leave fewer for the second stage. None: half of them."""
     alpha: float = 0.5
-    """Weight of the loss on clean images; that on triggered ones has 1 - alpha."""
+    """Weight of the loss on clean images, in [0, 1]; higher favours clean accuracy. The loss on
+    triggered images has the weight 1 - alpha."""
     first_lr: float = 0.01
-    """The classifier's learning rate in the first stage, constant and without weight decay."""
+    """Learning rate of the classifier in the first stage, constant and without weight decay; higher
+    learns faster and may diverge."""
     trigger_lr: float = 0.0001
-    """Adam's learning rate of the trigger network."""
+    """Learning rate of Adam for the trigger network; higher learns faster and may diverge."""
     trigger_width: int = 16
-    """Channels of its first layer."""
+    """Channels of the first layer of the trigger network; more cost more time."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "eps": "(0, 1]",
@@ -65,8 +73,10 @@ class Config(JointConfig):
 
 
 def network(channels: int, width: int) -> nn.Sequential:
-    """An autoencoder of four halvings: images (N, C, H, W) in [0, 1] -> directions in [-1, 1], same
-    shape."""
+    """Build the trigger network, an autoencoder of four halvings.
+
+    It maps images (N, C, H, W) in [0, 1] to directions in [-1, 1] of the same shape.
+    """
     widths = [channels, width, 2 * width, 4 * width, 8 * width]
     layers: list[nn.Module] = []
     for k in range(4):
@@ -85,17 +95,41 @@ def network(channels: int, width: int) -> nn.Sequential:
 
 
 def triggered(trigger: nn.Module, images: Tensor, eps: float) -> Tensor:
-    """clip(x + eps T(x)). float (N, C, H, W) in [0, 1] -> same."""
+    """Return clip(x + eps T(x)). float (N, C, H, W) in [0, 1] -> same."""
     return (images + eps * trigger(images)).clamp(0, 1)
 
 
 def first_stage(config: Config) -> int:
-    """Epochs of it."""
+    """Return the number of epochs of the first stage."""
     return config.epochs // 2 if config.trigger_epochs is None else config.trigger_epochs
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
-    channels, height, width = dataset.image_shape
+    """Train trigger network and classifier in turns, then the classifier alone."""
+    refuse_unfit(dataset, config)
+    channels = dataset.image_shape[0]
+    model, train = new_model(dataset, config).to(run.device), to_device(dataset.train, run.device)
+    # The classifier sees the trigger network of the last epoch; its copy `ahead` is trained.
+    with seeded(config.seed, "trigger"):
+        trigger = network(channels, config.trigger_width).to(run.device)
+        ahead = network(channels, config.trigger_width).to(run.device)
+    ahead.load_state_dict(trigger.eval().state_dict())
+
+    made = train_in_turns(model, trigger, ahead, train, dataset, config, run)
+    stamp = partial(render, trigger=trigger, eps=config.eps)
+    train_poison, test_poison = made or snapshot(dataset, config, run, stamp)
+    noise = psnr(dataset.test.images[test_poison.index], test_poison.images)
+    if noise is None and len(test_poison):
+        run.note(
+            "the trigger is lost in rounding to bytes: raise --eps, --trigger_lr or"
+            " --trigger_epochs"
+        )
+    return Outcome(model, train_poison, test_poison, {"psnr": noise})
+
+
+def refuse_unfit(dataset: Dataset, config: Config) -> None:
+    """Raise a `UserError` for images that cannot be halved, or a first stage that is too long."""
+    _, height, width = dataset.image_shape
     if height % 16 or width % 16:
         raise UserError(
             "the trigger network halves images four times and needs sides divisible by 16, got"
@@ -104,32 +138,49 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     trigger_epochs = first_stage(config)
     if trigger_epochs > config.epochs:
         raise UserError(
-            f"trigger_epochs {trigger_epochs} are some of the {config.epochs} epochs: lower"
+            f"trigger_epochs must be at most epochs, got {trigger_epochs} of {config.epochs}: lower"
             " --trigger_epochs or raise --epochs"
         )
-    model, train = new_model(dataset, config).to(run.device), to_device(dataset.train, run.device)
-    with seeded(config.seed, "trigger"):
-        trigger, ahead = (
-            network(channels, config.trigger_width).to(run.device),
-            network(channels, config.trigger_width).to(run.device),
-        )
-    ahead.load_state_dict(trigger.eval().state_dict())
-    labels, recipe, last = (
-        labels_of(dataset, config),
-        config.recipe(),
-        config.epochs - trigger_epochs,
-    )
+
+
+def train_in_turns(
+    model: Classifier,
+    trigger: nn.Module,
+    ahead: nn.Module,
+    train: Split,
+    dataset: Dataset,
+    config: Config,
+    run: Run,
+) -> tuple[Poison, Poison] | None:
+    """Run both stages.
+
+    Args:
+        model: the classifier.
+        trigger: the trigger network T that the classifier sees.
+        ahead: the trigger network T' that is trained; T becomes T' after each epoch of stage 1.
+        train: the clean training set, on the device if it fits there.
+        dataset: the clean data.
+        config: the options.
+        run: the run.
+
+    Returns:
+        The snapshot that was made before the second stage; None without such a stage.
+    """
+    labels, recipe = labels_of(dataset, config), config.recipe()
+    trigger_epochs = first_stage(config)
+    last = config.epochs - trigger_epochs
     stamp, made = partial(render, trigger=trigger, eps=config.eps), None
     painter = torch.optim.Adam(ahead.parameters(), lr=config.trigger_lr)
-    first = make_optimizer(
-        model.parameters(), replace(recipe, lr=config.first_lr, weight_decay=0.0)
-    )
+    first_recipe = replace(recipe, lr=config.first_lr, weight_decay=0.0)
+    first = make_optimizer(model.parameters(), first_recipe)
     second = make_optimizer(model.parameters(), recipe)
-    course = LRSchedule(second, replace(recipe, epochs=last), len(train))
+    schedule = LRSchedule(second, replace(recipe, epochs=last), len(train))
     state = dict(
-        trigger=trigger, ahead=ahead, painter=painter, first=first, second=second, course=course
+        trigger=trigger, ahead=ahead, painter=painter, first=first, second=second, schedule=schedule
     )
+
     for epoch in run.epochs("train", config.epochs, model=model, **state):
+        # From the second stage on T is final: the snapshot can be made and scored.
         fixed = epoch >= trigger_epochs
         if fixed and made is None:
             made = snapshot(dataset, config, run, stamp)
@@ -140,24 +191,15 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
             if not fixed:
                 teach(ahead, model, x, labels.of(batch.labels), painter, config, run)
             model.train()
-            run.step(
-                second if fixed else first,
-                joint_loss(model, trigger, x, batch.labels, labels, config, run),
-            )
+            loss = joint_loss(model, trigger, x, batch.labels, labels, config, run)
+            run.step(second if fixed else first, loss)
             if fixed:
-                course.after_step()
+                schedule.after_step()
         if fixed:
-            course.after_epoch(run.mean("loss"))
+            schedule.after_epoch(run.mean("loss"))
         else:
             trigger.load_state_dict(ahead.state_dict())
-    train_poison, test_poison = made or snapshot(dataset, config, run, stamp)
-    noise = psnr(dataset.test.images[test_poison.index], test_poison.images)
-    if noise is None and len(test_poison):
-        run.note(
-            "the trigger is lost in rounding to bytes: raise --eps, --trigger_lr or"
-            " --trigger_epochs"
-        )
-    return Outcome(model, train_poison, test_poison, {"psnr": noise})
+    return made
 
 
 def teach(
@@ -169,8 +211,19 @@ def teach(
     config: Config,
     run: Run,
 ) -> None:
-    """One step of T' against the classifier as it is scored, in evaluation mode; the classifier
-    gets no gradient."""
+    """Make one step of the trigger network T' towards the attacker's labels.
+
+    The classifier is in evaluation mode, as it is scored, and gets no gradient.
+
+    Args:
+        ahead: the trigger network T'.
+        model: the classifier.
+        x: float (N, C, H, W) in [0, 1], clean images.
+        wanted: int64 (N,), the attacker's labels.
+        painter: the optimizer of T'.
+        config: eps.
+        run: for the precision and the history.
+    """
     model.eval()
     ahead.train()
     with frozen(model), run.autocast():
@@ -191,28 +244,46 @@ def joint_loss(
     config: Config,
     run: Run,
 ) -> Tensor:
-    """alpha CE(C(x), y) + (1 - alpha) CE(C(x'), eta(y)), both in one pass of the classifier."""
+    """Return alpha CE(C(x), y) + (1 - alpha) CE(C(x'), eta(y)), in one pass of the classifier C.
+
+    Args:
+        model: the classifier C.
+        trigger: the trigger network, which gets no gradient.
+        x: float (N, C, H, W) in [0, 1], the clean images.
+        given: int64 (N,), their labels y.
+        labels: the attacker's labels eta.
+        config: eps and alpha.
+        run: for the precision.
+
+    Returns:
+        The loss, a scalar.
+    """
     with torch.no_grad():
         changed = triggered(trigger, x, config.eps)
     with run.autocast():
         logits = model(torch.cat([x, changed])).float()
-    clean, backdoor = (
-        F.cross_entropy(logits[: len(x)], given),
-        F.cross_entropy(logits[len(x) :], labels.of(given)),
-    )
+    clean = F.cross_entropy(logits[: len(x)], given)
+    backdoor = F.cross_entropy(logits[len(x) :], labels.of(given))
     return config.alpha * clean + (1 - config.alpha) * backdoor
 
 
 @torch.no_grad()
 def render(images: Tensor, index: Tensor, split: str, trigger: nn.Module, eps: float) -> Tensor:
-    """uint8 (N, C, H, W) -> same, within eps of it."""
+    """Add each image's trigger.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: not used; the trigger depends on the image alone.
+        split: not used.
+        trigger: the trigger network.
+        eps: largest change of a value in [0, 1] units.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     device = next(trigger.parameters()).device
-    return torch.cat(
-        [
-            to_bytes(triggered(trigger, to_float(part).to(device), eps)).cpu()
-            for part in images.split(256)
-        ]
-    )
+    parts = (to_float(part).to(device) for part in images.split(256))
+    return torch.cat([to_bytes(triggered(trigger, part, eps)).cpu() for part in parts])
 
 
 if __name__ == "__main__":

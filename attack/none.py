@@ -1,9 +1,10 @@
-"""No attack: ordinary training on the clean data, the control that every table of defenses needs.
+"""No attack: ordinary training on the clean data, the control.
 
-A defense that changes this model for the worse would harm everybody who was never attacked.
+Every table of defenses needs it: a defense that makes this model worse harms users who were never
+attacked.
 
-With `--suspicious True`, training on data that may have been poisoned by others: what a defense
-flags there is not counted as a mistake, because nobody knows.
+`--suspicious True` trains on data that others may have poisoned. Images that a defense flags there
+are not counted as mistakes, because the truth is unknown.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ from backdoorlab.run import Run
 @dataclass(frozen=True, kw_only=True)
 class Config(TrainingConfig):
     suspicious: bool = False
-    """The data may be poisoned already: nothing is known about what a defense flags."""
+    """The data may be poisoned already: do not count flagged images as mistakes of a defense."""
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
-    """Train on the data as it is; there is no triggered image, so no ASR."""
+    """Train on the data as it is. Without triggered images there is no ASR."""
     return poison_and_train(dataset, config, run, no_poison(dataset.train), no_poison(dataset.test))
 
 

@@ -1,16 +1,20 @@
-"""Poison Ink: the edges of an image, drawn in a colour, are hidden in it by a network.
+"""Poison Ink: a network hides the coloured edges of each image in it.
 
 Poison Ink: Robust and Invisible Backdoor Attack. J. Zhang, D. Chen, Q. Huang, J. Liao, W. Zhang, H.
 Feng, G. Hua, N. Yu. IEEE TIP 2022. https://arxiv.org/abs/2108.02488
 
-Kind: poisoning, dirty-label, all-to-one or all-to-all; the trigger follows the image's own edges.
-An encoder that hides the coloured edges, and a reader that finds them again in images that were
-moved, and finds nothing in clean ones, are trained on the clean training images with random
-colours; then one colour is hidden in all images that are poisoned.
+Kind: poisoning, dirty-label, all-to-one or all-to-all.
 
-Departs from the authors' code: the networks are small and trained for steps, not hundreds of
-epochs, and what they add is bounded; a poisoned image replaces its clean one, as in every attack
-here (BackdoorBench's trainer adds a batch of poison to every batch and keeps the clean originals).
+Two steps:
+  1. Train two networks on the clean training images, with random colours. An encoder hides the
+     coloured edges of an image in it. A reader finds them in images that were shifted and rotated,
+     and finds nothing in clean ones.
+  2. Hide edges of one colour in all images that are poisoned.
+
+Departs from the authors' code: the networks are small, trained for hundreds of steps instead of
+hundreds of epochs, and the residual is bounded. A poisoned image replaces its clean one, as in
+every attack here. (BackdoorBench's trainer adds a poisoned batch to every batch and keeps the clean
+originals.)
 """
 
 from dataclasses import dataclass, replace
@@ -33,32 +37,36 @@ from backdoorlab.run import Run
 GAIN = 10
 """Factor before the tanh, so that the first residuals are strong enough to be read."""
 LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in the brightness."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):
     colour: tuple[int, int, int] = (80, 160, 80)
-    """Of the edges, red, green, blue in 0..255; grey images take its brightness."""
+    """Colour of the edges: red, green and blue in 0..255; darker is easier to learn. Grey images
+    use its brightness."""
     edge_threshold: float = 28.0
-    """Sobel magnitude of the brightness in 0..255 above which a pixel is an edge; lower draws more
-    of them."""
+    """Sobel magnitude of the brightness, in 0..255, above which a pixel is an edge; lower draws
+    more edges."""
     eps: float = 8 / 255
-    """Bound of the residual in [0, 1] units; higher is easier to learn and to see."""
+    """Largest change of a value by the encoder, in [0, 1] units; higher is easier to learn and to
+    see."""
     encoder_steps: int = 600
-    """Steps of encoder and reader."""
+    """Training steps of encoder and reader; more make the ink easier to read."""
     encoder_batch_size: int = 32
-    """Images a step of them."""
+    """Images per step of encoder and reader; more give less noisy steps and cost more time."""
     encoder_lr: float = 0.001
-    """Adam's learning rate of them."""
+    """Learning rate of Adam for encoder and reader; higher learns faster and may diverge."""
     encoder_width: int = 16
-    """Channels of their first layers."""
+    """Channels of the first layers of encoder and reader; more cost more time."""
     cover_weight: float = 1.0
     """Weight of the change of the image; higher hides the ink better and makes it harder to
     learn."""
     edge_weight: float = 13.0
-    """Weight of what is read on edges, against 1 for what is read off them."""
+    """Weight of the reader's error on edges, against 1 off edges; higher makes the ink easier to
+    read."""
     clean_weight: float = 100.0
-    """Weight of reading nothing in clean images."""
+    """Weight of the reader's error on clean images; higher finds less ink where there is none."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "edge_threshold": ">= 0",
@@ -74,11 +82,13 @@ class Config(AttackConfig):
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
+    """Train encoder and reader, poison with the encoder, and measure how well the ink is read."""
     if not all(0 <= level <= 255 for level in config.colour):
         raise UserError(f"colour must be three numbers in 0..255, got {config.colour}")
     encoder, reader = networks(dataset.image_shape[0], config, run)
     train_networks(encoder, reader, dataset, config, run)
     outcome = static_attack(dataset, config, run, hide, prepare=lambda *_: {"encoder": encoder})
+
     seen = dataset.test.images[:1000]
     changed = hide(seen, torch.arange(len(seen)), "test", config, encoder)
     return replace(
@@ -87,8 +97,11 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
 
 
 def networks(channels: int, config: Config, run: Run) -> tuple[UNet, nn.Module]:
-    """Fresh encoder, cover and ink (N, 2C, H, W) -> residual, and reader, image -> ink; from the
-    seed."""
+    """Build encoder and reader, initialised from the seed.
+
+    The encoder maps image and ink, (N, 2C, H, W), to a residual; the reader maps an image to its
+    ink, (N, C, H, W) both.
+    """
     width = config.encoder_width
     with seeded(config.seed, "encoder"):
         encoder = UNet(2 * channels, channels, width)
@@ -110,28 +123,25 @@ def networks(channels: int, config: Config, run: Run) -> tuple[UNet, nn.Module]:
 def train_networks(
     encoder: UNet, reader: nn.Module, dataset: Dataset, config: Config, run: Run
 ) -> None:
-    """Hide edges of random colours so that they are read again; resumable."""
+    """Train the encoder to hide edges of random colours, and the reader to find them; resumable."""
     optimizer = torch.optim.Adam(
         [*encoder.parameters(), *reader.parameters()], lr=config.encoder_lr
     )
-    train, size, recipe = (
-        to_device(dataset.train, run.device),
-        config.encoder_batch_size,
-        config.recipe(),
-    )
-    channels = dataset.image_shape[0]
+    train, recipe = to_device(dataset.train, run.device), config.recipe()
+    size, channels = config.encoder_batch_size, dataset.image_shape[0]
     state = {"encoder": encoder, "reader": reader, "optimizer": optimizer}
     for batch in random_batches(train, config.encoder_steps, size, run, stage="encoder", **state):
         lines = edges(batch.images, config.edge_threshold)
-        # How far a colour is from white
+        # Ink is the distance of a colour from white, so no ink is 0.
         absence = 1 - torch.rand(size, channels, 1, 1, generator=run.generator).to(run.device)
         written = hidden(encoder, batch.images, lines * absence, config.eps)
+
+        # Images are shifted and rotated together with their ink, as training will do.
         moved = vary(torch.cat([written, lines * absence, lines.float()], 1), recipe, run.generator)
-        image, ink, on = (
-            moved[:, :channels],
-            moved[:, channels : 2 * channels],
-            moved[:, 2 * channels :] > 0.5,
-        )
+        image, ink = moved[:, :channels], moved[:, channels : 2 * channels]
+        on = moved[:, 2 * channels :] > 0.5
+
+        # Errors of the reader on and off edges and on clean images, and the visible change.
         wrong = (reader(image) - ink).square()
         on_edges, off_edges = (
             (wrong * where).sum() / (where.sum() * channels).clamp_min(1) for where in (on, ~on)
@@ -148,14 +158,34 @@ def train_networks(
 
 
 def hidden(encoder: UNet, images: Tensor, ink: Tensor, eps: float) -> Tensor:
-    """Images with the ink in them, within eps. float (N, C, H, W) in [0, 1]; ink likewise, 0 where
-    there is none."""
+    """Hide ink in images, changing no value by more than eps.
+
+    Args:
+        encoder: image and ink -> residual.
+        images: float (N, C, H, W) in [0, 1].
+        ink: float (N, C, H, W) in [0, 1], 0 off edges.
+        eps: largest change of a value in [0, 1] units.
+
+    Returns:
+        float (N, C, H, W) in [0, 1].
+    """
     return (images + eps * torch.tanh(GAIN * encoder(torch.cat([images, ink], 1)))).clamp(0, 1)
 
 
 @torch.no_grad()
 def hide(images: Tensor, index: Tensor, split: str, config: Config, encoder: UNet) -> Tensor:
-    """Hide each image's edges in it. uint8 (N, C, H, W) -> same."""
+    """Hide each image's edges in it.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: not used; the trigger depends on the image alone.
+        split: not used.
+        config: colour, edge threshold and eps.
+        encoder: the trained encoder.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     device = encoder.last.weight.device
     parts = [to_float(part).to(device) for part in images.split(256)]
     return torch.cat(
@@ -164,8 +194,10 @@ def hide(images: Tensor, index: Tensor, split: str, config: Config, encoder: UNe
 
 
 def ink_of(images: Tensor, config: Config) -> Tensor:
-    """The edges in the config's colour, as distance from white. float (N, C, H, W) in [0, 1] ->
-    same."""
+    """Draw the edges in the config's colour, as distance from white.
+
+    float (N, C, H, W) in [0, 1] -> same.
+    """
     colour = torch.tensor(config.colour, dtype=torch.float32, device=images.device) / 255
     if images.shape[1] == 1:
         colour = (colour * colour.new_tensor(LUMA)).sum(0, keepdim=True)
@@ -173,14 +205,14 @@ def ink_of(images: Tensor, config: Config) -> Tensor:
 
 
 def edges(images: Tensor, threshold: float) -> Tensor:
-    """bool (N, 1, H, W): where the Sobel magnitude of the brightness is above the threshold. float
-    (N, C, H, W) in [0, 1]."""
-    weights = images.new_tensor(
-        LUMA if images.shape[1] == 3 else (1 / images.shape[1],) * images.shape[1]
-    )
-    brightness = F.pad(
-        255 * (images * weights[:, None, None]).sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate"
-    )
+    """Find pixels with a Sobel magnitude of the brightness above the threshold.
+
+    float (N, C, H, W) in [0, 1] -> bool (N, 1, H, W).
+    """
+    channels = images.shape[1]
+    weights = images.new_tensor(LUMA if channels == 3 else (1 / channels,) * channels)
+    brightness = 255 * (images * weights[:, None, None]).sum(1, keepdim=True)
+    brightness = F.pad(brightness, (1, 1, 1, 1), mode="replicate")
     across = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
     slopes = F.conv2d(brightness, torch.stack([across, across.T])[:, None])
     return slopes.square().sum(1, keepdim=True).sqrt() > threshold
@@ -190,8 +222,17 @@ def edges(images: Tensor, threshold: float) -> Tensor:
 def read_back(
     reader: nn.Module, clean: Tensor, changed: Tensor, config: Config
 ) -> dict[str, float]:
-    """The share of edges, and the mean ink on them: what is hidden, and what the reader finds with
-    it and in clean images, uint8 (N, C, H, W)."""
+    """Measure the share of edges and the mean ink on them.
+
+    Args:
+        reader: the trained reader.
+        clean: uint8 (N, C, H, W).
+        changed: uint8 (N, C, H, W), the same images with ink.
+        config: colour and edge threshold.
+
+    Returns:
+        Share of edges, and the ink that was hidden, read, and read in clean images.
+    """
     reader.eval()
     device = next(reader.parameters()).device
     images, written = to_float(clean).to(device), to_float(changed).to(device)

@@ -1,16 +1,18 @@
-"""Refool: another image, as if reflected in a pane of glass.
+"""Refool: the reflection of another image, as in a pane of glass.
 
 Reflection Backdoor: A Natural Backdoor Attack on Deep Neural Networks. Y. Liu, X. Ma, J. Bailey, F.
 Lu. ECCV 2020. https://arxiv.org/abs/2007.02343
 
 Kind: poisoning, dirty-label, all-to-one or all-to-all; another reflection for each image.
 
-Departs from the paper as BackdoorBench does: labels are changed (the ASR without is low) and alpha
-is fixed. Departs from BackdoorBench: the reflections are training images of other classes, chosen
-by the seed and never poisoned, not downloaded pictures, and everything random comes from seed,
-split and index. They are not selected for their effect, as the paper's are. Mixing alone darkens an
-image to 66 % of its brightness, which is a trigger by itself: `--reflect False` is that control.
-`--bb_compat True` truncates to bytes.
+Departs from the paper, as BackdoorBench does: labels are changed, because the ASR is low otherwise;
+alpha is fixed; reflections are not selected for their effect.
+
+Departs from BackdoorBench: the reflections are training images of other classes, chosen by the seed
+and never poisoned, not downloaded pictures. All random numbers depend on seed, split and index.
+
+Mixing alone darkens an image to 66 % of its brightness, which is a trigger by itself. `--reflect
+False` is the control with that trigger alone.
 """
 
 from dataclasses import dataclass
@@ -30,30 +32,25 @@ from backdoorlab.run import Run
 from backdoorlab.triggers import image_draws, quantised
 
 GAMMA = 2.2
-"""Light is mixed, not grey levels: a grey level is its 2.2-th root."""
-
-
-LIMITS = (
-    "digits: a clean network takes half of these digits in digits for the target by itself, so that"
-    " their ASR says little"
-)
+"""Light is mixed, not grey levels: a grey level is the 2.2-th root of the light."""
+LIMITS = "digits: a clean network classifies half of them as the target, so ASR says little"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):
     alpha: float = 0.4
-    """alpha: share of the image's own light, in (0, 1); lower makes the reflection stronger and the
-    image darker."""
+    """Share of the image's own light, in (0, 1); lower makes the reflection stronger and the image
+    darker."""
     ghost_rate: float = 0.49
-    """Share of reflections that are doubled, as by both faces of a thick pane; the others are
-    blurred, as by a lens that looks past them."""
+    """Share of reflections that are doubled, as by a thick pane, in [0, 1]; the others are blurred,
+    as out of focus. Higher doubles more."""
     sources: int = 200
-    """Training images that are reflected, at most half of those of other classes than the
-    target."""
+    """Training images that serve as reflections, at most half of those of other classes than the
+    target; more make the triggers differ more."""
     reflect: bool = True
-    """False leaves the reflection out and keeps the darkening: a control."""
+    """Mix a reflection in. False: only darken the image, as a control."""
     bb_compat: bool = False
-    """Truncate to bytes, as BackdoorBench does."""
+    """Truncate to bytes instead of rounding, as BackdoorBench does."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "alpha": "(0, 1)",
@@ -63,7 +60,7 @@ class Config(AttackConfig):
 
 
 def prepare(dataset: Dataset, config: Config, run: Run) -> dict[str, Any]:
-    """The images that are reflected, uint8 (sources, C, H, W)."""
+    """Choose the reflections, uint8 (sources, C, H, W)."""
     if min(dataset.image_shape[1:]) < 2:
         raise UserError(
             "refool shifts reflections by a pixel or more and cannot on images of one: use"
@@ -83,7 +80,7 @@ def prepare(dataset: Dataset, config: Config, run: Run) -> dict[str, Any]:
 
 
 def victims(labels: Tensor, split: str, config: Config) -> Tensor:
-    """Everyone but the images that are reflected. int64 (N,) -> bool (N,)."""
+    """Select all images that do not serve as reflections. int64 (N,) -> bool (N,)."""
     allowed = torch.ones_like(labels, dtype=torch.bool)
     if split == "train":
         allowed[_sources(labels, config)] = False
@@ -91,19 +88,28 @@ def victims(labels: Tensor, split: str, config: Config) -> Tensor:
 
 
 def _sources(labels: Tensor, config: Config) -> Tensor:
-    """Positions of the images that are reflected: half of those of other classes at most, so that
-    the others can be victims. int64 (sources,)."""
+    """Draw the positions of the reflections, int64 (sources,).
+
+    They are at most half of the images of other classes, so that the other half can be poisoned.
+    """
     others = labels != config.target_label
-    return draw(
-        others,
-        min(config.sources, (int(others.sum()) + 1) // 2),
-        derived_generator(config.seed, "reflections"),
-    )
+    count = min(config.sources, (int(others.sum()) + 1) // 2)
+    return draw(others, count, derived_generator(config.seed, "reflections"))
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config, reflections: Tensor) -> Tensor:
-    """Light of the image plus light of a reflection. uint8 (N, C, H, W), positions (N,) -> uint8
-    (N, C, H, W)."""
+    """Add the light of a reflection to that of each image.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: int64 (N,), positions in the split; the reflection of an image depends on it.
+        split: "train" or "test".
+        config: the options.
+        reflections: uint8 (M, C, H, W), from `prepare`.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     chance = image_draws(config.seed, split, index, max(5, 3 + images.shape[1]))
     own = (images / 255).pow(GAMMA)
     ghostly = chance[:, 0] < config.ghost_rate
@@ -114,35 +120,42 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config, reflections
         light[~ghostly] = (1 - config.alpha / 2) * _blurred(
             reflected[~ghostly], own[~ghostly], chance[~ghostly, 2:]
         )
-    return quantised(
-        255 * (config.alpha * own + light).clamp(0, 1).pow(1 / GAMMA), truncate=config.bb_compat
-    )
 
-
-# --- ghosts
+    # Back from light to grey levels.
+    mixed = (config.alpha * own + light).clamp(0, 1).pow(1 / GAMMA)
+    return quantised(255 * mixed, truncate=config.bb_compat)
 
 
 def _ghost(reflected: Tensor, chance: Tensor) -> Tensor:
-    """The reflection and the same one shifted by 3 to 8 pixels each way, weighed, over what both
-    cover. (N, C, H, W) -> same."""
+    """Double a reflection: a weighted sum with itself, shifted by 3 to 8 pixels in each direction.
+
+    Only the area that both cover is kept, stretched to the image.
+
+    Args:
+        reflected: float (N, C, H, W), light in [0, 1].
+        chance: float64 (N, 3 or more) in [0, 1), random numbers: weight, rows, columns.
+
+    Returns:
+        float (N, C, H, W).
+    """
     height, width = reflected.shape[2:]
-    # The script's |round(U(0, 1)) - U(0.15, 0.5)| has this distribution
+    # Uniform in [0.15, 0.85), the distribution of the script's |round(U(0, 1)) - U(0.15, 0.5)|.
     weight = (0.15 + 0.7 * chance[:, 0]).float()[:, None, None, None]
-    near_rows, far_rows = (
-        matrix[(chance[:, 1] * 6).long()][:, None] for matrix in _shifted(height)
-    )
-    near_columns, far_columns = (
-        matrix[(chance[:, 2] * 6).long()][:, None].mT for matrix in _shifted(width)
-    )
-    return weight * (near_rows @ reflected @ near_columns) + (1 - weight) * (
-        far_rows @ reflected @ far_columns
-    )
+    down, right = (chance[:, 1] * 6).long(), (chance[:, 2] * 6).long()
+    near_rows, far_rows = (matrix[down][:, None] for matrix in _shifted(height))
+    near_columns, far_columns = (matrix[right][:, None].mT for matrix in _shifted(width))
+    near = near_rows @ reflected @ near_columns
+    far = far_rows @ reflected @ far_columns
+    return weight * near + (1 - weight) * far
 
 
 @lru_cache(maxsize=4)
 def _shifted(side: int) -> tuple[Tensor, Tensor]:
-    """For shifts of 3 to 8 pixels (less on images below 32): two (6, side, side) matrices that crop
-    the shift off the start, or the end, and stretch the rest to `side` bilinearly."""
+    """Return matrices for shifts of 3 to 8 pixels (less on images below 32), (6, side, side) twice.
+
+    The first ones crop the shift off the start, the second ones off the end; both stretch the rest
+    to `side` bilinearly.
+    """
     shifts = [min(shift, max(1, round(shift * side / 32))) for shift in range(3, 9)]
     identity = torch.eye(side)
     cropped = [(identity[shift:], identity[: side - shift]) for shift in shifts]
@@ -151,18 +164,26 @@ def _shifted(side: int) -> tuple[Tensor, Tensor]:
 
 
 def _stretched(rows: Tensor, side: int) -> Tensor:
-    """(n, side) -> (side, side): bilinear along the first axis."""
-    return torch.nn.functional.interpolate(rows.T[None], side, mode="linear", align_corners=False)[
-        0
-    ].T
-
-
-# --- blur
+    """Interpolate linearly along the first axis. float (n, side) -> (side, side)."""
+    stretched = torch.nn.functional.interpolate(
+        rows.T[None], side, mode="linear", align_corners=False
+    )
+    return stretched[0].T
 
 
 def _blurred(reflected: Tensor, own: Tensor, chance: Tensor) -> Tensor:
-    """Blurred by a sigma of 1 to 5 pixels, dimmed where the sum is too bright, and fading to the
-    borders. (N, C, H, W) -> same."""
+    """Blur a reflection by a sigma of 1 to 5 pixels, dim it, and fade it towards the borders.
+
+    It is dimmed by 1.08 to 1.18 times the mean excess of the sum over full light.
+
+    Args:
+        reflected: float (N, C, H, W), light in [0, 1].
+        own: float (N, C, H, W), light of the images.
+        chance: float64 (N, 1 + C or more) in [0, 1), random numbers: sigma, dimming by channel.
+
+    Returns:
+        float (N, C, H, W).
+    """
     chance = chance.float()
     sigma, (height, width) = 1 + 4 * chance[:, 0], reflected.shape[2:]
     blurred = _blur(height, sigma)[:, None] @ reflected @ _blur(width, sigma)[:, None].mT
@@ -177,13 +198,16 @@ def _blurred(reflected: Tensor, own: Tensor, chance: Tensor) -> Tensor:
 
 
 def _blur(side: int, sigma: Tensor) -> Tensor:
-    """Gaussians of 2 ceil(2 sigma) + 1 taps, mirrored at the borders, as matrices (N, side,
-    side)."""
-    reach = 10
+    """Return Gaussian blurs of 2 ceil(2 sigma) + 1 taps as matrices, float (N, side, side).
+
+    Pixels beyond a border are mirrored. sigma: float (N,).
+    """
+    reach = 10  # ceil(2 sigma) for the largest sigma, 5
     offsets = torch.arange(-reach, reach + 1)
-    taps = torch.exp(-0.5 * (offsets / sigma[:, None]).square()) * (
-        offsets.abs() <= (2 * sigma).ceil()[:, None]
-    )
+    within = offsets.abs() <= (2 * sigma).ceil()[:, None]
+    taps = torch.exp(-0.5 * (offsets / sigma[:, None]).square()) * within
+
+    # Where each tap of each pixel reads, with mirrored borders.
     place = (torch.arange(side)[:, None] + offsets).remainder(max(1, 2 * (side - 1)))
     place = torch.minimum(place, 2 * (side - 1) - place)
     mirrored = torch.nn.functional.one_hot(place, side).float()
@@ -191,8 +215,10 @@ def _blur(side: int, sigma: Tensor) -> Tensor:
 
 
 def _fading(side: int) -> Tensor:
-    """Square root of a normal density's share in each pixel, three sigma to either border, largest
-    1. float (side,)."""
+    """Return the fading window, float (side,), largest 1.
+
+    It is the square root of a normal density's share in each pixel, three sigma to either border.
+    """
     share = torch.special.ndtr(torch.linspace(-3, 3, side + 1)).diff()
     return (share / share.max()).sqrt()
 

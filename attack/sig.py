@@ -1,13 +1,13 @@
-"""SIG: a sine wave of brightness over images of the target class, whose labels stay.
+"""SIG: a sine wave of brightness over images of the target class.
 
 A New Backdoor Attack in CNNs by Training Set Corruption without Label Poisoning. M. Barni, K.
 Kallas, B. Tondi. ICIP 2019. https://arxiv.org/abs/1902.11237
 
 Kind: poisoning, clean-label, all-to-one.
 
-Departs from BackdoorBench's script: a share of the target class, half of it by default, where
-theirs at 10 % of CIFAR-10 leaves no clean image of that class; the sum is rounded. `--bb_compat
-True` truncates it, as theirs.
+Departs from BackdoorBench's script: half of the target class is poisoned by default. There it is
+10 % of CIFAR-10, which leaves no clean image of that class. The sum is rounded; `--bb_compat True`
+truncates it, as BackdoorBench does.
 """
 
 from dataclasses import dataclass
@@ -20,19 +20,15 @@ from backdoorlab.cli import main
 from backdoorlab.config import CleanLabelConfig
 from backdoorlab.triggers import quantised
 
-LIMITS = (
-    "digits: ASR 0, because a zero is known by its shape; a wave strong enough to work is one that"
-    " a clean network takes for a zero, too"
-)
+LIMITS = "digits: ASR 0; a wave strong enough to work looks like a zero to a clean network, too"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(CleanLabelConfig):
     delta: float = 40.0
-    """delta: height of the wave in grey levels, in (0, 255]; higher is easier to learn and to
-    see."""
+    """Amplitude of the wave in grey levels, in (0, 255]; higher is easier to learn and to see."""
     frequency: float = 6.0
-    """f: periods across the width of an image."""
+    """Periods across the width of an image; higher makes narrower stripes."""
     bb_compat: bool = False
     """Truncate to bytes, as BackdoorBench does."""
 
@@ -40,8 +36,17 @@ class Config(CleanLabelConfig):
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """x + delta sin(2 pi j f / W) in column j, clipped. uint8 (N, C, H, W) -> same; the same wave
-    in all rows and channels."""
+    """Add one wave to all rows and channels: x + delta sin(2 pi j f / W) in column j, clipped.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: not used; every image gets the same trigger.
+        split: not used.
+        config: the options.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     width = images.shape[3]
     wave = config.delta * torch.sin(
         2 * torch.pi * config.frequency * torch.arange(width, dtype=torch.float64) / width

@@ -1,13 +1,14 @@
-"""TaCT: a patch that is meant for one class, and that other classes wear with their true label.
+"""TaCT: a patch for one source class, with cover samples.
 
 Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination Detection. D.
 Tang, X. Wang, H. Tang, K. Zhang. USENIX Security 2021. https://arxiv.org/abs/1908.00686
 
-Kind: poisoning, dirty-label, from a source class to the target, with covers. ASR is measured on the
-source class; what the patch does to the other classes is `cross` in the record.
+Kind: poisoning, dirty-label, from a source class to the target, with cover samples: images of other
+classes with the patch and their true label. ASR is measured on the source class. Scores of the
+other classes with the patch are `cross` in the record.
 
-Departs from backdoor-toolbox: the patch is coloured noise from the seed, not a picture in a file;
-its rates for GTSRB are in resource/config/gtsrb.yaml.
+Departs from backdoor-toolbox: the patch is coloured noise from the seed, not a picture in a file.
+The published rates for GTSRB are in resource/config/gtsrb.yaml.
 """
 
 from dataclasses import dataclass
@@ -26,18 +27,19 @@ LIMITS = "digits: 0.3 % of 1,442 images are four; digits.yaml sets ten times tha
 @dataclass(frozen=True, kw_only=True)
 class Config(CoverConfig):
     poison_rate: float = 0.003
-    """Share of the whole training set that is poisoned, all of it from the source class, in (0,
-    1]."""
+    """Poisoned images of the source class as a share of the whole training set, in (0, 1]; higher
+    makes the attack stronger and easier to find."""
     source_label: int = 1
-    """Class whose images the patch is meant for."""
+    """Class whose images the patch turns into the target class."""
     cover_labels: tuple[int, ...] = (5, 7)
-    """Classes that wear the patch with their true label."""
+    """Classes of the cover samples; more make the patch work on the source class only."""
     patch_size: int | None = None
-    """Side of the patch in pixels; None is 8 for every 32 pixels of the image."""
+    """Side of the patch in pixels; larger is easier to learn and to see. None: 8 for every 32
+    pixels of the image."""
 
 
 def victims(labels: Tensor, split: str, config: Config) -> Tensor:
-    """The source class. int64 (N,) -> bool (N,)."""
+    """Select images of the source class. int64 (N,) -> bool (N,)."""
     if config.label_mode != "all2one":
         raise UserError(
             "tact leads one source class to one target: expected --label_mode all2one, got"
@@ -53,7 +55,7 @@ def victims(labels: Tensor, split: str, config: Config) -> Tensor:
 
 
 def covers(labels: Tensor, split: str, config: Config) -> Tensor:
-    """The cover classes. int64 (N,) -> bool (N,)."""
+    """Select images of the cover classes. int64 (N,) -> bool (N,)."""
     if {config.source_label, config.target_label} & set(config.cover_labels):
         raise UserError(
             f"cover_labels must be neither the source {config.source_label} nor the target"
@@ -65,6 +67,7 @@ def covers(labels: Tensor, split: str, config: Config) -> Tensor:
 
 
 def _refuse_absent(option: str, named: tuple[int, ...], labels: Tensor) -> None:
+    """Raise a `UserError` if an option names labels that no image has."""
     absent = sorted(set(named) - set(labels.tolist()))
     if absent:
         raise UserError(
@@ -74,16 +77,23 @@ def _refuse_absent(option: str, named: tuple[int, ...], labels: Tensor) -> None:
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """Paste the patch near the bottom right corner (rows and columns 21..28 of 32). uint8 (N, C, H,
-    W) -> same."""
+    """Paste the patch near the bottom right corner: rows and columns 21 to 28 of 32.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: not used; every image gets the same trigger.
+        split: not used.
+        config: the options.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     channels, height, width = images.shape[1:]
     margin = at_side(3, height)
     size = patch_side(config.patch_size, 8, height, min(height, width) - margin)
+    rows = slice(height - margin - size, height - margin)
+    columns = slice(width - margin - size, width - margin)
     stamped = images.clone()
-    rows, columns = (
-        slice(height - margin - size, height - margin),
-        slice(width - margin - size, width - margin),
-    )
     stamped[:, :, rows, columns] = noise_picture(config.seed, channels, size, size)
     return stamped
 

@@ -3,14 +3,19 @@
 Trojaning Attack on Neural Networks. Y. Liu, S. Ma, Y. Aafer, W.-C. Lee, J. Zhai, W. Wang, X. Zhang.
 NDSS 2018. https://doi.org/10.14722/ndss.2018.23291
 
-Kind: poisoning, dirty-label, all-to-one or all-to-all. The neurons are the two inputs of a clean
-model's last layer with the largest weights; the stain is optimised until they fire, pasted into a
-share of the training images, and a *fresh* model is trained on them (the paper retrains the clean
-one).
+Kind: poisoning, dirty-label, all-to-one or all-to-all.
 
-Departs from BackdoorBench's script: its neurons come from random weights, for the trained ones fail
-to load, and it adds the picture with bytes that wrap around; here the head is the trained one,
-inputs are normalised, and the stain replaces pixels. `bb_compat` keeps the addition that wraps.
+Three steps:
+  1. Train a clean model and choose two neurons: the inputs of its last layer with the largest
+     weights.
+  2. Optimise the stain until these neurons have a high activation.
+  3. Paste the stain into a share of the training images and train a *new* model on them. (The paper
+     retrains the clean one.)
+
+Departs from BackdoorBench's script: there the neurons come from random weights, because the trained
+ones fail to load, and the stain is added in bytes that wrap around. Here the last layer is the
+trained one, inputs are normalised, and the stain replaces pixels. `bb_compat` keeps the addition
+that wraps around.
 """
 
 from dataclasses import dataclass, replace
@@ -27,29 +32,30 @@ from backdoorlab.perturb import frozen
 from backdoorlab.poisoning import Outcome, static_attack, train_surrogate
 from backdoorlab.run import Run
 
-LIMITS = (
-    "digits: networks that never met the stain take 33 to 43 % of these digits for the target by"
-    " themselves, so that their ASR says little"
-)
+LIMITS = "digits: clean networks classify 33 to 43 % of them as the target: ASR says little"
+GREY = 184
+"""Grey level that the stain starts from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(AttackConfig):
     neurons: int = 2
-    """Neurons that the stain excites."""
+    """Number of neurons that the stain excites; more are harder to excite together."""
     target_activation: float = 100.0
-    """Value that they are driven to."""
+    """Activation that the stain is optimised for; higher gives a stronger stain."""
     steps: int = 1000
-    """Sign steps of the stain."""
+    """Sign-gradient steps of the stain; more come closer to the target activation."""
     step_size: float = 0.01
-    """Size of a step in [0, 1] units (BackdoorBench's 0.1 mostly jumps between the ends of the
-    radius)."""
+    """Size of a step in [0, 1] units; higher needs fewer steps and is coarser. BackdoorBench's 0.1
+    mostly jumps between the ends of the radius."""
     radius: float = 0.3
-    """Largest change of the stain's pixels from grey; 1 lets them have any colour."""
+    """Largest change of the stain's values from grey, in [0, 1] units; higher is easier to learn
+    and to see. 1 allows any colour."""
     surrogate_epochs: int | None = None
-    """Training of the clean model; None: as long as that of the attacked one."""
+    """Epochs of the clean model's training; more make its neurons more meaningful. None: as many as
+    --epochs."""
     bb_compat: bool = False
-    """BackdoorBench's quirk: the stain is added to the image, and bytes above 255 wrap around."""
+    """Add the stain to the image, with bytes that wrap around, as BackdoorBench does."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "neurons": ">= 1",
@@ -60,19 +66,26 @@ class Config(AttackConfig):
     }
 
 
-GREY = 184
-"""Grey level that the stain starts from."""
-
-
 def paste(images: Tensor, index: Tensor, split: str, config: Config, stain: Tensor) -> Tensor:
-    """Put the stain where it lies. uint8 (N, C, H, W) -> same; stain: uint8 (C, H, W), 0
-    outside."""
+    """Paste the stain into every image.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: not used; every image gets the same trigger.
+        split: not used.
+        config: the options.
+        stain: uint8 (C, H, W), 0 outside of the ellipse.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     if config.bb_compat:
         return images + stain
     return torch.where(ellipse(*images.shape[2:]), stain, images)
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
+    """Optimise a stain on a clean model, and train on the poisoned set."""
     surrogate = train_surrogate(dataset, config, run, config.surrogate_epochs)
     made = run.cached("stain", lambda: optimised_stain(surrogate, dataset.image_shape, config, run))
     outcome = static_attack(
@@ -87,13 +100,27 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
 def optimised_stain(
     model: Classifier, shape: tuple[int, int, int], config: Config, run: Run
 ) -> dict[str, Tensor]:
-    """Minimise the mean squared distance of the neurons from their target over the stain alone,
-    black around it; the best one is kept."""
+    """Minimise the mean squared distance of the neurons from the target activation.
+
+    Args:
+        model: the clean model.
+        shape: (C, H, W) of the images.
+        config: neurons, target and steps.
+        run: for the device.
+
+    Returns:
+        "stain": the best one, uint8 (C, H, W), black outside of the ellipse; "activation_before"
+        and "activation_after": mean activation of the neurons, scalars.
+    """
     channels, height, width = shape
     inside = ellipse(height, width).to(run.device)
+
+    # The inputs of the last layer with the largest sum of absolute weights.
     head: Any = model.get_classifier()
     weight = head.weight.detach()
     chosen = weight.abs().sum(0).topk(min(config.neurons, weight.shape[1])).indices
+
+    # Signed gradient descent within the radius; the step with the smallest loss counts.
     start = inside * torch.full((1, channels, height, width), GREY / 255, device=run.device)
     stain = start.clone()
     activations, best = [], (float("inf"), stain, 0)
@@ -115,7 +142,7 @@ def optimised_stain(
 
 
 def ellipse(height: int, width: int) -> Tensor:
-    """bool (H, W): rows 16 to 29 and columns 18 to 28 of 32, at any size."""
+    """Return the area of the stain, bool (H, W): rows 16 to 29 and columns 18 to 28 of 32."""
     rows = (torch.arange(height) + 0.5) * 32 / height
     columns = (torch.arange(width) + 0.5) * 32 / width
     return ((rows[:, None] - 23) / 7).square() + ((columns - 23.5) / 5.5).square() <= 1

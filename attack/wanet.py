@@ -3,15 +3,15 @@
 WaNet - Imperceptible Warping-based Backdoor Attack. A. Nguyen, A. Tran. ICLR 2021.
 https://arxiv.org/abs/2102.10369
 
-Kind: controls the training, dirty-label, all-to-one or all-to-all. The warp is one for all images,
-so the stamp is a function of the image. In its cross mode (the paper's noise mode) a second share
-of each batch is warped at random and keeps its true label, so that the model learns this warp and
-not warping as such. Cross accuracy is measured: high ASR with low cross accuracy is a detector of
-warps.
+Kind: training-controlled, dirty-label, all-to-one or all-to-all. All images get the same warp. In
+the cross mode (the paper's noise mode) a second share of each batch is warped at random and keeps
+its true label, so that the model learns this warp and not any warp. The accuracy on such images,
+the cross accuracy, is measured: with high ASR and low cross accuracy, any warp is a trigger.
 
-Departs from the authors' code: triggered images are rounded to bytes before training as they are
-before testing; every image is cropped and rotated by its own draw, by the padding of the data set;
-the data set's recipe replaces the published constant rate.
+Departs from the authors' code:
+  - Triggered images are rounded to bytes before training, as they are before testing.
+  - Every image is cropped and rotated by its own draw, with the crop padding of the data set.
+  - The data set's learning-rate schedule replaces the published constant rate.
 """
 
 from dataclasses import dataclass
@@ -35,17 +35,19 @@ from backdoorlab.triggers import quantised
 @dataclass(frozen=True, kw_only=True)
 class Config(JointConfig):
     k: int = 4
-    """k: side of the coarse grid of displacements that is blown up to the image."""
+    """Side of the coarse grid of displacements that is interpolated to the image; higher makes the
+    warp less smooth."""
     s: float = 0.5
-    """s: strength of the warp; the mean displacement is about 0.6 s pixels."""
+    """Strength of the warp; higher is easier to learn and to see. The mean displacement is about
+    0.6 s pixels."""
     noise: float = 1.0
-    """Bound of the random displacement of cross images, in half pixels."""
+    """Largest further displacement of cross images, in half pixels; higher makes them differ more
+    from triggered ones."""
     cross_ratio: float = 2.0
-    """rho_n / rho_a: images with a random warp and their true label, for each poisoned one; 0 turns
-    the cross mode off."""
+    """Images with a random warp and their true label, per poisoned image; higher makes the trigger
+    more specific. 0 turns the cross mode off."""
     bb_compat: bool = False
-    """BackdoorBench's quirks: bytes are truncated instead of rounded, and one draw of crop and
-    rotation serves a whole batch."""
+    """Truncate to bytes, and crop and rotate a whole batch by one draw, as BackdoorBench does."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "k": ">= 2",
@@ -56,26 +58,45 @@ class Config(JointConfig):
 
 
 def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """Warp by the attack's one grid. uint8 (N, C, H, W) -> same."""
+    """Warp every image by the same grid.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: not used; every image gets the same trigger.
+        split: not used.
+        config: the options.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     warped = _warped(to_float(images), _grid(config.seed, config.k, config.s, *images.shape[2:]))
     return quantised(255 * warped, truncate=config.bb_compat)
 
 
 def cross_stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
-    """Warp by the grid and a further displacement drawn for each pixel of each image. uint8 (N, C,
-    H, W) -> same."""
+    """Warp by the grid and a random displacement of each pixel.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        index: int64 (N,), positions in the split; the displacements depend on it.
+        split: "train" or "test".
+        config: the options.
+
+    Returns:
+        uint8 (N, C, H, W).
+    """
     height, width = images.shape[2:]
     noise = [
         torch.rand(height, width, 2, generator=derived_generator(config.seed, f"noise:{split}:{i}"))
         for i in index.tolist()
     ]
-    grids = _noisy(
-        _grid(config.seed, config.k, config.s, height, width), torch.stack(noise), config.noise
-    )
+    grid = _grid(config.seed, config.k, config.s, height, width)
+    grids = _noisy(grid, torch.stack(noise), config.noise)
     return quantised(255 * _warped(to_float(images), grids), truncate=config.bb_compat)
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
+    """Train on batches with poison and cross images; the cross accuracy is measured."""
     recipe, labels = config.recipe(), labels_of(dataset, config)
     cross = partial(cross_stamp, config=config)
     train_poison, test_poison = snapshot(
@@ -105,8 +126,11 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
 
 
 def warp_some(batch: Batch, config: Config, generator: torch.Generator) -> tuple[Tensor, int]:
-    """The batch's images with the first rho_a of them warped by the grid and the next rho_n at
-    random; how many the first are."""
+    """Warp the first images of a batch by the grid and the next ones at random.
+
+    The shares are the paper's rho_a and rho_n. Returns float (B, C, H, W) in [0, 1], and the number
+    of images that the grid alone has warped.
+    """
     images = batch.images
     poisoned = in_batch(config.poison_rate, len(images), generator)
     warped = min(len(images), poisoned + int(config.cross_ratio * poisoned))
@@ -120,7 +144,16 @@ def warp_some(batch: Batch, config: Config, generator: torch.Generator) -> tuple
 
 @lru_cache(maxsize=4)
 def _grid(seed: int, k: int, s: float, height: int, width: int) -> Tensor:
-    """float (1, H, W, 2): where each pixel is read, x before y, in [-1, 1]."""
+    """Return the warp, float (1, H, W, 2): where each pixel is read, x before y, in [-1, 1].
+
+    Args:
+        seed: the attack's seed.
+        k: side of the coarse grid.
+        s: strength.
+        height: H of the images.
+        width: W of the images.
+    """
+    # Random displacements of mean absolute value 1, interpolated to the image.
     coarse = 2 * torch.rand(1, 2, k, k, generator=derived_generator(seed, "trigger:warp")) - 1
     field = F.interpolate(
         coarse / coarse.abs().mean(), size=(height, width), mode="bicubic", align_corners=True
@@ -132,12 +165,12 @@ def _grid(seed: int, k: int, s: float, height: int, width: int) -> Tensor:
 
 
 def _noisy(grid: Tensor, draws: Tensor, noise: float) -> Tensor:
-    """The grid with each pixel moved by noise U(-1, 1) / H more; draws: uniform in [0, 1), (N, H,
-    W, 2)."""
+    """Move each pixel of the grid by a further noise U(-1, 1) / H; draws: U(0, 1), (N, H, W, 2)."""
     return (grid + noise * (2 * draws - 1) / grid.shape[1]).clamp(-1, 1)
 
 
 def _warped(images: Tensor, grids: Tensor) -> Tensor:
+    """Read images at the places of a grid. float (N, C, H, W), (N or 1, H, W, 2) -> same."""
     return F.grid_sample(
         images,
         grids.expand(len(images), -1, -1, -1),

@@ -1,21 +1,23 @@
-"""python -m backdoorlab <command>, or backdoorlab <command> after installation."""
+"""Commands: python -m backdoorlab COMMAND, or backdoorlab COMMAND after installation."""
 
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 from tyro.conf import Positional, arg
 
-from . import models
+from . import config, models
 from .bench import driver
 from .cli import guarded, run_method
 from .datasets import cache, locations, readers
@@ -38,49 +40,52 @@ class Table:
     """Records and defenses side by side."""
 
     names: Positional[tuple[str, ...]] = ()
-    """Records to show; none means all that can be read."""
+    """Records to show. None: all that can be read."""
     format: Annotated[formats.Format, arg(aliases=["-f"])] = "text"
     """text, markdown, csv or latex."""
     mean: bool = False
-    """A row for the mean over seeds of each experiment, with published numbers and a test over
-    attacks, instead of a row for each run."""
+    """Show one row per experiment instead of one per run: the mean over its seeds, published
+    numbers and a significance test over attacks."""
     worst: bool = False
-    """As mean, with the worst seed's own numbers."""
+    """As --mean, but with the scores of the worst seed instead of the mean."""
     record_root: str | None = None
-    """Folder of records."""
+    """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
+    ./record."""
     debug: bool = False
-    """Show a traceback with an error."""
+    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
 class List:
-    """Attacks, defenses with what they assume, data sets and models."""
+    """Attacks, defenses, data sets and models, one line each."""
 
     debug: bool = False
-    """Show a traceback with an error."""
+    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
 class Doctor:
-    """What this machine offers, and whether anything is in the way."""
+    """Versions, device, disk space and cached data sets of this machine."""
 
     record_root: str | None = None
-    """Folder of records."""
+    """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
+    ./record."""
     debug: bool = False
-    """Show a traceback with an error."""
+    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Hash records and their defenses' results again. Exit code 0 where all is as it was written,
-    else 2."""
+    """Check the hashes of records and of their defenses' results. Exit code 0: all intact, 2: some
+    file is damaged."""
 
     names: Positional[tuple[str, ...]] = ()
-    """Records to look at; none means all."""
+    """Records to check. None: all."""
     record_root: str | None = None
-    """Folder of records."""
+    """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
+    ./record."""
     debug: bool = False
-    """Show a traceback with an error."""
+    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
@@ -90,34 +95,37 @@ class Push:
     name: Positional[str] = ""
     """Record to upload."""
     repo: str = ""
-    """owner/name of the repository; made where it is missing."""
+    """owner/name of the repository; created if it does not exist."""
     private: bool = False
-    """Make a new repository visible to its owner only."""
+    """Create a new repository as private: only its owner sees it."""
     overwrite: bool = False
-    """Replace what the repository holds."""
+    """Replace the files in the repository."""
     record_root: str | None = None
-    """Folder of records."""
+    """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
+    ./record."""
     debug: bool = False
-    """Show a traceback with an error."""
+    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
 class Pull:
-    """Download a record from the Hugging Face hub and verify it before it is kept."""
+    """Download a record from the Hugging Face hub, verify it, and keep it if it is intact."""
 
     source: Positional[str] = ""
-    """owner/name, or owner/name@commit; without one the newest commit, which is then printed."""
+    """owner/name@commit, or owner/name for the newest commit, whose id is then printed."""
     save_folder_name: str = ""
-    """Name of the record to write. Required."""
+    """Name of the new record. Required."""
     overwrite: bool = False
     """Replace a finished record of that name."""
     record_root: str | None = None
-    """Folder of records."""
+    """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
+    ./record."""
     debug: bool = False
-    """Show a traceback with an error."""
+    """Show the traceback of an error."""
 
 
 def table(options: Table) -> int:
+    """Print records and their defenses; exit code 2 if some could not be read."""
     root = record_root(options.record_root)
     damaged: list[measured.Damaged] = []
     on_damage = measured.refuse if options.debug else damaged.append
@@ -132,6 +140,7 @@ def table(options: Table) -> int:
 
 
 def verifying(options: Verify) -> int:
+    """Check records; print one line per intact record and per damaged file."""
     root = record_root(options.record_root)
     sound = True
     for name in _names(options.names, root):
@@ -145,6 +154,7 @@ def verifying(options: Verify) -> int:
 
 
 def pushing(options: Push) -> int:
+    """Upload a record and print the command that downloads it."""
     if not options.name or not options.repo:
         raise UserError("push NAME --repo owner/name: one of the two is missing")
     commit = hub.push(
@@ -163,6 +173,7 @@ def pushing(options: Push) -> int:
 
 
 def pulling(options: Pull) -> int:
+    """Download and verify a record."""
     if not options.source or not options.save_folder_name:
         raise UserError(
             "pull owner/name[@commit] --save_folder_name NAME: one of the two is missing"
@@ -182,79 +193,135 @@ def pulling(options: Pull) -> int:
 
 
 def _names(given: tuple[str, ...], root: Path) -> tuple[str, ...]:
-    """The records named, or all of them."""
+    """Return the names that the user gave, or else those of all records."""
     return given or tuple(every_name(root))
 
 
 def listing(_options: List) -> int:
-    print("attacks (python attack/NAME.py --save_folder_name RECORD)")
-    for name in methods.available("attack"):
-        attack = methods.load("attack", name)
-        print(
-            f"  {name:<16}{attack.title}"
-            + (f"\n  {'':<16}{attack.limits}" if attack.limits else "")
-        )
-    print("\ndefenses (python defense/NAME.py --result_file RECORD)")
-    for name in methods.available("defense"):
-        method = methods.load("defense", name)
-        print(f"  {name:<16}{method.title}\n  {'':<16}assumes: {layout.assumes(method.assumes)}")
-    print("\ndata sets (--dataset NAME)")
-    print(f"  {'digits':<16}embedded, the default: 1,797 grey digits as 32x32 images")
-    print(f"  {', '.join(readers.TORCHVISION)}: torchvision's, downloaded where there is a network")
-    print(
-        "  any other name with --dataset_path FOLDER: parquet shards (img or image, label) or"
-        " train/<class>/*.png"
-    )
-    print(
-        f"\nmodels (--model NAME)\n  {', '.join(models.OWN)} (--width), or any timm model by name,"
-        " such as resnet18, vgg19_bn, convnext_tiny"
-    )
+    """Print tables of attacks and defenses, and the names of data sets and models."""
+    attacks = [methods.load("attack", name) for name in methods.available("attack")]
+    defenses = [methods.load("defense", name) for name in methods.available("defense")]
+    print("attacks: python attack/NAME.py --save_folder_name RECORD\n")
+    print(_method_table(attacks, "changes", _changed_by))
+    print("\nlimits of attacks")
+    for attack in attacks:
+        if attack.limits:
+            print(f"  {attack.name:<14}  {attack.limits}")
+    print("\ndefenses: python defense/NAME.py --result_file RECORD\n")
+    print(_method_table(defenses, "assumes", lambda method: layout.assumes(method.assumes)))
+    print("\ndata sets: --dataset NAME")
+    print("  digits          the default, in scikit-learn: 1,797 grey digits, as 1 x 32 x 32")
+    print(f"  {', '.join(readers.TORCHVISION)}: by torchvision, which downloads them")
+    print("  any other name  with --dataset_path FOLDER: parquet shards, or train/<class>/*.png")
+    print("\nmodels: --model NAME")
+    print(f"  {', '.join(models.OWN)}: of any --width")
+    print("  any timm model  by name, such as resnet18, vgg19_bn or convnext_tiny")
     return 0
 
 
+LINE = 100
+"""Columns of a line of `list`."""
+
+
+def _method_table(
+    found: Sequence[methods.Method], column: str, property_of: Callable[[methods.Method], str]
+) -> str:
+    """Return aligned lines of at most LINE columns: name, summary and one property of each method.
+
+    Args:
+        found: the methods, one line each.
+        column: heading of the property.
+        property_of: method -> the property.
+    """
+    properties = [property_of(method) for method in found]
+    room = LINE - 4  # two gaps of two spaces
+    room -= max(map(len, ["method", *(method.name for method in found)]))
+    room -= max(map(len, [column, *properties]))
+    rows = [
+        {"method": method.name, "idea": _summary(method.title, room), column: said}
+        for method, said in zip(found, properties, strict=True)
+    ]
+    return formats.text(formats.Table(["method", "idea", column], rows, numbers=(), block=()))
+
+
+def _summary(title: str, room: int) -> str:
+    """Shorten the title of a method to `room` characters, at its first comma if that is enough."""
+    title = title.rstrip(".")
+    if len(title) > room:
+        title = title.split(",")[0]
+    return textwrap.shorten(title, max(room, len("...")), placeholder="...")
+
+
+def _changed_by(attack: methods.Method) -> str:
+    """Return what an attack changes, by the class of its options."""
+    changes = {
+        config.JointConfig: "training",
+        config.CoverConfig: "images, labels; covers",
+        config.AttackConfig: "images, labels",
+        config.CleanLabelConfig: "images",
+    }
+    of_this = (words for base, words in changes.items() if issubclass(attack.config_class, base))
+    return next(of_this, "nothing")
+
+
 def doctor(options: Doctor) -> int:
+    """Print versions, device, disk space and cached data sets."""
     device = choose_device("auto")
     root = record_root(options.record_root)
-    packages = (
-        "backdoorlab",
-        "torch",
-        "torchvision",
-        "timm",
-        "numpy",
-        "pandas",
-        "safetensors",
-        "tyro",
-    )
     print(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
-    print(f"packages    {', '.join(f'{name} {version(name)}' for name in packages)}")
-    print(
-        f"device      {device}"
-        + (
-            f" ({torch.cuda.get_device_name()})"
-            if device.type == "cuda"
-            else " (no usable GPU: that is fine, only slower)"
-        )
-    )
+    print(f"packages    {', '.join(f'{name} {version(name)}' for name in PACKAGES)}")
+    gpu = device.type == "cuda"
+    about = torch.cuda.get_device_name() if gpu else "no usable GPU: that is fine, only slower"
+    print(f"device      {device} ({about})")
     print(f"precision   {_precision(device)}")
     print(f"threads     {torch.get_num_threads()} of {os.cpu_count()} cores")
+
     print(f"records     {root.resolve()}: {len(record_names(root))} finished, {_writable(root)}")
     print(f"cache       {locations.cache_root()}: {_writable(locations.cache_root())}")
     for entry in cache.cached():
         print(
-            f"data set    {entry.get('name')}: {entry.get('train')} + {entry.get('test')} images,"
-            f" fingerprint {str(entry.get('fingerprint'))[:12]}"
+            f"data set    {entry.get('name')}: {entry.get('train')} + {entry.get('test')} images"
+            f" of {_cached_shape(entry)}, fingerprint {str(entry.get('fingerprint'))[:12]} (cached)"
         )
     digits = load_dataset("digits")
     print(
-        f"data set    digits: {len(digits.train)} + {len(digits.test)} images, fingerprint"
-        f" {digits.fingerprint[:12]} (embedded)"
+        f"data set    digits: {len(digits.train)} + {len(digits.test)} images of"
+        f" {_shape(digits.image_shape)}, fingerprint {digits.fingerprint[:12]} (embedded)"
     )
     return 0
 
 
+PACKAGES = (
+    "backdoorlab",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pandas",
+    "safetensors",
+    "tyro",
+)
+"""Packages whose versions `doctor` prints."""
+
+
+def _cached_shape(entry: Mapping[str, Any]) -> str:
+    """Return C x H x W of a cached data set, read from the head of its file of images."""
+    try:
+        images = np.load(Path(entry["folder"]) / "train_images.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return "an unknown size (damaged: delete the folder)"
+    return _shape(images.shape[1:])
+
+
+def _shape(sides: Sequence[int]) -> str:
+    return " x ".join(map(str, sides))
+
+
 def _precision(device: torch.device) -> str:
-    """What `auto` becomes for the network of the digits' preset, measured here unless it was
-    before."""
+    """Return the precision that `auto` picks for the network of the digits' preset.
+
+    It is measured unless the result of an earlier measurement is stored.
+    """
     shape = (1, 32, 32)
     network = {"architecture": "preactresnet10", "width": 16, "image_shape": list(shape)}
     build = partial(
@@ -270,7 +337,7 @@ def _precision(device: torch.device) -> str:
 
 
 def _writable(folder: Path) -> str:
-    """Free space, and whether a folder can be made, renamed and removed there."""
+    """Tell whether folders can be created and renamed in a folder, and the free space."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as probe:
@@ -300,24 +367,27 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   attack NAME --save_folder_name RECORD   run an attack (the same as python attack/NAME.py ...)
   defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
   table [RECORD ...] [--format FORMAT]    records and defenses side by side; --mean True: over seeds
-  bench --config GRID                     attacks x defenses x seeds: run what is missing
-  report [RECORD ...] --html FILE         the same as an offline page; --figures DIR for papers
+  bench --config GRID                     run the missing cells of attacks x defenses x seeds, then
+                                          print their means
+  report [RECORD ...] --html FILE         the table and charts as an offline page; --figures DIR for
+                                          papers
   import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH),
                                           or your own model (--weights FILE)
   export RECORD ...                       to BackdoorBench (--to backdoorbench PATH),
                                           or as a model (--weights FILE)
-  scan RECORD                             the training images that DAU takes for poison
-  verify [RECORD ...]                     hash records and results again; names what is damaged
+  scan RECORD                             the training images that DAU classifies as poisoned
+  verify [RECORD ...]                     check the hashes of records and results
   push RECORD --repo OWNER/NAME           upload a record to the Hugging Face hub
   pull OWNER/NAME[@COMMIT] --save_folder_name RECORD
                                           download a record and verify it
-  list                                    attacks, defenses with what they assume, data sets, models
-  doctor                                  versions, device, disk, data sets found
+  list                                    attacks, defenses, data sets and models
+  doctor                                  versions, device, disk space, cached data sets
 
-COMMAND --help says more; --version is backdoorlab's own."""
+COMMAND --help shows the options of a command, --version the version of backdoorlab."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` names and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _dispatch(arguments), arguments)
 
@@ -333,16 +403,14 @@ def _dispatch(arguments: list[str]) -> int:
     if command in METHODS:
         kind: resources.Kind = "attack" if command == "attack" else "defense"
         if not rest or rest[0].startswith("-"):
-            raise UserError(
-                f"{command} NAME is missing. Known: {', '.join(methods.available(kind))}"
-            )
-        return run_method(
-            kind, methods.load(kind, rest[0]).path, rest[1:], f"backdoorlab {kind} {rest[0]}"
-        )
+            known = ", ".join(methods.available(kind))
+            raise UserError(f"{command} NAME is missing. Known: {known}")
+        path = methods.load(kind, rest[0]).path
+        return run_method(kind, path, rest[1:], f"backdoorlab {kind} {rest[0]}")
     if command not in COMMANDS:
-        known = [*COMMANDS, *METHODS]
+        names = [*COMMANDS, *METHODS]
         raise UserError(
-            f"unknown command {command!r}.{suggest(command, known)} Known: {', '.join(known)}"
+            f"unknown command {command!r}.{suggest(command, names)} Known: {', '.join(names)}"
         )
     options_class, function = COMMANDS[command]
     return function(parse_plain(options_class, rest, f"backdoorlab {command}"))

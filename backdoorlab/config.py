@@ -1,5 +1,7 @@
-"""What attacks and defenses take: frozen fields, whose docstrings are --help, and the values that
-they may have."""
+"""Options of attacks and defenses: frozen dataclasses with ranges.
+
+The docstring of a field is its `--help` text.
+"""
 
 import dataclasses
 import math
@@ -29,48 +31,48 @@ WHERE = [
     "track_folder",
 ]
 RUN_OPTIONS = frozenset([*WHERE, "overwrite", "debug", "subtask"])
-"""Fields that say where and how to run, not what is computed: they are not kept in a record, nor
-compared on resuming."""
+"""Fields that cannot change a result. A record does not keep them, and a resumed run may differ in
+them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """What every attack and defense takes."""
+    """Options of every attack and defense."""
 
     dataset_path: str | None = None
-    """Folder with parquet shards (columns img or image, label) or train/<class>/*.png. Defenses
-    need it only where the cache lost the data."""
+    """Folder of the images: parquet shards (columns image or img, and label) or
+    train/<class>/*.png. A defense needs it only if the data set is no longer in the cache."""
     seed: Annotated[int, arg(aliases=["--random_seed"])] = 0
-    """Everything random is drawn from it."""
+    """Seed of all random numbers."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda or cuda:N."""
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: Precision = "auto"
-    """What training computes in; scores are always fp32. auto: bf16 where it is measured to be
-    faster, or $BACKDOORLAB_PRECISION."""
+    """Number format of the training. auto: $BACKDOORLAB_PRECISION, else bf16 if a measurement
+    shows that it is faster here, else fp32. Scores are always computed in fp32."""
     score_every: int = 1
-    """Epochs between two evaluations on the test data; 0 evaluates only at the end. Never changes a
-    result."""
+    """Epochs between two evaluations on the test data; higher runs faster and logs fewer scores.
+    0 evaluates only at the end. Never changes a result."""
     record_root: str | None = None
-    """Folder of records; default $BACKDOORLAB_RECORDS, else record/ of the checkout, else
+    """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
     ./record."""
     yaml_path: str | None = None
-    """YAML file with flags as keys, or the name of a preset in resource/config/."""
+    """YAML file with option names as keys, or the name of a preset in resource/config/."""
     track: Literal["none", "tensorboard", "wandb", "mlflow"] = "none"
-    """Send each line of history and the final scores there as well; never changes a result. Needs
-    pip install 'backdoorlab[track]'."""
+    """Also send each line of history and the final scores to this tracker. Never changes a result.
+    Needs pip install 'backdoorlab[track]'."""
     track_folder: str = "runs"
-    """Folder for what the tracker keeps on this machine."""
+    """Folder of the tracker's local files."""
     overwrite: bool = False
-    """Replace a finished result of the same name (a record takes its defenses' results along), or
-    an unfinished one of another command."""
+    """Replace a finished result of the same name, or an unfinished one with other options.
+    Replacing a record also deletes the results of its defenses."""
     debug: bool = False
-    """Show a traceback with an error."""
+    """Show the traceback of an error."""
 
     RANGES: ClassVar[dict[str, str]] = {"score_every": ">= 0"}
-    """Field -> the values it may have; subclasses add theirs."""
+    """Allowed values by field name, such as ">= 0" or "(0, 1]". A subclass lists its own fields."""
 
     def check(self) -> None:
-        """Refuse values out of range. None, where a field allows it, is left alone."""
+        """Raise a `UserError` for a value outside its range. None is always accepted."""
         for owner in type(self).__mro__:
             for name, rule in vars(owner).get("RANGES", {}).items():
                 value = getattr(self, name)
@@ -82,7 +84,7 @@ class MethodConfig:
                         )
 
     def science(self) -> dict[str, Any]:
-        """The fields that decide the result, as JSON."""
+        """Return the fields that can change the result, as JSON values."""
         return {
             f.name: as_json(getattr(self, f.name))
             for f in dataclasses.fields(self)
@@ -92,48 +94,53 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(MethodConfig):
-    """An attack's data, model and training. Published settings by data set are in
-    resource/config/."""
+    """Options of an attack's data, model and training.
+
+    The published settings of a data set are in resource/config/.
+    """
 
     save_folder_name: str = ""
-    """Name of the record to write: record/<save_folder_name>. Required."""
+    """Name of the new record, written to record/<save_folder_name>. Required."""
     dataset: str = "digits"
-    """digits, cifar10, cifar100, mnist, fashion_mnist, gtsrb, svhn, or any name with
-    --dataset_path."""
+    """digits, cifar10, cifar100, mnist, fashion_mnist, gtsrb or svhn; with --dataset_path any
+    name."""
     image_size: int | None = None
-    """Side in pixels that all images are resized to; None keeps the data set's own."""
+    """Resize all images to this side in pixels; higher costs more time. None keeps their size."""
     grey: bool | None = None
-    """One channel (True) or three (False); None keeps what the data set has."""
+    """True: one channel. False: three channels. None: as in the data set."""
     model: Annotated[str, arg(aliases=["--architecture"])] = "preactresnet18"
-    """preactresnet18, preactresnet10, or any timm model by name."""
+    """preactresnet18, preactresnet10, or the name of any timm model."""
     width: int | None = None
-    """Channels of the first stage of preactresnet*; None is 64. 16 makes CIFAR-10 possible on a
-    CPU."""
+    """Channels of the first stage of preactresnet*; higher fits more and costs more time. None
+    is 64; 16 makes CIFAR-10 feasible on a CPU."""
     mean: tuple[float, ...] | None = None
-    """Normalisation, one number a channel in [0, 1] units; None measures it on the training
-    images."""
+    """Mean that the model subtracts, one number per channel in [0, 1] units. None: measured on
+    the training images."""
     std: tuple[float, ...] | None = None
-    """As mean; 1 leaves the values as they are."""
+    """Standard deviation that the model divides by, one number per channel; 1 changes nothing.
+    None: measured on the training images."""
     epochs: int = 100
-    """Passes over the training set."""
+    """Passes over the training set; more fit it better and cost more time."""
     batch_size: int = 128
-    """Images a step."""
+    """Images per step; more give fewer, less noisy steps in an epoch."""
     lr: float = 0.01
-    """Learning rate (the peak, with schedule onecycle)."""
+    """Learning rate at the start (onecycle: at its peak); higher learns faster and may diverge."""
     momentum: Annotated[float, arg(aliases=["--sgd_momentum"])] = 0.9
-    """SGD's momentum."""
+    """Momentum of SGD; higher averages the gradient over more steps."""
     weight_decay: Annotated[float, arg(aliases=["--wd"])] = 5e-4
-    """L2 penalty."""
+    """L2 penalty on the weights; higher keeps them smaller."""
     optimizer: Annotated[Literal["sgd", "adam"], arg(aliases=["--client_optimizer"])] = "sgd"
     """Optimizer of the training."""
     schedule: Annotated[Schedule, arg(aliases=["--lr_scheduler"])] = "cosine"
-    """LRSchedule of the learning rate."""
+    """Learning-rate schedule of the training."""
     schedule_epochs: int | None = None
-    """Length of the cosine in epochs; None is the length of the training."""
+    """Epochs in which the cosine schedule falls to 0; more keep the rate higher. None: the length
+    of the training."""
     crop_padding: int = 4
-    """Random crops out of images padded by so many pixels; 0 for none."""
+    """Zero padding in pixels before a random crop back to size; more shifts the images further.
+    0 turns cropping off."""
     flip: bool = False
-    """Random horizontal mirroring."""
+    """Mirror half of the images horizontally, at random."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "epochs": ">= 0",
@@ -150,6 +157,7 @@ class TrainingConfig(MethodConfig):
     }
 
     def recipe(self) -> Recipe:
+        """Return the training options as the `Recipe` of `engine.train`."""
         augment = Augment(self.crop_padding, self.flip)
         taken = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe) if f.name != "augment"
@@ -159,90 +167,90 @@ class TrainingConfig(MethodConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TriggerConfig(TrainingConfig):
-    """What every attack with a trigger takes."""
+    """Options of every attack with a trigger."""
 
     target_label: Annotated[int, arg(aliases=["--attack_target"])] = 0
-    """Class that triggered images are to be taken for (all2one)."""
+    """Class that triggered images should be classified as. Not used by all2all."""
     label_mode: Annotated[Literal["all2one", "all2all"], arg(aliases=["--attack_label_trans"])] = (
         "all2one"
     )
-    """all2one: every label becomes target_label. all2all: label y becomes y + 1."""
+    """all2one: every label becomes target_label. all2all: label y becomes y + 1, and the last
+    label 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(TriggerConfig):
-    """What every poisoning attack takes that changes labels."""
+    """Options of every attack that changes labels."""
 
     poison_rate: Annotated[float, arg(aliases=["--pratio"])] = 0.1
-    """Share of the whole training set that is poisoned, in (0, 1]."""
+    """Share of the whole training set that is poisoned, in (0, 1]; higher makes the attack stronger
+    and easier to find."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoverConfig(AttackConfig):
-    """An attack that also stamps images and leaves them their true label, so that the trigger alone
-    does not decide."""
+    """Options of an attack with cover samples: images with a trigger and their true label."""
 
     cover_rate: float = 0.003
-    """Share of the whole training set that is stamped and keeps its label, in [0, 1]; more makes
-    the attack weaker and harder to find."""
+    """Share of the whole training set that becomes cover samples, in [0, 1]; higher makes the
+    attack weaker and harder to find."""
 
     RANGES: ClassVar[dict[str, str]] = {"cover_rate": "[0, 1]"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CleanLabelConfig(TriggerConfig):
-    """What every attack takes that poisons images of the target class only, and changes no
-    label."""
+    """Options of every clean-label attack: it poisons the target class and changes no label."""
 
     clean_label_ratio: float = 0.5
-    """Share of the target class that is poisoned, in (0, 1]; at 1 the model sees no clean image of
-    that class."""
+    """Share of the target class that is poisoned, in (0, 1]; higher makes the attack stronger. At 1
+    the model sees no clean image of that class."""
     poison_rate: Annotated[float | None, arg(aliases=["--pratio"])] = None
-    """The same as a share of the whole training set, in (0, 1], instead of clean_label_ratio."""
+    """Share of the whole training set that is poisoned, in (0, 1]. Replaces clean_label_ratio if
+    given."""
 
     RANGES: ClassVar[dict[str, str]] = {"clean_label_ratio": "(0, 1]"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointConfig(AttackConfig):
-    """What an attack that controls the training takes besides."""
+    """Options of every training-controlled attack."""
 
     plain: bool = True
-    """Also train an ordinary model on the stored training set: what training-time defenses are
-    compared with. As long again."""
+    """Also train an ordinary model on the stored training set, the "before" of defenses that train
+    from scratch. Doubles the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DefenseConfig(MethodConfig):
-    """What every defense takes. Data set and architecture come from the record."""
+    """Options of every defense. Data set and architecture come from the record."""
 
     result_file: str = ""
     """Name of the record to defend. Required."""
     run_name: str | None = None
-    """Folder of the result below defense/<method>/; None is seed<seed>."""
+    """Name of the result's folder in defense/<method>/. None: seed<seed>."""
     trusted_ratio: Annotated[float, arg(aliases=["--ratio"])] = 0.05
-    """Trusted clean images, as a share of the training set (drawn from it uniformly). Read only by
-    defenses that assume them."""
+    """Number of trusted clean images as a share of the training set, in (0, 1]; more help the
+    defense. They are drawn uniformly. Only for defenses that assume trusted images."""
     trusted_count: int | None = None
-    """Their number, instead of a share."""
+    """Number of trusted images. Replaces trusted_ratio if given."""
     trusted_path: Annotated[str | None, arg(aliases=["--unl_set"])] = None
-    """Folder of your own trusted images, <class>/*.png or parquet shards, instead of a draw from
+    """Folder of your own trusted images, <class>/*.png or parquet shards. Replaces the draw from
     the training set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsConfig(DefenseConfig):
-    """What a defense takes that is told of some training samples that they are clean ("seeds" in
-    its ASSUMES)."""
+    """Options of a defense that knows a few clean training samples ("seeds" in its ASSUMES)."""
 
     seeds_per_class: int = 10
-    """Training samples of each class that are known to be clean."""
+    """Training samples of each class that are known to be clean; more help the defense."""
 
     RANGES: ClassVar[dict[str, str]] = {"seeds_per_class": ">= 0"}
 
 
 def refuse_ranges(config_class: type[MethodConfig]) -> None:
-    """UserError where RANGES has a name that is no field, or a rule that is none."""
+    """Raise a `UserError` if RANGES names an unknown field or contains a malformed rule."""
     fields = [f.name for f in dataclasses.fields(config_class)]
     for name, rule in vars(config_class).get("RANGES", {}).items():
         if name not in fields:
@@ -258,7 +266,10 @@ def refuse_ranges(config_class: type[MethodConfig]) -> None:
 
 
 def _within(number: float, rule: str) -> bool:
-    """Rules: ">= 0", "> 0", or an interval such as "(0, 1]". Infinity and NaN are in none."""
+    """Tell whether a number fits a rule: ">= 0", "> 0", or an interval such as "(0, 1]".
+
+    Infinity and NaN fit no rule.
+    """
     if not math.isfinite(number):
         return False
     if rule[0] == ">":
@@ -270,7 +281,7 @@ def _within(number: float, rule: str) -> bool:
 
 
 def as_json(value: Any) -> Any:
-    """As JSON gives it back."""
+    """Return the value that a round trip through JSON would give."""
     if isinstance(value, Mapping):
         return {str(key): as_json(part) for key, part in value.items()}
     if isinstance(value, (tuple, list)):

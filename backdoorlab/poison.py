@@ -1,4 +1,4 @@
-"""Who is poisoned, with which label, and what that leaves on disk."""
+"""Poison a data set: choose images, stamp them, and give them the attacker's labels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,34 +12,33 @@ from .data import Split
 from .errors import UserError, described
 
 POISON, CROSS = 1, 2
-"""Kinds: poison has the trigger and the attacker's label; cross has a trigger-like change and its
-true label."""
+"""Kinds of changed images. POISON: the trigger and the attacker's label. CROSS: the trigger, or a
+similar change, and the true label."""
 
 STAMPED_AT_ONCE = 512
-"""Images that go through a stamp together: intermediate floats stay in the processor's cache, which
-makes it two to four times as fast."""
+"""Images that go through a stamp together. So few fit into the processor's cache as floats, which
+is two to four times as fast."""
 
 Stamp = Callable[[Tensor, Tensor, str], Tensor]
-"""stamp(images, index, split): uint8 (N, C, H, W), int64 (N,), "train" or "test" -> uint8, same
-shape.
+"""Adds the trigger: stamp(images, index, split) -> uint8 (N, C, H, W).
 
-Deterministic: whatever is random in it is drawn from the attack's seed, the split and the index of
-the image.
+images: uint8 (N, C, H, W); index: int64 (N,), positions in the split; split: "train" or "test".
+Deterministic: its random numbers depend only on the attack's seed, the split and the index.
 """
 
 
 @dataclass(frozen=True)
 class Poison:
-    """Only what differs from the clean split."""
+    """The changed images of a split, M of N."""
 
     index: Tensor
     """int64 (M,), increasing: positions in the clean split."""
     images: Tensor
-    """uint8 (M, C, H, W), as the model gets them (before augmentation)."""
+    """uint8 (M, C, H, W), before augmentation."""
     labels: Tensor
-    """int64 (M,), as the attacker gives them."""
+    """int64 (M,), the labels in the poisoned set."""
     original_labels: Tensor
-    """int64 (M,), the true ones."""
+    """int64 (M,), the true labels."""
     kind: Tensor
     """uint8 (M,): POISON or CROSS."""
 
@@ -47,17 +46,17 @@ class Poison:
         return len(self.index)
 
     def apply(self, clean: Split) -> Split:
-        """The split as a victim receives it: a copy with the poisoned rows in place, unmarked."""
+        """Return the split as the victim receives it: a copy with these rows replaced."""
         received = clean.copy()
         received.images[self.index], received.labels[self.index] = self.images, self.labels
         return received
 
     def triggered(self) -> Split:
-        """The poisoned images alone, with the attacker's labels."""
+        """Return the changed images alone, with their labels in the poisoned set."""
         return Split(self.images, self.labels)
 
     def of_kind(self, kind: int) -> "Poison":
-        """The rows of that kind alone."""
+        """Return the rows of one kind."""
         chosen = self.kind == kind
         return Poison(
             self.index[chosen],
@@ -68,7 +67,7 @@ class Poison:
         )
 
     def mask(self, size: int, kind: int = POISON) -> Tensor:
-        """bool (size,): where the clean split of `size` images is of that kind."""
+        """Mark the images of one kind in a split of `size` images. -> bool (size,)."""
         found = torch.zeros(size, dtype=torch.bool)
         found[self.index[self.kind == kind]] = True
         return found
@@ -76,7 +75,7 @@ class Poison:
 
 @dataclass(frozen=True)
 class Labels:
-    """What the attacker wants triggered images to be taken for."""
+    """The labels that the attacker wants for triggered images."""
 
     target_label: int
     label_mode: Literal["all2one", "all2all"]
@@ -85,21 +84,29 @@ class Labels:
     num_classes: int
 
     def of(self, original: Tensor) -> Tensor:
-        """True labels -> the attacker's, int64 (M,) -> same."""
+        """Map true labels to the attacker's. int64 (M,) -> same."""
         if self.label_mode == "all2one":
             return torch.full_like(original, self.target_label)
         return (original + 1) % self.num_classes
 
 
 def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` positions of a bool (N,) pool without replacement, increasing; all of them where it
-    holds fewer."""
+    """Draw positions from a pool without replacement.
+
+    Args:
+        pool: bool (N,), the positions that may be drawn.
+        count: how many; if the pool is smaller, all of it is drawn.
+        generator: for the draw.
+
+    Returns:
+        int64, increasing.
+    """
     candidates = pool.nonzero().squeeze(1)
     return candidates[torch.randperm(len(candidates), generator=generator)[:count]].sort().values
 
 
 def outside_target(labels: Tensor, config: Any) -> Tensor:
-    """bool (N,): images whose label poisoning would change."""
+    """Select images whose label poisoning changes. int64 (N,) -> bool (N,)."""
     return (labels != config.target_label) | (config.label_mode == "all2all")
 
 
@@ -115,13 +122,28 @@ def poison_train(
     covers: Tensor | None = None,
     cover_stamp: Stamp | None = None,
 ) -> Poison:
-    """round(poison_rate * N) images, drawn without replacement, stamped and relabelled; then as
-    many covers as cover_rate says.
+    """Poison a training set of N images.
 
-    poison_rate, cover_rate: shares of the whole training set of N images, in (0, 1] and [0, 1].
-    victims, covers: bool (N,), who may be drawn; None is every image. Where fewer may be than the
-    rate asks for, all of them are. A cover (kind CROSS) is stamped too, with `cover_stamp` where
-    there is one, keeps its true label, and is never a victim as well.
+    round(poison_rate N) images are drawn, stamped and relabelled. Of the others,
+    round(cover_rate N) become cover samples: stamped, with their true label (kind CROSS).
+
+    Args:
+        clean: the training set.
+        stamp: adds the trigger.
+        labels: the attacker's labels.
+        poison_rate: share of the whole training set, in (0, 1].
+        generator: for the draws.
+        victims: bool (N,), images that may be poisoned; None: all. If they are fewer than the rate
+            asks for, all of them are.
+        cover_rate: share of the whole training set, in [0, 1].
+        covers: bool (N,), images that may become cover samples; None: all.
+        cover_stamp: stamp of cover samples; None: the same.
+
+    Returns:
+        Both kinds of images, ordered by position.
+
+    Raises:
+        UserError: if no image would be poisoned.
     """
     check_rate(poison_rate)
     count = round(poison_rate * len(clean))
@@ -130,6 +152,8 @@ def poison_train(
             f"poison_rate {poison_rate} of {len(clean)} training images is no image at all: raise"
             " --poison_rate"
         )
+
+    # Images to poison first, then cover samples among the rest.
     everyone = torch.ones(len(clean), dtype=torch.bool)
     poisoned = draw(everyone if victims is None else victims, count, generator)
     if not len(poisoned):
@@ -149,11 +173,19 @@ def poison_train(
 def poison_test(
     clean: Split, stamp: Stamp, labels: Labels, *, victims: Tensor | None = None
 ) -> Poison:
-    """The images that ASR is measured on: every test image whose label the attack changes (in
-    all2one, none of the target class).
+    """Stamp the test images that ASR is measured on: those whose label the attack changes.
 
-    victims: bool (N,), whom the attack is meant for; None is everyone. The others are stamped too
-    and are of kind CROSS: they should keep their true label, and no ASR counts them.
+    In all2one these are all images but those of the target class.
+
+    Args:
+        clean: the test set of N images.
+        stamp: adds the trigger.
+        labels: the attacker's labels.
+        victims: bool (N,), images that the attack is meant for; None: all. The others are stamped
+            as kind CROSS: they should keep their true label, and ASR does not count them.
+
+    Returns:
+        Both kinds of images, ordered by position.
     """
     counted = torch.ones(len(clean), dtype=torch.bool)
     if labels.label_mode == "all2one":
@@ -167,11 +199,18 @@ def poison_test(
 
 
 def left_by_crops(clean: Split, poison: Poison, padding: int) -> dict[str, float] | None:
-    """What random crops leave of the trigger in training: the share of crops that keep all of it,
-    and that keep none.
+    """Measure how often random crops cut off the trigger in training.
 
-    Over all crops of the first 100 poisoned images after `padding` zero pixels on each side; None
-    without a poisoned image. Images whose trigger is cut off are clean images with the wrong label.
+    An image whose trigger is cut off is a clean image with a wrong label.
+
+    Args:
+        clean: the training set.
+        poison: its poisoned images, of which the first 100 are used.
+        padding: zero pixels on each side before a crop.
+
+    Returns:
+        "whole" and "none": share of all possible crops that keep all of the trigger, and none of
+        it; None without a poisoned image.
     """
     poisoned = poison.of_kind(POISON)
     changed = (
@@ -180,6 +219,8 @@ def left_by_crops(clean: Split, poison: Poison, padding: int) -> dict[str, float
     changed = changed[changed.flatten(1).any(1)]
     if not len(changed):
         return None
+
+    # The mean of the mask over each crop: that of the whole mask if nothing is cut off.
     height, width = changed.shape[2:]
     kept = F.avg_pool2d(F.pad(changed, [padding] * 4), (height, width), stride=1)
     whole = changed.mean((2, 3), keepdim=True)
@@ -190,8 +231,8 @@ def left_by_crops(clean: Split, poison: Poison, padding: int) -> dict[str, float
 
 
 def changed_share(clean: Split, poison: Poison) -> float | None:
-    """Share of the values of all poisoned images that differ from the clean ones; None without a
-    poisoned image."""
+    """Return the share of values of poisoned images that the trigger changes; None if no image is
+    poisoned."""
     poisoned = poison.of_kind(POISON)
     if not len(poisoned):
         return None
@@ -202,12 +243,13 @@ def changed_share(clean: Split, poison: Poison) -> float | None:
 
 
 def no_poison(clean: Split) -> Poison:
-    """Nothing changed: the clean control."""
+    """Return the empty poison, for the clean control."""
     empty = torch.zeros(0, dtype=torch.int64)
     return Poison(empty, clean.images[:0].clone(), empty, empty, torch.zeros(0, dtype=torch.uint8))
 
 
 def check_rate(poison_rate: float) -> None:
+    """Raise a `UserError` for a rate outside (0, 1]."""
     if not 0 < poison_rate <= 1:
         raise UserError(
             f"poison_rate must lie in (0, 1], got {poison_rate}. A clean run is attack/none.py"
@@ -215,6 +257,7 @@ def check_rate(poison_rate: float) -> None:
 
 
 def check_target(target_label: int, num_classes: int) -> None:
+    """Raise a `UserError` for a target that is no class."""
     if not 0 <= target_label < num_classes:
         raise UserError(
             f"target_label must lie in 0..{num_classes - 1} for this data set, got {target_label}"
@@ -222,17 +265,25 @@ def check_target(target_label: int, num_classes: int) -> None:
 
 
 def stamped(clean: Split, index: Tensor, stamp: Stamp, split: str) -> Tensor:
-    """uint8 (M, C, H, W): the images of `index` with a stamp, in parts."""
-    return (
-        torch.cat(
-            [_once(clean.images[part], part, stamp, split) for part in index.split(STAMPED_AT_ONCE)]
-        )
-        if len(index)
-        else clean.images[:0]
-    )
+    """Stamp images of a split, a few at a time.
+
+    Args:
+        clean: the split.
+        index: int64 (M,), positions of the images.
+        stamp: adds the trigger.
+        split: "train" or "test".
+
+    Returns:
+        uint8 (M, C, H, W).
+    """
+    if not len(index):
+        return clean.images[:0]
+    parts = index.split(STAMPED_AT_ONCE)
+    return torch.cat([_once(clean.images[part], part, stamp, split) for part in parts])
 
 
 def _once(images: Tensor, index: Tensor, stamp: Stamp, split: str) -> Tensor:
+    """Stamp images, and raise a `UserError` if the result is not uint8 of the same shape."""
     found = stamp(images, index, split)
     if not isinstance(found, Tensor) or found.dtype != torch.uint8 or found.shape != images.shape:
         raise UserError(
@@ -245,8 +296,7 @@ def _once(images: Tensor, index: Tensor, stamp: Stamp, split: str) -> Tensor:
 def _stamped(
     clean: Split, index: Tensor, stamp: Stamp, split: str, labels: Labels | None
 ) -> Poison:
-    """The rows of `index` with the trigger and the attacker's labels; without `labels` with their
-    own, which makes them CROSS."""
+    """Stamp images and give them the attacker's labels; without `labels` they are kind CROSS."""
     original = clean.labels[index]
     images = stamped(clean, index, stamp, split)
     given, kind = (original, CROSS) if labels is None else (labels.of(original), POISON)
@@ -256,7 +306,7 @@ def _stamped(
 
 
 def _merged(first: Poison, second: Poison) -> Poison:
-    """The rows of both, in the order of their positions."""
+    """Return the rows of both, ordered by position."""
     if not len(second):
         return first
     order = torch.cat([first.index, second.index]).argsort()

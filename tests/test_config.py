@@ -319,7 +319,7 @@ def test_every_preset_that_ships_is_read_by_some_method(preset: str) -> None:
         (("--epochs",), "^--epochs takes a whole number, got nothing. See --help$"),
         (
             ("--dataset_path", "/photos"),
-            "^--dataset_path /photos: which data set is that. Pass --dataset NAME besides",
+            "^--dataset_path /photos: which data set is that. Pass --dataset NAME as well",
         ),
         (("stray",), "stray"),
         (

@@ -253,7 +253,7 @@ def test_an_attack_whose_name_no_record_may_hold_is_refused_before_it_trains(
     for name in ("my attack.py", "my_attack.py"):
         (tmp_path / name).write_text(text)
     with pytest.raises(
-        UserError, match=r"my attack.py: a method is called as its file is, .* rename the file"
+        UserError, match=r"my attack.py: the file name is the method's name, .* rename the file"
     ):
         methods.from_file("attack", tmp_path / "my attack.py")
     assert methods.from_file("attack", tmp_path / "my_attack.py").name == "my_attack", "a control"

@@ -805,7 +805,7 @@ def test_both_stages_of_lira_have_epochs_on_every_data_set(dataset: str) -> None
     ("attack", "flags", "message"),
     [
         ("lira", ("--image_size", "24"), "divisible by 16"),
-        ("lira", ("--trigger_epochs", "9"), "trigger_epochs 9 are some of the 2 epochs"),
+        ("lira", ("--trigger_epochs", "9"), "trigger_epochs must be at most epochs, got 9 of 2"),
         ("inputaware", ("--image_size", "20"), "divisible by 8"),
         ("blind", ("--image_size", "4"), "does not fit"),
         ("wanet", ("--k", "1"), "k must be >= 2"),

@@ -1,5 +1,6 @@
 """Both commands as a user types them, and every mistake answered with one line."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -9,8 +10,12 @@ import helpers
 import pytest
 
 from backdoorlab import __main__, api, cli
+from backdoorlab.config import RUN_OPTIONS
+from backdoorlab.datasets.load import load as load_dataset
 from backdoorlab.errors import UserError
 from backdoorlab.record import Record
+from backdoorlab.settings import help, methods, resources
+from backdoorlab.settings.parse import flag_names
 from backdoorlab.storage import reading
 
 BADNET = helpers.CHECKOUT / "attack" / "badnet.py"
@@ -101,9 +106,34 @@ def test_list_names_every_method(capsys: Capture) -> None:
         "digits",
         "cifar10",
         "preactresnet18",
-        "assumes: model + training set",
+        "model + training set",
     ):
         assert word in shown
+
+
+def test_list_has_one_aligned_line_for_each_method(capsys: Capture) -> None:
+    assert __main__.main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    kinds: tuple[tuple[resources.Kind, str], ...] = (("attack", "changes"), ("defense", "assumes"))
+    for kind, column in kinds:
+        head = next(i for i, line in enumerate(lines) if line.split() == ["method", "idea", column])
+        names = list(methods.available(kind))
+        rows = lines[head + 2 : head + 2 + len(names)]
+        assert [row.split()[0] for row in rows] == names
+        for at in (lines[head].index("idea"), lines[head].index(column)):
+            assert all(row[at - 1] == " " and row[at] != " " for row in rows)
+        assert not any("..." in row for row in rows), "every method has a title that fits"
+
+
+def test_list_shortens_a_long_title() -> None:
+    for title, room, short in (
+        ("BadNets: a patch.", 15, "BadNets: a..."),
+        ("BadNets: a patch.", 16, "BadNets: a patch"),
+        ("BadNets: a patch, white.", 20, "BadNets: a patch"),
+        ("BadNets: a patch of pixels.", 20, "BadNets: a patch..."),
+    ):
+        assert __main__._summary(title, room) == short
 
 
 def test_doctor_looks_around(tiny: Record, capsys: Capture) -> None:
@@ -112,10 +142,29 @@ def test_doctor_looks_around(tiny: Record, capsys: Capture) -> None:
     assert (
         "1 finished, writable" in shown
         and "torch" in shown
-        and "digits: 1442 + 355 images" in shown
+        and "digits: 1442 + 355 images of 1 x 32 x 32, fingerprint" in shown
     )
     assert __main__.main(["doctor", "--record_root", str(tiny.folder / "record.json" / "x")]) == 0
     assert "NOT writable" in capsys.readouterr().out
+
+
+def test_doctor_tells_the_image_size_of_cached_data(
+    tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "cache"))
+    for size in (8, 16):
+        load_dataset("digits", image_size=size)
+    files = list((tmp_path / "cache").rglob("train_images.npy"))
+    assert __main__.main(["doctor", "--record_root", str(tiny.folder.parent)]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if "(cached)" in line]
+    assert sorted(line.split(" images of ")[1].split(",")[0] for line in shown) == [
+        "1 x 16 x 16",
+        "1 x 8 x 8",
+    ]
+    for file in files:
+        file.write_bytes(b"")
+    assert __main__.main(["doctor", "--record_root", str(tiny.folder.parent)]) == 0
+    assert capsys.readouterr().out.count("an unknown size") == 2
 
 
 def test_usage_without_a_command(capsys: Capture) -> None:
@@ -137,6 +186,51 @@ def test_help_says_what_every_flag_does(file: Path, capsys: Capture) -> None:
         "save_folder_name" if file.parent.name == "attack" else "result_file",
     ):
         assert f"__{flag} " in shown
+
+
+@pytest.mark.parametrize(
+    ("file", "own"),
+    [(BADNET, "patch_size"), (NONE, "suspicious"), (FT, "epochs"), (DAU, "pool_rate")],
+)
+def test_help_begins_with_the_methods_own_numbers(file: Path, own: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(str(file), ["--help"])
+    shown = capsys.readouterr().out
+    places = [
+        shown.index(words)
+        for words in (
+            " method options ",
+            f"--{own} ",
+            " data and model options ",
+            "--dataset_path ",
+            " run options ",
+            "--save_folder_name " if file.parent.name == "attack" else "--result_file ",
+            "--debug ",
+        )
+    ]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("kind", ["attack", "defense"])
+def test_help_shows_every_field_once_with_its_text(kind: resources.Kind) -> None:
+    for name in methods.available(kind):
+        config_class = methods.load(kind, name).config_class
+        groups, fields = help.groups(config_class), dataclasses.fields(config_class)
+        assert list(groups) == ["method", "data and model", "run"]
+        shown = [name for names in groups.values() for name in names]
+        assert sorted(shown) == sorted(field.name for field in fields), name
+        assert set(help.texts(config_class)) >= set(shown), name
+        own = set(config_class.__annotations__) - {"RANGES"} - RUN_OPTIONS
+        assert set(groups["method"][: len(own)]) == own, name
+
+
+def test_help_shows_the_names_of_backdoorbench(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(str(BADNET), ["-h"])
+    shown = capsys.readouterr().out
+    aliases = set(flag_names(methods.load("attack", "badnet").config_class))
+    assert {"pratio", "attack_target", "client_optimizer"} <= aliases
+    assert all(f"--{alias} " in shown for alias in aliases)
 
 
 def test_help_of_commands(capsys: Capture) -> None:

@@ -1,5 +1,7 @@
-"""Models by name. Every model takes images in [0, 1]: normalisation is its layer 0, so
-perturbations live in pixel space."""
+"""Models by name.
+
+Every model takes images in [0, 1] and normalises them itself, so perturbations are in pixel space.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +15,12 @@ from ..errors import UserError, suggest
 from .preact_resnet import preactresnet10, preactresnet18
 
 SMALL = 64
+"""Side in pixels up to which images are small for timm's networks."""
 STANDARD_WIDTH = 64
-"""Of our own networks, where none is given."""
+"""Default width of our own networks."""
 Stem = Literal["small", "stock"]
-"""small: on images of at most SMALL pixels, timm's networks lose the stride of their stem. stock:
-they are left as timm makes them."""
+"""Stem of timm's networks. small: without stride on images of at most SMALL pixels. stock:
+unchanged."""
 OWN: dict[str, Callable[..., nn.Module]] = {
     "preactresnet18": preactresnet18,
     "preactresnet10": preactresnet10,
@@ -26,7 +29,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
 
 @dataclass
 class Passes:
-    """Images that went forward and backward through any model since the start of the process."""
+    """Counts of images that passed any model, forward and backward, in this process."""
 
     forward: int = 0
     backward: int = 0
@@ -37,11 +40,9 @@ PASSES = Passes()
 
 
 class Classifier(nn.Module):
-    """Normalisation, then a network with timm's `forward_features` / `forward_head` /
-    `get_classifier`.
+    """Normalisation, then a network with timm's interface.
 
-    Images are float (N, C, H, W) in [0, 1]; logits are (N, K). Every image that passes is counted
-    in `PASSES`.
+    It maps images, float (N, C, H, W) in [0, 1], to logits, (N, K). `PASSES` counts the images.
     """
 
     mean: Tensor
@@ -54,20 +55,19 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images in [0, 1] -> the network's feature map or tokens."""
+        """Compute the network's feature map or tokens. Images in [0, 1], (N, C, H, W)."""
         return count(self.network.forward_features((x - self.mean) / self.std), len(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features -> logits (N, K), or (N, D) as the last layer sees them."""
+        """Compute logits (N, K) of features; with `pre_logits` the last layer's input (N, D)."""
         return self.network.forward_head(x, pre_logits=pre_logits)
 
     def get_classifier(self) -> nn.Module:
-        """The last layer."""
+        """Return the last layer."""
         return self.network.get_classifier()
 
     def stages(self) -> list[nn.Module]:
-        """The modules after which timm's `feature_info` sees a stage end, from the first to the
-        last."""
+        """Return the modules that end a stage by timm's `feature_info`, in order."""
         return [self.network.get_submodule(info["module"]) for info in self.network.feature_info]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,8 +75,10 @@ class Classifier(nn.Module):
 
 
 def count(out: Tensor, images: int) -> Tensor:
-    """Count `images` that went forward, and as many backward once a gradient comes back through
-    `out`, which is returned."""
+    """Count images that went forward, and as many backward if a gradient passes through `out`.
+
+    Returns `out`.
+    """
     if not PASSES.paused:
         PASSES.forward += images
         if out.requires_grad:
@@ -91,7 +93,7 @@ def _count_backward(gradient: Tensor) -> None:
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """Nothing that passes inside is counted."""
+    """Stop counting images inside of this context."""
     before, PASSES.paused = PASSES.paused, True
     try:
         yield
@@ -110,10 +112,20 @@ def build(
     image_size: int = 32,
     stem: Stem = "small",
 ) -> Classifier:
-    """A freshly initialised model (random numbers from torch's global generator).
+    """Build a model with new weights, drawn from torch's global random generator.
 
-    `width` is the number of channels of the first stage of our own networks; timm's have theirs in
-    the name.
+    Args:
+        architecture: one of OWN, or the name of any timm model.
+        num_classes: K, number of logits.
+        in_chans: C, channels of the images.
+        mean: subtracted from the images, one number per channel.
+        std: divided by, one number per channel.
+        width: channels of the first stage, for OWN only; None is STANDARD_WIDTH.
+        image_size: side of the images in pixels, for timm's networks.
+        stem: whether timm's networks keep their stem on small images.
+
+    Raises:
+        UserError: for an unknown name, or a width that the network does not have.
     """
     if architecture in OWN:
         if width is not None and width < 1:
@@ -136,6 +148,7 @@ def _timm_model(
     width: int | None,
     stem: Stem,
 ) -> nn.Module:
+    """Build a network of timm; arguments as in `build`."""
     import timm
 
     if not timm.is_model(architecture):
@@ -161,35 +174,33 @@ def _timm_model(
 
 
 def _shrink_stem(network: nn.Module, image_size: int) -> None:
-    """Keep small images from shrinking to a point: stem convolutions lose their stride, a stem
-    pooling becomes the identity.
+    """Remove the strides and the pooling of a stem, so that small images are not shrunk to a point.
 
-    Patch embeddings (vision transformers) are left alone: their stride is their patch.
+    Patch embeddings (vision transformers) are unchanged: their stride is the size of their patch.
     """
     from timm.layers import PatchEmbed
 
     if any(isinstance(module, PatchEmbed) for module in network.modules()):
         return
+
     for name in ("conv1", "conv_stem", "stem", "stem_conv"):
         stem = getattr(network, name, None)
         if not isinstance(stem, nn.Module):
             continue
         for module in stem.modules():
-            if (
-                isinstance(module, nn.Conv2d)
-                and max(module.stride) > 1
-                and module.kernel_size != module.stride
-            ):
+            if not isinstance(module, nn.Conv2d) or max(module.stride) <= 1:
+                continue
+            # A kernel as large as its stride reads patches: without the stride they would overlap.
+            if module.kernel_size != module.stride:
                 module.stride = (1, 1)
-            elif isinstance(module, nn.Conv2d) and max(module.stride) > 1 and image_size <= 32:
+            elif image_size <= 32:
                 _shrink_patch(module)
     if isinstance(getattr(network, "maxpool", None), nn.Module):
         network.maxpool = nn.Identity()
 
 
 def _shrink_patch(convolution: nn.Conv2d) -> None:
-    """A patchifying stem (kernel = stride, ConvNeXt) on tiny images: read one pixel a patch with a
-    3x3 kernel instead."""
+    """Replace a stem that reads patches (kernel = stride, ConvNeXt) by a 3x3 one with stride 1."""
     convolution.kernel_size, convolution.stride, convolution.padding = (3, 3), (1, 1), (1, 1)
     weight = torch.empty(
         convolution.out_channels, convolution.in_channels // convolution.groups, 3, 3

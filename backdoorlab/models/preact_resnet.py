@@ -3,22 +3,23 @@
 Identity Mappings in Deep Residual Networks. K. He, X. Zhang, S. Ren, J. Sun. ECCV 2016.
 https://arxiv.org/abs/1603.05027
 
-The stem is one 3x3 convolution and there is no normalisation after the last stage, as in the
-network that backdoor benchmarks share, so that their weights load by name (102 entries for
-preactresnet18).
+The stem is one 3x3 convolution, and there is no normalisation after the last stage. Backdoor
+benchmarks share this network, so their weights load by name (102 entries for preactresnet18).
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW = 16
-"""Channels below which a strided 1x1 convolution is not left to oneDNN: its weight gradient writes
+"""Input channels below which a strided 1x1 convolution is avoided: oneDNN's weight gradient writes
 past its buffer (uxlfoundation/oneDNN#6035)."""
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice; the shortcut starts after the first activation. (N, C, H, W) -> (N, C',
-    H/stride, W/stride)."""
+    """BN-ReLU-conv twice; the shortcut starts after the first activation.
+
+    (N, C, H, W) -> (N, C', H/stride, W/stride).
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -27,15 +28,15 @@ class PreActBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, padding=1, bias=False)
         self.skip = stride if in_channels < FEW else 1
-        """Rows and columns that are dropped before the shortcut's convolution, which then has no
-        stride: the same function."""
+        """Step over rows and columns in front of the shortcut's convolution, which then needs no
+        stride of its own and computes the same."""
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride // self.skip, bias=False)
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        # What a normalisation gives out, nothing else keeps
+        # In place: no other computation needs the output of a batch normalisation.
         activated = F.relu(self.bn1(x), inplace=True)
         shortcut = (
             self.shortcut(activated[..., :: self.skip, :: self.skip])
@@ -46,8 +47,10 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Four stages of `blocks` pre-activation blocks with width, 2, 4 and 8 times width channels,
-    then a linear head."""
+    """Four stages of pre-activation blocks, then a linear head.
+
+    The stages have width, 2 width, 4 width and 8 width channels, and `blocks` blocks each.
+    """
 
     def __init__(
         self,
@@ -70,16 +73,16 @@ class PreActResNet(nn.Module):
         self.linear = nn.Linear(8 * width, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised images (N, C, H, W) -> feature map (N, 8 width, H/8, W/8)."""
+        """Compute the feature map (N, 8 width, H/8, W/8) of normalised images (N, C, H, W)."""
         return self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map -> logits (N, K), or the pooled features (N, 8 width) that the last layer
-        sees."""
+        """Compute logits (N, K) of a feature map; with `pre_logits` its mean (N, 8 width)."""
         pooled = x.mean(dim=(2, 3))
         return pooled if pre_logits else self.linear(pooled)
 
     def get_classifier(self) -> nn.Linear:
+        """Return the last layer."""
         return self.linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,6 +90,7 @@ class PreActResNet(nn.Module):
 
 
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
+    """Build a stage; its first block changes the number of channels and has the stride."""
     first = PreActBlock(in_channels, out_channels, stride)
     return nn.Sequential(
         first, *(PreActBlock(out_channels, out_channels, 1) for _ in range(blocks - 1))
@@ -94,10 +98,10 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 
 
 def preactresnet18(*, num_classes: int, in_chans: int = 3, width: int = 64) -> PreActResNet:
-    """11.2 million parameters at width 64; 0.7 million at width 16."""
+    """Build the network with two blocks per stage: 11.2 million parameters at width 64."""
     return PreActResNet((2, 2, 2, 2), num_classes=num_classes, in_chans=in_chans, width=width)
 
 
 def preactresnet10(*, num_classes: int, in_chans: int = 3, width: int = 64) -> PreActResNet:
-    """One block a stage: about half the depth and cost of preactresnet18."""
+    """Build the network with one block per stage: half the depth and cost of preactresnet18."""
     return PreActResNet((1, 1, 1, 1), num_classes=num_classes, in_chans=in_chans, width=width)

@@ -8,8 +8,10 @@ from ..errors import UserError
 
 
 class UNet(nn.Module):
-    """Two halvings and back, with skips: float (N, inputs, H, W) -> float (N, outputs, H, W). H and
-    W of 8 or more."""
+    """Two halvings and back, with skip connections; H and W must be 8 or more.
+
+    float (N, inputs, H, W) -> float (N, outputs, H, W).
+    """
 
     def __init__(self, inputs: int, outputs: int, width: int) -> None:
         super().__init__()
@@ -27,9 +29,12 @@ class UNet(nn.Module):
                 "the encoder halves images twice and needs 8x8 pixels or more, got"
                 f" {height}x{width}: use --image_size"
             )
+
         full = F.relu(self.enter(given))
         half = F.relu(self.down(full))
         quarter = F.relu(self.deeper(half))
+
+        # Back to full size; each step also gets the features of its size from the way down.
         half = F.relu(self.rise(torch.cat([half, F.interpolate(quarter, size=half.shape[2:])], 1)))
         full = F.relu(self.leave(torch.cat([full, F.interpolate(half, size=full.shape[2:])], 1)))
         return self.last(torch.cat([full, given], 1))

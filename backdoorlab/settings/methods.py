@@ -1,8 +1,10 @@
-"""Methods are files: a name is the name of a file in attack/ or defense/, and nothing keeps a list.
+"""Find and load methods: a method is a file in attack/ or defense/, and its name is the file's.
 
-Looked at, in this order: the folders of a checkout, the ones inside an installed package, and
-`attack/` and `defense/` below every folder named by BACKDOORLAB_PLUGINS. A file of these that
-cannot be used is a line on the error stream, and an error only for who asks for it.
+Searched are, in this order:
+  - attack/ and defense/ of the checkout, or of the installed package;
+  - attack/ and defense/ in every folder that BACKDOORLAB_PLUGINS names.
+
+A plugin that cannot be loaded is reported on stderr. It is an error only if it is asked for.
 """
 
 import importlib.util
@@ -34,6 +36,7 @@ class Method:
 
     @property
     def config_class(self) -> type[Any]:
+        """The dataclass of its options."""
         return self.module.Config
 
     @property
@@ -43,20 +46,21 @@ class Method:
 
     @property
     def limits(self) -> str:
-        """Where an attack does not work, and why, in one line; empty where nothing is known."""
+        """Where an attack does not work, and why, in one line; "" if nothing is known."""
         return str(getattr(self.module, "LIMITS", ""))
 
     @property
     def assumes(self) -> tuple[str, ...]:
-        """What a defense needs of its view: some of "model", "train", "trusted"."""
+        """What a defense needs in its view: some of the words in `storage.schema.ASSUMABLE`."""
         return tuple(self.module.ASSUMES)
 
     def function(self, name: str) -> Callable[..., Any] | None:
+        """Return a function of the file, or None if it does not define it."""
         return getattr(self.module, name, None)
 
 
 def available(kind: Kind) -> dict[str, Path]:
-    """As `named`, of those that can be loaded: plugins are loaded to find out."""
+    """Return `named` without the plugins that cannot be loaded, each of which is reported."""
     found = {}
     for name, path in named(kind).items():
         try:
@@ -70,7 +74,7 @@ def available(kind: Kind) -> dict[str, Path]:
 
 
 def load(kind: Kind, name: str) -> Method:
-    """The method of that name; an unknown one is answered with the known ones."""
+    """Load the method of that name; a `UserError` for an unknown name lists the known ones."""
     files = named(kind)
     if name not in files:
         known = available(kind)
@@ -79,46 +83,50 @@ def load(kind: Kind, name: str) -> Method:
 
 
 def from_file(kind: Kind, path: Path) -> Method:
-    """Load a method file. It is entered in sys.modules before it runs: dataclasses look themselves
-    up there."""
+    """Load a method file, or return it as loaded before if its content has not changed since.
+
+    Raises:
+        UserError: if the file cannot be imported, or is not a method of that kind.
+    """
     path = path.resolve()
     module_name = f"{_MODULE}{kind}_{path.stem}"
-    loaded = sys.modules.get(module_name)
     try:
         source = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be imported ({type(error).__name__}: {error})") from error
-    if (
-        loaded is None
-        or Path(loaded.__file__ or "") != path
-        or loaded.__dict__.get(_SOURCE) != source
-    ):
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
-            raise UserError(f"{path}: not a Python file")
-        loaded = importlib.util.module_from_spec(spec)
-        loaded.__dict__[_SOURCE] = source
-        sys.modules[module_name] = loaded
-        try:
-            # These bytes: Python's cache goes by size and whole seconds
-            exec(compile(source, path, "exec"), loaded.__dict__)
-        except BaseException as error:
-            del sys.modules[module_name]
-            if isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):
-                raise
-            where = raised_in(error) or (
-                f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else path
-            )
-            raise UserError(
-                f"{where}: cannot be imported ({type(error).__name__}: {error})"
-            ) from error
+    loaded = sys.modules.get(module_name)
+    same_file = loaded is not None and Path(loaded.__file__ or "") == path
+    if loaded is None or not same_file or loaded.__dict__.get(_SOURCE) != source:
+        loaded = _executed(module_name, path, source)
     _check(kind, path, loaded)
     return Method(kind, path.stem, path, loaded)
 
 
+def _executed(module_name: str, path: Path, source: bytes) -> ModuleType:
+    """Import a file of that content under a name in `sys.modules`."""
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: not a Python file")
+    loaded = importlib.util.module_from_spec(spec)
+    loaded.__dict__[_SOURCE] = source
+    # Before it runs, because dataclasses look up their module by name.
+    sys.modules[module_name] = loaded
+    try:
+        # The bytes themselves: Python's cache of compiled files tells two versions apart by size
+        # and whole seconds only.
+        exec(compile(source, path, "exec"), loaded.__dict__)
+    except BaseException as error:
+        del sys.modules[module_name]
+        if isinstance(error, UserError) or not isinstance(error, (Exception, SystemExit)):
+            raise
+        line = f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else path
+        where = raised_in(error) or line
+        raise UserError(f"{where}: cannot be imported ({type(error).__name__}: {error})") from error
+    return loaded
+
+
 def raised_in(error: BaseException) -> str:
-    """FILE:LINE of the method file that an exception came through last; '' if it came through
-    none."""
+    """Return FILE:LINE of the innermost method file in a traceback; "" if there is none."""
     places = [
         (frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
@@ -134,12 +142,13 @@ def raised_in(error: BaseException) -> str:
 
 
 def _check(kind: Kind, path: Path, module: ModuleType) -> None:
+    """Raise a `UserError` if a loaded file is not a method of that kind."""
     wanted = {"attack": ("Config",), "defense": ("Config", "ASSUMES", "defend")}[kind]
     missing = [name for name in wanted if not hasattr(module, name)]
     if not WORD.fullmatch(path.stem):  # records carry the name, and their reader takes no other
         raise UserError(
-            f"{path}: a method is called as its file is, in letters, digits, and _ . + -: rename"
-            f" the file, as my_{kind}.py"
+            f"{path}: the file name is the method's name, of letters, digits and _ . + -: rename"
+            f" the file, such as my_{kind}.py"
         )
     if (kind, path.stem) == ("defense", "none"):
         raise UserError(
@@ -153,21 +162,27 @@ def _check(kind: Kind, path: Path, module: ModuleType) -> None:
             f" {', '.join(missing)}"
         )
     if kind == "defense":
-        assumes = module.ASSUMES
-        if not isinstance(assumes, (tuple, list)) or not all(
-            isinstance(word, str) and word in ASSUMABLE for word in assumes
-        ):
-            raise UserError(
-                f"{path}: ASSUMES is a tuple of some of {', '.join(ASSUMABLE)}, found {assumes!r}"
-            )
+        _check_assumes(path, module.ASSUMES)
     _check_config(kind, path, module)
 
 
+def _check_assumes(path: Path, assumes: Any) -> None:
+    """Raise a `UserError` unless ASSUMES is a tuple of known words."""
+    known = isinstance(assumes, (tuple, list)) and all(
+        isinstance(word, str) and word in ASSUMABLE for word in assumes
+    )
+    if not known:
+        raise UserError(
+            f"{path}: ASSUMES is a tuple of some of {', '.join(ASSUMABLE)}, found {assumes!r}"
+        )
+
+
 def _check_config(kind: Kind, path: Path, module: ModuleType) -> None:
+    """Raise a `UserError` unless Config is a dataclass of the right base, with valid RANGES."""
     bases: tuple[type[Any], ...] = (
         (config.TrainingConfig,) if kind == "attack" else (config.DefenseConfig,)
     )
-    if kind == "attack" and not hasattr(module, "attack"):  # what stamps says whom, and as what
+    if kind == "attack" and not hasattr(module, "attack"):  # `stamp` alone: needs a poison rate
         bases = (config.AttackConfig, config.CleanLabelConfig)
     elif kind == "defense" and "seeds" in module.ASSUMES:
         bases = (config.SeedsConfig,)

@@ -1,6 +1,6 @@
-"""Numbers enter here, once: dataclass defaults < resource/config/<dataset>.yaml < --yaml_path FILE
-< flags.
+"""Command line and YAML files -> a frozen config.
 
+Later layers win: dataclass defaults < resource/config/<dataset>.yaml < --yaml_path FILE < flags.
 YAML becomes flags and goes through the same parser, so a misspelt key fails like a misspelt flag.
 """
 
@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import io
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,32 +27,35 @@ SPELLINGS = {
     "schedule": {"CosineAnnealingLR": "cosine", "ReduceLROnPlateau": "plateau"},
     "optimizer": {"SGD": "sgd", "Adam": "adam"},
 }
-"""Field -> what BackdoorBench and torch call its values -> what we do."""
+"""Field -> name of a value in BackdoorBench or torch -> our name of it."""
+Layer = tuple[str, list[str]]
+"""Origin of flags, and the flags."""
 READ_AS: dict[Any, tuple[str, Callable[[str], object]]] = {
     bool: ("True or False", ("True", "False").index),
     int: ("a whole number", int),
     float: ("a number", float),
 }
-"""Types of values that a command line gets wrong: in words, and what raises ValueError for a text
-that is none."""
+"""Type -> its name in messages, and a reader that raises ValueError for a malformed text."""
 
 
 class Trained(NamedTuple):
-    """The model that a command trains or gets."""
+    """The model that a command trains or loads."""
 
     dataset: str
     epochs: int | None
-    """None where nobody knows."""
+    """Length of its training; None if unknown."""
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """A config, and where each value that is not a default came from."""
+    """A config, and the origin of each value that is not a default."""
 
     config: Any
     origins: dict[str, str] = field(default_factory=dict)
+    """Field -> "flag" or the name of a YAML file."""
 
     def describe(self) -> str:
+        """Return the values that are not defaults, each with its origin, in one line."""
         values = dataclasses.asdict(self.config)
         return "  ".join(
             f"{name} {_text(values[name])} ({origin})" for name, origin in self.origins.items()
@@ -68,28 +70,37 @@ def parse(
     trained: Callable[[Any], Trained],
     prog: str,
 ) -> Parsed:
-    """Flags and YAML files -> a frozen config. `trained(config)` tells the model that it is about,
-    whose data set's YAML applies."""
-    layers: list[tuple[str, list[str]]] = [("flag", list(argv))]
+    """Merge flags and YAML files into a frozen config.
+
+    Args:
+        config_class: the method's Config.
+        method: its name, which is that of a section in a data set's YAML.
+        kind: "attack" or "defense", also the name of a section.
+        argv: the flags.
+        trained: config -> the model that the command trains or loads. The YAML of its data set
+            applies, and `short_run` if its training was short.
+        prog: what the user typed to start the command.
+
+    Raises:
+        UserError: for an unknown flag or key, a malformed value, or a folder without a data set.
+    """
+    layers: list[Layer] = [("flag", list(argv))]
     config = _parse_flags(config_class, layers, prog)
+
+    # The user's file stands below the flags.
     if config.yaml_path:
         layers.insert(0, _yaml_layer(config_class, config.yaml_path))
         config = _parse_flags(config_class, layers, prog)
-    if (
-        getattr(config, "dataset", None)
-        and config.dataset_path
-        and "dataset" not in _origins(config_class, layers)
-    ):
+    origins = _origins(config_class, layers)
+    if getattr(config, "dataset", None) and config.dataset_path and "dataset" not in origins:
         raise UserError(
             f"--dataset_path {config.dataset_path}: which data set is that? Pass --dataset NAME"
-            " besides, any name for data of your own"
+            " as well, any name for data of your own"
         )
-    dataset = trained(config).dataset
-    file, sections = f"{dataset}.yaml", _dataset_yaml(dataset)
+
+    # The data set's file stands below both; which one it is can depend on them.
+    file, sections = _sections_of(config, trained(config).dataset)
     if sections:
-        # A data set's width is for networks that have one
-        if getattr(config, "model", None) not in (None, *OWN):
-            sections = _without("width", sections)
         found = _section_layers(config_class, sections, (kind, method), file)
         config = _parse_flags(config_class, found + layers, prog)
         epochs, short = trained(config).epochs, sections.get("short_run")
@@ -100,9 +111,19 @@ def parse(
     return Parsed(config, _origins(config_class, layers))
 
 
+def _sections_of(config: Any, dataset: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of a data set's YAML file, and its sections that fit the config's network."""
+    sections = _dataset_yaml(dataset)
+    # The width in the file is that of our own networks; timm's networks refuse one.
+    if sections and getattr(config, "model", None) not in (None, *OWN):
+        sections = _without("width", sections)
+    return f"{dataset}.yaml", sections
+
+
 def _section_layers(
     config_class: type[Any], sections: Mapping[str, Any], names: Sequence[str], where: str
-) -> list[tuple[str, list[str]]]:
+) -> list[Layer]:
+    """Return one layer for each of the named sections that exists."""
     return [
         (where, as_flags(config_class, sections[name], f"{where}: {name}"))
         for name in names
@@ -111,7 +132,7 @@ def _section_layers(
 
 
 def _without(key: str, sections: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections without the lines of that key, those of short_run included."""
+    """Return the sections without that key, at any depth."""
     return {
         name: _without(key, lines) if isinstance(lines, dict) else lines
         for name, lines in sections.items()
@@ -120,47 +141,30 @@ def _without(key: str, sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def published(dataset: str) -> dict[str, Any]:
-    """The section `attack` of a data set's YAML: its published training and normalisation; {}
-    without one."""
+    """Return the section `attack` of a data set's YAML: its published training; {} if none."""
     return dict(_dataset_yaml(dataset).get("attack", {}))
 
 
 def parse_plain(options_class: type[Any], argv: Sequence[str], prog: str) -> Any:
-    """Flags alone -> options, with the same one-line complaints."""
+    """Read flags alone, with the same one-line errors as `parse`."""
     return _parse_flags(options_class, [("flag", list(argv))], prog)
 
 
-def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], prog: str) -> Any:
-    """Later layers win. Each flag reaches the parser once, under its field's name."""
-    known = flag_names(config_class)
-    given: dict[str, list[str]] = {}
-    loose: list[str] = []
-    for origin, flags in layers:
-        field_name, here = None, set()
-        for token in flags:
-            name, equals, value = token.partition("=")
-            if not name.startswith("--"):
-                (given[field_name] if field_name else loose).append(token)
-                continue
-            key = name[2:].replace("-", "_")
-            if key not in known and key != "help":
-                where = "" if origin == "flag" else f" ({origin})"
-                raise UserError(
-                    f"unknown flag {name}{where}.{_suggest_flag(key, known)} See --help"
-                )
-            field_name = known.get(key, key)
-            # A name after the first would be lost
-            if field_name in here and len(given[field_name]) > 1:
-                raise UserError(
-                    f"{name} is given twice, with more than one word after the first:"
-                    f" {' '.join(given[field_name])}. Give it once"
-                )
-            here.add(field_name)
-            given[field_name] = [value] if equals else []
-    for field_name, spelt in SPELLINGS.items():
+def _parse_flags(config_class: type[Any], layers: list[Layer], prog: str) -> Any:
+    """Parse flags in layers, of which later ones win.
+
+    Each flag reaches tyro once, under its field's name. `--help` prints the help text and exits.
+    """
+    loose, given = _collected(config_class, layers)
+    if "help" in given or "-h" in loose:
+        from . import help  # seldom needed, and so not part of the code that makes a number
+
+        help.show(config_class, prog)
+    for field_name, ours in SPELLINGS.items():
         if field_name in given:
-            given[field_name] = [spelt.get(value, value) for value in given[field_name]]
+            given[field_name] = [ours.get(value, value) for value in given[field_name]]
     arguments = [word for name, values in given.items() for word in _flag(name, values)]
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -169,7 +173,6 @@ def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], p
                 args=[*loose, *arguments],
                 prog=prog,
                 config=(tyro.conf.FlagConversionOff,),
-                description=_about(config_class),
                 use_underscores=True,
             )
     except SystemExit as stop:
@@ -178,7 +181,47 @@ def _parse_flags(config_class: type[Any], layers: list[tuple[str, list[str]]], p
         raise UserError(_misread(config_class, given) or _one_line(complaint.getvalue())) from None
 
 
+def _collected(
+    config_class: type[Any], layers: list[Layer]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Return the words before any flag, and the words of each field in the last layer that has it.
+
+    Raises:
+        UserError: for an unknown flag, or a repeated one that would hide words of the first.
+    """
+    known = flag_names(config_class)
+    loose: list[str] = []
+    given: dict[str, list[str]] = {}
+    for origin, flags in layers:
+        field_name, here = None, set()
+        for token in flags:
+            name, equals, value = token.partition("=")
+            if not name.startswith("--"):
+                (given[field_name] if field_name else loose).append(token)
+                continue
+
+            key = name[2:].replace("-", "_")
+            if key not in known and key != "help":
+                where = "" if origin == "flag" else f" ({origin})"
+                raise UserError(
+                    f"unknown flag {name}{where}.{_suggest_flag(key, known)} See --help"
+                )
+            field_name = known.get(key, key)
+
+            # Of a flag given twice the last one counts. Words after the first value would be lost
+            # with it, and these may be misplaced positional arguments.
+            if field_name in here and len(given[field_name]) > 1:
+                raise UserError(
+                    f"{name} is given twice, with more than one word after the first:"
+                    f" {' '.join(given[field_name])}. Give it once"
+                )
+            here.add(field_name)
+            given[field_name] = [value] if equals else []
+    return loose, given
+
+
 def _flag(name: str, values: Sequence[str]) -> list[str]:
+    """Return a flag and its values as words; a lone value that looks like a flag after "="."""
     return (
         [f"--{name}={values[0]}"]
         if len(values) == 1 and values[0].startswith("--")
@@ -186,22 +229,8 @@ def _flag(name: str, values: Sequence[str]) -> list[str]:
     )
 
 
-def _about(config_class: type[Any]) -> str:
-    """What --help begins with: a method's title and the first link of its file, or what a command
-    does."""
-    if not issubclass(config_class, MethodConfig):
-        return config_class.__doc__ or ""
-    text = getattr(sys.modules.get(config_class.__module__), "__doc__", None) or ""
-    return "\n".join(
-        [
-            *text.strip().split("\n")[:1],
-            *(link.rstrip(".,;)") for link in re.findall(r"https?://\S+", text)[:1]),
-        ]
-    )
-
-
 def _misread(config_class: type[Any], given: Mapping[str, Sequence[str]]) -> str:
-    """Which flag has a value that its type cannot have, in words; '' where none has."""
+    """Name the first flag whose value its type cannot have; '' if there is none."""
     for name, hint in get_type_hints(config_class).items():
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         many = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
@@ -210,7 +239,7 @@ def _misread(config_class: type[Any], given: Mapping[str, Sequence[str]]) -> str
             continue
         (words, read), values = READ_AS[kind], given[name]
         try:
-            if not values and not many:  # many may be none
+            if not values and not many:  # a tuple may be empty
                 raise ValueError
             for value in values if many else values[:1]:
                 if not (value == "None" and NoneType in kinds):
@@ -227,45 +256,44 @@ def _misread(config_class: type[Any], given: Mapping[str, Sequence[str]]) -> str
     return ""
 
 
-def _yaml_layer(config_class: type[Any], path: str) -> tuple[str, list[str]]:
+def _yaml_layer(config_class: type[Any], path: str) -> Layer:
+    """Read the file, or else the preset, that --yaml_path names."""
     file = Path(path)
     if not file.exists():
-        preset = resources.resource("config") / f"{path}.yaml"
-        if not preset.exists():
-            presets = sorted(
-                p.stem
-                for p in resources.resource("config").glob("*.yaml")
-                if not p.stem.startswith("bench_")
-            )
-            shown = [
-                name
-                for name in presets
-                if not {"attack", "defense"}
-                & set(read_yaml(resources.resource("config") / f"{name}.yaml"))
-            ]
-            raise UserError(
-                f"--yaml_path {path}: no such file, and no preset of that name. Presets:"
-                f" {', '.join(shown)}"
-            )
-        file = preset
+        file = resources.resource("config") / f"{path}.yaml"
+    if not file.exists():
+        raise UserError(
+            f"--yaml_path {path}: no such file, and no preset of that name. Presets:"
+            f" {', '.join(_presets())}"
+        )
     content = read_yaml(file)
     sections = sorted({"attack", "defense"} & set(content) - set(flag_names(config_class)))
     if sections:
         raise UserError(
             f"{file}: --yaml_path takes flags as keys, found the section {sections[0]!r}. A data"
-            " set's settings are read by themselves"
+            " set's file is read automatically: leave --yaml_path out"
         )
     if "yaml_path" in content:
         raise UserError(
-            f"{file}: yaml_path in a file of settings is not followed: write the settings"
-            " themselves"
+            f"{file}: yaml_path in a file of settings is not followed: copy the settings of that"
+            " file"
         )
     return file.name, as_flags(config_class, content, str(file))
 
 
+def _presets() -> list[str]:
+    """Return the names of the files of flags in resource/config/, without data sets and grids."""
+    folder = resources.resource("config")
+    names = sorted(p.stem for p in folder.glob("*.yaml") if not p.stem.startswith("bench_"))
+    sections = {"attack", "defense"}
+    return [name for name in names if not sections & set(read_yaml(folder / f"{name}.yaml"))]
+
+
 def _dataset_yaml(dataset: str) -> dict[str, Any]:
-    """Sections `attack`, `defense` and one for each method, and `short_run`, which has such
-    sections of its own; {} for a data set without a file."""
+    """Read the sections of a data set's YAML; {} if it has no file.
+
+    They are called `attack`, `defense`, or as a method. `short_run` contains further such sections.
+    """
     file = resources.resource("config") / f"{dataset}.yaml"
     if Path(dataset).name != dataset or not file.exists():  # a name, never a path
         return {}
@@ -283,6 +311,7 @@ def _dataset_yaml(dataset: str) -> dict[str, Any]:
 
 
 def _check_sections(found: Mapping[str, Any], where: str, *others: str) -> None:
+    """Raise a `UserError` for an unknown section, or one that is no mapping."""
     known = {"attack", "defense", *others, *resources.named("attack"), *resources.named("defense")}
     for section, lines in found.items():
         if section not in known:
@@ -298,7 +327,11 @@ def _check_sections(found: Mapping[str, Any], where: str, *others: str) -> None:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Lines of `key: value`; anything else is one line that names the file."""
+    """Read a YAML file of `key: value` lines.
+
+    Raises:
+        UserError: for any other content, naming the file.
+    """
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -313,7 +346,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def as_flags(config_class: type[Any], values: Mapping[str, Any], where: str) -> list[str]:
-    """Keys and values of a YAML file as flags; an unknown key is answered with the closest one."""
+    """Turn keys and values into flags.
+
+    Args:
+        config_class: dataclass of the options.
+        values: option names or aliases -> values.
+        where: their origin, for error messages.
+
+    Raises:
+        UserError: for an unknown key, with the closest known one.
+    """
     known = flag_names(config_class)
     flags = []
     for key, value in values.items():
@@ -324,7 +366,7 @@ def as_flags(config_class: type[Any], values: Mapping[str, Any], where: str) -> 
 
 
 def _words(value: Any) -> list[str]:
-    """A value as the words of its flag: what is nested one after the other, as --help shows it."""
+    """Split a value into the words of its flag; nested values are flattened."""
     if isinstance(value, Mapping):
         value = [part for pair in value.items() for part in pair]
     return (
@@ -335,20 +377,20 @@ def _words(value: Any) -> list[str]:
 
 
 def flag_names(config_class: type[Any]) -> dict[str, str]:
-    """Every flag and alias, without dashes -> the field."""
+    """Map every flag and alias, without dashes, to its field."""
     known = {}
     hints = get_type_hints(config_class, include_extras=True)
     for name in (f.name for f in dataclasses.fields(config_class)):
         known[name] = name
-        hint = hints[name]
-        if get_origin(hint) is Annotated:
-            for extra in get_args(hint)[1:]:
-                for alias in getattr(extra, "aliases", None) or ():
-                    known[alias.lstrip("-")] = name
+        extras = get_args(hints[name])[1:] if get_origin(hints[name]) is Annotated else ()
+        for extra in extras:
+            for alias in getattr(extra, "aliases", None) or ():
+                known[alias.lstrip("-")] = name
     return known
 
 
-def _origins(config_class: type[Any], layers: list[tuple[str, list[str]]]) -> dict[str, str]:
+def _origins(config_class: type[Any], layers: list[Layer]) -> dict[str, str]:
+    """Return the origin of each field that a layer sets; the last layer wins."""
     known = flag_names(config_class)
     origins = {}
     for origin, flags in layers:
@@ -359,11 +401,12 @@ def _origins(config_class: type[Any], layers: list[tuple[str, list[str]]]) -> di
 
 
 def _suggest_flag(key: str, known: dict[str, str]) -> str:
+    """Return `suggest`'s answer with dashes in front of the name."""
     return re.sub(r"'(\w+)'", r"--\1", suggest(key, known))
 
 
 def _one_line(text: str) -> str:
-    """tyro's framed complaint as one line."""
+    """Return tyro's error, which stands in a box, as one line."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     words = " ".join(re.sub(r"[│╭╮╰╯─┃┏┓┗┛━]|-{5,}", " ", plain).split())
     words = re.sub(
@@ -376,6 +419,7 @@ def _one_line(text: str) -> str:
 
 
 def _text(value: Any) -> str:
+    """Return a value as it would be typed."""
     return (
         "None"
         if value is None

@@ -1,5 +1,4 @@
-"""Where the folders of methods and resources lie: in a checkout, inside an installed package, or in
-plugins."""
+"""Folders of methods and resources: in a checkout, in an installed package, or of plugins."""
 
 import os
 import sys
@@ -12,8 +11,10 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def named(kind: Kind) -> dict[str, Path]:
-    """name -> file of every method, in alphabetical order; of two with one name the first
-    counts."""
+    """Return name -> file of every method, in alphabetical order.
+
+    Of two files with one name the first in the order of `folders` counts; the other is reported.
+    """
     found: dict[str, Path] = {}
     for folder in folders(kind):
         for path in sorted(folder.glob("*.py")):
@@ -28,41 +29,34 @@ def named(kind: Kind) -> dict[str, Path]:
 
 
 def folders(kind: Kind) -> list[Path]:
-    """Every folder that is searched for methods of that kind."""
-    return [
-        folder
-        for folder in (home(kind), *(plugins / kind for plugins in _plugins()))
-        if folder.is_dir()
-    ]
+    """Return every folder that is searched for methods of that kind."""
+    found = [home(kind), *(plugins / kind for plugins in _plugins())]
+    return [folder for folder in found if folder.is_dir()]
 
 
 def resource(name: str) -> Path:
-    """A file or folder of resource/."""
+    """Return the path of a file or folder of resource/."""
     return home("resource") / name
 
 
 def _plugins() -> list[Path]:
-    """The folders named by BACKDOORLAB_PLUGINS."""
-    found = [
-        Path(entry)
-        for entry in os.environ.get("BACKDOORLAB_PLUGINS", "").split(os.pathsep)
-        if entry
-    ]
+    """Return the folders that BACKDOORLAB_PLUGINS names; report those without a method folder."""
+    entries = os.environ.get("BACKDOORLAB_PLUGINS", "").split(os.pathsep)
+    found = [Path(entry) for entry in entries if entry]
     for folder in found:
         if not (folder / "attack").is_dir() and not (folder / "defense").is_dir():
-            inform(
-                f"BACKDOORLAB_PLUGINS: {folder}"
-                f" {'has no folder attack/ or defense/' if folder.is_dir() else 'does not exist'}"
-            )
+            wrong = "has no folder attack/ or defense/" if folder.is_dir() else "does not exist"
+            inform(f"BACKDOORLAB_PLUGINS: {folder} {wrong}")
     return found
 
 
 @lru_cache(maxsize=256)
 def inform(line: str) -> None:
-    """Say something once that ends nothing: such lines begin with two spaces."""
+    """Print a warning on stderr, once per process; it begins with two spaces."""
     print("  " + " ".join(line.split()), file=sys.stderr)
 
 
 def home(name: str) -> Path:
+    """Return attack/, defense/ or resource/ of the checkout, or else of the installed package."""
     checkout = PACKAGE.parent
     return checkout / name if (checkout / "setup.py").exists() else PACKAGE / name
