@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test test-processors bench clean
 
-$(VENV)/installed: requirements.txt setup.py
+$(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -4,13 +4,17 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import helpers
 import pytest
 
-PARTS = ("setup.py", "pyproject.toml", "README.md", "backdoorlab", "attack", "defense", "resource")
+PARTS = (
+    *("setup.py", "pyproject.toml", "README.md", "LICENSE"),
+    *("backdoorlab", "attack", "defense", "resource"),
+)
 
 
 def pip(*arguments: str, cwd: Path) -> None:
@@ -23,6 +27,12 @@ def pip(*arguments: str, cwd: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_requirements_txt_names_the_dependencies_of_the_package() -> None:
+    listed = (helpers.CHECKOUT / "requirements.txt").read_text().split("\n")
+    project = tomllib.loads((helpers.CHECKOUT / "pyproject.toml").read_text())["project"]
+    assert [line for line in listed if line] == ["-e .", *project["dependencies"]]
 
 
 @pytest.mark.skipif(
@@ -55,6 +65,10 @@ def test_a_wheel_holds_everything_and_runs_without_a_checkout(tmp_path: Path) ->
         f"backdoorlab/{kind}/{path.name}"
         for kind in ("attack", "defense")
         for path in (helpers.CHECKOUT / kind).glob("*.py")
+    }
+    wanted |= {
+        path.relative_to(helpers.CHECKOUT).as_posix()
+        for path in (helpers.CHECKOUT / "backdoorlab").rglob("*.py")
     }
     wanted |= {
         f"backdoorlab/resource/page/{path.name}"
