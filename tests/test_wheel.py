@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import helpers
@@ -87,7 +88,7 @@ def test_a_wheel_holds_everything_and_runs_without_a_checkout(tmp_path: Path) ->
         for name, value in helpers.child_environment(PYTHONPATH=site).items()
         if name != "BACKDOORLAB_RECORDS"
     }
-    run = lambda *arguments: helpers.command(*arguments, cwd=here, env=env)
+    run = partial(helpers.command, cwd=here, env=env)
     where = run("-c", "import backdoorlab; print(backdoorlab.__file__)")
     assert Path(where.stdout.strip()).is_relative_to(site), where.stdout + where.stderr
 
