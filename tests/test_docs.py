@@ -43,7 +43,7 @@ def commands() -> set[str]:
     found: set[str] = set()
     for node in ast.parse((PACKAGE / "__main__.py").read_text()).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
-            found |= {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
+            found |= {str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)}
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "METHODS":
             found |= set(ast.literal_eval(node.value))
     assert {"table", "attack", "bench"} <= found
