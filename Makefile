@@ -6,9 +6,9 @@ RECORDS := $(or $(BACKDOORLAB_RECORDS),record)
 # Two waiting threads that spin slow each other down many times over on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-processors bench clean
+.PHONY: demo test coverage test-processors bench clean
 
-$(VENV)/installed: requirements.txt setup.py
+$(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
@@ -31,6 +31,10 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile
 
+# Nearly twice the processor time of the tests alone, so `make test` does without.
+coverage: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile --cov --cov-report=term
+
 # As other processors round, with one thread and two: hours. ONLY="avx2-fp32" takes one of them.
 test-processors: $(VENV)/installed-dev
 	$(RUN) tests/processors.py $(if $(ONLY),--only $(ONLY))
@@ -39,4 +43,4 @@ bench: $(VENV)/installed
 	$(RUN) -m performance
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info .coverage

@@ -237,11 +237,13 @@ def _method_table(
     room = LINE - 4  # two gaps of two spaces
     room -= max(map(len, ["method", *(method.name for method in found)]))
     room -= max(map(len, [column, *properties]))
-    rows = [
-        {"method": method.name, "idea": _summary(method.title, room), column: said}
+    columns = ["method", "idea", column]
+    texts = [
+        (method.name, _summary(method.title, room), said)
         for method, said in zip(found, properties, strict=True)
     ]
-    return formats.text(formats.Table(["method", "idea", column], rows, numbers=(), block=()))
+    rows = [dict(zip(columns, map(formats.Cell, line), strict=True)) for line in texts]
+    return formats.text(formats.Table(columns, rows, numbers=(), block=()))
 
 
 def _summary(title: str, room: int) -> str:

@@ -1,13 +1,12 @@
-"""What bounds a training step: its convolutions, each by itself, and how near they come to a matrix
-product.
+"""What bounds a training step: its convolutions, each measured alone, against a matrix product.
 
     python performance/convolutions.py [--width 16] [--json FILE]
 
-Each convolution of PreAct-ResNet18 is run alone on a batch of 128, as it is in a step: forward,
-gradient of its weights and, but for the first, gradient of its input. Their sum is what a step can
-at best be brought down to without a faster convolution. The peak is that of a square matrix product
-in the same precision; arithmetic is counted as in the product, two operations a multiply-add. Sides
-take turns, as everywhere here.
+Each convolution of PreAct-ResNet18 runs alone on a batch of 128, as in a step: forward, gradient of
+its weights and, except for the first, gradient of its input. Their sum is a lower bound for a step
+unless convolutions become faster. The peak is that of a square matrix product in the same
+precision. A multiply-add counts as two operations everywhere. Both sides are measured alternately,
+as in all benchmarks here.
 """
 
 import argparse
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from measure import (
     Row,
     busy,
+    cifar_network,
     describe_machine,
     fast_bf16,
     in_turn,
@@ -35,7 +35,6 @@ from measure import (
 from torch import Tensor, nn
 
 from backdoorlab.device import Exact, choose_device, seed_everything
-from backdoorlab.models import Classifier, build
 
 BATCH = 128
 PRODUCT = 2048
@@ -55,7 +54,7 @@ class Shape:
 
     @property
     def operations(self) -> int:
-        """Of a step."""
+        """Floating-point operations of this convolution in one step."""
         return (
             2
             * BATCH
@@ -69,7 +68,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Way:
-    """How a step is computed."""
+    """Precision and memory format of a step."""
 
     precision: Exact
     memory: torch.memory_format
@@ -94,8 +93,10 @@ def main() -> None:
 def _rows(width: int, device: torch.device, repetitions: int) -> Iterator[Row]:
     conventional = Way("fp32", torch.contiguous_format)
     ours = Way("bf16" if fast_bf16(device) else "fp32", torch.channels_last)
-    shapes = _convolutions(_network(width, device))
+    shapes = _convolutions(cifar_network(width, device))
     total = sum(shape.operations * count for shape, count in shapes.items())
+
+    # Each convolution alone, and their sum.
     pairs = []
     for shape, count in shapes.items():
         work = [_convolution(shape, way, device) for way in (conventional, ours)]
@@ -104,6 +105,8 @@ def _rows(width: int, device: torch.device, repetitions: int) -> Iterator[Row]:
         yield Row(_name(shape, count), "-", _ratios(found), detail=_rates(found, shape.operations))
     sums = [tuple(map(sum, zip(*turn, strict=True))) for turn in zip(*pairs, strict=True)]
     yield Row("all convolutions of a step", "-", _ratios(sums), detail=_rates(sums, total))
+
+    # The whole step, and the share of the convolutions in it.
     steps = _pairs(
         _step(width, conventional, device), _step(width, ours, device), device, repetitions
     )
@@ -118,6 +121,8 @@ def _rows(width: int, device: torch.device, repetitions: int) -> Iterator[Row]:
         tuple(a / alone for a, _ in steps),
         detail="the ratio if all else were free",
     )
+
+    # The rate of the step against that of a matrix product.
     peaks = [2 * PRODUCT**3 / timed(_product(ours, device), device)[0] for _ in range(repetitions)]
     detail = f"{total / step / 1e9:,.0f} of {statistics.median(peaks) / 1e9:,.0f} GFLOP/s"
     yield Row(
@@ -132,7 +137,7 @@ def _rows(width: int, device: torch.device, repetitions: int) -> Iterator[Row]:
 def _pairs(
     slow: Callable[[], Any], fast: Callable[[], Any], device: torch.device, repetitions: int
 ) -> list[tuple[float, float]]:
-    slow(), fast()  # the first call chooses kernels
+    slow(), fast()  # the first call selects kernels
     return in_turn(slow, fast, device, repetitions)
 
 
@@ -155,14 +160,8 @@ def _name(shape: Shape, count: int) -> str:
     )
 
 
-def _network(width: int, device: torch.device) -> Classifier:
-    return build(
-        "preactresnet18", num_classes=10, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width
-    ).to(device)
-
-
 def _convolutions(model: nn.Module) -> Counter[Shape]:
-    """How often each shape occurs, in the order of the network."""
+    """Count how often each shape occurs, in the order of the network."""
     found: Counter[Shape] = Counter()
 
     def note(layer: nn.Conv2d, inputs: tuple[Tensor], _: Tensor) -> None:
@@ -192,7 +191,7 @@ def _convolutions(model: nn.Module) -> Counter[Shape]:
 
 
 def _convolution(shape: Shape, way: Way, device: torch.device) -> Callable[[], Any]:
-    """Forward and backward of one convolution alone."""
+    """Return a function that runs one convolution forward and backward."""
     made = partial(torch.randn, device=device)
     x = made(BATCH, shape.inputs, shape.size, shape.size).to(way.dtype, memory_format=way.memory)
     weight = made(shape.outputs, shape.inputs, shape.kernel, shape.kernel).to(
@@ -224,7 +223,7 @@ def _convolution(shape: Shape, way: Way, device: torch.device) -> Callable[[], A
 
 
 def _step(width: int, way: Way, device: torch.device) -> Callable[[], Any]:
-    model = _network(width, device).to(memory_format=way.memory).train()
+    model = cifar_network(width, device).to(memory_format=way.memory).train()
     images = torch.rand(BATCH, 3, 32, 32, device=device).to(memory_format=way.memory)
     labels = torch.randint(10, (BATCH,), device=device)
     return partial(training_step(model, BATCH, device, way.precision), images, labels)

@@ -1,12 +1,12 @@
-"""What a method costs in image passes, from its settings; checked against counted runs, and turned
-into GPU hours.
+"""The cost of each method in image passes, computed from its settings, and in GPU hours.
 
-python performance/cost.py [RECORD ...] [--record_root FOLDER] [--tflops 50]
+    python performance/cost.py [RECORD ...] [--record_root FOLDER] [--tflops 50]
 
-With records: passes counted in their results beside those of the formulas below. Then the table of
-docs/scaling.md. A forward pass of an image counts once, a backward pass twice (to image and
-weights). The operations of a forward pass are counted by torch on the network itself;
---tflops is what the GPU is assumed to achieve, and the hours scale with its inverse.
+With records, it prints the passes counted in their results beside those of the formulas below. Then
+it prints the table of docs/scaling.md. A forward pass of an image counts once, a backward pass
+twice (gradients of activations and of weights). torch counts the operations of a forward pass on
+the network itself. --tflops is the rate that the GPU is assumed to achieve; hours scale with its
+inverse.
 """
 
 import argparse
@@ -31,7 +31,7 @@ Passes = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a method is run on."""
+    """Sizes of the data that a method is run on."""
 
     n: int
     """Training images."""
@@ -39,20 +39,26 @@ class Setting:
     classes: int
 
 
+# One formula for each method: c is its config, s the data it runs on.
+
+
 def ft(c: Mapping[str, Any], s: Setting) -> Passes:
+    """Every epoch sees every trusted image; an upper bound, as incomplete batches are dropped."""
     return c["epochs"] * s.trusted, c["epochs"] * s.trusted
 
 
 def sau(c: Mapping[str, Any], s: Setting) -> Passes:
-    """Upper bound: an image whose perturbation is found leaves the search."""
+    """An upper bound: an image leaves the search as soon as its perturbation is found."""
     return c["n_rounds"] * s.trusted * (4 + 2 * c["pgd_steps"]), c["n_rounds"] * s.trusted * (
         2 + 2 * c["pgd_steps"]
     )
 
 
 def ibau(c: Mapping[str, Any], s: Setting) -> Passes:
-    """The steps that find delta, then a pass over the trusted images; the implicit term is a
-    backward pass for each of K steps and two more."""
+    """The steps that search delta, then a pass over the trusted images.
+
+    The implicit term takes a backward pass for each of K steps, and two more.
+    """
     batches = math.ceil(s.trusted / c["batch_size"])
     searched = s.trusted * (c["delta_steps"] or batches) / batches
     forward, backward = (2, c["K"] + 3) if c["K"] else (1, 1)
@@ -62,15 +68,20 @@ def ibau(c: Mapping[str, Any], s: Setting) -> Passes:
 
 
 def dau(c: Mapping[str, Any], s: Setting) -> Passes:
-    """The features once, then passes over the whole training set; the heads are too small to count.
-    Recovery leaves a few images out, and reads what was flagged in two passes more."""
+    """The features once, then passes over the whole training set.
+
+    The heads are too small to count. Recovery omits a few images, and reads the flagged ones in two
+    more passes.
+    """
     passes = c["epochs"] + c.get("recovery_epochs", 0)
     return s.n * (1 + passes), s.n * passes
 
 
 def asd(c: Mapping[str, Any], s: Setting) -> Passes:
-    """Three batches a step and two to guess labels, a pass an epoch to split, in stage 3 a pass of
-    training and one to look at it."""
+    """Three batches per step and two to guess labels, and a pass per epoch to split.
+
+    Stage 3 adds a training pass and a pass to evaluate it in each epoch.
+    """
     epochs = c["stage1_epochs"] + c["stage2_epochs"] + c["stage3_epochs"]
     batches = c["iterations"] * c["batch_size"] * epochs
     return (
@@ -80,14 +91,19 @@ def asd(c: Mapping[str, Any], s: Setting) -> Passes:
 
 
 def bu(c: Mapping[str, Any], s: Setting) -> Passes:
-    """Every class is tried at every level; then each pass of unlearning sees all images clean,
-    those of other classes patched, and with the weighted penalty all once more. Held-out images of
-    other classes are looked at after each, few of them with several patches."""
+    """Every class is tried at every level; then the triggers found are unlearned.
+
+    A pass of unlearning sees all images clean, those of other classes with a patch, and with the
+    weighted penalty all images once more. Held-out images of other classes are judged after each
+    pass; if they are few, each of them with several patches.
+    """
     held_out, others = round(c["held_out"] * s.trusted), 1 - 1 / s.classes
     images, generators = s.trusted - held_out, len(c["levels"]) * s.classes
     passes = images * (
         generators * c["search_epochs"] + c["epochs"] * (1 + others + (c["penalty"] == "weighted"))
     )
+
+    # Few images are judged with several triggers each.
     judged = others * held_out
     # Few images are judged with several triggers each
     judged *= math.ceil(TRIALS / max(1, judged))
@@ -107,12 +123,16 @@ SCALES = {
     "Tiny ImageNet, PreAct-ResNet18": (Setting(100_000, 5_000, 200), "preactresnet18", 64, 200),
     "ImageNet, ResNet-50": (Setting(1_281_167, 64_058, 1000), "resnet50", 224, 90),
 }
-"""Data set and network -> sizes with 5 % trusted images, network, side in pixels, epochs of the
-attack."""
+"""Title -> data with 5 % trusted images, network, image side in pixels, epochs of the attack."""
 
 
 def counted(names: list[str], root: str | None) -> None:
-    """Each result's own count beside the formula's."""
+    """Print the passes that each result counted beside those of the formula.
+
+    Args:
+        names: records.
+        root: folder of records; None for the default.
+    """
     column = max(map(len, names), default=0) + 2
     print(
         f"{'record':<{column}}{'defense':<20}{'forward':>12}{'formula':>12}{'backward':>12}{'formula':>12}"
@@ -129,6 +149,7 @@ def counted(names: list[str], root: str | None) -> None:
             )
             if method not in COSTS or "image_passes" not in result:
                 continue
+
             forward, backward = COSTS[method](
                 result["config"],
                 Setting(record.info["dataset"]["train_size"], trusted, record.info["num_classes"]),
@@ -141,8 +162,15 @@ def counted(names: list[str], root: str | None) -> None:
 
 
 def operations(network: str, side: int, classes: int) -> int:
-    """Floating-point operations of one image's forward pass: two for a multiplication with its
-    addition."""
+    """Count the floating-point operations of one image's forward pass.
+
+    A multiplication with its addition counts as two.
+
+    Args:
+        network: name of an architecture.
+        side: height and width of the image in pixels.
+        classes: number of classes.
+    """
     stem = "stock" if side > 64 else "small"
     shape = dict(
         num_classes=classes,
@@ -160,7 +188,7 @@ def operations(network: str, side: int, classes: int) -> int:
 
 
 def scaled(tflops: float) -> None:
-    """Passes per training image and hours for every method at its published settings."""
+    """Print passes per training image and hours for every method at its published settings."""
     defaults = {
         name: dataclasses.asdict(methods.load("defense", name).config_class()) for name in COSTS
     }
@@ -173,6 +201,7 @@ def scaled(tflops: float) -> None:
         print(
             "| method | forward / image | backward / image | hours |\n| --- | ---: | ---: | ---: |"
         )
+
         attack = (float(epochs * setting.n), float(epochs * setting.n))
         for name, (forward, backward) in {
             f"attack, {epochs} epochs": attack,
@@ -192,6 +221,7 @@ if __name__ == "__main__":
     parser.add_argument("--record_root")
     parser.add_argument("--tflops", type=float, default=50.0)
     options = parser.parse_args()
+
     if options.records:
         try:
             counted(options.records, options.record_root)

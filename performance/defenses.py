@@ -1,10 +1,11 @@
-"""What a step of a defense costs, against a plain transcription of the published step.
+"""The cost of a step of each defense, against a plain transcription of the published step.
 
     python performance/defenses.py [--width 16 64] [--json FILE]
 
-The published steps are in published.py. Both sides get the same weights and images, and take turns.
-Where they compute the same numbers, these are compared first: a faster step that computes something
-else would be no gain. `--memory` reports the peak of each side, in a process of its own.
+The published steps are in published.py. Both sides get the same weights and images, and are
+measured alternately. Where both should compute the same numbers, these are compared first: a faster
+step that computes something else is no gain. `--memory` reports the peak memory of each side, each
+in a process of its own.
 """
 
 import argparse
@@ -19,7 +20,16 @@ from typing import Any
 import measure
 import published
 import torch
-from measure import Row, busy, describe_machine, fast_bf16, fresh_process, medians, report
+from measure import (
+    Row,
+    busy,
+    cifar_network,
+    describe_machine,
+    fast_bf16,
+    fresh_process,
+    medians,
+    report,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -29,7 +39,7 @@ from backdoorlab.device import Exact, choose_device, seed_everything
 from backdoorlab.engine import Forward
 from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.features import extract
-from backdoorlab.models import PASSES, build
+from backdoorlab.models import PASSES
 from backdoorlab.perturb import frozen
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run, peak_memory
@@ -45,7 +55,7 @@ sau: Any = methods.load("defense", "sau").module
 CLASSES = 10
 
 Work = Callable[[], tuple[Tensor, Tensor]]
-"""A step on fixed images; returns the perturbation and the loss."""
+"""A step on fixed images, which returns the perturbation and the loss."""
 
 
 def main() -> None:
@@ -54,7 +64,7 @@ def main() -> None:
     device = choose_device(options.device)
     caution = "the machine is busy" if busy() else "none"
     header = describe_machine(
-        device, data=f"made-up images, batches of {options.batch_size}", caution=caution
+        device, data=f"synthetic images, batches of {options.batch_size}", caution=caution
     )
     report(header, _rows(options, device), options.json)
 
@@ -78,9 +88,11 @@ def _sau(width: int, options: argparse.Namespace, device: torch.device) -> Itera
             yield _agreement(published(), lean(), width)
         else:
             published(), lean()
+
         before = PASSES.forward
         lean()
         passes = (PASSES.forward - before) / options.batch_size
+
         pairs = measure.in_turn(published, lean, device, options.repetitions)
         slow, fast = medians(pairs)
         yield Row(
@@ -95,8 +107,10 @@ def _sau(width: int, options: argparse.Namespace, device: torch.device) -> Itera
 
 
 def _agreement(published: tuple[Tensor, Tensor], lean: tuple[Tensor, Tensor], width: int) -> Row:
-    """The first step of both. Perturbations are signs of gradients: where one is almost 0, rounding
-    may turn it."""
+    """Compare the first step of both sides.
+
+    Perturbations are signs of gradients: rounding may flip the sign of a gradient near 0.
+    """
     same = (published[0] == lean[0]).float().mean().item()
     apart = (published[1] - lean[1]).abs().item() / published[1].abs().item()
     return Row(
@@ -111,31 +125,32 @@ def _agreement(published: tuple[Tensor, Tensor], lean: tuple[Tensor, Tensor], wi
 def sau_steps(
     width: int, batch_size: int, device: torch.device, precision: Exact
 ) -> tuple[Work, Work]:
-    """The published step (fp32, torch's default memory format) and ours, each on its own copy of a
-    pair of models that differ a little."""
+    """Build the published step (fp32, torch's default memory format) and ours.
+
+    Each works on its own copy of a pair of models that differ slightly.
+
+    Args:
+        width: channels of the network's first stage.
+        batch_size: images per step.
+        device: where both run.
+        precision: of our step.
+    """
     seed_everything(0, device)
-    poisoned = (
-        build(
-            "preactresnet18",
-            num_classes=CLASSES,
-            in_chans=3,
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-            width=width,
-        )
-        .to(device)
-        .eval()
-    )
+    poisoned = cifar_network(width, device).eval()
     x = torch.rand(batch_size, 3, 32, 32).to(device, memory_format=torch.channels_last)
+
+    # Batch-norm statistics of these images instead of 0 and 1.
     with torch.no_grad():
-        for _ in range(20):  # statistics of these images instead of 0 and 1
+        for _ in range(20):
             poisoned.train()(x)
     poisoned.eval()
+
     model = copy.deepcopy(poisoned)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     y = poisoned(x).argmax(1)
+
     plain, plain_reference = (
         copy.deepcopy(net).to(memory_format=torch.contiguous_format) for net in (model, poisoned)
     )
@@ -167,7 +182,7 @@ def _lean_sau(
 
 
 def _memory(width: int, options: argparse.Namespace) -> Row:
-    """Peak of a step above what the process held before it, each side in a process of its own."""
+    """Compare the peak memory of a step above that of models and images."""
     peaks = []
     for side in (0, 1):
         with fresh_process() as process:
@@ -197,22 +212,18 @@ def _peak(side: int, width: int, batch_size: int, device_name: str) -> int:
 
 
 def _dau(width: int, options: argparse.Namespace, device: torch.device) -> Row:
-    """Anti-learning of its ten passes: five heads on features taken once, against one head behind
-    the whole network."""
+    """Time DAU's anti-learning.
+
+    Ours trains several heads on features that are computed once; the port trains one head behind
+    the whole network.
+    """
     count = 10 * options.batch_size
     x = torch.randint(
         0, 256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
     split, pool = Split(x, torch.arange(count) % CLASSES), torch.arange(count) % 100 == 0
     seed_everything(0, device)
-    model = build(
-        "preactresnet18",
-        num_classes=CLASSES,
-        in_chans=3,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        width=width,
-    ).to(device)
+    model = cifar_network(width, device)
     plain: Any = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     config, run = dau.Config(), Run(Path(), seed=0, device=device)
 
@@ -247,26 +258,17 @@ def _dau(width: int, options: argparse.Namespace, device: torch.device) -> Row:
 
 
 def _ibau(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """A round on one batch (then both sides find the same delta), with the published five products;
-    and what the preset without them takes."""
+    """Time a round of I-BAU on one batch, for which both sides find the same delta.
+
+    K = 5 is the published number of Hessian products; K = 0 leaves the implicit term out.
+    """
     size = options.batch_size
     x = torch.randint(
         0, 256, (size, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
     )
     trusted = Split(x, torch.arange(size) % CLASSES)
     seed_everything(0, device)
-    model = (
-        build(
-            "preactresnet18",
-            num_classes=CLASSES,
-            in_chans=3,
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-            width=width,
-        )
-        .to(device)
-        .eval()
-    )
+    model = cifar_network(width, device).eval()
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     stream = DataLoader(published.Images(trusted), size)
     view = DefenderView("", CLASSES, (3, 32, 32), (), Augment(), dict(model=model, trusted=trusted))
@@ -287,10 +289,12 @@ def _ibau(width: int, options: argparse.Namespace, device: torch.device) -> Iter
             ibau.defend(view, ibau.Config(K=K, **habits), run)
             found.append(log.history[0]["delta"])
 
+    # Both sides must find the same delta.
     theirs = partial(published.ibau_round, copy.deepcopy(plain), stream, (3, 32, 32))
     wanted = theirs()
     ours(5)
     apart = abs(found[0] - wanted) / wanted
+
     for K in (5, 0):
         pairs = [
             (
@@ -314,25 +318,16 @@ def _ibau(width: int, options: argparse.Namespace, device: torch.device) -> Iter
 
 
 def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Images trained on per second, at the start, when the clean pool is the seeds, and later, when
-    it is half of the set."""
+    """Measure ASD's training in images per second.
+
+    At the start, when the clean pool is the seeds, and later, when it is half of the set.
+    """
     seed_everything(0, device)
     draws = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (50_000, 3, 32, 32), generator=draws, dtype=torch.uint8)
     split = Split(images, torch.arange(len(images)) % CLASSES)
     array, labels = images.permute(0, 2, 3, 1).contiguous().numpy(), split.labels.numpy()
-    model = (
-        build(
-            "preactresnet18",
-            num_classes=CLASSES,
-            in_chans=3,
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-            width=width,
-        )
-        .to(device)
-        .train()
-    )
+    model = cifar_network(width, device).train()
     conventional = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     view = DefenderView("", CLASSES, (3, 32, 32), (), Augment(4, True), {})
     placed = to_device(split, device)
@@ -345,9 +340,10 @@ def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Itera
             Run(Path(), seed=0, device=device),
         )
         optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+        # The number of steps is that of a whole run, so that graphs are captured as there.
         forward = Forward(
             model.train(), run, placed, 120 * 1024, 2 * config.batch_size, 3 * config.batch_size
-        )  # as in a whole run
+        )
 
         def ours(
             clean: Tensor = clean,
@@ -384,20 +380,9 @@ def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Itera
 
 
 def _bu(options: argparse.Namespace, device: torch.device) -> Row:
-    """A step of recovery for ten classes: generators one by one, and side by side."""
+    """Time a step of BU's trigger recovery for ten classes: one after another, and batched."""
     seed_everything(0, device)
-    model = (
-        build(
-            "preactresnet18",
-            num_classes=CLASSES,
-            in_chans=3,
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-            width=16,
-        )
-        .to(device)
-        .eval()
-    )
+    model = cifar_network(16, device).eval()
     x, y = (
         torch.rand(32, 3, 32, 32).to(device, memory_format=torch.channels_last),
         (torch.arange(32) % CLASSES).to(device),

@@ -2,11 +2,11 @@
 
     python performance/gpu.py [--width 16 64] [--json FILE]
 
-Ours is the step that engine.train runs on a PreAct-ResNet18 and 32x32 images that lie on the GPU:
-drawing, cropping and flipping them, the passes, the optimizer. It is compared with itself without
-CUDA graphs, with torch.compile in and outside of them, and in float32. A way's first steps are
-timed by themselves: they pay for the rest. The peak is that of a bf16 matrix product of 8192 x 8192
-random numbers, measured here.
+Ours is the step that engine.train runs on a PreAct-ResNet18 with 32x32 images on the GPU: drawing,
+cropping and flipping images, forward and backward pass, optimizer. It is compared with the same
+step without CUDA graphs, with torch.compile inside and outside of graphs, and in fp32. The first
+steps of each variant are timed separately, because they include compiling and capturing. The peak
+is that of a bf16 matrix product of 8192 x 8192 random numbers, measured here.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
-from measure import Row, describe_machine, report, timed
+from measure import Row, cifar_network, describe_machine, report, timed
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from backdoorlab.data import Augment, Split, batches
 from backdoorlab.device import Exact, choose_device, seed_everything
 from backdoorlab.engine import WORTH_A_GRAPH, Forward, Recipe, make_optimizer
-from backdoorlab.models import Classifier, build, paused
+from backdoorlab.models import paused
 from backdoorlab.run import Run
 
 BATCH, STEPS, SIZE = 128, 100, 20_000
 AT_ONCE = (1, 2, 4, 8)
 WINDOW = 3.0
-"""Seconds in which runs at once are counted."""
+"""Seconds for which simultaneous runs are counted."""
 
 
 def main() -> None:
@@ -48,16 +48,16 @@ def main() -> None:
     device = choose_device(options.device)
     if device.type != "cuda":
         raise SystemExit(
-            "performance/gpu.py measures a GPU, and there is none; the CPU's step is in pipeline.py"
-            " and convolutions.py"
+            "performance/gpu.py needs a GPU, and there is none; pipeline.py and convolutions.py"
+            " measure a step on the CPU"
         )
     if 1 not in options.at_once:
         raise SystemExit(
-            f"--at_once {' '.join(map(str, options.at_once))}: 1 must be among them, which the"
-            " others are compared with"
+            f"--at_once {' '.join(map(str, options.at_once))}: 1 must be among them, because"
+            " the others are compared with it"
         )
     header = describe_machine(
-        device, data=f"made-up images, batches of {BATCH}, {STEPS} steps a measurement"
+        device, data=f"synthetic images, batches of {BATCH}, {STEPS} steps a measurement"
     )
     report(header, _rows(options, device), options.json)
 
@@ -78,7 +78,7 @@ def _rows(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
 
 
 def _ceilings(device: torch.device) -> tuple[float, float]:
-    """Floating-point operations and bytes a second, at best."""
+    """Measure the best rates of this GPU: floating-point operations and bytes per second."""
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randint(0, 255, (2**32,), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
@@ -94,23 +94,28 @@ def _ways(width: int, peak: float, repetitions: int, device: torch.device) -> It
     with tempfile.TemporaryDirectory() as folder:
         operations = _operations(width, device)
         ways: dict[str, tuple[Exact, bool, bool]] = {
-            # The first pays for cuDNN's start and choices, too
+            # The first one also includes cuDNN's start and its choice of kernels.
             "without graphs": ("bf16", False, False),
             "CUDA graphs (ours)": ("bf16", True, False),
             "torch.compile": ("bf16", False, True),
             "torch.compile, in CUDA graphs": ("bf16", True, True),
             "without graphs, fp32": ("fp32", False, False),
         }
+
+        # The first steps of each variant, timed separately.
         steps: dict[str, Callable[[], None]] = {}
         firsts = {}
         for name, way in ways.items():
             firsts[name], steps[name] = timed(
                 partial(_warm, width, *way, Path(folder), device), device
             )
+
+        # Then all variants alternately.
         found: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(repetitions):
             for name, some in steps.items():
                 found[name].append(timed(some, device)[0] / STEPS)
+
         ours = found["CUDA graphs (ours)"]
         for name, seconds in found.items():
             middle = statistics.median(seconds)
@@ -132,7 +137,7 @@ def _ways(width: int, peak: float, repetitions: int, device: torch.device) -> It
 def _warm(
     width: int, precision: Exact, graphs: bool, compiled: bool, folder: Path, device: torch.device
 ) -> Callable[[], None]:
-    """Steps of one way, warm: STEPS of them a call."""
+    """Warm one variant up, and return a function that runs STEPS of its steps."""
     steps = _training(width, precision, graphs, compiled, folder, device)
     for _ in range(5):
         next(steps)
@@ -147,14 +152,14 @@ def _warm(
 def _training(
     width: int, precision: Exact, graphs: bool, compiled: bool, folder: Path, device: torch.device
 ) -> Iterator[None]:
-    """The loop of engine.train, a step at a time, for ever."""
+    """Run the loop of engine.train endlessly, and yield after each step."""
     seed_everything(0, device)
     recipe = Recipe(
         epochs=100, batch_size=BATCH, lr=0.01, augment=Augment(crop_padding=4, flip=True)
     )
     run = Run(folder, seed=0, device=device, precision=precision)
-    split, model = _data(device), _model(width, device)
-    if compiled:  # all but the counting of images, at whose every change it would begin anew
+    split, model = _data(device), cifar_network(width, device)
+    if compiled:  # without the counter of images: each change of it would compile again
         model.network.forward_features = torch.compile(model.network.forward_features)
     forward = Forward(model.train(), run, split, WORTH_A_GRAPH if graphs else 0, BATCH)
     optimizer = make_optimizer(model.parameters(), recipe)
@@ -172,16 +177,17 @@ def _training(
 
 
 def _profile(width: int, steps: Callable[[], None], ours: list[float]) -> Row:
-    """How long the GPU itself works in a step, and at what."""
+    """Measure the time of the GPU's kernels in a step, by kind of kernel."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         steps()
         torch.cuda.synchronize()
+
     kinds = {"convolution": 0.0, "batch norm": 0.0, "the rest": 0.0}
     launches = 0
     for event in seen.key_averages():
-        # The calls that launch them are seen, too
+        # The profiler also lists the calls that launch kernels.
         if event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         name, launches = event.key.lower(), launches + event.count
@@ -197,6 +203,7 @@ def _profile(width: int, steps: Callable[[], None], ours: list[float]) -> Row:
             else "the rest"
         )
         kinds[kind] += event.self_device_time_total / 1e6 / STEPS
+
     busy = sum(kinds.values())
     parts = ", ".join(f"{kind} {100 * value / busy:.0f} %" for kind, value in kinds.items())
     detail = (
@@ -213,8 +220,10 @@ def _profile(width: int, steps: Callable[[], None], ours: list[float]) -> Row:
 
 
 def _at_once(width: int, counts: list[int], device: torch.device) -> Iterator[Row]:
-    """Images a second of all runs together, against one alone. All processes are there from the
-    start; those whose turn it is not wait."""
+    """Compare the images per second of several simultaneous runs with those of one.
+
+    All processes are started at the beginning; those that are not needed wait.
+    """
     context = multiprocessing.get_context("spawn")
     barrier, rates = context.Barrier(counts[-1]), context.Queue()
     workers = [
@@ -223,12 +232,14 @@ def _at_once(width: int, counts: list[int], device: torch.device) -> Iterator[Ro
     ]
     for worker in workers:
         worker.start()
+
     found = dict.fromkeys(counts, 0.0)
     for _ in range(sum(counts)):
         count, rate = rates.get(timeout=300)
         found[count] += rate
     for worker in workers:
         worker.join()
+
     for count in counts:
         gain = found[count] / found[counts[0]]
         yield Row(
@@ -242,6 +253,7 @@ def _at_once(width: int, counts: list[int], device: torch.device) -> Iterator[Ro
 def _worker(
     number: int, width: int, counts: list[int], device: str, barrier: Any, rates: Any
 ) -> None:
+    """Train in one process, and report images per second for each count that includes it."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         steps = _training(width, "bf16", True, False, Path(folder), torch.device(device))
@@ -261,16 +273,10 @@ def _worker(
 
 
 def _operations(width: int, device: torch.device) -> int:
-    """Floating-point operations of one image's forward pass."""
+    """Count the floating-point operations of one image's forward pass."""
     with FlopCounterMode(display=False) as counter, torch.no_grad(), paused():
-        _model(width, device)(torch.zeros(1, 3, 32, 32, device=device))
+        cifar_network(width, device)(torch.zeros(1, 3, 32, 32, device=device))
     return counter.get_total_flops()
-
-
-def _model(width: int, device: torch.device) -> Classifier:
-    return build(
-        "preactresnet18", num_classes=10, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width
-    ).to(device)
 
 
 def _data(device: torch.device) -> Split:

@@ -1,12 +1,13 @@
 """How the cost of each method grows with the number of images.
 
-    python performance/growth.py [--sizes 5000 10000 25000 50000] [--trusted 250 1000 2500] [--width 16] [--json FILE] [--plot FILE.png]
+    python performance/growth.py [--sizes 5000 10000 25000 50000] [--trusted 250 1000 2500]
+        [--width 16] [--json FILE] [--plot FILE.png]
 
-One epoch (round, pass) of each stage of each method on made-up images of 32 x 32 x 3, each cell in
-a process of its own. Methods that train on the training set are given sets of --sizes, methods that
-work on trusted images --trusted of them; the rest of their constants are the defaults. Given are
-seconds, image passes (exact: they do not depend on the machine) and peak memory, and the exponent p
-of a fit of cost = c n^p. Costs of more epochs are multiples.
+It runs one epoch (round, pass) of each stage of each method on synthetic images of 32 x 32 x 3,
+each cell in a process of its own. Methods that train on the training set get sets of --sizes,
+methods that use trusted images get --trusted of them. All other settings are the defaults. It
+prints seconds, image passes (exact: they do not depend on the machine), peak memory, and the
+exponent p of a fit of cost = c n^p. Costs of more epochs are multiples.
 """
 
 import argparse
@@ -21,13 +22,12 @@ from typing import Any
 import measure
 import numpy as np
 import torch
-from measure import describe_machine, fresh_process
+from measure import cifar_network, describe_machine, fresh_process
 
 from backdoorlab.data import Augment, Split
 from backdoorlab.device import choose_device, seed_everything
 from backdoorlab.engine import Recipe, train
 from backdoorlab.features import extract
-from backdoorlab.models import build
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run, peak_memory
 from backdoorlab.settings import methods
@@ -38,7 +38,7 @@ AUGMENT = Augment(crop_padding=4, flip=True)
 
 @dataclass(frozen=True)
 class Cell:
-    """What one epoch of a method cost on `images` images."""
+    """The cost of one epoch of a method on `images` images."""
 
     method: str
     images: int
@@ -46,7 +46,7 @@ class Cell:
     forward: int
     backward: int
     megabytes: float
-    """Peak memory of the process, with torch and the images."""
+    """Peak memory of the process, including torch and the images."""
 
 
 Work = Callable[[DefenderView, Run], Any]
@@ -62,8 +62,10 @@ def _attack(view: DefenderView, run: Run) -> None:
 
 
 def _dau(view: DefenderView, run: Run) -> None:
-    """Features, heads on a pool of 1 %, and a pass of unlearning 10 %: what DAU does where it finds
-    poison."""
+    """Run DAU as if it had detected poison: features, heads, unlearning.
+
+    The pool is 1 % of the images, the flagged samples are 10 %.
+    """
     dau: Any = methods.load("defense", "dau").module
     config, model = dau.Config(epochs=1, head_epochs=1), view.load_model()
     features = extract(model, view.train, run)
@@ -101,30 +103,23 @@ ON_TRUSTED: dict[str, Work] = {
 
 
 def cell(name: str, count: int, width: int, device_name: str) -> Cell:
-    """Run one; in a process of its own, so that its peak memory is its own."""
+    """Run one epoch of a method; in a process of its own, so that peak memory is the cell's.
+
+    Args:
+        name: key of ON_TRAINING or ON_TRUSTED.
+        count: number of images.
+        width: channels of the network's first stage.
+        device_name: as --device.
+    """
     device = choose_device(device_name)
     seed_everything(0, device)
     draws = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 32, 32), generator=draws, dtype=torch.uint8)
     split = Split(images, torch.arange(count) % CLASSES)
-    model = build(
-        "preactresnet18",
-        num_classes=CLASSES,
-        in_chans=3,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        width=width,
-    ).to(device)
+    model = cifar_network(width, device)
 
     def new_model() -> Any:
-        return build(
-            "preactresnet18",
-            num_classes=CLASSES,
-            in_chans=3,
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-            width=width,
-        ).to(device)
+        return cifar_network(width, device)
 
     granted = dict(
         model=model, train=split, trusted=split, seeds=torch.arange(100), new_model=new_model
@@ -145,15 +140,17 @@ def cell(name: str, count: int, width: int, device_name: str) -> Cell:
 
 
 def exponent(sizes: list[int], costs: list[float]) -> float:
-    """p of the least-squares fit of log cost = log c + p log n; NaN where something costs nothing
-    or there is one size."""
+    """Return p of the least-squares fit of log cost = log c + p log n.
+
+    NaN if there is only one size, or if a cost is 0.
+    """
     if len(sizes) < 2 or min(costs) <= 0:
         return math.nan
     return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
 
 
 def plot(cells: list[Cell], file: Path) -> None:
-    """Image passes and seconds over images, on logarithmic axes."""
+    """Draw image passes and seconds over the number of images, on logarithmic axes."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -187,7 +184,7 @@ def main() -> None:
     options = _options()
     header = describe_machine(
         choose_device(options.device),
-        data="made-up images of 32 x 32 x 3",
+        data="synthetic images of 32 x 32 x 3",
         width=str(options.width),
     )
     for key, value in header.items():

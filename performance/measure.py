@@ -1,5 +1,4 @@
-"""What all benchmarks share: taking turns, the clock, a row of the table, and the header that says
-on what it was measured."""
+"""What all benchmarks share: alternating measurements, the clock, the table and its header."""
 
 import argparse
 import datetime
@@ -30,27 +29,33 @@ from backdoorlab.execution.precision import choose
 
 @dataclass(frozen=True)
 class Row:
+    """One line of the table: a goal, and the ratios that were measured."""
+
     name: str
     goal: str
     ratios: tuple[float, ...] = ()
     percent: bool = False
+    """Print the ratios in percent."""
     detail: str = ""
-    """What the two sides measured, or why there is nothing to measure."""
+    """The measurements of both sides, or the reason why nothing was measured."""
 
     @property
     def measured(self) -> str:
+        """Median, minimum and maximum of the ratios, as text."""
         if not self.ratios:
             return "not applicable"
+
         values = (statistics.median(self.ratios), min(self.ratios), max(self.ratios))
         middle, low, high = (f"{100 * v:.1f} %" if self.percent else f"{v:.2f}" for v in values)
         return f"{middle} ({low} to {high})"
 
 
 def report(header: dict[str, str], rows: Iterable[Row], file: Path | None) -> None:
-    """Print the table as it grows, and write it as JSON where a file is given."""
+    """Print each row as soon as it is measured, and write the table as JSON if a file is given."""
     for key, value in header.items():
         print(f"{key:<9} {value}", flush=True)
     print(f"\n{'what':<44} {'goal':<10} {'measured, median (min to max)':<34} detail")
+
     found = []
     for row in rows:
         print(f"{row.name:<44} {row.goal:<10} {row.measured:<34} {row.detail}", flush=True)
@@ -61,6 +66,7 @@ def report(header: dict[str, str], rows: Iterable[Row], file: Path | None) -> No
                 "median": statistics.median(row.ratios) if row.ratios else None,
             }
         )
+
     if file is not None:
         file.write_text(json.dumps(dict(header=header, rows=found), indent=2) + "\n")
 
@@ -68,23 +74,29 @@ def report(header: dict[str, str], rows: Iterable[Row], file: Path | None) -> No
 def in_turn(
     slow: Callable[[], Any], fast: Callable[[], Any], device: torch.device, repetitions: int
 ) -> list[tuple[float, float]]:
-    """Seconds of both, one after the other, so that a load on the machine meets both."""
+    """Time both sides alternately, so that other load on the machine affects both.
+
+    Returns:
+        Seconds of (slow, fast) for each repetition.
+    """
     return [(timed(slow, device)[0], timed(fast, device)[0]) for _ in range(repetitions)]
 
 
 def medians(rows: Iterable[Sequence[float]]) -> tuple[float, ...]:
-    """Of each column."""
+    """Return the median of each column."""
     return tuple(statistics.median(column) for column in zip(*rows, strict=True))
 
 
 def fresh_process() -> ProcessPoolExecutor:
-    """A process that inherits nothing, for what cannot be taken back in one: a peak of memory, a
-    setting of malloc."""
+    """Start a process that inherits nothing.
+
+    For what cannot be undone within a process: its peak memory, its settings of malloc.
+    """
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds until the device is done, and what `work` returned."""
+    """Return the seconds until the device has finished `work`, and what `work` returned."""
     wait(device)
     begin = time.perf_counter()
     value = work()
@@ -95,7 +107,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 def training_step(
     model: nn.Module, batch_size: int, device: torch.device, precision: Exact
 ) -> Callable[[Tensor, Tensor], None]:
-    """A step of the engine's SGD on images and labels."""
+    """Return a function that takes one step of the engine's SGD on images and labels."""
     optimizer = make_optimizer(model.parameters(), Recipe(epochs=1, batch_size=batch_size, lr=0.01))
 
     def step(images: Tensor, labels: Tensor) -> None:
@@ -109,7 +121,7 @@ def training_step(
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 is what `auto` takes here for PreAct-ResNet18 of width 16 on 32x32 images."""
+    """Whether `--precision auto` picks bf16 here for PreAct-ResNet18 of width 16 on 32x32."""
     network = {"architecture": "preactresnet18", "width": 16, "image_shape": [3, 32, 32]}
     build = partial(
         models.build,
@@ -123,12 +135,21 @@ def fast_bf16(device: torch.device) -> bool:
     return choose("auto", device, network, build).precision == "bf16"
 
 
+def cifar_network(width: int, device: torch.device) -> models.Classifier:
+    """Build a PreAct-ResNet18 for ten classes of 32x32 colour images."""
+    return models.build(
+        "preactresnet18", num_classes=10, in_chans=3, mean=(0.5,) * 3, std=(0.25,) * 3, width=width
+    ).to(device)
+
+
 def wait(device: torch.device) -> None:
+    """Wait until the device has finished all work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def describe_machine(device: torch.device, **more: str) -> dict[str, str]:
+    """Return the header of a table: machine, versions, threads, date, and `more`."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return dict(
         machine=(
@@ -146,15 +167,18 @@ def describe_machine(device: torch.device, **more: str) -> dict[str, str]:
 
 
 def busy() -> bool:
+    """Whether other processes leave less than one and a half processors free."""
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1) - 1.5
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes."""
+    """Return a parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--repetitions", type=int, default=5, help="pairs a comparison")
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write the table there, too"
+        "--repetitions", type=int, default=5, help="measurements of each comparison"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="also write the table to this file"
     )
     return parser

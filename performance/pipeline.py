@@ -2,16 +2,19 @@
 
     python performance/pipeline.py [--dataset cifar10 --dataset_path FOLDER] [--json FILE]
 
-Each row has its goal beside it; nothing is asserted, since timings belong to the machine:
-  1. `batches()` with random crop, flip, scaling and the model's normalisation, against a torch
-  DataLoader over PIL images 2. data handling as a share of a training step at width 16 3. a
-  training step in bfloat16 against float32 at width 64 4. training steps on images that stay in a
-  file, against the same images in memory 5. a training step when freed memory goes back to the
-  system, against one that keeps it, each in a process of its own
-The two sides of every ratio take turns, so that a load on the machine meets both; given are the
-median and the range of the ratios of neighbours. A DataLoader's first batches, and with them the
-start of its workers, are left out of its rate. Measure on an idle machine and with as many threads
-as workers: where cores are short, the workers lose more than we do.
+  1. `batches()` with random crops, flips, scaling and the model's normalisation, against a torch
+     DataLoader over PIL images
+  2. data handling as a share of a training step at width 16
+  3. a training step in bf16 against fp32 at width 64
+  4. training steps on images that stay in a file, against the same images in memory
+  5. a training step that returns freed memory to the system, against one that keeps it, each in a
+     process of its own
+
+Each row shows its goal; nothing is asserted, since timings depend on the machine. The two sides of
+every ratio are measured alternately, so that other load affects both. The table shows the median
+and the range of these ratios. A DataLoader's first batches, and with them the start of its workers,
+are left out of its rate. Measure on an idle machine, with as many threads as workers: if cores are
+short, the workers are slowed down more than our side.
 """
 
 import argparse
@@ -54,8 +57,7 @@ CIFAR_SHAPE = (50_000, 3, 32, 32)
 
 
 class Nothing(nn.Module):
-    """A network that leaves its input alone: what remains of a Classifier is its layer 0, the
-    normalisation."""
+    """A network that returns its input, so that a Classifier is its normalisation only."""
 
     def forward_features(self, x: Tensor) -> Tensor:
         return x
@@ -66,7 +68,7 @@ def main() -> None:
     device = choose_device(options.device)
     seed_everything(0, device)
     split, source = _data(options.dataset, options.dataset_path)
-    caution = "the machine is busy: row 1 against 2 workers flatters us" if busy() else "none"
+    caution = "the machine is busy: row 1 with 2 workers favours our side" if busy() else "none"
     header = describe_machine(
         device,
         data=source,
@@ -99,7 +101,7 @@ def _data_path(
 
     def our_rate() -> float:
         seconds, seen = 0.0, 0
-        while seconds < 0.5:  # a pass is too short to be timed alone
+        while seconds < 0.5:  # one pass is too short to be timed
             pass_seconds, pass_seen = timed(
                 lambda: _normalised(_our_batches(ours, device), layer0), device
             )
@@ -107,8 +109,8 @@ def _data_path(
         return seen / seconds
 
     def loader_rate(workers: int) -> tuple[float, float]:
-        """Images a second after the first batch, and seconds up to it."""
-        prefetch = 2  # batches a worker, torch's default
+        """Return images per second after the first batches, and seconds up to the first one."""
+        prefetch = 2  # batches per worker, torch's default
         loader = DataLoader(
             images,
             BATCH,
@@ -121,17 +123,20 @@ def _data_path(
         stream = iter(loader)
         next(stream)
         first = time.perf_counter() - begin
-        # Batches made before the clock starts would count as free
+
+        # Batches that were made before the clock starts would cost nothing.
         for _ in range(workers * prefetch):
             next(stream)
         seconds, seen = timed(lambda: _moved(stream, device), device)
         return seen / seconds, first
 
+    # Both sides alternately, after one pass to warm up.
     our_rate()
     rates: dict[int, list[tuple[float, float, float]]] = {2: [], 0: []}
     for _ in range(repetitions):
         for workers, found in rates.items():
             found.append((our_rate(), *loader_rate(workers)))
+
     for workers, found in rates.items():
         a, b, first = medians(found)
         yield Row(
@@ -179,8 +184,10 @@ def _data_share(
     std: tuple[float, ...],
     repetitions: int,
 ) -> Row:
-    """Waiting for the batch against the whole step with it, normalisation counted to the model as
-    in training."""
+    """Compare the time to fetch a batch with that of the whole step.
+
+    Normalisation belongs to the model here, as in training.
+    """
     steps = 50 if device.type == "cuda" else 5
     source = to_device(split, device)
     step = _training_step(16, split, mean, std, device, "bf16" if fast_bf16(device) else "fp32")
@@ -198,7 +205,7 @@ def _data_share(
         return steps
 
     def fetch() -> int:
-        for _ in range(10 * steps):  # a batch is short
+        for _ in range(10 * steps):  # one batch is too short to be timed
             next(stream)
         return steps
 
@@ -224,7 +231,7 @@ def _from_file(
     std: tuple[float, ...],
     repetitions: int,
 ) -> Row:
-    """Images a second of training at width 16, with the file in the system's page cache."""
+    """Compare training at width 16 from a file in the page cache with training from memory."""
     steps = 200 if device.type == "cuda" else 10
     step = _training_step(16, split, mean, std, device, "bf16" if fast_bf16(device) else "fp32")
     with tempfile.TemporaryDirectory() as folder:
@@ -247,6 +254,7 @@ def _from_file(
 
         pairs = [(rate(sources[0]), rate(sources[1])) for _ in range(repetitions)]
         sources.clear()
+
     resident, from_file = medians(pairs)
     return Row(
         "4. training from a file / from memory, width 16",
@@ -265,7 +273,7 @@ def _bf16(
         return Row(
             name,
             goal,
-            detail=f"this {device.type} has no fast bfloat16; --force-bf16 runs it all the same",
+            detail=f"bfloat16 is not fast on this {device.type}; --force-bf16 measures it anyway",
         )
     steps, repetitions = (30, 5) if device.type == "cuda" else (1, 3)
     precisions: tuple[Exact, Exact] = ("fp32", "bf16")
@@ -282,7 +290,7 @@ def _bf16(
 
         return timed(work, device)[0] / steps
 
-    single(batch), half(batch)  # the first step chooses kernels
+    single(batch), half(batch)  # the first step selects kernels
     pairs = [(seconds(single), seconds(half)) for _ in range(repetitions)]
     slow, fast = medians(pairs)
     return Row(
@@ -315,7 +323,7 @@ def _kept_memory(device: torch.device, repetitions: int) -> Row:
 
 
 def _seconds_a_step(keep: bool, steps: int = 8) -> float:
-    """In a process of its own, since malloc cannot be set back."""
+    """Time a training step; in a process of its own, since malloc's settings cannot be undone."""
     device = torch.device("cpu")
     if keep:
         keep_freed_memory(device)
@@ -359,9 +367,20 @@ def _training_step(
 
 
 def _data(name: str, path: str | None) -> tuple[Split, str]:
-    """The training images by path, else from the cache (never a download), else made up."""
+    """Return training images from `path`, else from the cache, else synthetic ones.
+
+    Nothing is downloaded.
+
+    Args:
+        name: data set.
+        path: its folder, or None.
+
+    Returns:
+        The images, and where they come from.
+    """
     if path is not None:
         return load_dataset(name, path).train, f"{name}, from --dataset-path"
+
     for entry in cache.cached():
         if entry.get("name") == name:
             try:
@@ -375,7 +394,7 @@ def _data(name: str, path: str | None) -> tuple[Split, str]:
     return (
         Split(images, labels),
         (
-            f"made-up bytes in the shape of CIFAR-10 ({name} is not in the cache and no path was"
+            f"synthetic bytes in the shape of CIFAR-10 ({name} is not in the cache and no path was"
             " given)"
         ),
     )
@@ -394,7 +413,7 @@ def _options() -> argparse.Namespace:
         "--force-bf16",
         "--force_bf16",
         action="store_true",
-        help="run row 3 where bfloat16 is slow, too",
+        help="measure row 3 even if bfloat16 is slow here",
     )
     return parser.parse_args()
 

@@ -1,11 +1,12 @@
-"""DAU's first pool, found in three ways, and the split that each leads to; beside them a pool drawn
-from the true poison, which no defender has.
+"""DAU's first pool, detected in three ways, and the split that each leads to.
 
-python performance/pools.py RECORD ... [--pools bimodal model_loss isolation true] [--seeds 0] [--record_root FOLDER] [--dataset_path FOLDER]
+    python performance/pools.py RECORD ... [--pools bimodal model_loss isolation true] [--seeds 0]
+        [--record_root FOLDER] [--dataset_path FOLDER]
 
-`true`, the port's way, tells a pool that was not found from anti-learning that does not work.
-`isolation` trains a network of its own for 20 epochs. All settings are those of `defense/dau.py
---result_file RECORD`. A row of Markdown is printed as soon as it is known.
+`true` draws the pool from the true poison, as the port does and no defender can. It distinguishes a
+pool that was not detected from anti-learning that does not work. `isolation` trains a network of
+its own for 20 epochs. All settings are those of `defense/dau.py --result_file RECORD`. Each row of
+the Markdown table is printed as soon as it is measured.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main() -> None:
 
 
 def rows(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Yield the cells of one row for each record, seed and pool."""
     root = record_root(options.record_root)
     for name in options.records:
         argv = ["--result_file", name, "--record_root", str(root), "--device", options.device]
@@ -52,6 +54,7 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
                 f"{name} does not say which of its training images are poison: pools are measured"
                 " on records of attacks"
             )
+
         dataset = record.dataset(options.dataset_path)
         before = record.info["scores"]
         for seed in options.seeds:
@@ -68,6 +71,7 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
                     )
                     view = defender_view(record, dataset, DAU.assumes, None, device)
                     split(view, pool, record, config, run)
+
                 found, flagged = log.splits.get("pool"), log.splits["split"]
                 size = (
                     "none" if found is None else f"{found['flagged']}, {_share(found['precision'])}"
@@ -86,10 +90,19 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
 
 
 def split(view: Any, pool: str, record: Record, config: Any, run: Run) -> None:
-    """DAU's steps 1 to 3, which report their pool and their split to the run."""
+    """Run DAU's steps 1 to 3, which report their pool and their split to `run`.
+
+    Args:
+        view: DAU's view of the record.
+        pool: one of POOLS.
+        record: names the true poison, for the pool `true`.
+        config: DAU's config.
+        run: receives the splits `pool` and `split`.
+    """
     if pool != "true":
         DAU.module.find_poison(view, dataclasses.replace(config, pool=pool), run)
         return
+
     poison = record.train_poison.mask(len(view.train)).nonzero().squeeze(1)
     size = max(1, round(config.pool_rate * len(view.train)))
     DAU.module.find_poison(view, config, run, draw_pool(poison, size, len(view.train), run))
@@ -106,7 +119,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the defense")
     parser.add_argument("--record_root", default=None, help="folder of records")
     parser.add_argument(
-        "--dataset_path", default=None, help="where the data set lies, if not where the record says"
+        "--dataset_path", default=None, help="the data set, if it is not where the record says"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args()

@@ -1,9 +1,9 @@
-"""The precision that `--precision auto` picks against the other one, for a training step of
-PreAct-ResNets, and how long picking takes.
+"""Training steps in the precision that `--precision auto` picks, against the other precision.
 
-python performance/precisions.py [--batch_size 128] [--threads N]
+    python performance/precisions.py [--batch_size 128] [--threads N]
 
-Nothing is read from or left in the cache folder: every network is measured anew.
+It also prints how long picking takes. The cache folder is neither read nor written: every network
+is measured anew.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""The conventional way, transcribed plainly from its description: what ours is measured against.
+"""The conventional implementations that ours are measured against, transcribed from descriptions.
 
-Images are made one PIL image at a time in DataLoaders, models run in fp32 in torch's default memory
-format, and clean accuracy, ASR and RA each cost a pass after every epoch.
+Images are loaded one PIL image at a time in DataLoaders. Models run in fp32 in torch's default
+memory format. Clean accuracy, ASR and RA each take a pass after every epoch.
 """
 
 import copy
@@ -22,11 +22,11 @@ from backdoorlab.engine import Recipe
 from backdoorlab.poison import Poison
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""One step of a defense on images and labels; returns the perturbation and the loss."""
+"""One step of a defense on images and labels, which returns the perturbation and the loss."""
 
 
 class Images(TorchDataset[tuple[Tensor, int]]):
-    """One PIL image at a time through torchvision's transforms."""
+    """Images that pass through torchvision's transforms one PIL image at a time."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Images(TorchDataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class Tests:
-    """The test data of clean accuracy, ASR and RA, a loader each."""
+    """The test data of clean accuracy, ASR and RA, one loader for each."""
 
     clean_accuracy: DataLoader[Any]
     asr: DataLoader[Any]
@@ -71,7 +71,7 @@ class Tests:
         )
 
     def score(self, model: nn.Module) -> dict[str, float]:
-        """Shares in [0, 1] by name."""
+        """Return the scores, shares in [0, 1], by name."""
         return {
             name: _accuracy(model, getattr(self, name))
             for name in ("clean_accuracy", "asr", "robust_accuracy")
@@ -91,8 +91,11 @@ def _accuracy(model: nn.Module, stream: DataLoader[Any]) -> float:
 def training(
     model: nn.Module, train: Split, recipe: Recipe, tests: Tests, workers: int
 ) -> dict[str, float]:
-    """A whole training with SGD and a rate that follows one cycle or a cosine, evaluated after each
-    epoch; the last scores."""
+    """Train with SGD and a one-cycle or cosine schedule, evaluate after each epoch.
+
+    Returns:
+        The scores after the last epoch.
+    """
     device = next(model.parameters()).device
     torch.backends.cudnn.allow_tf32 = True  # torch's default, which ours turns off
     stream = DataLoader(
@@ -111,6 +114,7 @@ def training(
     )
     if recipe.schedule != "onecycle":
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+
     scores: dict[str, float] = {}
     for _ in range(recipe.epochs):
         model.train()
@@ -134,8 +138,11 @@ def sau(
     tests: Tests,
     workers: int,
 ) -> dict[str, float]:
-    """A whole defense, evaluated after each round; the last scores. Both models stay in evaluation
-    mode."""
+    """Run SAU, and evaluate after each round; both models stay in evaluation mode.
+
+    Returns:
+        The scores after the last round.
+    """
     device = next(model.parameters()).device
     torch.backends.cudnn.allow_tf32 = True  # torch's default
     stream = DataLoader(Images(trusted), batch_size, shuffle=True, num_workers=workers)
@@ -148,11 +155,15 @@ def sau(
 
 
 def sau_step(model: nn.Module, reference: nn.Module, lr: float = 1e-4) -> Step:
-    """24 forwards and 12 backwards with all weight gradients: clean images again at every step, the
-    reference in the graph."""
+    """Build the published step of SAU: 24 forward and 12 backward passes per image.
+
+    It computes all weight gradients, classifies the clean images again at every step of the search,
+    and keeps the reference in the graph.
+    """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        # Shared adversarial examples, by five steps of PGD.
         delta = torch.full_like(x, 0.2)
         for _ in range(5):
             delta = delta.detach().requires_grad_()
@@ -178,6 +189,8 @@ def sau_step(model: nn.Module, reference: nn.Module, lr: float = 1e-4) -> Step:
             loss.backward()
             assert delta.grad is not None
             delta = (delta.detach() - 0.2 * delta.grad.sign()).clamp(-0.2, 0.2)
+
+        # Unlearn those that the reference classifies wrongly.
         delta = delta.detach()
         clean, seen = model(torch.cat([x, x + delta])).chunk(2)
         clean_reference, seen_reference = reference(x), reference(x + delta)
@@ -206,11 +219,26 @@ def ibau_round(
     steps: int = 5,
     lr: float = 1e-3,
 ) -> float:
-    """A round of I-BAU as its authors run it: predicted labels, weight gradients in the search, a
-    fixed point from 0. Returns |delta|."""
+    """Run a round of I-BAU as its authors do.
+
+    The search uses predicted labels and also computes gradients of the weights. The implicit term
+    comes from a fixed-point iteration that starts at 0.
+
+    Args:
+        model: is changed in place.
+        stream: batches of trusted images.
+        shape: (C, H, W).
+        steps: of the fixed-point iteration.
+        lr: of Adam.
+
+    Returns:
+        The L2 norm of delta.
+    """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     device, weights = next(model.parameters()).device, list(model.parameters())
     model.eval()
+
+    # Inner problem: one perturbation for all images.
     delta = torch.zeros(1, *shape, device=device, requires_grad=True)
     search = torch.optim.SGD([delta], lr=10)
     kept = []
@@ -223,12 +251,15 @@ def ibau_round(
         search.zero_grad()
         loss.backward()
         search.step()
+
+    # Outer problem: unlearn it, with the total derivative.
     first_x, first_y = kept[0]
     for x, y in kept:
         carry = torch.randperm(len(x), device=device)[: int(0.01 * len(x))]
         shown = x.clone()
         shown[carry] = shown[carry] + delta
         outer = F.cross_entropy(model(shown), y)
+
         pull = torch.autograd.grad(outer, delta, retain_graph=True, allow_unused=True)[0]
         direct = torch.autograd.grad(outer, weights)
         inner = -F.cross_entropy(model(first_x + delta), first_y) + 0.001 * delta.square().sum()
@@ -237,6 +268,7 @@ def ibau_round(
         v = torch.zeros_like(delta)
         for _ in range(steps):
             v = torch.autograd.grad(moved, delta, v, retain_graph=True)[0] + g
+
         implicit = torch.autograd.grad(moved, weights, v, allow_unused=True)
         optimizer.zero_grad()
         for weight, a, b in zip(weights, direct, implicit, strict=True):
@@ -254,8 +286,19 @@ def anti_learning(
     batch_size: int,
     workers: int,
 ) -> None:
-    """DAU's first stage as ported: only the last layer learns, but every image goes through the
-    whole network at every pass."""
+    """Run DAU's first stage as in its port.
+
+    Only the last layer is trained, but every image passes through the whole network in every epoch.
+
+    Args:
+        model: the poisoned model, with `head` as its last layer.
+        head: is trained in place.
+        split: the training set.
+        pool: bool (N,), the samples to unlearn.
+        epochs: passes over the set.
+        batch_size: images per step.
+        workers: of the DataLoader.
+    """
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     device, flags = next(model.parameters()).device, pool.tolist()
     stream = DataLoader(
@@ -276,7 +319,7 @@ def anti_learning(
 
 
 class _Flagged(TorchDataset[Any]):
-    """Images and labels with a flag each."""
+    """Images and labels with one flag for each image."""
 
     def __init__(self, images: Images, flags: list[bool]) -> None:
         self.images, self.flags = images, flags
@@ -289,8 +332,10 @@ class _Flagged(TorchDataset[Any]):
 
 
 class _Pool(TorchDataset[Any]):
-    """ASD's pools: a deep copy of the whole data set with some of its rows, augmented once, or
-    twice for the unlabelled one."""
+    """One of ASD's pools: a deep copy of the whole data set, of which some rows are used.
+
+    Images are augmented once, or twice for the unlabelled pool.
+    """
 
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, index: np.ndarray, twice: bool
@@ -326,10 +371,20 @@ def asd_epoch(
     workers: int,
     classes: int,
 ) -> int:
-    """Part of an epoch of ASD: pools copied, loaders started again when they are empty, five
-    forwards a step. Returns the images trained on.
+    """Run part of an epoch of ASD: copied pools, restarted loaders, five forward passes per step.
 
-    images: uint8 (N, H, W, C); clean: bool (N,).
+    Args:
+        model: is trained in place.
+        images: uint8 (N, H, W, C).
+        labels: int64 (N,).
+        clean: bool (N,), the labelled pool; all others are unlabelled.
+        iterations: number of steps.
+        batch_size: images per pool and step.
+        workers: of each DataLoader.
+        classes: number of classes.
+
+    Returns:
+        The number of images trained on.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=0.002)
     device = next(model.parameters()).device
@@ -355,9 +410,13 @@ def asd_epoch(
         (x, y), first = _next(first, labelled)
         (u1, u2), second = _next(second, unlabelled)
         x, y, u1, u2 = (tensor.to(device, non_blocking=True) for tensor in (x, y, u1, u2))
+
+        # Guess the labels of the unlabelled images from two views, and sharpen the guess.
         with torch.no_grad():
             p = (model(u1).softmax(1) + model(u2).softmax(1)) / 2
             guess = p**2 / (p**2).sum(1, keepdim=True)
+
+        # Mix images and labels.
         inputs = torch.cat([x, u1, u2])
         targets = torch.cat([F.one_hot(y, classes).float(), guess, guess])
         share = np.random.beta(0.75, 0.75)
@@ -367,6 +426,8 @@ def asd_epoch(
             share * inputs + (1 - share) * inputs[order],
             share * targets + (1 - share) * targets[order],
         )
+
+        # Classify them in interleaved batches, as batch norm needs.
         chunks = _interleave(list(mixed.split(batch_size)), batch_size)
         logits = _interleave([model(chunk) for chunk in chunks], batch_size)
         labelled_loss = -(mixed_targets[:batch_size] * logits[0].log_softmax(1)).sum(1).mean()
@@ -389,7 +450,7 @@ def _next(stream: Iterator[Any], loader: DataLoader[Any]) -> tuple[Any, Iterator
 
 
 def _interleave(parts: list[Tensor], batch: int) -> list[Tensor]:
-    """Swap slices between equal parts, so that each holds some of all; its own inverse."""
+    """Swap slices between equal parts, so that each contains some of all; its own inverse."""
     count = len(parts)
     sizes = [batch // count + (1 if i >= count - batch % count else 0) for i in range(count)]
     slices = [list(part.split(sizes)) for part in parts]

@@ -1,5 +1,4 @@
-"""Seconds to stamp a whole training set of CIFAR-10's size, for every trigger that needs no
-network.
+"""Seconds to stamp a training set of CIFAR-10's size, for every trigger that needs no network.
 
 python performance/stamps.py [--dataset-path FOLDER] [--repetitions N] [--json FILE]
 """
@@ -32,6 +31,7 @@ def main() -> None:
         help="CIFAR-10 as parquet shards or train/<class>/*.png; else made-up bytes",
     )
     options = parser.parse_args()
+
     dataset = (
         _made_up()
         if options.dataset_path is None
@@ -49,15 +49,17 @@ def main() -> None:
 def _rows(dataset: Dataset, repetitions: int) -> Iterator[Row]:
     for name in methods.available("attack"):
         method = methods.load("attack", name)
-        # A trigger that is prepared comes out of a network, but for refool's, which are images of
-        # the set.
+
+        # A trigger with `prepare` comes from a network; only refool's are images of the set.
         if method.function("stamp") is None or (
             method.function("prepare") is not None and name != "refool"
         ):
             continue
+
         variants: list[dict[str, Any]] = [{}]
         if name == "ibau_triggers":
             variants = [{"trigger": trigger} for trigger in method.module.TRIGGERS]
+
         for values in variants:
             work = partial(_stamp_all, dataset, method.module, method.config_class(**values))
             begin = time.process_time()
@@ -72,7 +74,7 @@ def _rows(dataset: Dataset, repetitions: int) -> Iterator[Row]:
 
 
 def _stamp_all(dataset: Dataset, module: Any, config: Any) -> None:
-    """Every training image, as a run with rate 1 stamps them."""
+    """Stamp every training image, as an attack with a poison rate of 1 does."""
     prepare: Callable[..., dict[str, Any]] | None = getattr(module, "prepare", None)
     stamp = partial(
         module.stamp, config=config, **(prepare(dataset, config, None) if prepare else {})
@@ -83,7 +85,7 @@ def _stamp_all(dataset: Dataset, module: Any, config: Any) -> None:
 
 
 def _made_up() -> Dataset:
-    """Random bytes of CIFAR-10's size."""
+    """Return random images of CIFAR-10's size."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (50_000, 3, 32, 32), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.arange(50_000) % 10)

@@ -1,12 +1,12 @@
-"""A whole attack and a whole defense, ours against the conventional way, with the results of both.
+"""A whole attack and a whole defense, ours against the conventional way, with both sides' scores.
 
-    python performance/whole.py [--seeds 3] [--rounds 15] [--json FILE] [flags of attack/badnet.py: --dataset, --epochs, --width, ...]
+    python performance/whole.py [--seeds 3] [--rounds 15] [--json FILE] [flags of attack/badnet.py]
 
-The conventional way is in published.py; ours is what the commands run, with reading the data and
-writing the record. Both train the same network on the same poisoned set with the same settings,
-score it after each epoch, and take turns. Speed counts at equal results only, so these stand in the
-same row: clean accuracy and ASR, each the mean over the seeds. Each seed draws another network and
-other poison.
+The conventional way is in published.py. Ours is what the commands run, including reading the data
+and writing the record. Both train the same network on the same poisoned set with the same settings,
+score it after each epoch, and are measured alternately. Speed counts only at equal scores, so each
+row also shows clean accuracy and ASR, as means over the seeds. Each seed draws another network and
+other poison. Flags of attack/badnet.py are, for example, --dataset, --epochs and --width.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PROG = "performance/whole.py"
 
 @dataclass(frozen=True)
 class Side:
-    """What one side took and reached."""
+    """The time and the final scores of one side."""
 
     seconds: float
     clean: float
@@ -48,7 +48,8 @@ class Side:
 def main() -> None:
     options, flags = _options()
     device = choose_device(options.device)
-    # A GPU's own start is neither side's
+
+    # The start of the GPU counts for neither side.
     F.conv2d(torch.zeros(1, 3, 8, 8, device=device), torch.zeros(1, 3, 3, 3, device=device))
     caution = "the machine is busy" if busy() else "none"
     header = describe_machine(
@@ -64,6 +65,7 @@ def _rows(options: argparse.Namespace, flags: list[str], device: torch.device) -
     attacks, defenses = [], []
     with tempfile.TemporaryDirectory() as root:
         for seed in range(options.seeds):
+            # The attack on both sides: the conventional one on the record's poisoned set.
             common = ["--seed", str(seed), "--record_root", root, "--device", options.device]
             job = attack_job(badnet, [*flags, *common, "--save_folder_name", f"seed{seed}"], PROG)
             seconds, record = timed(partial(run_attack, job), device)
@@ -73,6 +75,8 @@ def _rows(options: argparse.Namespace, flags: list[str], device: torch.device) -
                     _side(seconds, record.info["scores"]),
                 )
             )
+
+            # The defense on both sides, on that record.
             chosen = [
                 "--result_file",
                 record.name,
@@ -92,8 +96,7 @@ def _rows(options: argparse.Namespace, flags: list[str], device: torch.device) -
 
 
 def _attack(record: Record, job: Job, workers: int, device: torch.device) -> Side:
-    """The conventional training on what the record was trained on, from the same initial
-    weights."""
+    """Time the conventional training on the record's poisoned set, from the same first weights."""
     config = job.config
 
     def work() -> dict[str, float]:
@@ -108,7 +111,7 @@ def _attack(record: Record, job: Job, workers: int, device: torch.device) -> Sid
 
 
 def _defense(record: Record, job: Job, workers: int, device: torch.device) -> Side:
-    """The conventional SAU on the same trusted images."""
+    """Time the conventional SAU on the same trusted images."""
     config = job.config
 
     def work() -> dict[str, float]:

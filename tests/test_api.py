@@ -86,7 +86,7 @@ def test_mistakes_are_those_of_the_command_line(tmp_path: Path, small: Record) -
     with pytest.raises(UserError, match="no record 'nobody'"):
         bl.table(["nobody"], root=str(tmp_path))
     with pytest.raises(AttributeError, match="no attribute 'defence'"):
-        bl.defence
+        bl.defence  # noqa: B018
 
 
 def test_an_exported_model_is_loaded(tmp_path: Path, small: Record) -> None:

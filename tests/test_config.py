@@ -113,7 +113,7 @@ def test_a_short_run_has_settings_of_its_own(presets: Presets) -> None:
         "dau": {"epochs": 3},
     }
     presets(toy={"attack": {"lr": 0.01, "epochs": 100}, "dau": {"lr": 0.5}, "short_run": short_run})
-    run = lambda *argv: attack("--dataset", "toy", *argv)
+    run = lambda *argv: attack("--dataset", "toy", *argv)  # noqa: E731
     assert (run().config.lr, run().config.schedule) == (0.01, "cosine")
     assert (run("--epochs", "50").config.lr, run("--epochs", "50").config.schedule) == (
         0.01,
@@ -140,7 +140,7 @@ def test_a_data_sets_width_is_for_networks_that_have_one(presets: Presets) -> No
         toy={"attack": {"width": 16, "lr": 0.2}, "badnet": {"width": 4}, "short_run": short_run},
         mine="width: 2\n",
     )
-    run = lambda *argv: attack("--dataset", "toy", *argv)
+    run = lambda *argv: attack("--dataset", "toy", *argv)  # noqa: E731
     assert [run("--epochs", epochs).config.width for epochs in ("50", "3")] == [4, 8]
     for epochs in ("50", "3"):
         found = run("--model", "resnet18", "--epochs", epochs)

@@ -151,7 +151,7 @@ def test_kills_lose_nothing_and_change_nothing(
         name, here = f"r{finished}", 0
         trace.unlink(missing_ok=True)
         while True:
-            pid = forked(lambda: both(name), quick_path / "said")
+            pid = forked(lambda: both(name), quick_path / "said")  # noqa: B023
             time.sleep(rng.uniform(0, usual))
             os.kill(pid, signal.SIGKILL)
             code = ended(pid)
@@ -161,7 +161,7 @@ def test_kills_lose_nothing_and_change_nothing(
             if code == FINISHED or done >= kills:
                 break
         if code != FINISHED:
-            both_code = ended(forked(lambda: both(name), quick_path / "said"))
+            both_code = ended(forked(lambda: both(name), quick_path / "said"))  # noqa: B023
             assert both_code == FINISHED, (quick_path / "said").read_text()
         assert (
             not half_written(root, name, whole)
@@ -652,7 +652,7 @@ def test_two_runs_are_equal_bit_for_bit(method: str, small: Record, tmp_path: Pa
         )
     assert digests(folder / "a") == digests(folder / "b") and digests(folder / "a")
     timed = ("seconds", "evaluation_seconds", "peak_memory_bytes", "files")
-    strip = lambda result: {key: value for key, value in result.items() if key not in timed}
+    strip = lambda result: {key: value for key, value in result.items() if key not in timed}  # noqa: E731
     assert strip(results["a"]) == strip(results["b"])
     histories = [
         [line.split(",") for line in (folder / run / "history.csv").read_text().splitlines()]

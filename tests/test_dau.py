@@ -622,7 +622,7 @@ def test_where_most_labels_have_two_groups_the_smaller_ones_are_poison(tmp_path:
 
 def test_the_pool_is_at_most_half_of_the_group_and_drawn_from_the_seed(tmp_path: Path) -> None:
     data, planted = features()
-    draw = lambda size, seed: bimodal_pool(data, size, K, dau.Config(), new_run(tmp_path, seed))
+    draw = lambda size, seed: bimodal_pool(data, size, K, dau.Config(), new_run(tmp_path, seed))  # noqa: E731
     large = draw(10_000, 0)
     assert int(large.sum()) <= PLANTED // 2 and not (large & ~planted).any()
     assert torch.equal(draw(15, 0), draw(15, 0))

@@ -54,7 +54,7 @@ class Folder:
         )
         folder = self.root / repo / str(commit)
         found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        size = lambda path: path.stat().st_size if files_metadata else None
+        size = lambda path: path.stat().st_size if files_metadata else None  # noqa: E731
         return SimpleNamespace(
             sha=commit,
             siblings=[

@@ -276,7 +276,7 @@ def through(network: nn.Module) -> Any:
         torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0)),
         torch.arange(6),
     )
-    loss = lambda delta: torch.nn.functional.cross_entropy(network(images + delta), labels)
+    loss = lambda delta: torch.nn.functional.cross_entropy(network(images + delta), labels)  # noqa: E731
     return hypergradient(
         loss,
         lambda d: 0.001 * d.square().sum() - loss(d),
@@ -288,9 +288,7 @@ def through(network: nn.Module) -> Any:
     )
 
 
-def test_networks_with_attention_are_differentiated_twice_and_others_that_cannot_be_are_one_line() -> (
-    None
-):
+def test_networks_with_attention_are_differentiated_twice_others_refused_in_one_line() -> None:
     with pytest.raises(RuntimeError, match="derivative for"):
         through(Wave(hard=False))  # the control: as attention comes
     with differentiable_twice():

@@ -75,7 +75,7 @@ def test_every_convolution_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "path", [str(PERFORMANCE), *sys.path])
     import convolutions  # type: ignore[import-not-found, unused-ignore]
 
-    shapes = convolutions._convolutions(convolutions._network(64, torch.device("cpu")))
+    shapes = convolutions._convolutions(convolutions.cifar_network(64, torch.device("cpu")))
     assert sum(shapes.values()) == 20 and [shape.first for shape in shapes] == [True] + [False] * (
         len(shapes) - 1
     )

@@ -377,7 +377,7 @@ def test_a_timm_model_by_name_on_the_digits(tmp_path: Path) -> None:
 def test_dau_in_three_subtasks(backdoored: Record, tmp_path: Path, capsys: Capture) -> None:
     record = helpers.copy(backdoored, tmp_path / "record")
     folder = record.folder / "defense" / "dau"
-    run = lambda subtask: cli.main(
+    run = lambda subtask: cli.main(  # noqa: E731
         str(DAU),
         [
             "--result_file",

@@ -166,7 +166,7 @@ def test_wandb_keeps_a_run_offline(
     seen: list[float] = []
     final: dict[str, str] = {}
     for data in log_records(kept.read_bytes()):
-        message = getattr(wandb_internal_pb2, "Record")()
+        message = getattr(wandb_internal_pb2, "Record")()  # noqa: B009
         message.ParseFromString(data)
         row = {
             item.key or "/".join(item.nested_key): item.value_json for item in message.history.item

@@ -360,7 +360,7 @@ def yaml_tag(canary: str) -> bytes:
 def payloads(canary: str) -> dict[str, tuple[bytes, Callable[[bytes], Any] | None]]:
     """Return name -> (content, the careless reader that it is made for)."""
     bomb = Bomb(canary)
-    careless = lambda data: torch.load(BytesIO(data), weights_only=False)
+    careless = lambda data: torch.load(BytesIO(data), weights_only=False)  # noqa: E731
     found: dict[str, tuple[bytes, Callable[[bytes], Any] | None]] = {
         f"pickle protocol {n}": (pickle.dumps(bomb, protocol=n), pickle.loads) for n in range(6)
     }

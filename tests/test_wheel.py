@@ -4,13 +4,18 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import helpers
 import pytest
 
-PARTS = ("setup.py", "pyproject.toml", "README.md", "backdoorlab", "attack", "defense", "resource")
+PARTS = (
+    *("setup.py", "pyproject.toml", "README.md", "LICENSE"),
+    *("backdoorlab", "attack", "defense", "resource"),
+)
 
 
 def pip(*arguments: str, cwd: Path) -> None:
@@ -23,6 +28,12 @@ def pip(*arguments: str, cwd: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_requirements_txt_names_the_dependencies_of_the_package() -> None:
+    listed = (helpers.CHECKOUT / "requirements.txt").read_text().split("\n")
+    project = tomllib.loads((helpers.CHECKOUT / "pyproject.toml").read_text())["project"]
+    assert [line for line in listed if line] == ["-e .", *project["dependencies"]]
 
 
 @pytest.mark.skipif(
@@ -57,6 +68,10 @@ def test_a_wheel_holds_everything_and_runs_without_a_checkout(tmp_path: Path) ->
         for path in (helpers.CHECKOUT / kind).glob("*.py")
     }
     wanted |= {
+        path.relative_to(helpers.CHECKOUT).as_posix()
+        for path in (helpers.CHECKOUT / "backdoorlab").rglob("*.py")
+    }
+    wanted |= {
         f"backdoorlab/resource/page/{path.name}"
         for path in (helpers.CHECKOUT / "resource" / "page").iterdir()
     }
@@ -73,7 +88,7 @@ def test_a_wheel_holds_everything_and_runs_without_a_checkout(tmp_path: Path) ->
         for name, value in helpers.child_environment(PYTHONPATH=site).items()
         if name != "BACKDOORLAB_RECORDS"
     }
-    run = lambda *arguments: helpers.command(*arguments, cwd=here, env=env)
+    run = partial(helpers.command, cwd=here, env=env)
     where = run("-c", "import backdoorlab; print(backdoorlab.__file__)")
     assert Path(where.stdout.strip()).is_relative_to(site), where.stdout + where.stderr
 
