@@ -248,6 +248,7 @@ def _searched(record: Record, dataset: Dataset, options: Scan) -> tuple[Tensor, 
             train_size=len(dataset.train),
         )
         job.say_settings(run)
+        run.say(f"dau on record {record.name}, {device}, {chosen.describe()}")
         view = defender_view(record, dataset, dau.assumes, None, device)
 
         def search() -> dict[str, Tensor]:
