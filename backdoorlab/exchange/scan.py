@@ -241,6 +241,7 @@ def _searched(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
             callbacks=log.callbacks(),
         )
         job.say_settings(run)
+        run.say(f"dau on record {record.name}, {run.device}, {prepared.choice.describe()}")
         view = defender_view(record, prepared.dataset, dau.assumes, None, prepared.device)
 
         def search() -> dict[str, Tensor]:
