@@ -557,7 +557,9 @@ def test_a_defense_without_a_record_in_common_with_fine_tuning_is_named() -> Non
     rows = [row("ft", der=0.6), row("sau", der=0.8), row("dau", 1, der=0.9), row("sau", 1, der=0.9)]
     (compared,) = significance.compare(grouping.grouped(rows))
     assert [c.defense for c in compared.comparisons] == ["sau"]
-    assert compared.notes == ("digits, not compared, as no such record has both it and ft: dau",)
+    assert compared.notes == (
+        "digits, not compared with ft, as they have no record in common: dau",
+    )
 
 
 def test_defenses_are_compared_against_one_model() -> None:
@@ -636,7 +638,7 @@ digits  badnet        10  sau COLLAPSED 1 of 2  model + trusted images  2  90.00
 digits  badnet        10  dau                   model + training set    0             -             -            -               -              -             -        -
 
 Mean ± standard deviation over n seeds; seconds without evaluation.
-RA: triggered images that get their true label. DER: 50 is no effect, 100 is an ASR from 100 to 0 at no cost in accuracy.
+RA: triggered images that are classified correctly. DER: 50 is no effect, 100 is an ASR from 100 to 0 at no cost in accuracy.
 digits: preactresnet10 w16, 1,442 training images.
 †: no better than fine-tuning (ft) in DER on the same records.
 digits, DER minus ft's, mean over attacks: sau -5.00. Fewer than six attacks cannot show significance: with 1 the smallest p that an exact \

@@ -59,6 +59,7 @@ class Cell:
         None if there are no triggered images, or if they were not counted.
         """
         scores = self.info["scores"] if self.undefended else self.info
+        # A stranger's record may count other classes than it has.
         counts = scores.get("triggered_predictions")
         if counts and len(counts) != self.record.info["num_classes"]:
             raise reading.damaged(
@@ -151,6 +152,7 @@ class Cell:
 
     def _part(self, name: str) -> bytes | None:
         """Read a file and check it against the manifest; None if the manifest does not list it."""
+        # The size is looked at first, so that nobody fills the memory.
         entry = self.info["files"].get(name)
         if entry is None:
             return None
@@ -192,6 +194,7 @@ def gather(
             found.append(Cell(len(found), row, record, info))
 
         for folder, info in measured.finished(record, only, on_damage):
+            # Reading everything here lets a damaged file leave out its own result only.
             cell = Cell(len(found), measured.defended(record, folder, info), record, info)
             try:
                 cell.read()

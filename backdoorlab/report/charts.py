@@ -48,6 +48,7 @@ class Series:
     @property
     def marked(self) -> bool:
         """Whether each point has a mark; a plain line otherwise."""
+        # Marks that touch each other would hide the line.
         few = len(self.x) <= MOST_MARKED
         return self.kind == "points" or (self.kind in ("line", "dotted") and few)
 
@@ -113,6 +114,8 @@ def of_record(cells: Sequence[Cell]) -> list[Chart]:
 def accuracy_against_asr(cells: Sequence[Cell]) -> Chart:
     """Draw clean accuracy against ASR: one mark for each cell, a panel for each data set."""
     look = _looks(cells)
+
+    # Accuracies of different data sets are not on one scale.
     panels = []
     for dataset in sorted({cell.row.dataset for cell in cells}):
         own = [cell for cell in cells if cell.row.dataset == dataset]
@@ -137,6 +140,7 @@ def accuracy_against_asr(cells: Sequence[Cell]) -> Chart:
             x=lambda c: _percent(c.row.clean_accuracy),
             y=lambda c: c.row.defense,
         )
+
         title = "no ASR: no attack, or an unknown trigger"
         panels.append(Panel(title, "clean accuracy %", series=series, lanes=_lanes(control, look)))
 
@@ -164,6 +168,7 @@ def costs(cells: Sequence[Cell]) -> Chart:
         known = [cell for cell in cells if value(cell)]
         if not known:
             continue
+        # A logarithmic axis is harder to read, so it is used only where it has to be.
         numbers = [value(cell) or 0 for cell in known]
         panels.append(
             Panel(
@@ -181,7 +186,7 @@ def costs(cells: Sequence[Cell]) -> Chart:
         " process on a CPU, torch's share on a GPU); image passes are the same everywhere. The row"
         " none is the attack's own training."
     )
-    missing = "" if panels else "No cell says what it cost."
+    missing = "" if panels else "No run measured its costs."
     return Chart("costs", "Time, memory and image passes", caption, tuple(panels), missing)
 
 
@@ -202,6 +207,7 @@ def _looks(cells: Sequence[Cell]) -> dict[str, int]:
 
 def _lanes(cells: Sequence[Cell], look: dict[str, int]) -> tuple[str, ...]:
     """The defenses of these cells, in the order of their looks."""
+    # A lane without a mark would take space for nothing.
     there = {cell.row.defense for cell in cells}
     return tuple(name for name in look if name in there)
 
@@ -210,6 +216,7 @@ def _by_defense(
     cells: Sequence[Cell], look: dict[str, int], x: Callable[[Cell], Any], y: Callable[[Cell], Any]
 ) -> tuple[Series, ...]:
     """Make a series of each defense's cells, in the order of their looks."""
+    # One series has one colour and shape, and one entry in the legend.
     members = defaultdict(list)
     for cell in cells:
         members[cell.row.defense].append(cell)
@@ -255,6 +262,7 @@ SCORES = {
 
 def scores(cells: Sequence[Cell]) -> Chart:
     """Draw clean accuracy, ASR and RA by epoch: a panel for each defense, a line for each run."""
+    # A mark at epoch 0 or at the last epoch is not cut off by the frame.
     panels = []
     for title, runs in _trainings(cells):
         series = _score_series(title, runs)
@@ -265,9 +273,9 @@ def scores(cells: Sequence[Cell]) -> Chart:
 
     caption = (
         "A defense starts at epoch 0 with what the attack left. It works where ASR falls while"
-        " clean accuracy stays, and robust accuracy, the share of triggered images that get their"
-        " true label, rises. Dotted: only the start and the end were measured (--score_every 0)."
-        " Several lines of a colour are several runs."
+        " clean accuracy stays, and robust accuracy, the share of triggered images that are"
+        " classified correctly, rises. Dotted: only the start and the end were measured"
+        " (--score_every 0). Several lines of a colour are several runs."
     )
     missing = "No defense was run, and the attack was scored at its end only (--score_every 0)."
     return Chart(
@@ -321,6 +329,7 @@ def _trajectory(
 
 def losses(cells: Sequence[Cell]) -> Chart:
     """Draw each run's training loss: a panel for each defense and stage."""
+    # Stages minimise different losses, so each has a panel.
     panels = []
     for title, runs in _trainings(cells):
         known = [(cell, history) for cell, history in runs if "loss" in history]
@@ -410,6 +419,7 @@ def _rates_by_epoch(cell: Cell) -> Panel | None:
     if len(seen) <= 1:
         return None
 
+    # The history has counts, from which the rates follow.
     x = [float(at) for at in seen["at"]]
     rates = [
         _rates(cell, float(flagged), float(missed))
@@ -446,6 +456,7 @@ def _reported_rates(cells: Sequence[Cell]) -> list[Panel]:
     if not reported:
         return []
 
+    # A rate that a run does not have, such as the TPR without poison, has no bar.
     series = []
     for key, (title, look) in RATES.items():
         known = [(name, 100 * found[key]) for name, found in reported if found.get(key) is not None]
@@ -463,6 +474,8 @@ def histograms(cells: Sequence[Cell]) -> Chart:
     for cell in cells:
         if cell.suspicion is None or not cell.suspicion[0].isfinite().any():
             continue
+
+        # Each kind is a share of its own, as there are far fewer poisoned images.
         values, poisoned = cell.suspicion
         kinds = (
             ("poison", looks.MEASURES, poisoned),
@@ -544,11 +557,13 @@ def destinations(cells: Sequence[Cell]) -> Chart:
         )
         return Chart("destinations", title, caption, missing=missing)
 
+    # In percent, as all scores of the charts.
     values = [[100 * count / sum(counts) for count in counts] for _, counts in counted]
     names = [
         ("plain training" if cell.row.run else "no defense") if cell.undefended else cell.name
         for cell, _ in counted
     ]
+
     grid = Grid(names, class_names(cells[0]), values, "% of the triggered images")
     return Chart("destinations", title, caption, (Panel("", "class", "", grid=grid),))
 
@@ -560,6 +575,7 @@ def class_names(cell: Cell) -> list[str]:
     """Give each class of a record a short name that no other class has, and mark the target."""
     info = cell.record.info
     given = info["dataset"].get("class_names") or map(str, range(info["num_classes"]))
+    # Names that are equal once they are shortened are told apart by their numbers.
     short = [_short(name) for name in given]
     names = [
         f"{number}: {name}" if short.count(name) > 1 else name for number, name in enumerate(short)

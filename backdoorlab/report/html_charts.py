@@ -58,6 +58,7 @@ def figure(chart: Chart, key: str, level: int) -> str:
 
 def values(chart: Chart) -> list[dict[str, Any]]:
     """List a chart's panels for JSON, each series with its colour and shape, NaN as None."""
+    # The script knows colours by their names, as they differ in light and dark.
     found = []
     for panel in chart.panels:
         series = [
@@ -89,6 +90,7 @@ def script_safe(value: Any) -> str:
 
     Nothing in it can end the element or begin a comment.
     """
+    # "</script>" and "<!--" would; an escaped character is the same one to JSON.
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -111,6 +113,7 @@ def colours() -> str:
 
 def _legend(chart: Chart) -> str:
     """One entry for each name, in the order of their looks."""
+    # Of several series of one name in a panel the first one is shown.
     named: dict[str, Series] = {
         series.name: series for panel in chart.panels for series in reversed(panel.series)
     }

@@ -28,8 +28,10 @@ def article(cells: Sequence[Cell], own: Sequence[Chart]) -> str:
     facts = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _facts(cells).items()
     )
+    # A setting that is None was not used.
     config = sorted(record.info["config"].items())
     settings = ", ".join(f"{name} {value}" for name, value in config if value is not None)
+
     figures = "\n".join(figure(chart, chart_key(record.name, chart), 3) for chart in own)
     return (
         f'<article data-record="{escape(record.name)}">\n<h3>{escape(record.name)}</h3>\n'
@@ -49,9 +51,12 @@ def _facts(cells: Sequence[Cell]) -> dict[str, str]:
     """What to say of a record in a few words: name of the fact -> text, known facts only."""
     record, row = cells[0].record, cells[0].row
     info = record.info
+
+    # Of imported models it is often not known which images were poisoned.
     poisoned = "nobody knows"
     if record.known_poison and info.get("poisoned") is not None:
         poisoned = f"{info['poisoned']:,} of {row.train_size:,} training images"
+
     shape = "x".join(map(str, info["dataset"]["image_shape"]))
     runs = f"{len(cells) - 1} finished run{'s' if len(cells) > 2 else ''}"
 
@@ -71,6 +76,7 @@ def _facts(cells: Sequence[Cell]) -> dict[str, str]:
 def _target(cell: Cell) -> str | None:
     """The target class, with its name if that is not its number."""
     info = cell.record.info
+    # A stranger's record may have fewer names than classes.
     classes, target = info["dataset"].get("class_names") or [], info.get("target")
     if target is None:
         return None
@@ -79,6 +85,7 @@ def _target(cell: Cell) -> str | None:
 
 
 def _notes(cells: Sequence[Cell]) -> str:
+    # They are long, so they are folded away.
     said = [(_by(cell), note) for cell in cells for note in cell.notes]
     if not said:
         return ""
@@ -128,6 +135,7 @@ def _picture(content: bytes, caption: str, rows: Sequence[str] = ()) -> str:
         caption: What it shows.
         rows: A name for each of its rows, from above, or nothing.
     """
+    # The policy of the page allows pictures that are part of it, and no others.
     data = base64.b64encode(content).decode()
     names = f"<ol>{''.join(f'<li>{escape(name)}</li>' for name in rows)}</ol>" if rows else ""
     image = (

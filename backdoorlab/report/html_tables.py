@@ -74,6 +74,7 @@ def means_table(rows: Sequence[Row], table: formats.Table) -> str:
         rows: The measured models.
         table: `layout.means` of these rows, whose texts are shown and whose values sort.
     """
+    # `layout.means` has a row for each of these, in the same order.
     groups = grouping.grouped(rows)
     lines = list(zip(groups, table.rows, strict=True))
     columns = [_mean(title, table) for title in MEANS if _has(table, title)]
@@ -117,6 +118,7 @@ def constants(table: formats.Table) -> dict[str, str]:
     Returns:
         Column of CONSTANT -> its only text, "" if no line has any. What differs is left out.
     """
+    # The control without an attack has no poison rate, which is no other rate.
     found = {}
     for title in CONSTANT:
         texts = {line[title].text for line in table.rows if line[title] != formats.EMPTY}
@@ -177,6 +179,7 @@ def _run_columns(cells: Sequence[Cell]) -> list[Column]:
         _word("data set", lambda line: line.row.dataset),
     ]
 
+    # A column without a number, or with the same word in each line, says nothing.
     empty: set[str] = set()
     if all(cell.row.tpr is None and cell.row.fpr is None for cell in cells):
         empty |= set(OPTIONAL)
@@ -206,6 +209,7 @@ def _number(
 
 
 def _not_run(undefended: Cell, defense: str, why: str) -> NotRun:
+    # A plugin whose result is damaged need not be installed here.
     known = defense in methods.available("defense")
     row = replace(
         undefended.row,
@@ -255,6 +259,7 @@ def _table(
         lines: Each with the data attributes of its row.
         block: A rule is drawn where this changes from one line to the next.
     """
+    # A button can be reached with the keyboard.
     heads = "".join(
         f'<th scope="col" class="{_class(column)}"><button'
         f' type="button">{escape(column.title)}</button></th>'
@@ -277,6 +282,7 @@ def _table(
 
 
 def _cell(column: Column, line: Any) -> str:
+    # Words that a narrow column cuts off are shown when pointed at.
     value = column.value(line)
     text = "" if value is None else escape(str(value))
     hint = escape(column.hint(line)) if column.hint else "" if column.number else text

@@ -55,6 +55,7 @@ def of_defenses(defenses: Iterable[str]) -> dict[str, int]:
     Returns:
         Name of the defense -> its look, UNDEFENDED first.
     """
+    # New defenses come last, so that the first ones keep their colours.
     others = {*methods.available("defense"), *defenses} - {UNDEFENDED, *METHODS}
     ordered = (*METHODS, *sorted(others))
     return {UNDEFENDED: TEXT} | {name: number for number, name in enumerate(ordered)}

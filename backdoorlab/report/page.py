@@ -92,6 +92,7 @@ def report(options: Report, only: Only | None = None, say: Callable[[str], None]
 
     overall = charts.overview(cells)
     by_name = {name: charts.of_record(own) for name, own in by_record(cells).items()}
+    # scikit-learn and every model are loaded only for this.
     if options.tsne:
         from . import tsne
 
@@ -149,6 +150,7 @@ def save_figures(
     """
     from . import figures
 
+    # A chart without a panel has nothing to draw.
     drawn = {chart.name: chart for chart in overall if chart.panels}
     drawn |= {
         f"{chart.name}-{_file_name(name)}": chart
@@ -174,6 +176,7 @@ def _file_name(record: str) -> str:
 
     A name that cannot be printed or is too long is changed, and a checksum keeps it unique.
     """
+    # A cut may fall into the middle of a character, which is left out.
     printable = "".join(c if c.isprintable() else "_" for c in record)
     shown = printable.encode()[:LONGEST_NAME].decode(errors="ignore")
     return shown if shown == record else f"{shown}-{zlib.crc32(os.fsencode(record)):08x}"
@@ -220,10 +223,13 @@ def page(
         resources.resource("page").joinpath(name).read_text(encoding="utf-8")
         for name in ("page.html", "page.css", "page.js")
     )
+
+    # The printed table and the page are made of the same means.
     rows = [cell.row for cell in cells]
     means = layout.means(rows)
     records = by_record(cells)
 
+    # The values of all charts, which the script draws.
     drawn = {chart.name: html_charts.values(chart) for chart in overall}
     for name, own in by_name.items():
         drawn |= {chart_key(name, chart): html_charts.values(chart) for chart in own}

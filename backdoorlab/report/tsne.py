@@ -77,6 +77,8 @@ def sample(dataset: Dataset, own: record.Record) -> tuple[Split, Split]:
     # Images that keep their true label with the trigger are not meant to be misclassified.
     poison = own.test_poison.of_kind(POISON)
     usable = torch.isin(poison.original_labels, torch.tensor(labels)).nonzero().squeeze(1)
+
+    # At even distances, so that nothing is drawn at random.
     chosen = usable
     if len(usable):
         count = min(TRIGGERED, len(usable))

@@ -67,10 +67,8 @@ class Table:
 
 
 def render(table: Table, form: Format) -> str:
-    """Write a table in one of the four formats, with a newline at the end.
-
-    Characters that cannot be printed become spaces, as a name may contain a line break.
-    """
+    """Write a table in one of the four formats, with a newline at the end."""
+    # A name may contain a line break, which would end its row.
     rows = [
         {column: replace(cell, text=_printable(cell.text)) for column, cell in row.items()}
         for row in table.rows
@@ -89,6 +87,7 @@ def text(table: Table) -> str:
     widths = [max(map(len, column)) for column in zip(table.columns, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
+        # Nobody sees spaces at the end of a line but in a diff.
         padded = zip(table.columns, cells, widths, strict=True)
         return "  ".join(
             cell.rjust(width) if column in table.numbers else cell.ljust(width)
@@ -131,6 +130,7 @@ def latex(table: Table) -> str:
         escaped = ("".join(LATEX.get(letter, letter) for letter in cell) for cell in cells)
         return " & ".join(escaped) + r" \\"
 
+    # Numbers are aligned to the right here, too.
     alignment = "".join("r" if column in table.numbers else "l" for column in table.columns)
     lines = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", line(table.columns)]
 

@@ -119,6 +119,8 @@ def no_better_than_baseline(groups: Sequence[Group]) -> list[bool | None]:
         for group in reversed(groups)
         if group.first.defense == BASELINE
     }
+
+    # Without a record in common the answer stays open.
     answers: list[bool | None] = []
     for group in groups:
         other = baseline.get(group.first.attack_key)
@@ -181,6 +183,7 @@ def _apart(groups: Sequence[Group]) -> list[str]:
 
 def _repeats(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
     """Rows that no group counts, as the pair of seeds is there already."""
+    # A group keeps the first row of a pair of seeds.
     counted = {(row.record, row.defense, row.run) for group in groups for row in group.rows}
     said = []
     for row in rows:
@@ -194,6 +197,7 @@ def _repeats(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
 
 def _hardly_implanted(groups: Sequence[Group]) -> list[str]:
     """Attacks whose models, before any defense, have an ASR below IMPLANTED."""
+    # The label says which of several attacks of one name it is.
     said = []
     for group, label in zip(groups, labels(groups), strict=True):
         row, asr = group.first, group.score("asr")
@@ -212,6 +216,7 @@ def _families(groups: Sequence[Group], attack: bool) -> list[tuple[str, list[dic
     """Collect the attacks, or the defenses, that share a name: (name, the traits of each)."""
     families: dict[tuple[Any, ...], dict[Any, dict[str, Any]]] = defaultdict(dict)
     names = {}
+
     for group in groups:
         row = group.first
         if attack:
@@ -264,6 +269,7 @@ def distinguished(members: Mapping[Any, tuple[Any, dict[str, Any]]]) -> dict[Any
     for key, (family, _) in members.items():
         families[family].append(key)
 
+    # A setting that all have says nothing.
     found = {}
     for keys in families.values():
         differing = _differing([members[key][1] for key in keys])

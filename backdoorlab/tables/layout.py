@@ -110,6 +110,7 @@ def rows(
             *(row.defense for row in every),
             *(one.defense for one in damaged),
         }
+
         for name in (UNDEFENDED, *sorted(known - {UNDEFENDED})):
             shown = [_run(row) for row in every if row.defense == name]
             shown += [
@@ -247,6 +248,7 @@ def _experiment(
 ) -> dict[str, Cell]:
     """The cells of one experiment: what was run, how often, its scores and published numbers."""
     row = group.worst if worst else group.first
+    # A mean says how many of its seeds collapsed.
     collapsed = COLLAPSED * (row.collapsed if worst else bool(group.collapsed))
     if collapsed and not worst and group.n > 1:
         collapsed += f" {group.collapsed} of {group.n}"
@@ -304,6 +306,7 @@ def _insert(lines: list[dict[str, Cell]], new: dict[str, Cell]) -> None:
     def block(line: Mapping[str, Cell]) -> list[str]:
         return [line[column].text for column in ("data", "attack", "poison %")]
 
+    # Rows of an attack are one block, so its last row ends the block.
     like = [number for number, line in enumerate(lines, 1) if block(line) == block(new)]
     lines.insert(like[-1] if like else len(lines), new)
 

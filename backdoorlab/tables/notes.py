@@ -34,6 +34,7 @@ def below(
     said = _meaning(groups, worst)
     said += [_networks(rows, dataset) for dataset in dict.fromkeys(g.first.dataset for g in groups)]
 
+    # What the marks and the DER of some rows mean.
     if any(weak) and form != "csv":
         said.append(f"†: no better than fine-tuning ({BASELINE}) in DER on the same records.")
     own = dict.fromkeys(row.defense for row in rows if row.der != row.comparable_der)
@@ -43,6 +44,7 @@ def below(
             f" against the attacked model, as {BASELINE}'s, where defenses are compared."
         )
 
+    # What was kept apart or left out, and what the comparison shows.
     said += [remark + "." for remark in grouping.remarks(rows)]
     for compared in significance.compare(groups):
         if compared.comparisons:
@@ -69,8 +71,8 @@ def _meaning(groups: Sequence[Group], worst: bool) -> list[str]:
     )
     return [
         first,
-        "RA: triggered images that get their true label. DER: 50 is no effect, 100 is an ASR from"
-        " 100 to 0 at no cost in accuracy.",
+        "RA: triggered images that are classified correctly. DER: 50 is no effect, 100 is an ASR"
+        " from 100 to 0 at no cost in accuracy.",
     ]
 
 

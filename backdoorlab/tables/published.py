@@ -108,6 +108,7 @@ def _cells(
         defenses: Percents by defense, in the order of the source's columns.
     """
     name, *words = attack.split()
+
     for defense, percents in defenses.items():
         # A source may have no number for its last columns.
         columns = zip(entry["columns"], percents, strict=False)

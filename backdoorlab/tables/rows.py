@@ -176,6 +176,7 @@ def readable(
         UserError: All records are damaged.
     """
     found, damaged = [], []
+
     for name in names:
         try:
             found.append(Record.load(name, root))
@@ -205,6 +206,7 @@ def rows(
         For each record: the attacked model, PLAIN training if there was any, then the results
         by method, seeds before named runs.
     """
+    # The attacked model comes first, so that readers find it as the record's own row.
     found = []
     for record in records:
         found += undefended(record)
@@ -355,6 +357,7 @@ def _rate(info: Mapping[str, Any]) -> float | None:
 
 
 def _costs(info: Mapping[str, Any]) -> dict[str, Any]:
+    # Older records have no count of images.
     passes = info.get("image_passes") or {}
     return {
         "seconds": info.get("seconds"),
@@ -388,6 +391,7 @@ def code(info: Mapping[str, Any]) -> str | None:
 
     It is the commit for those that are older than code versions, and None if neither was kept.
     """
+    # A code version changes with what computes, a commit with every file.
     commit = info.get("commit")
     return info.get("code") or (f"commit {commit}" if commit else None)
 
@@ -397,11 +401,13 @@ def precision(info: Mapping[str, Any]) -> str:
 
     "bf16", "fp32", or both joined by "+"; UNKNOWN if nothing but `auto` was kept.
     """
+    # What `auto` became is kept apart from the config, which has the word itself.
     asked = info.get("config", {}).get("precision", "auto")
     return info.get("precision") or (UNKNOWN if asked == "auto" else asked)
 
 
 def _natural(name: str) -> tuple[str, int]:
     """A key that sorts seed2 before seed10."""
+    # As text, seed10 would come before seed2.
     digits = re.search(r"\d+$", name)
     return (name[: digits.start()], int(digits.group())) if digits else (name, -1)

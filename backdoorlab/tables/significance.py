@@ -106,6 +106,7 @@ def _against_baseline(dataset: str, found: Sequence[Row]) -> Compared | None:
     if not kept:
         return None
 
+    # A defense may have several seeds on one record; their mean is compared.
     scores: dict[Hashable, dict[tuple[Hashable, ...], list[float]]] = defaultdict(
         lambda: defaultdict(list)
     )
@@ -182,7 +183,7 @@ def _not_compared(
     if not alone:
         return []
     return [
-        f"not compared, as no such record has both it and {names[baseline]}: {', '.join(alone)}"
+        f"not compared with {names[baseline]}, as they have no record in common: {', '.join(alone)}"
     ]
 
 
