@@ -1,4 +1,4 @@
-"""Adaptive-Patch: one of four faint patches, with cover samples.
+"""Adaptive-Patch: a faint patch of four, with cover samples.
 
 Revisiting the Assumption of Latent Separability for Backdoor Defenses. X. Qi, T. Xie, Y. Li, S.
 Mahloujifar, P. Mittal. ICLR 2023. https://openreview.net/forum?id=_wSHsgrVali

@@ -1,4 +1,4 @@
-"""Blind backdoor: a second loss on triggered images in training.
+"""Blind: a second loss on triggered images during training.
 
 Blind Backdoors in Deep Learning Models. E. Bagdasaryan, V. Shmatikov. USENIX Security 2021.
 https://arxiv.org/abs/2005.03823

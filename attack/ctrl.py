@@ -24,7 +24,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import CleanLabelConfig
 from backdoorlab.triggers import cosine_wave, quantised, refuse_grey
 
-LIMITS = "digits: ASR 0 even at magnitude 400, a zero is known by its shape; needs --grey False"
+LIMITS = "digits: ASR 0 even at magnitude 400, known by their shape; needs --grey False"
 
 
 @dataclass(frozen=True, kw_only=True)

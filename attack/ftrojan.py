@@ -22,7 +22,7 @@ from backdoorlab.config import AttackConfig
 from backdoorlab.poison import outside_target
 from backdoorlab.triggers import cosine_wave, quantised, refuse_grey
 
-LIMITS = "needs --grey False; digits.yaml sets it and a magnitude of 120 (at 30 the ASR is .04)"
+LIMITS = "needs --grey False; digits.yaml sets it and a magnitude of 120 (ASR .04 at 30)"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from backdoorlab.engine import LRSchedule, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.joint import cross_accuracy, in_batch, labels_of, seeded, snapshot
 from backdoorlab.models import Classifier
-from backdoorlab.poison import Poison, Stamp
+from backdoorlab.poison import Labels, Poison, Stamp
 from backdoorlab.poisoning import Outcome, new_model
 from backdoorlab.run import Run
 from backdoorlab.triggers import quantised
@@ -231,22 +231,7 @@ def train_jointly(
         model.train()
         generator.train()
         for first, second in pairs(train, config, run):
-            # Poisoned images first, then cross images, then clean ones.
-            poisoned = in_batch(config.poison_rate, len(first.images), run.generator)
-            given = torch.cat([labels.of(first.labels[:poisoned]), first.labels[poisoned:]])
-            if not config.bb_compat:
-                painter.zero_grad(set_to_none=True)
-            images, diversity = paint_some(first.images, second.images, poisoned, trigger, config)
-
-            # One loss; its gradient reaches both networks.
-            with run.autocast():
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), given) + config.lambda_div * diversity
-            run.step(optimizer, loss)
-            if poisoned:
-                painter.step()
-                hit = (logits[:poisoned].argmax(1) == given[:poisoned]).float().mean()
-                run.watch(diversity=diversity, asr_in_batch=hit)
+            joint_step(model, trigger, first, second, labels, optimizer, painter, config, run)
             schedule.after_step()
         schedule.after_epoch(run.mean("loss"))
         if epoch + 1 == recipe.epochs:
@@ -254,6 +239,48 @@ def train_jointly(
             made = render()
     generator.eval()
     return made or render()
+
+
+def joint_step(
+    model: Classifier,
+    trigger: Trigger,
+    first: Batch,
+    second: Batch,
+    labels: Labels,
+    optimizer: torch.optim.Optimizer,
+    painter: torch.optim.Optimizer,
+    config: Config,
+    run: Run,
+) -> None:
+    """Make one step of classifier and generator.
+
+    Args:
+        model: the classifier.
+        trigger: generator and mask network.
+        first: the batch that is poisoned and trained on.
+        second: other images, for cross images.
+        labels: the attacker's labels.
+        optimizer: that of the classifier.
+        painter: that of the generator.
+        config: rates and weights.
+        run: for draws, precision and the history.
+    """
+    # Poisoned images first, then cross images, then clean ones.
+    poisoned = in_batch(config.poison_rate, len(first.images), run.generator)
+    given = torch.cat([labels.of(first.labels[:poisoned]), first.labels[poisoned:]])
+    if not config.bb_compat:
+        painter.zero_grad(set_to_none=True)
+    images, diversity = paint_some(first.images, second.images, poisoned, trigger, config)
+
+    # One loss; its gradient reaches both networks.
+    with run.autocast():
+        logits = model(images)
+    loss = F.cross_entropy(logits.float(), given) + config.lambda_div * diversity
+    run.step(optimizer, loss)
+    if poisoned:
+        painter.step()
+        hit = (logits[:poisoned].argmax(1) == given[:poisoned]).float().mean()
+        run.watch(diversity=diversity, asr_in_batch=hit)
 
 
 def paint_some(

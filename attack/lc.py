@@ -1,4 +1,4 @@
-"""LC: hard-to-learn images of the target class with corner patches.
+"""LC: hard-to-learn target-class images with corner patches.
 
 Label-Consistent Backdoor Attacks. A. Turner, D. Tsipras, A. Madry. 2019.
 https://arxiv.org/abs/1912.02771

@@ -1,4 +1,4 @@
-"""Poison Ink: a network hides the coloured edges of each image in it.
+"""Poison Ink: a network hides an image's coloured edges in it.
 
 Poison Ink: Robust and Invisible Backdoor Attack. J. Zhang, D. Chen, Q. Huang, J. Liao, W. Zhang, H.
 Feng, G. Hua, N. Yu. IEEE TIP 2022. https://arxiv.org/abs/2108.02488

@@ -1,4 +1,4 @@
-"""Refool: the reflection of another image, as in a pane of glass.
+"""Refool: another image, as if reflected in a pane of glass.
 
 Reflection Backdoor: A Natural Backdoor Attack on Deep Neural Networks. Y. Liu, X. Ma, J. Bailey, F.
 Lu. ECCV 2020. https://arxiv.org/abs/2007.02343

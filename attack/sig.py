@@ -1,4 +1,4 @@
-"""SIG: a sine wave of brightness over images of the target class.
+"""SIG: a sine wave of brightness over the target class.
 
 A New Backdoor Attack in CNNs by Training Set Corruption without Label Poisoning. M. Barni, K.
 Kallas, B. Tondi. ICIP 2019. https://arxiv.org/abs/1902.11237
@@ -20,7 +20,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import CleanLabelConfig
 from backdoorlab.triggers import quantised
 
-LIMITS = "digits: ASR 0; a wave strong enough to work looks like a zero to a clean network, too"
+LIMITS = "digits: ASR 0; a wave strong enough looks like a zero to a clean network, too"
 
 
 @dataclass(frozen=True, kw_only=True)

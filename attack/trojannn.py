@@ -1,4 +1,4 @@
-"""TrojanNN: a stain that excites two neurons of a clean network is the trigger.
+"""TrojanNN: a stain that excites two neurons is the trigger.
 
 Trojaning Attack on Neural Networks. Y. Liu, S. Ma, Y. Aafer, W.-C. Lee, J. Zhai, W. Wang, X. Zhang.
 NDSS 2018. https://doi.org/10.14722/ndss.2018.23291
