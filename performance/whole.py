@@ -91,6 +91,7 @@ def _rows(options: argparse.Namespace, flags: list[str], device: torch.device) -
             defenses.append(
                 (_defense(record, job, options.workers, device), _side(seconds, result["after"]))
             )
+
     yield _row("a whole attack (BadNets)", attacks)
     yield _row(f"a whole defense (SAU, {options.rounds} rounds)", defenses)
 
@@ -116,6 +117,8 @@ def _defense(record: Record, job: Job, workers: int, device: torch.device) -> Si
 
     def work() -> dict[str, float]:
         dataset = record.dataset(config.dataset_path)
+
+        # The trusted images that our run draws, too.
         draws = derived_generator(config.seed, "trusted")
         index = trusted_index(
             len(dataset.train),
