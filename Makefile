@@ -1,4 +1,4 @@
-# Every target is a few plain commands, printed in README.md too. PYTHON and VENV can be set: make test PYTHON=python3.12
+# Every target is a few plain commands. PYTHON and VENV can be set: make test PYTHON=python3.12
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python

@@ -189,6 +189,7 @@ def _memory(width: int, options: argparse.Namespace) -> Row:
             peaks.append(
                 process.submit(_peak, side, width, options.batch_size, options.device).result()
             )
+
     slow, fast = peaks
     detail = (
         f"{slow / 1e6:,.0f} and {fast / 1e6:,.0f} MB above the models and images, batches of"
@@ -402,6 +403,8 @@ def _bu(options: argparse.Namespace, device: torch.device) -> Row:
         def step(classes: Tensor) -> None:
             z, other = torch.rand(2, count, len(x), 64, device=device)
             triggers = generators(z)
+
+            # Pull the triggers towards the target; keep their mutual information with the noise.
             _, pull = mesa.reward(
                 model,
                 x,
@@ -418,6 +421,8 @@ def _bu(options: argparse.Namespace, device: torch.device) -> Row:
                 optimizers[0],
                 -(pull * triggers).sum() - 0.1 * mine.information(z, other, triggers).sum(),
             )
+
+            # Train the estimator of the mutual information.
             run.step(optimizers[1], mine.loss(z, other, triggers.detach()))
 
         return step

@@ -45,6 +45,7 @@ def main() -> None:
         "--at_once", type=int, nargs="+", default=AT_ONCE, help="runs at once; 1 must be among them"
     )
     options = parser.parse_args()
+
     device = choose_device(options.device)
     if device.type != "cuda":
         raise SystemExit(
@@ -56,6 +57,7 @@ def main() -> None:
             f"--at_once {' '.join(map(str, options.at_once))}: 1 must be among them, because"
             " the others are compared with it"
         )
+
     header = describe_machine(
         device, data=f"synthetic images, batches of {BATCH}, {STEPS} steps a measurement"
     )
@@ -161,6 +163,7 @@ def _training(
     split, model = _data(device), cifar_network(width, device)
     if compiled:  # without the counter of images: each change of it would compile again
         model.network.forward_features = torch.compile(model.network.forward_features)
+
     forward = Forward(model.train(), run, split, WORTH_A_GRAPH if graphs else 0, BATCH)
     optimizer = make_optimizer(model.parameters(), recipe)
     while True:
@@ -259,6 +262,8 @@ def _worker(
         steps = _training(width, "bf16", True, False, Path(folder), torch.device(device))
         for _ in range(20):
             next(steps)
+
+        # All processes start each count together; those beyond it wait for the next one.
         for count in counts:
             torch.cuda.synchronize()
             barrier.wait(timeout=300)

@@ -121,14 +121,17 @@ def cell(name: str, count: int, width: int, device_name: str) -> Cell:
     def new_model() -> Any:
         return cifar_network(width, device)
 
+    # The method gets the same images as training set and as trusted images.
     granted = dict(
         model=model, train=split, trusted=split, seeds=torch.arange(100), new_model=new_model
     )
     view = DefenderView("", CLASSES, (3, 32, 32), tuple(map(str, range(CLASSES))), AUGMENT, granted)
+
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), seed=0, device=device)
         (ON_TRAINING | ON_TRUSTED)[name](view, run)
         spent = run.spent()
+
     return Cell(
         name,
         count,
@@ -157,6 +160,8 @@ def plot(cells: list[Cell], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.5), constrained_layout=True)
+
+    # One mark for each method, the same in both pictures.
     marks = "os^Dv<>Pp"
     for axis, (label, cost) in zip(
         axes,
@@ -176,6 +181,7 @@ def plot(cells: list[Cell], file: Path) -> None:
             )
         axis.set(xlabel="images (solid: training set, dashed: trusted)", ylabel=label)
         axis.grid(alpha=0.3)
+
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
@@ -189,6 +195,8 @@ def main() -> None:
     )
     for key, value in header.items():
         print(f"{key:<9} {value}", flush=True)
+
+    # Measure every method on every size, each cell in a process of its own.
     print(
         f"\n{'what':<26} {'images':>8} {'seconds':>9} {'forward':>10} {'backward':>10}"
         f" {'peak MB':>9}"
@@ -205,6 +213,8 @@ def main() -> None:
                     flush=True,
                 )
                 cells.append(found)
+
+    # Fit an exponent to each column of a method.
     print(
         f"\n{'exponents':<26} {'':>8} {'seconds':>9} {'forward':>10} {'backward':>10}"
         f" {'peak MB':>9}"

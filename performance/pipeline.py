@@ -362,6 +362,7 @@ def _training_step(
         .to(device)
         .train()
     )
+
     step = training_step(model, BATCH, device, precision)
     return lambda batch: step(batch.images, batch.labels)
 

@@ -57,6 +57,8 @@ def rows(options: argparse.Namespace) -> Iterator[list[str]]:
 
         dataset = record.dataset(options.dataset_path)
         before = record.info["scores"]
+
+        # Every pool from the same seed, each in a run of its own.
         for seed in options.seeds:
             for pool in options.pools:
                 with tempfile.TemporaryDirectory() as folder:

@@ -91,6 +91,7 @@ def _rows(options: argparse.Namespace, flags: list[str], device: torch.device) -
             defenses.append(
                 (_defense(record, job, options.workers, device), _side(seconds, result["after"]))
             )
+
     yield _row("a whole attack (BadNets)", attacks)
     yield _row(f"a whole defense (SAU, {options.rounds} rounds)", defenses)
 
