@@ -170,6 +170,7 @@ def costs(cells: Sequence[Cell]) -> Chart:
             continue
         # A logarithmic axis is harder to read, so it is used only where it has to be.
         numbers = [value(cell) or 0 for cell in known]
+
         panels.append(
             Panel(
                 title,
@@ -277,6 +278,7 @@ def scores(cells: Sequence[Cell]) -> Chart:
         " classified correctly, rises. Dotted: only the start and the end were measured"
         " (--score_every 0). Several lines of a colour are several runs."
     )
+
     missing = "No defense was run, and the attack was scored at its end only (--score_every 0)."
     return Chart(
         "scores", "Scores, epoch by epoch", caption, tuple(panels), "" if panels else missing
@@ -404,6 +406,7 @@ def splits(cells: Sequence[Cell]) -> Chart:
         missing = "Nobody knows which images of this record are poisoned."
         return Chart("split", title, caption, missing=missing)
 
+    # ASD splits anew in each epoch; the others report a split at their end.
     panels = [panel for cell in cells if (panel := _rates_by_epoch(cell)) is not None]
     panels += _reported_rates(cells)
     missing = "" if panels else "No run on this record splits the training set."
@@ -425,6 +428,7 @@ def _rates_by_epoch(cell: Cell) -> Panel | None:
         _rates(cell, float(flagged), float(missed))
         for flagged, missed in zip(*(seen[name] for name in counts), strict=True)
     ]
+
     series = tuple(
         Series(name, look, "line", x, [rate[key] for rate in rates])
         for key, (name, look) in RATES.items()
@@ -462,6 +466,7 @@ def _reported_rates(cells: Sequence[Cell]) -> list[Panel]:
         known = [(name, 100 * found[key]) for name, found in reported if found.get(key) is not None]
         rates, names = [rate for _, rate in known], [name for name, _ in known]
         series.append(Series(title, look, "bars", rates, names))
+
     lanes = tuple(dict.fromkeys(name for name, _ in reported))
     return [
         Panel("as reported at the end", "%", series=tuple(series), x_range=(0, 115), lanes=lanes)
@@ -481,6 +486,7 @@ def histograms(cells: Sequence[Cell]) -> Chart:
             ("poison", looks.MEASURES, poisoned),
             ("clean", looks.MEASURES + 1, ~poisoned),
         )
+
         series = tuple(
             Series(name, look, "outline", *_histogram(values, mask))
             for name, look, mask in kinds
@@ -495,6 +501,7 @@ def histograms(cells: Sequence[Cell]) -> Chart:
         " chosen. The further apart the two outlines, the easier the split. The first and the last"
         " bin also count what lies beyond them."
     )
+
     missing = "" if panels else "No run on this record kept it."
     return Chart("suspicion", "What the split is decided by", caption, tuple(panels), missing)
 

@@ -104,7 +104,7 @@ def rows(
         for one in damaged:
             on_damage(one)
 
-        # What is not known here, as a plugin of another machine, is shown if it has a result.
+        # A defense that is not installed here is shown if it has a result.
         known = {
             *methods.available("defense"),
             *(row.defense for row in every),

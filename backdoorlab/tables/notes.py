@@ -51,6 +51,7 @@ def below(
             said.append(_leads(compared.comparisons))
         said += [note + "." for note in compared.notes]
 
+    # Where the published numbers come from, each source once.
     sources = {number.key: number for group in groups for number in beside(group.first)}
     return said + [
         f"[{key}] clean acc / ASR %: {number.source}; {number.protocol}."

@@ -84,6 +84,7 @@ def _usual_settings(attack: str) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def published() -> tuple[Reported, ...]:
     """Read every number of the file."""
+    # A number is found below its data set, poison rate and attack.
     found: list[Reported] = []
     for key, entry in read_yaml(resources.resource("reported.yaml")).items():
         for dataset, rates in entry["numbers"].items():

@@ -27,6 +27,8 @@ RATES = frozenset(["clean_label_ratio", "cover_rate"])
 """Rates of an attack beside its poison rate. Another rate is not another attack."""
 RUN = frozenset(["code", "precision"])
 """Settings of a defense that say how it was run, not which defense it is."""
+Scores = Mapping[tuple[Hashable, ...], Sequence[float]]
+"""(attack, its key, seed) -> DER of a defense on that record, one for each seed of the defense."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,6 @@ def compare(groups: Sequence[Group]) -> list[Compared]:
 def _implanted(group: Group) -> bool:
     before = summary(row.asr_before for row in group.rows)
     return before is not None and before.mean >= IMPLANTED
-
-
-Scores = Mapping[tuple[Hashable, ...], Sequence[float]]
-"""(attack, its key, seed) -> DER of a defense on that record, one for each seed of the defense."""
 
 
 def _against_baseline(dataset: str, found: Sequence[Row]) -> Compared | None:
