@@ -395,7 +395,7 @@ def test_other_settings_are_refused_in_one_line_and_left_alone(
         state = driver.look(dataclasses.replace(cell, settings=json.dumps(settings)), root)
         assert (
             not state.done
-            and "was made with other settings (new None, not 1, precision fp32, not bf16): choose another"
+            and "was made with other settings (new None, not 1, precision auto, not bf16): choose another"
             in state.complaint
         )
         assert driver.look(
