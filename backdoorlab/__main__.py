@@ -126,6 +126,7 @@ class Pull:
 
 def table(options: Table) -> int:
     """Print records and their defenses; exit code 2 if some could not be read."""
+    # A damaged record is left out and reported, unless the user named it or wants a traceback.
     root = record_root(options.record_root)
     damaged: list[measured.Damaged] = []
     on_damage = measured.refuse if options.debug else damaged.append
@@ -141,6 +142,7 @@ def table(options: Table) -> int:
 
 def verifying(options: Verify) -> int:
     """Check records; print one line per intact record and per damaged file."""
+    # One damaged record does not end the check of the others.
     root = record_root(options.record_root)
     sound = True
     for name in _names(options.names, root):
@@ -207,8 +209,10 @@ def listing(_options: List) -> int:
     for attack in attacks:
         if attack.limits:
             print(f"  {attack.name:<14}  {attack.limits}")
+
     print("\ndefenses: python defense/NAME.py --result_file RECORD\n")
     print(_method_table(defenses, "assumes", lambda method: layout.assumes(method.assumes)))
+
     print("\ndata sets: --dataset NAME")
     print("  digits          the default, in scikit-learn: 1,797 grey digits, as 1 x 32 x 32")
     print(f"  {', '.join(readers.TORCHVISION)}: by torchvision, which downloads them")
@@ -233,6 +237,7 @@ def _method_table(
         column: heading of the property.
         property_of: method -> the property.
     """
+    # The middle column gets the room that the others leave.
     properties = [property_of(method) for method in found]
     room = LINE - 4  # two gaps of two spaces
     room -= max(map(len, ["method", *(method.name for method in found)]))
@@ -248,6 +253,7 @@ def _method_table(
 
 def _summary(title: str, room: int) -> str:
     """Shorten the title of a method to `room` characters, at its first comma if that is enough."""
+    # The first clause often says enough.
     title = title.rstrip(".")
     if len(title) > room:
         title = title.split(",")[0]
@@ -256,6 +262,7 @@ def _summary(title: str, room: int) -> str:
 
 def _changed_by(attack: methods.Method) -> str:
     """Return what an attack changes, by the class of its options."""
+    # The first base that fits counts, so subclasses stand before their bases.
     changes = {
         config.JointConfig: "training",
         config.CoverConfig: "images, labels; covers",
@@ -308,6 +315,7 @@ PACKAGES = (
 
 def _cached_shape(entry: Mapping[str, Any]) -> str:
     """Return C x H x W of a cached data set, read from the head of its file of images."""
+    # Only the head of the file is read; the images stay on the disk.
     try:
         images = np.load(Path(entry["folder"]) / "train_images.npy", mmap_mode="r")
     except (OSError, ValueError, EOFError):
@@ -324,6 +332,7 @@ def _precision(device: torch.device) -> str:
 
     It is measured unless the result of an earlier measurement is stored.
     """
+    # The preset in resource/config/digits.yaml.
     shape = (1, 32, 32)
     network = {"architecture": "preactresnet10", "width": 16, "image_shape": list(shape)}
     build = partial(
@@ -340,6 +349,7 @@ def _precision(device: torch.device) -> str:
 
 def _writable(folder: Path) -> str:
     """Tell whether folders can be created and renamed in a folder, and the free space."""
+    # What writing a record needs: new folders, and renaming them.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as probe:
@@ -401,6 +411,8 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"backdoorlab {version('backdoorlab')}")
         return 0
+
+    # An attack or a defense: the rest is what its own file would be given.
     command, rest = arguments[0], arguments[1:]
     if command in METHODS:
         kind: resources.Kind = "attack" if command == "attack" else "defense"
@@ -409,6 +421,8 @@ def _dispatch(arguments: list[str]) -> int:
             raise UserError(f"{command} NAME is missing. Known: {known}")
         path = methods.load(kind, rest[0]).path
         return run_method(kind, path, rest[1:], f"backdoorlab {kind} {rest[0]}")
+
+    # All others have a dataclass of options each.
     if command not in COMMANDS:
         names = [*COMMANDS, *METHODS]
         raise UserError(

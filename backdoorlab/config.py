@@ -73,15 +73,16 @@ class MethodConfig:
 
     def check(self) -> None:
         """Raise a `UserError` for a value outside its range. None is always accepted."""
-        for owner in type(self).__mro__:
-            for name, rule in vars(owner).get("RANGES", {}).items():
-                value = getattr(self, name)
-                for number in value if isinstance(value, (tuple, list)) else (value,):
-                    if number is not None and not _within(number, rule):
-                        raise UserError(
-                            f"{name} must be {rule if rule[0] in '<>' else f'in {rule}'}, got"
-                            f" {number}"
-                        )
+        # Every class has RANGES of its own, which do not replace those of its bases.
+        rules = [
+            rule for owner in type(self).__mro__ for rule in vars(owner).get("RANGES", {}).items()
+        ]
+        for name, rule in rules:
+            value = getattr(self, name)
+            for number in value if isinstance(value, (tuple, list)) else (value,):
+                if number is not None and not _within(number, rule):
+                    allowed = rule if rule[0] in "<>" else f"in {rule}"
+                    raise UserError(f"{name} must be {allowed}, got {number}")
 
     def science(self) -> dict[str, Any]:
         """Return the fields that can change the result, as JSON values."""
@@ -158,11 +159,10 @@ class TrainingConfig(MethodConfig):
 
     def recipe(self) -> Recipe:
         """Return the training options as the `Recipe` of `engine.train`."""
-        augment = Augment(self.crop_padding, self.flip)
-        taken = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(Recipe) if f.name != "augment"
-        }
-        return Recipe(**taken, augment=augment)
+        # The other fields of a recipe are fields of this class, under the same names.
+        names = {f.name for f in dataclasses.fields(Recipe)} - {"augment"}
+        taken = {name: getattr(self, name) for name in names}
+        return Recipe(**taken, augment=Augment(self.crop_padding, self.flip))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +257,7 @@ def refuse_ranges(config_class: type[MethodConfig]) -> None:
             raise UserError(
                 f"RANGES names {name!r}, which is no field of Config.{suggest(name, fields)}"
             )
+        # A malformed rule fails on any number.
         try:
             _within(0.0, rule)
         except (ValueError, TypeError, IndexError):
@@ -272,9 +273,12 @@ def _within(number: float, rule: str) -> bool:
     """
     if not math.isfinite(number):
         return False
+    # A single bound, ">= a" or "> a".
     if rule[0] == ">":
         bound = float(rule.lstrip(">= "))
         return number >= bound if rule.startswith(">=") else number > bound
+
+    # An interval, whose brackets say which ends belong to it.
     low, high = (float(end) for end in rule[1:-1].split(","))
     above = low <= number if rule[0] == "[" else low < number
     return above and (number <= high if rule[-1] == "]" else number < high)
@@ -286,6 +290,6 @@ def as_json(value: Any) -> Any:
         return {str(key): as_json(part) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
         return [as_json(part) for part in value]
-    return (
-        value.name if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
-    )
+    if isinstance(value, Enum):
+        return value.name
+    return str(value) if isinstance(value, Path) else value

@@ -104,6 +104,7 @@ def to_device(split: Split, device: torch.device) -> Split:
     """Move a split to the device if it takes less than half of the free memory there."""
     if device.type != "cuda":
         return split
+    # The other half is left to the model and its activations.
     free, _ = torch.cuda.mem_get_info(device)
     if split.images.nbytes > free // 2:
         return split
@@ -146,6 +147,8 @@ def batches(
             if generator is None
             else torch.randperm(len(split), generator=generator)
         )
+
+    # All draws of the pass, so that they do not depend on the batch size.
     count, padding = len(order), augment.crop_padding
     moves = flips = None
     if padding and generator is not None:
@@ -153,6 +156,7 @@ def batches(
     if augment.flip and generator is not None:
         flips = (torch.rand(count, generator=generator) < 0.5).to(device)
 
+    # Images are fetched as bytes and become floats at the end, on the device.
     order = order.to(split.images.device)
     pieces = _pieces(count, batch_size, drop_last=drop_last, shuffled=generator is not None)
     far = device.type == "cuda" and split.images.device.type == "cpu"
@@ -282,6 +286,7 @@ def trusted_index(
     Raises:
         UserError: if M is 0 or more than `size`.
     """
+    # The ratio is checked only where it is used.
     if count is None:
         if not 0 < ratio <= 1:
             raise UserError(f"trusted_ratio must lie in (0, 1], got {ratio}")
@@ -310,6 +315,7 @@ def channel_statistics(split: Split) -> tuple[tuple[float, ...], tuple[float, ..
 
     At most 10,000 evenly spaced images are read.
     """
+    # A sample is enough, and bounds the memory that floats take.
     step = max(1, len(split) // 10_000)
     images = split.images[::step].to(torch.float32).div(255)
     mean, std = images.mean(dim=(0, 2, 3)), images.std(dim=(0, 2, 3)).clamp_min(1e-3)

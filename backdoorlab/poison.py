@@ -47,6 +47,7 @@ class Poison:
 
     def apply(self, clean: Split) -> Split:
         """Return the split as the victim receives it: a copy with these rows replaced."""
+        # Nothing in the copy marks the rows: a defense must find them.
         received = clean.copy()
         received.images[self.index], received.labels[self.index] = self.images, self.labels
         return received
@@ -87,6 +88,7 @@ class Labels:
         """Map true labels to the attacker's. int64 (M,) -> same."""
         if self.label_mode == "all2one":
             return torch.full_like(original, self.target_label)
+        # all2all: the next class, cyclically.
         return (original + 1) % self.num_classes
 
 
@@ -101,6 +103,7 @@ def draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
     Returns:
         int64, increasing.
     """
+    # A shuffle of all candidates, so that the first ones do not depend on `count`.
     candidates = pool.nonzero().squeeze(1)
     return candidates[torch.randperm(len(candidates), generator=generator)[:count]].sort().values
 
@@ -190,6 +193,8 @@ def poison_test(
     counted = torch.ones(len(clean), dtype=torch.bool)
     if labels.label_mode == "all2one":
         counted = clean.labels != labels.target_label
+
+    # Images that the attack is not meant for are stamped, too, but are no part of ASR.
     meant = counted if victims is None else counted & victims
     poisoned, spared = meant.nonzero().squeeze(1), (counted & ~meant).nonzero().squeeze(1)
     return _merged(
@@ -284,6 +289,7 @@ def stamped(clean: Split, index: Tensor, stamp: Stamp, split: str) -> Tensor:
 
 def _once(images: Tensor, index: Tensor, stamp: Stamp, split: str) -> Tensor:
     """Stamp images, and raise a `UserError` if the result is not uint8 of the same shape."""
+    # A plugin's stamp may return anything.
     found = stamp(images, index, split)
     if not isinstance(found, Tensor) or found.dtype != torch.uint8 or found.shape != images.shape:
         raise UserError(
@@ -300,15 +306,16 @@ def _stamped(
     original = clean.labels[index]
     images = stamped(clean, index, stamp, split)
     given, kind = (original, CROSS) if labels is None else (labels.of(original), POISON)
-    return Poison(
-        index, images, given, original, torch.full((len(index),), kind, dtype=torch.uint8)
-    )
+    kinds = torch.full((len(index),), kind, dtype=torch.uint8)
+    return Poison(index, images, given, original, kinds)
 
 
 def _merged(first: Poison, second: Poison) -> Poison:
     """Return the rows of both, ordered by position."""
     if not len(second):
         return first
+
+    # Every field is a tensor with one row per image.
     order = torch.cat([first.index, second.index]).argsort()
     return Poison(
         **{

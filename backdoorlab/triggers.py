@@ -104,6 +104,7 @@ def cosine_wave(height: int, width: int, frequencies: tuple[int, ...], magnitude
 
 def _cosine(length: int, frequency: int) -> Tensor:
     """Return the DCT's wave of a frequency for 32 pixels, on `length` pixels, float64 (length,)."""
+    # The frequency with as many periods per pixel as on 32 pixels.
     moved = round((frequency + 1) * length / 32) - 1
     return torch.cos(torch.pi * (torch.arange(length, dtype=torch.float64) + 0.5) * moved / length)
 
@@ -137,6 +138,7 @@ def cartoon(seed: int, channels: int, height: int, width: int) -> Tensor:
             inside = (along.abs() < 0.1 + 0.3 * size) & (across.abs() < 0.03 + 0.07 * size)
         canvas[:, inside] = colour
 
+    # Averaging makes smooth outlines.
     small = F.avg_pool2d(canvas[None], SUPERSAMPLING)[0]
     return _with_channels(small, channels).mul(255).round().byte()
 

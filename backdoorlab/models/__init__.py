@@ -51,6 +51,7 @@ class Classifier(nn.Module):
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network: Any = network
+        # Buffers move to the device with the network and are stored with its weights.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
@@ -79,6 +80,7 @@ def count(out: Tensor, images: int) -> Tensor:
 
     Returns `out`.
     """
+    # The hook runs when a gradient reaches `out`.
     if not PASSES.paused:
         PASSES.forward += images
         if out.requires_grad:
@@ -94,6 +96,7 @@ def _count_backward(gradient: Tensor) -> None:
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
     """Stop counting images inside of this context."""
+    # The state before, as contexts may be nested.
     before, PASSES.paused = PASSES.paused, True
     try:
         yield
@@ -127,6 +130,7 @@ def build(
     Raises:
         UserError: for an unknown name, or a width that the network does not have.
     """
+    # Our own networks have a width; timm's have it in their name.
     if architecture in OWN:
         if width is not None and width < 1:
             raise UserError(f"width must be at least 1, got {width}")
@@ -137,6 +141,7 @@ def build(
         )
     else:
         network = _timm_model(architecture, num_classes, in_chans, image_size, width, stem)
+    # Convolutions are faster in this layout of memory.
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)
 
 
@@ -162,11 +167,13 @@ def _timm_model(
             f"width is for {', '.join(OWN)}; {architecture} is timm's and has its width in its"
             " name: leave --width out"
         )
+
+    # Transformers must know the size of the images; convolutional networks take no such argument.
     try:
         network = timm.create_model(
             architecture, num_classes=num_classes, in_chans=in_chans, img_size=image_size
         )
-    except TypeError:  # convolutional networks take images of any size and no img_size
+    except TypeError:
         network = timm.create_model(architecture, num_classes=num_classes, in_chans=in_chans)
     if image_size <= SMALL and stem == "small":
         _shrink_stem(network, image_size)
@@ -202,6 +209,7 @@ def _shrink_stem(network: nn.Module, image_size: int) -> None:
 def _shrink_patch(convolution: nn.Conv2d) -> None:
     """Replace a stem that reads patches (kernel = stride, ConvNeXt) by a 3x3 one with stride 1."""
     convolution.kernel_size, convolution.stride, convolution.padding = (3, 3), (1, 1), (1, 1)
+    # New weights, as the old ones have another shape.
     weight = torch.empty(
         convolution.out_channels, convolution.in_channels // convolution.groups, 3, 3
     )

@@ -48,6 +48,8 @@ def show(config_class: type[Any], prog: str) -> None:
         )
     else:
         shown = _explained(config_class, [f.name for f in dataclasses.fields(config_class)])
+
+    # tyro prints the text and raises SystemExit.
     tyro.cli(
         shown,
         args=["--help"],
@@ -63,9 +65,12 @@ def groups(config_class: type[MethodConfig]) -> dict[str, list[str]]:
 
     The first group begins with the fields of the method's own file.
     """
+    # Fields that the method's own file declares stand first in their group.
     found: dict[str, list[str]] = {"method": [], "data and model": [], "run": []}
     declared = inspect.get_annotations(config_class)
     names = [f.name for f in dataclasses.fields(config_class)]
+
+    # The class that declares a field last decides: a method may replace a common field.
     for name in sorted(names, key=lambda name: name not in declared):
         owner = next(base for base in config_class.__mro__ if name in inspect.get_annotations(base))
         if name in OF_THE_RUN:
@@ -99,6 +104,7 @@ def texts(config_class: type[Any]) -> dict[str, str]:
         except OSError:  # no source, so no texts
             continue
         assert isinstance(definition, ast.ClassDef)
+        # The docstring of a field is the string that follows it.
         for field, text in itertools.pairwise(definition.body):
             match field, text:
                 case (
@@ -111,6 +117,7 @@ def texts(config_class: type[Any]) -> dict[str, str]:
 
 def _explained(config_class: type[Any], names: Sequence[str]) -> type[Any]:
     """Return a dataclass of these fields, in this order, with their texts for tyro."""
+    # The texts are passed on: tyro would keep the line breaks of the source.
     hints, said = get_type_hints(config_class, include_extras=True), texts(config_class)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
     return dataclasses.make_dataclass(

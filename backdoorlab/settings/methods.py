@@ -61,6 +61,7 @@ class Method:
 
 def available(kind: Kind) -> dict[str, Path]:
     """Return `named` without the plugins that cannot be loaded, each of which is reported."""
+    # Only plugins are loaded: our own files are tested.
     found = {}
     for name, path in named(kind).items():
         try:
@@ -145,7 +146,8 @@ def _check(kind: Kind, path: Path, module: ModuleType) -> None:
     """Raise a `UserError` if a loaded file is not a method of that kind."""
     wanted = {"attack": ("Config",), "defense": ("Config", "ASSUMES", "defend")}[kind]
     missing = [name for name in wanted if not hasattr(module, name)]
-    if not WORD.fullmatch(path.stem):  # records carry the name, and their reader takes no other
+    # Records store the name, and reading one refuses any other characters.
+    if not WORD.fullmatch(path.stem):
         raise UserError(
             f"{path}: the file name is the method's name, of letters, digits and _ . + -: rename"
             f" the file, such as my_{kind}.py"
@@ -154,6 +156,8 @@ def _check(kind: Kind, path: Path, module: ModuleType) -> None:
         raise UserError(
             f"{path}: in every table `none` is the model without a defense: rename the file"
         )
+
+    # An attack is a stamp, or controls its training itself.
     if kind == "attack" and not hasattr(module, "stamp") and not hasattr(module, "attack"):
         missing.append("stamp or attack")
     if missing:
@@ -182,10 +186,13 @@ def _check_config(kind: Kind, path: Path, module: ModuleType) -> None:
     bases: tuple[type[Any], ...] = (
         (config.TrainingConfig,) if kind == "attack" else (config.DefenseConfig,)
     )
-    if kind == "attack" and not hasattr(module, "attack"):  # `stamp` alone: needs a poison rate
+    # A stamp alone leaves the choice of images to the library, which needs a poison rate.
+    if kind == "attack" and not hasattr(module, "attack"):
         bases = (config.AttackConfig, config.CleanLabelConfig)
     elif kind == "defense" and "seeds" in module.ASSUMES:
         bases = (config.SeedsConfig,)
+
+    # A subclass without the decorator would inherit the fields of its base, and no more.
     found = module.Config
     if (
         not isinstance(found, type)

@@ -84,6 +84,7 @@ def parse(
     Raises:
         UserError: for an unknown flag or key, a malformed value, or a folder without a data set.
     """
+    # The flags alone say which files are read.
     layers: list[Layer] = [("flag", list(argv))]
     config = _parse_flags(config_class, layers, prog)
 
@@ -165,6 +166,7 @@ def _parse_flags(config_class: type[Any], layers: list[Layer], prog: str) -> Any
             given[field_name] = [ours.get(value, value) for value in given[field_name]]
     arguments = [word for name, values in given.items() for word in _flag(name, values)]
 
+    # tyro prints its errors, so they are caught and said again in one line.
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -232,11 +234,13 @@ def _flag(name: str, values: Sequence[str]) -> list[str]:
 def _misread(config_class: type[Any], given: Mapping[str, Sequence[str]]) -> str:
     """Name the first flag whose value its type cannot have; '' if there is none."""
     for name, hint in get_type_hints(config_class).items():
+        # The parts of a union, and among them the type of number that the message is about.
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         many = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is tuple), None)
         kind = many or next((kind for kind in kinds if kind in READ_AS), None)
         if name not in given or kind not in READ_AS:
             continue
+
         (words, read), values = READ_AS[kind], given[name]
         try:
             if not values and not many:  # a tuple may be empty
@@ -245,13 +249,8 @@ def _misread(config_class: type[Any], given: Mapping[str, Sequence[str]]) -> str
                 if not (value == "None" and NoneType in kinds):
                     read(value)
         except ValueError:
-            got = (
-                f", got {' '.join(values)!r}"
-                if values
-                else f": --{name} True"
-                if kind is bool
-                else ", got nothing"
-            )
+            missing = f": --{name} True" if kind is bool else ", got nothing"
+            got = f", got {' '.join(values)!r}" if values else missing
             return f"--{name} takes {'numbers' if many else words}{got}. See --help"
     return ""
 
@@ -267,6 +266,8 @@ def _yaml_layer(config_class: type[Any], path: str) -> Layer:
             f" {', '.join(_presets())}"
         )
     content = read_yaml(file)
+
+    # Two mistakes: the file of a data set, which has sections, and a reference to a further file.
     sections = sorted({"attack", "defense"} & set(content) - set(flag_names(config_class)))
     if sections:
         raise UserError(
@@ -295,7 +296,8 @@ def _dataset_yaml(dataset: str) -> dict[str, Any]:
     They are called `attack`, `defense`, or as a method. `short_run` contains further such sections.
     """
     file = resources.resource("config") / f"{dataset}.yaml"
-    if Path(dataset).name != dataset or not file.exists():  # a name, never a path
+    # The user may have typed a path, which must not be read from there.
+    if Path(dataset).name != dataset or not file.exists():
         return {}
     found = read_yaml(file)
     short = found.get("short_run")
@@ -378,6 +380,7 @@ def _words(value: Any) -> list[str]:
 
 def flag_names(config_class: type[Any]) -> dict[str, str]:
     """Map every flag and alias, without dashes, to its field."""
+    # Aliases are in the annotations, as arg(aliases=[...]).
     known = {}
     hints = get_type_hints(config_class, include_extras=True)
     for name in (f.name for f in dataclasses.fields(config_class)):
@@ -407,6 +410,7 @@ def _suggest_flag(key: str, known: dict[str, str]) -> str:
 
 def _one_line(text: str) -> str:
     """Return tyro's error, which stands in a box, as one line."""
+    # Colours and frames first, then the headings and hints around the message.
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     words = " ".join(re.sub(r"[│╭╮╰╯─┃┏┓┗┛━]|-{5,}", " ", plain).split())
     words = re.sub(
@@ -420,10 +424,6 @@ def _one_line(text: str) -> str:
 
 def _text(value: Any) -> str:
     """Return a value as it would be typed."""
-    return (
-        "None"
-        if value is None
-        else " ".join(map(str, value))
-        if isinstance(value, (list, tuple))
-        else str(as_json(value))
-    )
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return "None" if value is None else str(as_json(value))

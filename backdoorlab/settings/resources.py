@@ -18,6 +18,7 @@ def named(kind: Kind) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for folder in folders(kind):
         for path in sorted(folder.glob("*.py")):
+            # Files such as __init__.py are no methods.
             if path.name.startswith("_"):
                 continue
             kept = found.setdefault(path.stem, path)
@@ -58,5 +59,6 @@ def inform(line: str) -> None:
 
 def home(name: str) -> Path:
     """Return attack/, defense/ or resource/ of the checkout, or else of the installed package."""
+    # Only a checkout has a setup.py beside the package.
     checkout = PACKAGE.parent
     return checkout / name if (checkout / "setup.py").exists() else PACKAGE / name
