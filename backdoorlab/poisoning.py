@@ -131,6 +131,7 @@ def _poisoned_training_set(
 
 def _note_rates(poison: Poison, rate: float, cover_rate: float, size: int, run: Run) -> None:
     """Note where fewer images were poisoned, or became covers, than the rates ask for."""
+    # A rate of no image at all, and one that there are not enough images for.
     found, crossed = (int((poison.kind == kind).sum()) for kind in (POISON, CROSS))
     if cover_rate and not round(cover_rate * size):
         run.note(
@@ -155,6 +156,7 @@ def _note_clean_label(poison: Poison, target: int, of_class: int, size: int, run
         f"{found:,} images poisoned: {100 * found / of_class:.1f} % of class {target},"
         f" {100 * found / size:.2f} % of the training set"
     )
+    # With all of them poisoned, accuracy on that class tells of the trigger, not of the class.
     if found == of_class:
         said += "; no clean one is left, so its clean accuracy measures a missing class"
     run.note(said)

@@ -109,6 +109,7 @@ def run_attack(job: Job) -> Record:
     prepared = prepare(job)
     config, inputs = job.config, {"data": prepared.dataset.fingerprint}
     precision = prepared.choice.precision
+
     with (
         open_stage(prepared.target, "record.json", job, inputs, precision) as stage,
         tracker_of(job, config.save_folder_name, stage) as tracker,
@@ -223,6 +224,8 @@ def _info(
     # A suspicious data set was not poisoned here: nobody knows where its poison is.
     suspicious = getattr(config, "suspicious", False)
     one_target = getattr(config, "label_mode", None) == "all2one"
+
+    # Settings come first, then scores, then costs and environment.
     return RecordInfo(
         attack="unknown" if suspicious else prepared.job.method.name,
         known_poison=not suspicious,

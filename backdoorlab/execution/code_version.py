@@ -26,6 +26,7 @@ NOT_COMPUTING = (*SAYING, *STORING, *BESIDES)
 
 def code_version(method_file: Path) -> str:
     """Return 12 hex digits, the same wherever the same method and library are installed."""
+    # The method's own file goes by its name, wherever it lies.
     contents: dict[str, bytes] = {}
     waiting = [PACKAGE / "execution" / "attack.py", PACKAGE / "execution" / "defense.py"]
     contents[f"method/{method_file.name}"] = source = method_file.read_bytes()
@@ -61,6 +62,8 @@ def _imported(path: Path, source: bytes) -> tuple[Path, ...]:
             folder = PACKAGE.parent
         else:
             continue
+
+        # A name that is imported may be a module or a function of one: both files are tried.
         module = folder.joinpath(*(node.module or "").split("."))
         for candidate in (module, *(module / alias.name for alias in node.names)):
             found += [
@@ -68,6 +71,7 @@ def _imported(path: Path, source: bytes) -> tuple[Path, ...]:
                 for file in (candidate.with_suffix(".py"), candidate / "__init__.py")
                 if file.is_file()
             ]
+    # The package's own __init__ holds names for users, and imports nothing at its top.
     return tuple(
         file for file in found if file.is_relative_to(PACKAGE) and file != PACKAGE / "__init__.py"
     )

@@ -24,7 +24,7 @@ from ..storage import reading, schema, writing
 from .environment import environment
 from .precision import Choice, choose
 from .preview import save_sheet
-from .scores import ScoreLog, describe_split
+from .scores import Row, ScoreLog, describe_split
 from .stage import Job, costs_of, flattened, fresh, made_with, open_stage, put_in_place, tracker_of
 from .trusted import describe_trusted, trusted_images
 
@@ -131,20 +131,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
         open_stage(target, "result.json", job, prepared.inputs, precision) as stage,
         tracker_of(job, name, stage) as tracker,
     ):
-        seed_everything(config.seed, prepared.device)
-        log = ScoreLog(
-            train_poison=found.train_poison if found.known_poison else None,
-            score_every=config.score_every,
-            on_line=tracker.line,
-        )
-        run = Run(
-            stage,
-            seed=config.seed,
-            device=prepared.device,
-            precision=precision,
-            train_size=len(prepared.dataset.train),
-            callbacks=log.callbacks(),
-        )
+        run, log = start(prepared, stage, tracker.line)
         # The stage keeps its checkpoints where the method stops early.
         finished = execute(prepared, run, log)
         if finished is None:
@@ -189,13 +176,43 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
     return Prepared(job, found, target, dataset, trusted, inputs, device, choice)
 
 
+def start(
+    prepared: Prepared, stage: Path, on_line: Callable[[int, Row], None] | None = None
+) -> tuple[Run, ScoreLog]:
+    """Seed everything, and make the run of a method and the log of its scores.
+
+    Args:
+        prepared: the defense.
+        stage: the open folder of the unfinished run.
+        on_line: called with each line of history and its number, from 1.
+    """
+    config, found = prepared.job.config, prepared.record
+    seed_everything(config.seed, prepared.device)
+    log = ScoreLog(
+        train_poison=found.train_poison if found.known_poison else None,
+        score_every=config.score_every,
+        on_line=on_line,
+    )
+
+    # The method gets the run alone, from which nothing leads to the log.
+    run = Run(
+        stage,
+        seed=config.seed,
+        device=prepared.device,
+        precision=prepared.choice.precision,
+        train_size=len(prepared.dataset.train),
+        callbacks=log.callbacks(),
+    )
+    return run, log
+
+
 def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[nn.Module, Result] | None:
     """Run the method and score the model that it returns; None where it stops early."""
     found, method, dataset = prepared.record, prepared.method, prepared.dataset
     # The evaluator goes to the score log; the run does not keep it.
     evaluator = Evaluator(dataset.test, found.test_poison, dataset.num_classes, prepared.device)
     run.watch_scores(evaluator)
-    view = _view(prepared, run)
+    view = view_of(prepared, run)
     before = _before(found, method)
 
     model = method.module.defend(view, prepared.job.config, run)
@@ -239,7 +256,7 @@ def _target(found: Record, job: Job) -> Path:
     return found.folder / "defense" / job.method.name / run_name
 
 
-def _view(prepared: Prepared, run: Run) -> DefenderView:
+def view_of(prepared: Prepared, run: Run) -> DefenderView:
     """Cut the record down to what the method assumes, and print what it gets."""
     found, method, config = prepared.record, prepared.method, prepared.job.config
     dataset, trusted = prepared.dataset, prepared.trusted

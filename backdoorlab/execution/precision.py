@@ -96,6 +96,7 @@ def choose(
             "asked for" if wanted == "bf16" else "by the GPU's generation",
         )
 
+    # Of two processors with the same flag for bf16, one can be slower with it: it is measured.
     timing = _kept(network) or _measured(network, build)
     if wanted == "bf16":
         return Choice(
@@ -141,6 +142,7 @@ def _is_time(value: Any) -> bool:
 
 def _measured(network: dict[str, Any], build: Callable[[], nn.Module]) -> Timing:
     """Measure the network, and keep the timing for the next run."""
+    # The weights of the timed network are drawn, and must move no draw of the run.
     with torch.random.fork_rng(devices=[]):
         timing = measure(build(), network["image_shape"])
     place = _place(network)

@@ -51,6 +51,7 @@ class ScoreLog:
         def watch_scores(evaluator: Evaluator) -> None:
             self._evaluator = evaluator
 
+        # Lambdas: the attributes of a function do not show what it closes over.
         return Callbacks(
             epoch_ended=lambda epoch: self._end_epoch(epoch),
             split_reported=lambda name, flagged: self._measure_split(name, flagged),
@@ -83,6 +84,7 @@ class ScoreLog:
                 quality = self.splits[name]
                 row[f"{name}_flagged"] = quality["flagged"]
                 row[f"{name}_missed"] = quality["missed"]
+
         if epoch.model is not None and self._is_due(epoch):
             row |= self.score(epoch.model).summary()
 

@@ -153,6 +153,7 @@ def _worthless(stage: Path, done: str) -> bool:
 
     That is so if it has no checkpoint, or its run is finished.
     """
+    # A folder of somebody else that happens to end in .partial is never swept.
     names = {entry.name for entry in stage.iterdir()}
     ours = MARKER in names or not names
     finished = stage.with_name(stage.name.removesuffix(".partial")) / done
