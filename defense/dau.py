@@ -163,9 +163,9 @@ def find_poison(
         bool (N,) on the CPU, all False where a guard refuses the split; and whether the poison was
         found as images of one class.
     """
+    head = linear(view.load_model().get_classifier())
     train = to_device(view.train, run.device)
     features = extract(view.load_model(), train, run)
-    head = linear(view.load_model().get_classifier())
 
     # Step 1: the pool.
     one_class = False
@@ -180,7 +180,7 @@ def find_poison(
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
         log_p = anti_learn(features, pool, head, beta, config, run)
         flagged = lost_label(log_p, features, config)
-        if holds(log_p, flagged, beta, features, config, run):
+        if is_intact(log_p, flagged, beta, features, config, run):
             break
     else:
         flagged = torch.zeros_like(flagged)
@@ -290,7 +290,7 @@ def doubt(log_p: Tensor, features: Features, config: Config) -> Tensor:
     return -log_p.gather(1, features.labels.unsqueeze(1)).squeeze(1) - before
 
 
-def holds(
+def is_intact(
     log_p: Tensor, flagged: Tensor, beta: float, features: Features, config: Config, run: Run
 ) -> bool:
     """Check that a head still classifies what it did not flag, bool (N,) False; say where not."""
