@@ -54,7 +54,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The end of an epoch, as the executor is told of it."""
+    """What the executor gets at the end of an epoch."""
 
     row: dict[str, Any]
     """Its line of history without scores: stage, epoch, seconds, watched and logged values."""

@@ -71,7 +71,7 @@ def _imported(path: Path, source: bytes) -> tuple[Path, ...]:
                 for file in (candidate.with_suffix(".py"), candidate / "__init__.py")
                 if file.is_file()
             ]
-    # The package's own __init__ holds names for users, and imports nothing at its top.
+    # The package's own __init__ computes nothing.
     return tuple(
         file for file in found if file.is_relative_to(PACKAGE) and file != PACKAGE / "__init__.py"
     )

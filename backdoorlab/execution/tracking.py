@@ -198,7 +198,7 @@ def mlflow(folder: Path, name: str, settings: Mapping[str, Any], stage: Path) ->
     """
     from mlflow import MlflowClient
 
-    if "MLFLOW_TRACKING_URI" not in os.environ:  # MLflow takes plain files only if it is told so
+    if "MLFLOW_TRACKING_URI" not in os.environ:  # MLflow takes plain files only if this says so
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(
         os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").absolute().as_uri()
