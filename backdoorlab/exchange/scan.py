@@ -12,13 +12,10 @@ from tyro.conf import Positional
 
 from ..data import Split
 from ..datasets.load import train_files
-from ..device import seed_everything
 from ..errors import UserError
-from ..execution.defense import defense_job, prepare
-from ..execution.scores import ScoreLog
+from ..execution.defense import defense_job, prepare, start, view_of
 from ..execution.stage import open_stage
-from ..record import Record, check_name, defender_view, read_result, record_root
-from ..run import Run
+from ..record import Record, check_name, read_result, record_root
 from ..settings import methods
 from ..storage import reading, writing
 from ..storage.staging import refuse_existing, staged
@@ -224,25 +221,14 @@ def _searched(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
     job = defense_job(dau, argv, "backdoorlab scan")
 
     # The same device, precision and random numbers as in a run of the defense.
-    target = record.folder / "defense" / "dau" / "scan"
-    prepared = prepare(job, record, target)
-    precision = prepared.choice.precision
-    log = ScoreLog(train_poison=record.train_poison if record.known_poison else None)
+    prepared = prepare(job, record, record.folder / "defense" / "dau" / "scan")
 
     # Kept in the stage, and read from there by the next scan.
-    with open_stage(target, "result.json", job, prepared.inputs, precision) as stage:
-        seed_everything(job.config.seed, prepared.device)
-        run = Run(
-            stage,
-            seed=job.config.seed,
-            device=prepared.device,
-            precision=precision,
-            train_size=len(prepared.dataset.train),
-            callbacks=log.callbacks(),
-        )
-        job.say_settings(run)
-        run.say(f"dau on record {record.name}, {run.device}, {prepared.choice.describe()}")
-        view = defender_view(record, prepared.dataset, dau.assumes, None, prepared.device)
+    with open_stage(
+        prepared.target, "result.json", job, prepared.inputs, prepared.choice.precision
+    ) as stage:
+        run, _ = start(prepared, stage)
+        view = view_of(prepared, run)
 
         def search() -> dict[str, Tensor]:
             return {"flagged": dau.module.find_poison(view, job.config, run)[0]}
