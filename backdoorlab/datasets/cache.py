@@ -120,7 +120,7 @@ def read_cache(folder: Path, name: str) -> Dataset:
         # The fingerprint covers every pixel, label and class name.
         class_names = tuple(meta["class_names"])
         intact = fingerprint(train, test, class_names) == meta["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         intact = False
     if not intact:
         raise UserError(
