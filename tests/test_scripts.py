@@ -242,10 +242,8 @@ def test_help_of_commands(capsys: Capture) -> None:
         ),
         (
             ["defense", "ft", "--help"],
-            (
-                "FT: fine-tuning on the trusted images, the naive baseline that every other defense"
-                " has to beat."
-            ),
+            "FT: fine-tuning on the trusted images, the baseline that every other defense has to"
+            " beat.",
         ),
     ):
         with pytest.raises(SystemExit) as stop:

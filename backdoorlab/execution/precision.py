@@ -38,8 +38,8 @@ MOST_IMAGES = 32
 REPEAT_SECONDS = 0.3
 """Pairs of timed steps are repeated until this much time has passed, three times at most."""
 HOPELESS, GRACE_SECONDS = 2.0, 0.05
-"""The first step in bf16 is given up if, at any layer, it has taken more than HOPELESS times as
-long as in fp32, plus GRACE_SECONDS."""
+"""A step in bf16 is given up if, at any layer, it has taken more than HOPELESS times as long as in
+fp32, plus GRACE_SECONDS."""
 
 
 @dataclass(frozen=True)
@@ -181,34 +181,48 @@ def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Timing:
         model: its weights stay as they are, its batch statistics change.
         image_shape: (C, H, W).
     """
+    images = _images(2, image_shape)
     with paused():
-        # The first steps also make the kernels. In bf16 without hardware for it, one step can take
-        # seconds: it is given up on the way.
-        images = _images(2, image_shape)
-        marks = _step(model, images, "fp32")
         try:
-            _step(model, images, "bf16", behind=marks)
-        except _Hopeless:
-            return Timing(len(images), marks[-1], None)
+            # The first steps also make the kernels.
+            _pair(model, images)
 
-        # As many images as a timed step has room for: on few of them, what a layer costs whatever
-        # their number would decide.
-        second = _step(model, images, "fp32")[-1]
-        images = _images(2 * max(1, min(MOST_IMAGES // 2, int(STEP_SECONDS / second))), image_shape)
-        if len(images) > 2:
-            _step(model, images, "fp32"), _step(model, images, "bf16")
+            # As many images as a timed step has room for: on few of them, what a layer costs
+            # whatever their number would decide.
+            seconds = _pair(model, images)[0]
+            room = min(MOST_IMAGES // 2, int(STEP_SECONDS / seconds))
+            if room > 1:
+                images = _images(2 * room, image_shape)
+                _pair(model, images)
 
-        # In turns, so that whatever else the machine does meets both. The shortest is the least
-        # disturbed.
-        began = time.perf_counter()
-        pairs: list[tuple[float, float]] = []
-        while not pairs or (len(pairs) < 3 and time.perf_counter() - began < REPEAT_SECONDS):
-            pairs.append((_step(model, images, "fp32")[-1], _step(model, images, "bf16")[-1]))
+            # In turns, so that whatever else the machine does meets both. The shortest is the
+            # least disturbed.
+            began = time.perf_counter()
+            pairs = [_pair(model, images)]
+            while len(pairs) < 3 and time.perf_counter() - began < REPEAT_SECONDS:
+                pairs.append(_pair(model, images))
+        except _Hopeless as late:
+            return Timing(len(images), late.fp32, None)
     return Timing(len(images), min(fp32 for fp32, _ in pairs), min(bf16 for _, bf16 in pairs))
+
+
+def _pair(model: nn.Module, images: Tensor) -> tuple[float, float]:
+    """Take a step in fp32 and one in bf16, and return the seconds of both.
+
+    Raises:
+        _Hopeless: without hardware for bf16, a step in it can take seconds; it is given up.
+    """
+    marks = _step(model, images, "fp32")
+    return marks[-1], _step(model, images, "bf16", behind=marks)[-1]
 
 
 class _Hopeless(Exception):
     """The step in bf16 takes many times as long."""
+
+    def __init__(self, fp32: float) -> None:
+        super().__init__()
+        self.fp32 = fp32
+        """Seconds of the step in fp32."""
 
 
 def _step(
@@ -233,7 +247,7 @@ def _step(
         if behind is None or len(marks) > len(behind):
             return
         if marks[-1] > HOPELESS * behind[len(marks) - 1] + GRACE_SECONDS:
-            raise _Hopeless
+            raise _Hopeless(behind[-1])
 
     def passed(_module: nn.Module, _inputs: Any, output: Any) -> None:
         mark()
