@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from .models import Classifier
 
 if TYPE_CHECKING:
     from .run import Run
+
+Network = TypeVar("Network", bound=nn.Module)
 
 STATISTICS = 250
 """Largest number of images of which `adapted` takes batch statistics at once."""
@@ -92,7 +94,7 @@ def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
     return torch.cat(found)
 
 
-def adapted(model: nn.Module, split: Split, run: "Run") -> nn.Module:
+def adapted(model: Network, split: Split, run: "Run") -> Network:
     """Copy a model and give its batch normalisation the means and variances of a split.
 
     AdaBN (Li et al., 2016, https://arxiv.org/abs/1603.04779): a shift that all images of the split

@@ -15,10 +15,12 @@ labels are dropped; then MixMatch (Berthelot et al., NeurIPS 2019) trains on bot
 
 Departs from the published code, effects in docs/methods/asd.md: split losses are taken in
 evaluation mode on images as they are, the same for the model and its copy; the copy learns its late
-layers only and its early statistics stay; one forward pass of the mixed batch in place of three on
-interleaved parts.
+layers only and its early statistics stay; a step's guess is one forward pass in place of two, its
+mixed batch one in place of three on interleaved parts, and each moves the running batch statistics
+as far as those would.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -28,17 +30,22 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from backdoorlab.cli import main
 from backdoorlab.config import SeedsConfig
 from backdoorlab.data import Batch, Split, batches, in_order, to_device
 from backdoorlab.engine import Forward
 from backdoorlab.errors import UserError
+from backdoorlab.features import adapted
 from backdoorlab.models import Classifier
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 
 ASSUMES = ("train", "seeds")
+
+GUESS_PASSES, MIXED_PASSES = 2, 3
+"""Forward passes of the published code in one step; running batch statistics move in each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +67,12 @@ class Config(SeedsConfig):
     clean_share: float = 0.5
     """Stages 2 and 3: share of the set that is the clean pool. More gives more labels to learn
     from, and more poison among them."""
+    balanced: bool = False
+    """Stages 2 and 3 (ours): take that share of each label, so that hard classes keep theirs. More
+    poison of the target gets in where it is less than half of its label."""
+    reestimate: bool = False
+    """Draw the splits (ours) with batch statistics of the training images in place of the running
+    ones, of which mixed images are a part."""
     lr: float = 0.002
     """Adam's learning rate."""
     lr_decay: bool = False
@@ -121,7 +134,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         model.train()
         for step, (x, u1, u2) in enumerate(triples(train, clean, view, config, run)):
             weight = config.lambda_u * min(1.0, (epoch + step / config.iterations) / total)
-            loss = mixmatch(forward, x, u1, u2, weight, view.num_classes, config, run)
+            loss = mixmatch(forward, model, x, u1, u2, weight, view.num_classes, config, run)
             run.step(optimizer, loss)
             schedule.step()
     return model
@@ -149,6 +162,7 @@ def clean_pool(
         bool (N,), D_C; and float (N,), whose lowest values it has.
     """
     labels = train.labels.cpu()
+    model = adapted(model, train, run) if config.reestimate else model
     losses = split_losses(model, train, run)
 
     # Stage 1, the class-aware split.
@@ -157,13 +171,14 @@ def clean_pool(
         return class_aware(losses, labels, seeds, count, view.num_classes), losses
 
     # Stage 2, the split by loss alone.
-    size = int(config.clean_share * len(labels))
     if epoch < config.stage1_epochs + config.stage2_epochs:
-        return lowest(losses, size), losses
+        return lowest(losses, labels, config), losses
 
     # Stage 3, the meta-split: how much a copy's loss falls in an epoch.
-    gained = losses - split_losses(learned_copy(model, train, view, config, run), train, run)
-    return lowest(gained, size), gained
+    learned = learned_copy(model, train, view, config, run)
+    learned = adapted(learned, train, run) if config.reestimate else learned
+    gained = losses - split_losses(learned, train, run)
+    return lowest(gained, labels, config), gained
 
 
 def class_aware(
@@ -181,10 +196,14 @@ def class_aware(
     return pool
 
 
-def lowest(values: Tensor, size: int) -> Tensor:
-    """bool (N,): the `size` lowest values (N,)."""
-    pool = torch.zeros(len(values), dtype=torch.bool)
-    pool[values.argsort()[:size]] = True
+def lowest(values: Tensor, labels: Tensor, config: Config) -> Tensor:
+    """bool (N,): the `clean_share` of the set, or of each label, with the lowest values (N,)."""
+    pool, order = torch.zeros(len(values), dtype=torch.bool), values.argsort()
+    parts = [order]
+    if config.balanced:
+        parts = [order[labels[order] == label] for label in labels.unique()]
+    for part in parts:
+        pool[part[: int(config.clean_share * len(part))]] = True
     return pool
 
 
@@ -283,6 +302,7 @@ def endless(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 def mixmatch(
     forward: Callable[[Tensor], Tensor],
+    model: nn.Module,
     x: Batch,
     u1: Batch,
     u2: Batch,
@@ -295,6 +315,7 @@ def mixmatch(
 
     Args:
         forward: images -> logits.
+        model: what `forward` passes them through.
         x: labelled images; u1, u2: unlabelled images, augmented twice.
         weight: of the unlabelled part.
 
@@ -303,7 +324,7 @@ def mixmatch(
         others.
     """
     # Guess labels: the sharpened mean of the predictions on both augmentations.
-    with torch.no_grad():
+    with torch.no_grad(), statistics_of(model, GUESS_PASSES):
         guess = forward(torch.cat([u1.images, u2.images])).float().softmax(1).chunk(2)
     guessed = sharpen((guess[0] + guess[1]) / 2, config.temperature)
 
@@ -317,11 +338,30 @@ def mixmatch(
     targets = torch.lerp(targets[other], targets, share)
 
     # L_x + weight L_u, in one pass of all images.
-    log_p, n = forward(images).float().log_softmax(1), len(x.labels)
+    with statistics_of(model, MIXED_PASSES):
+        log_p, n = forward(images).float().log_softmax(1), len(x.labels)
     labelled = -(targets[:n] * log_p[:n]).sum(1).mean()
     unlabelled = (log_p[n:].exp() - targets[n:]).square().mean()
     run.watch(labelled=labelled, unlabelled=unlabelled)
     return labelled + weight * unlabelled
+
+
+@contextlib.contextmanager
+def statistics_of(model: nn.Module, passes: int) -> Iterator[None]:
+    """Let one forward pass move the running batch statistics as far as `passes` passes would.
+
+    The published passes see parts of the batch, whose statistics are alike.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    running = [(x, m.momentum or 0.1) for m in norms for x in m.buffers() if x.is_floating_point()]
+    before = [x.clone() for x, _ in running]
+    yield
+
+    # A pass moves them by the share m towards the batch's, n passes by 1 - (1 - m)^n. Set after the
+    # pass, and not by another momentum, because a CUDA graph keeps the momentum of its capture;
+    # through `data`, because the backward pass of the batch must not see a change.
+    for (now, m), was in zip(running, before, strict=True):
+        now.data.copy_(torch.lerp(was, now, (1 - (1 - m) ** passes) / m))
 
 
 def sharpen(p: Tensor, temperature: float) -> Tensor:

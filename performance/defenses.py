@@ -354,7 +354,9 @@ def _asd(width: int, options: argparse.Namespace, device: torch.device) -> Itera
             forward: Any = forward,
         ) -> None:
             for x, u1, u2 in asd.triples(placed, clean, view, config, run):
-                run.step(optimizer, asd.mixmatch(forward, x, u1, u2, 1.0, CLASSES, config, run))
+                run.step(
+                    optimizer, asd.mixmatch(forward, model, x, u1, u2, 1.0, CLASSES, config, run)
+                )
 
         theirs = partial(
             published.asd_epoch,

@@ -1,5 +1,6 @@
 """ASD's split and MixMatch against their definitions."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_the_clean_pool_grows_as_published() -> None:
         for epoch in (0, 4, 5, 9, 10, 55, 59)
     ]
     assert sizes == [100, 100, 200, 200, 300, 1200, 1200]
-    assert int(asd.lowest(losses, int(config.clean_share * len(losses))).sum()) == 25_000
+    assert int(asd.lowest(losses, labels, config).sum()) == 25_000
     assert (config.stage1_epochs, config.stage2_epochs, config.stage3_epochs) == (60, 30, 30)
 
 
@@ -171,7 +172,7 @@ def test_mixmatch_without_mixing_is_its_two_losses(monkeypatch: pytest.MonkeyPat
     model, config = Linear(), asd.Config()
     x, u1, u2 = parts(model)
     monkeypatch.setattr(asd, "beta", lambda alpha, generator: 1.0)
-    loss = asd.mixmatch(model, x, u1, u2, 3.0, K, config, new_run())
+    loss = asd.mixmatch(model, model, x, u1, u2, 3.0, K, config, new_run())
     with torch.no_grad():
         p = [model(u.images).softmax(1) for u in (u1, u2)]
         mean = (p[0] + p[1]) / 2
@@ -186,12 +187,56 @@ def test_mixmatch_mixes_all_images_in_one_pass(monkeypatch: pytest.MonkeyPatch) 
     model = Linear()
     x, u1, u2 = parts(model)
     monkeypatch.setattr(asd, "beta", lambda alpha, generator: 0.3)
-    asd.mixmatch(model, x, u1, u2, 1.0, K, asd.Config(), new_run())
+    asd.mixmatch(model, model, x, u1, u2, 1.0, K, asd.Config(), new_run())
     images = torch.cat([x.images, u1.images, u2.images])
     other = torch.randperm(18, generator=new_run().generator)
     assert [len(seen) for seen in model.seen] == [12, 18], "one guess, one mixed batch"
     assert torch.allclose(model.seen[1], 0.7 * images + 0.3 * images[other], atol=1e-6), (
         "l is at least a half"
+    )
+
+
+def test_a_step_moves_batch_statistics_as_the_published_five_passes_do() -> None:
+    """Two passes of the guess and three of the mixed batch, all of the same images here."""
+    _, _, _, model = setting()
+    images = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    twins = [copy.deepcopy(model).train() for _ in range(3)]
+    with torch.no_grad():
+        for passes in (asd.GUESS_PASSES, asd.MIXED_PASSES):
+            with asd.statistics_of(twins[0], passes):
+                twins[0](images)
+            twins[2](images)
+        for _ in range(5):
+            twins[1](images)
+
+    ours, published, plain = (
+        torch.cat([b.flatten() for name, b in twin.named_buffers() if "running" in name])
+        for twin in twins
+    )
+    assert torch.allclose(ours, published, atol=1e-5)
+    assert not torch.allclose(plain, published, atol=1e-2), "a control: two ordinary passes"
+
+
+def test_a_balanced_split_takes_the_share_of_each_label() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 20)
+    values = torch.arange(30.0)
+    even = asd.lowest(values, labels, asd.Config(balanced=True))
+    assert torch.bincount(labels[even]).tolist() == [5, 10]
+    assert even.nonzero().squeeze(1).tolist() == [*range(5), *range(10, 20)]
+    whole = asd.lowest(values, labels, asd.Config())
+    assert torch.bincount(labels[whole]).tolist() == [10, 5], "a control: by value alone"
+
+
+def test_reestimated_statistics_are_those_of_the_images_that_are_split() -> None:
+    train, view, config, model = setting(reestimate=True, stage1_epochs=0)
+    with torch.no_grad():
+        model(torch.zeros(6, 1, 16, 16))  # running statistics of other images
+    as_is = asd.split_losses(model, train, new_run())
+    kept = copy.deepcopy(model.state_dict())
+    _, losses = asd.clean_pool(0, model, train, view.seeds, view, config, new_run())
+    assert not torch.allclose(losses, as_is, atol=1e-3)
+    assert all(torch.equal(now, kept[name]) for name, now in model.state_dict().items()), (
+        "the model keeps its own"
     )
 
 
@@ -201,9 +246,9 @@ def test_the_unlabelled_weight_ends_near_15(
     weights: list[float] = []
     real = asd.mixmatch
 
-    def spy(model: Any, x: Any, u1: Any, u2: Any, weight: float, *rest: Any) -> Tensor:
-        weights.append(weight)
-        return real(model, x, u1, u2, weight, *rest)
+    def spy(*values: Any) -> Tensor:
+        weights.append(values[5])
+        return real(*values)
 
     monkeypatch.setattr(asd, "mixmatch", spy)
     record = helpers.copy(tiny, tmp_path)
