@@ -1,0 +1,147 @@
+"""What the images of a group show, read by a discriminant that never saw their label.
+
+Linear discriminant analysis with one covariance has a closed form: leaving a label out takes its
+mean and its scatter away from sums that are computed once.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .splitting import cholesky
+
+ASKED = 1000
+"""Samples of the other labels on which a discriminant is measured."""
+DRAWS = 5
+"""Random groups of other samples that a group is compared with."""
+TEMPERATURES = [2 ** (half / 2) for half in range(15)]
+"""1 to 128. In a thousand dimensions a discriminant is too sure of itself."""
+
+
+@dataclass(frozen=True)
+class Discriminant:
+    """Linear discriminant analysis of all labels but one. Features are measured from the mean of
+    the other labels' means."""
+
+    label: int
+    """The label left out."""
+    samples: Tensor
+    """float (n, D): its samples."""
+    others: Tensor
+    """int64 (J,): the labels that are told apart."""
+    root: Tensor
+    """float (D, D): Cholesky factor of the covariance within them."""
+    white: Tensor
+    """float (D, J): their means, in units of that covariance."""
+    weight: Tensor
+    """float (D, J)."""
+    bias: Tensor
+    """float (J,)."""
+    temperature: float = 1.0
+    """Divides the logits: with it they give the other labels' samples their labels best."""
+    known: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    """float (at most ASKED, J): answers on samples of the other labels."""
+
+    def answers(self, x: Tensor) -> Tensor:
+        """Probabilities (n, J) of samples (n, D)."""
+        return ((x @ self.weight + self.bias) / self.temperature).softmax(1)
+
+    def variety(self, group: Tensor, generator: torch.Generator) -> float:
+        """Measure how many classes a group of the label's samples, bool (n,), shows.
+
+        Returns:
+            mutual information of image and answer, divided by that of as many random samples of the
+            other labels: about 0 is one class, 1 is as many classes as there are others.
+        """
+        # Moved to the others' mean: a trigger that shifts all of its images is no content.
+        shown = self.samples[group]
+        found = information(self.answers(shown - shown.mean(0)))
+        draws = (torch.randperm(len(self.known), generator=generator) for _ in range(DRAWS))
+        most = sum(information(self.known[draw[: len(shown)]]) for draw in draws) / DRAWS
+        return found / most if most > 1e-6 else 0.0
+
+    def resemblance(self, group: Tensor) -> tuple[float, float, int]:
+        """Compare a group, bool (n,), with the nearest other label and with the rest of its own.
+
+        Returns:
+            its distance to the rest, divided by that to the nearest other label; the mean
+            probability that its samples get of one other label where the rest is a class of its
+            own; and that label.
+        """
+        # Distances between means, in units of the covariance within the other labels.
+        pair = torch.stack([self.samples[group].mean(0), self.samples[~group].mean(0)], 1)
+        centre, rest = torch.linalg.solve_triangular(self.root, pair, upper=False).T
+        nearest = (self.white - centre.unsqueeze(1)).norm(dim=0).min()
+        nearer = (rest - centre).norm() / nearest
+
+        # The discriminant with one more class.
+        weight = torch.linalg.solve_triangular(self.root.T, rest.unsqueeze(1), upper=True)
+        logits = self.samples[group] @ torch.cat([self.weight, weight], 1)
+        logits += torch.cat([self.bias, -0.5 * rest.square().sum().unsqueeze(0)])
+        believed, source = (logits / self.temperature).softmax(1).mean(0)[:-1].max(0)
+        return nearer.item(), believed.item(), int(self.others[source])
+
+
+def leave_one_out(
+    x: Tensor, labels: Tensor, num_classes: int, generator: torch.Generator
+) -> Iterator[Discriminant]:
+    """Fit a discriminant for each label that leaves it out.
+
+    Args:
+        x: (N, D) features from which the content of an image can be told.
+        labels: int64 (N,), in 0 .. num_classes - 1.
+        num_classes: K.
+        generator: draws the samples that each discriminant is measured on.
+
+    Yields:
+        one for each label that has samples, unless it has all of them.
+    """
+    x = x.float()
+    x = (x - x.mean(0)) / x.std(0).clamp_min(1e-4 * x.std().item() + 1e-12)
+    counts = torch.bincount(labels, minlength=num_classes)
+    means = torch.zeros(num_classes, x.shape[1], device=x.device)
+    means = means.index_add_(0, labels, x) / counts.clamp_min(1).unsqueeze(1)
+    centred = x - means[labels]
+    total = centred.T @ centred
+
+    for label, count in enumerate(counts.tolist()):
+        if count in (0, len(x)):
+            continue
+        own = labels == label
+        part = centred[own]
+        root = cholesky((total - part.T @ part) / (len(x) - count))
+
+        # Logits of a normal distribution around each mean, all classes equally frequent.
+        others = counts > 0
+        others[label] = False
+        origin = means[others].mean(0)
+        moved = means[others] - origin
+        white = torch.linalg.solve_triangular(root, moved.T, upper=False)
+        weight = torch.linalg.solve_triangular(root.T, white, upper=True)
+        bias = -0.5 * white.square().sum(0)
+        places = others.nonzero().squeeze(1)
+        fitted = Discriminant(label, x[own] - origin, places, root, white, weight, bias)
+
+        known = (~own).nonzero().squeeze(1)
+        known = known[torch.randperm(len(known), generator=generator)[:ASKED].to(known.device)]
+        yield _measured(fitted, x[known] - origin, torch.searchsorted(places, labels[known]))
+
+
+def _measured(fitted: Discriminant, x: Tensor, answers: Tensor) -> Discriminant:
+    """Set temperature and answers by samples (m, D) of the other labels, int64 (m,) below J."""
+    logits = x @ fitted.weight + fitted.bias
+    losses = [F.cross_entropy(logits / t, answers).item() for t in TEMPERATURES]
+    temperature = TEMPERATURES[losses.index(min(losses))]
+    return dataclasses.replace(
+        fitted, temperature=temperature, known=(logits / temperature).softmax(1)
+    )
+
+
+def information(p: Tensor) -> float:
+    """Mutual information in nats between a sample and the answer on it. (n, K) probabilities."""
+    entropy = torch.special.entr
+    return (entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()).item()
