@@ -32,8 +32,10 @@ from .record import DefenderView
 from .run import Run
 
 REFERENCE_DIRECTIONS = 3
-"""Directions along which each label is halved, to know what variety its own images show."""
+"""Directions along which each label is cut, to know what variety its own images show."""
 SPREADS = "robust standard deviations"
+ALIKE = 2
+"""Largest ratio of sizes at which a part of a label is compared with a group."""
 FULL = 0.02
 """Missing variety below which a group shows every class: more cannot be told from chance."""
 
@@ -59,9 +61,12 @@ class SearchConfig:
     separation: float = 2.0
     """Distance between the two means of a mixture, in its standard deviations, below which they are
     one group. Lower values find more groups."""
+    variety: float = 0.5
+    """Variety of classes a group must show to be poison, as a share of the other labels' variety.
+    Lower values find more poison and raise more false alarms."""
     many_classes: float = 7.0
-    """Robust standard deviations, among all labels, by which a group must lack less variety of
-    classes to be poison. Lower values find more poison and raise more false alarms."""
+    """Robust standard deviations by which a group must also show more classes than parts of labels
+    do. Lower values find more poison and raise more false alarms."""
     apart: float = 2.7
     """Robust standard deviations, among all labels, by which a label's two groups must be farther
     apart in the last layer for one to be poison. Lower values find more, and more false alarms."""
@@ -87,6 +92,7 @@ class SearchConfig:
         "isolation_lr": ">= 0",
         "label_samples": ">= 4",
         "separation": "> 0",
+        "variety": "[0, 1)",
         "nearer": "> 0",
         "belongs": "(0, 1]",
         "reference_labels": ">= 3",
@@ -117,8 +123,8 @@ class Group(NamedTuple):
     source: int
 
 
-Measured = tuple[list[Group], list[float]]
-"""All groups of all labels, and the `lacks` of the labels' halves along further directions."""
+Measured = tuple[list[Group], list[tuple[int, float]]]
+"""All groups of all labels; and size and `lacks` of other parts of all labels, for comparison."""
 Test = Callable[[Measured, "SearchConfig"], dict[int, tuple[Group, str]]]
 """Label -> its group of poison, and the evidence in words."""
 
@@ -192,7 +198,7 @@ def search(
 
 def measure(features: Features, num_classes: int, config: SearchConfig, run: Run) -> Measured:
     """Cut each label in two and measure both parts."""
-    labels, groups, halves, left_out = features.labels, list[Group](), list[float](), 0
+    labels, groups, known, left_out = features.labels, list[Group](), list[tuple[int, float]](), 0
     early, late = (whiten(x, labels, num_classes) for x in (features.early, features.pooled))
     content = leave_one_out(features.spatial, labels, num_classes, run.generator)
     for near, far, shown in zip(early, late, content, strict=True):
@@ -200,11 +206,16 @@ def measure(features: Features, num_classes: int, config: SearchConfig, run: Run
             left_out += 1
             continue
 
-        # What variety a label's own images show, along several directions.
+        # What variety parts of a label show: halves and ends, along several directions.
         lines = main_directions(near.samples, REFERENCE_DIRECTIONS) @ near.samples
+        end = config.label_samples // 2
         for line in lines:
-            upper = two_means(line)
-            halves += [lacks(part, shown, run) for part in (upper, ~upper) if part.sum() > 1]
+            upper, order = two_means(line), line.argsort()
+            low, high = (
+                mask(index, len(line)).to(upper.device) for index in (order[:end], order[-end:])
+            )
+            for part in (upper, ~upper, low, high):
+                known.append((int(part.sum()), lacks(part, shown, run)))
         for part, sure in parts(near, lines[0], config):
             groups.append(examine(part, near.members[sure], far, shown, run))
 
@@ -214,7 +225,7 @@ def measure(features: Features, num_classes: int, config: SearchConfig, run: Run
     if not comparable(groups, config):
         few = f"fewer than {config.reference_labels} labels have groups to compare"
         run.note(f"{few}: only poison that looks like one other class can be told from two styles")
-    return groups, halves
+    return groups, known
 
 
 def parts(label: Whitened, line: Tensor, config: SearchConfig) -> list[tuple[Tensor, Tensor]]:
@@ -272,14 +283,16 @@ def distance(samples: Tensor, part: Tensor) -> float:
 
 
 def shows_many_classes(measured: Measured, config: SearchConfig) -> dict[int, tuple[Group, str]]:
-    """Find groups that lack less variety than labels' own images do: dirty-label poison."""
-    groups, halves = measured
+    """Find groups that show more classes than parts of labels do: dirty-label poison."""
+    groups, known = measured
     found = {}
     for group in sorted(groups, key=lambda group: group.lacks):
-        z = robust_z(group.lacks, halves)
-        if comparable(groups, config) and z > config.many_classes:
-            what = f"a group shows {1 - math.exp(-group.lacks):.2f} of the other labels' variety"
-            found[group.label] = group, f"{what}, {z:.1f} {SPREADS} above labels' own images"
+        # Small groups are compared with small parts, which show less of one class.
+        z = robust_z(group.lacks, [lacks for size, lacks in known if size <= ALIKE * group.size])
+        shown = 1 - math.exp(-group.lacks)
+        if comparable(groups, config) and shown > config.variety and z > config.many_classes:
+            what = f"a group shows {shown:.2f} of the other labels' variety"
+            found[group.label] = group, f"{what}, {z:.1f} {SPREADS} above parts of labels"
     return found
 
 

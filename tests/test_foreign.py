@@ -367,7 +367,7 @@ def test_a_suspicious_data_set_alone_is_searched(disk: Path, tmp_path: Path) -> 
 
 def test_a_scan_says_when_nothing_was_found(tiny: Record, tmp_path: Path, capsys: Capture) -> None:
     record = helpers.copy(tiny, tmp_path / "record")
-    blind = ("--bimodality", "2", "--variety", "9")
+    blind = ("--many_classes", "1e9", "--apart", "1e9", "--nearer", "1e9")
     result = helpers.defend("dau", record, "--score_every", "0", *blind)
     assert result is not None and result["split"]["flagged"] == 0
     capsys.readouterr()

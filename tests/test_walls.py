@@ -8,10 +8,10 @@ from pathlib import Path
 import helpers
 import pytest
 
-ORDER = """errors < cli storage data models device groups perturb stacked hypergradient < datasets poison
-    triggers < metrics record < run < engine features ibau_published < config mesa
-    isolation < poison_search poisoning joint settings < execution tables < report exchange < bench < __main__
-    api < __init__"""
+ORDER = """errors < cli storage data models device groups perturb stacked hypergradient
+    < datasets poison triggers < metrics record < run < engine features ibau_published
+    < config mesa isolation < poison_search poisoning joint settings < execution tables
+    < report exchange < bench < __main__ api < __init__"""
 """Folders and flat modules from the ground up. Neighbours know nothing of each other; within a
 folder everything is allowed but a circle."""
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER.split("<")) for room in rooms.split()}

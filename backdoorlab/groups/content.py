@@ -55,7 +55,8 @@ class Discriminant:
 
         Returns:
             mutual information of image and answer, divided by that of as many random samples of the
-            other labels: about 0 is one class, 1 is as many classes as there are others.
+            other labels: 1 is as many classes as there are others. What one class shows depends on
+            the features, and is to be compared with what parts of other labels show.
         """
         # Moved to the others' mean: a trigger that shifts all of its images is no content.
         shown = self.samples[group]

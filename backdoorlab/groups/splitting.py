@@ -126,16 +126,3 @@ def mixture(samples: Tensor, x: Tensor, separation: float) -> list[Tensor]:
         if group.any() and not group.all() and means[0] - means[1] > separation * variance.sqrt():
             found.append(p)
     return found
-
-
-def bimodality(x: Tensor) -> float:
-    """Sarle's bimodality coefficient (skewness^2 + 1) / kurtosis of x (n,): 1 for two points, 5/9
-    uniform, 1/3 normal."""
-    if len(x) < 4:
-        return 0.0
-    x = x - x.mean()
-    variance = x.square().mean()
-    if variance <= 0:
-        return 0.0
-    skewness, kurtosis = (x**3).mean() / variance**1.5, (x**4).mean() / variance**2
-    return ((skewness.square() + 1) / kurtosis).item()
