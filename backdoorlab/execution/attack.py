@@ -21,11 +21,20 @@ from ..record import Record
 from ..run import Run
 from ..settings.methods import Method
 from ..settings.parse import Trained, parse
-from .environment import environment
 from .precision import Choice, choose
 from .preview import save_preview
 from .scores import ScoreLog
-from .stage import Job, costs_of, flattened, fresh, made_with, open_stage, put_in_place, tracker_of
+from .stage import (
+    Job,
+    costs_of,
+    flattened,
+    fresh,
+    made_on,
+    made_with,
+    open_stage,
+    put_in_place,
+    tracker_of,
+)
 
 CHANCE, CHANCE_OF_TWO = 1.5, 0.6
 """The model learned nothing if clean accuracy < min(CHANCE / num_classes, CHANCE_OF_TWO)."""
@@ -111,7 +120,9 @@ def run_attack(job: Job) -> Record:
     precision = prepared.choice.precision
 
     with (
-        open_stage(prepared.target, "record.json", job, inputs, precision) as stage,
+        open_stage(
+            prepared.target, "record.json", job, inputs, precision, prepared.device
+        ) as stage,
         tracker_of(job, config.save_folder_name, stage) as tracker,
     ):
         seed_everything(config.seed, prepared.device)
@@ -247,7 +258,7 @@ def _info(
         measured=outcome.measured,
         notes=run.notes,
         costs=costs,
-        environment=environment(prepared.device),
+        environment=made_on(run.folder),
         made_with=made_with(run.folder),
         precision_why=prepared.choice.why,
     )

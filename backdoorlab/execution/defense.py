@@ -21,11 +21,20 @@ from ..run import Run
 from ..settings.methods import Method
 from ..settings.parse import Trained, parse
 from ..storage import reading, schema, writing
-from .environment import environment
 from .precision import Choice, choose
 from .preview import save_sheet
 from .scores import Row, ScoreLog, describe_split
-from .stage import Job, costs_of, flattened, fresh, made_with, open_stage, put_in_place, tracker_of
+from .stage import (
+    Job,
+    costs_of,
+    flattened,
+    fresh,
+    made_on,
+    made_with,
+    open_stage,
+    put_in_place,
+    tracker_of,
+)
 from .trusted import describe_trusted, trusted_images
 
 
@@ -128,7 +137,9 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     name = f"{found.name}/{job.method.name}/{target.name}"
     precision = prepared.choice.precision
     with (
-        open_stage(target, "result.json", job, prepared.inputs, precision) as stage,
+        open_stage(
+            target, "result.json", job, prepared.inputs, precision, prepared.device
+        ) as stage,
         tracker_of(job, name, stage) as tracker,
     ):
         run, log = start(prepared, stage, tracker.line)
@@ -318,7 +329,7 @@ def _result(
         splits=log.splits,
         notes=run.notes,
         costs=costs,
-        environment=environment(prepared.device),
+        environment=made_on(run.folder),
         made_with=made_with(run.folder),
         precision_why=prepared.choice.why,
     )

@@ -3,26 +3,33 @@
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..storage.schema import UNKNOWN
+
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return device, versions and commit.
+    """Return device, versions and commit of this process, as records and results say them."""
+    return described([machine(device)])
 
-    Bit-equal results depend on them, and a timing means nothing without them.
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return the facts on which bit-equal results depend besides the settings.
+
+    A timing means nothing without them, either.
     """
-    if device.type == "cpu":
-        described = f"cpu ({processor()}, {torch.get_num_threads()} threads)"
-    else:
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-        described = f"{device.type} ({name})"
+    on_gpu = device.type == "cuda"
     return {
-        "device": described,
+        "kind": device.type,
+        "name": torch.cuda.get_device_name(device) if on_gpu else processor(),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "versions": {
             package: version(package)
             for package in ("backdoorlab", "torch", "torchvision", "timm", "numpy")
@@ -30,6 +37,44 @@ def environment(device: torch.device) -> dict[str, Any]:
         | {"python": platform.python_version()},
         "commit": _commit(),
     }
+
+
+def described(machines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Describe the machines of a run: device, versions and commit.
+
+    Args:
+        machines: facts of each start of the run, first to last. More than one where a killed run
+            was continued elsewhere: each fact that changed is written as "old -> new".
+    """
+    # On one processor, only the number of threads can differ.
+    processors = {(facts["kind"], facts["name"]) for facts in machines}
+    if len(processors) == 1 and machines[0]["threads"] is not None:
+        threads = _in_turn([facts["threads"] for facts in machines])
+        device = f"{machines[0]['kind']} ({machines[0]['name']}, {threads} threads)"
+    else:
+        device = _in_turn([_device(facts) for facts in machines])
+
+    # A checkout may have a commit where an installed package has none.
+    packages = dict.fromkeys(name for facts in machines for name in facts["versions"])
+    commits = [facts["commit"] for facts in machines]
+    return {
+        "device": device,
+        "versions": {
+            name: _in_turn([facts["versions"].get(name) for facts in machines]) for name in packages
+        },
+        "commit": _in_turn(commits) if any(commits) else None,
+    }
+
+
+def _device(facts: Mapping[str, Any]) -> str:
+    threads = "" if facts["threads"] is None else f", {facts['threads']} threads"
+    return f"{facts['kind']} ({facts['name']}{threads})"
+
+
+def _in_turn(values: Sequence[Any]) -> str:
+    """Join values by " -> ", each that follows itself once."""
+    texts = [UNKNOWN if value is None else str(value) for value in values]
+    return " -> ".join(text for text, _ in groupby(texts))
 
 
 def processor() -> str:
