@@ -26,6 +26,7 @@ from .device import choose_device
 from .errors import UserError, one_line, suggest
 from .exchange import exporting, hub, importing, scan
 from .exchange.verify import verify
+from .execution.environment import usable_cores
 from .execution.precision import choose
 from .record import every_name, record_names, record_root
 from .report import page
@@ -283,7 +284,7 @@ def doctor(options: Doctor) -> int:
     about = torch.cuda.get_device_name() if gpu else "no usable GPU: that is fine, only slower"
     print(f"device      {device} ({about})")
     print(f"precision   {_precision(device)}")
-    print(f"threads     {torch.get_num_threads()} of {os.cpu_count()} cores")
+    print(f"threads     {_threads(torch.get_num_threads(), usable_cores())}")
 
     print(f"records     {root.resolve()}: {len(record_names(root))} finished, {_writable(root)}")
     print(f"cache       {locations.cache_root()}: {_writable(locations.cache_root())}")
@@ -345,6 +346,15 @@ def _precision(device: torch.device) -> str:
         width=16,
     )
     return f"{choose('auto', device, network, build).describe()}, for the digits' network"
+
+
+def _threads(threads: int, cores: int) -> str:
+    """Compare torch's threads with the cores that this process may use."""
+    shared = cores < (os.cpu_count() or 1)
+    line = f"{threads} on {cores} cores{' that this process may use' * shared}"
+    # torch counts the machine's cores, whatever a container's quota is.
+    more = f": more than cores, so set OMP_NUM_THREADS={cores}" if threads > cores else ""
+    return line + more
 
 
 def _writable(folder: Path) -> str:

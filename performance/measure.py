@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from backdoorlab import models
 from backdoorlab.device import Exact, autocast
 from backdoorlab.engine import Recipe, make_optimizer
-from backdoorlab.execution.environment import environment
+from backdoorlab.execution.environment import environment, usable_cores
 from backdoorlab.execution.precision import choose
 
 
@@ -154,8 +154,8 @@ def describe_machine(device: torch.device, **more: str) -> dict[str, str]:
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return dict(
         machine=(
-            f"{environment(device)['device']}, {os.cpu_count()} CPUs, {platform.system()}, load"
-            f" {load} at the start"
+            f"{environment(device)['device']}, {usable_cores()} of {os.cpu_count()} CPUs,"
+            f" {platform.system()}, load {load} at the start"
         ),
         versions=(
             f"Python {platform.python_version()}, torch {torch.__version__}, torchvision"

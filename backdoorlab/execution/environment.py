@@ -1,5 +1,7 @@
-"""The environment of a result: device, versions, commit."""
+"""The environment of a result, device, versions and commit, and the cores that it may use."""
 
+import math
+import os
 import platform
 import shutil
 import subprocess
@@ -13,6 +15,11 @@ from typing import Any
 import torch
 
 from ..storage.schema import UNKNOWN
+
+CGROUP_LIST, CGROUP_FILES = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+"""Where Linux lists a process's control groups, and where their limits are."""
+LIMITS = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+"""Files with the quota and the period of a control group, by version 2 and by version 1."""
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -84,6 +91,56 @@ def processor() -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, at least 1.
+
+    Containers and batch systems leave a process fewer than the machine has, by its affinity or by
+    a CPU quota.
+    """
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        allowed = os.cpu_count() or 1
+    # A thread for a part of a core would keep the others waiting.
+    return max(1, int(min(allowed, _cpu_quota())))
+
+
+def _cpu_quota() -> float:
+    """Return the cores' worth of time that control groups allow; infinity without a limit."""
+    try:
+        groups = CGROUP_LIST.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return math.inf
+
+    # Each line is NUMBER:CONTROLLERS:PATH. Version 2 has a single line, without controllers.
+    folders: list[Path] = []
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        if not controllers:
+            roots = [CGROUP_FILES]
+        elif "cpu" in controllers.split(","):
+            roots = [CGROUP_FILES / controllers, CGROUP_FILES / "cpu"]
+        else:
+            continue
+        # The limits of all groups above count, too. A container may see the uppermost only.
+        for root in roots:
+            folder = root / path.lstrip("/")
+            folders += [folder, *(above for above in folder.parents if above.is_relative_to(root))]
+    return min(map(_limit, folders), default=math.inf)
+
+
+def _limit(folder: Path) -> float:
+    """Return the quota of one control group in cores; infinity where it has none."""
+    for names in LIMITS:
+        try:
+            quota, period = " ".join((folder / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                return int(quota) / int(period)
+        # No such file, or the word "max".
+        except (OSError, ValueError):
+            continue
+    return math.inf
 
 
 def _commit() -> str | None:
