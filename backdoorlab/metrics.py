@@ -27,6 +27,9 @@ COLLAPSE = 0.2
 """Loss of clean accuracy from which on a model counts as destroyed. Of 516 such rows of
 BackdoorBench's board, 286 look like successes by their ASR."""
 
+NO_ASR = {"none": "no attack, so no image has a trigger", "unknown": "its trigger is unknown"}
+"""Attack of a record -> why its models have no ASR."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -59,6 +62,11 @@ class Scores:
     def to_json(self) -> dict[str, Any]:
         """Return every score, as a record keeps it."""
         return asdict(self)
+
+
+def why_no_asr(attack: str) -> str:
+    """Say in a clause why a model has no ASR, by the attack of its record."""
+    return NO_ASR.get(attack, "no test image could be triggered")
 
 
 def der(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:

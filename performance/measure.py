@@ -122,18 +122,18 @@ def training_step(
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether `--precision auto` picks bf16 here for PreAct-ResNet18 of width 16 on 32x32."""
-    # The description of the network under which `choose` keeps what it measured.
-    network = {"architecture": "preactresnet18", "width": 16, "image_shape": [3, 32, 32]}
+    name, width = "preactresnet18", 16
     build = partial(
         models.build,
-        "preactresnet18",
+        name,
         num_classes=10,
         in_chans=3,
         mean=[0.5] * 3,
         std=[0.25] * 3,
-        width=16,
+        width=width,
     )
-    return choose("auto", device, network, build).precision == "bf16"
+    choice = choose("auto", device, build, name=name, width=width, image_shape=(3, 32, 32))
+    return choice.precision == "bf16"
 
 
 def cifar_network(width: int, device: torch.device) -> models.Classifier:

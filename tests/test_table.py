@@ -10,6 +10,7 @@ import pytest
 
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
+from backdoorlab.execution.defense import report
 from backdoorlab.poison import no_poison
 from backdoorlab.record import Record, read_result
 from backdoorlab.settings import methods
@@ -30,6 +31,8 @@ b_ad    badnet  ft (long)      model + trusted images        91.82  93.79   5.12
 clean   none    none           -                             99.00      -      -      -      -      -        5
 clean   none    dau COLLAPSED  model + training set          10.00      -      -      -      -   2.50        7
 clean   none    ft             model + trusted images            -      -      -      -      -      -        -
+
+No ASR for clean: no attack, so no image has a trigger.
 """
 
 MARKDOWN = """\
@@ -42,6 +45,8 @@ MARKDOWN = """\
 | clean | none | none | - | 99.00 | - | - | - | - | - | 5 |
 | clean | none | dau COLLAPSED | model + training set | 10.00 | - | - | - | - | 2.50 | 7 |
 | clean | none | ft | model + trusted images | - | - | - | - | - | - | - |
+
+- No ASR for clean: no attack, so no image has a trigger.
 """
 
 CSV = """\
@@ -69,6 +74,7 @@ clean & none & dau COLLAPSED & model + training set & 10.00 & - & - & - & - & 2.
 clean & none & ft & model + trusted images & - & - & - & - & - & - & - \\
 \bottomrule
 \end{tabular}
+% No ASR for clean: no attack, so no image has a trigger.
 """
 
 
@@ -147,6 +153,28 @@ def two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Record]
 )
 def test_golden_forms(two_records: list[Record], form: formats.Format, golden: str) -> None:
     assert layout.render(layout.rows(two_records), form) == golden
+
+
+@pytest.mark.parametrize(
+    ("attack", "why"),
+    [
+        ("none", "no attack, so no image has a trigger"),
+        ("unknown", "its trigger is unknown"),
+        ("badnet", "no test image could be triggered"),
+    ],
+)
+def test_a_missing_asr_says_why(two_records: list[Record], attack: str, why: str) -> None:
+    attacked, clean = two_records
+    clean.info["attack"] = attack  # type: ignore[index]
+    for mean in (False, True):
+        shown = formats.render(layout.table(two_records, mean=mean), "text")
+        assert f"No ASR for clean: {why}." in shown
+        assert "No ASR" not in formats.render(layout.table([attacked], mean=mean), "text"), (
+            "a defense that was not run has no ASR either, and needs no reason"
+        )
+    result = read_result(clean.folder / "defense" / "dau" / "seed0")
+    said = report({**result, "attack": attack, "before": scores(0.99, None, None)})
+    assert f"clean accuracy 99.00 -> 10.00 %, no ASR ({why}), 7 s" in said
 
 
 def test_csv_leaves_out_what_was_not_run(two_records: list[Record]) -> None:

@@ -164,12 +164,14 @@ def prepare(job: Job) -> Prepared:
 
     # Where the precision is measured, an untrained network of the same shape tells the speed.
     keep_freed_memory(device)
-    network = {
-        "architecture": config.model,
-        "width": config.width,
-        "image_shape": list(dataset.image_shape),
-    }
-    choice = choose(config.precision, device, network, partial(new_model, dataset, config))
+    choice = choose(
+        config.precision,
+        device,
+        partial(new_model, dataset, config),
+        name=config.model,
+        width=config.width,
+        image_shape=dataset.image_shape,
+    )
     return Prepared(job, root, dataset, device, choice)
 
 
@@ -194,6 +196,7 @@ def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[Outcome, Score
     with run.uncharged():
         scores = log.score(outcome.model)
     _note_nothing_learned(scores, dataset, run)
+    _note_no_asr(scores, config, run)
     # The model trained for comparison is no part of the attack's costs.
     costs = costs_of(run.spent(), log.evaluation_seconds)
     joint = (
@@ -299,6 +302,15 @@ def _note_nothing_learned(scores: Scores, dataset: Dataset, run: Run) -> None:
         run.note(
             f"the model learned nothing (clean accuracy {100 * scores.clean_accuracy:.2f} %):"
             " more epochs, or another --lr"
+        )
+
+
+def _note_no_asr(scores: Scores, config: Any, run: Run) -> None:
+    """Note an attack that no test image shows."""
+    if scores.asr is None and isinstance(config, TriggerConfig):
+        run.note(
+            "no ASR: no test image could be triggered, as all are of the target class or none is"
+            " one that the attack changes"
         )
 
 

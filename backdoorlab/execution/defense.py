@@ -15,7 +15,7 @@ from ..config import DefenseConfig
 from ..data import Dataset, Split
 from ..device import choose_device, derived_generator, keep_freed_memory, seed_everything
 from ..errors import UserError
-from ..metrics import SUMMARY, Evaluator, Scores, collapsed, der
+from ..metrics import SUMMARY, Evaluator, Scores, collapsed, der, why_no_asr
 from ..record import DefenderView, Record
 from ..run import Run
 from ..settings.methods import Method
@@ -178,12 +178,14 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
     # Where the precision is measured, the record's own network is timed.
     keep_freed_memory(device)
     architecture = found.info["architecture"]
-    network = {
-        "architecture": architecture["name"],
-        "width": architecture["width"],
-        "image_shape": list(dataset.image_shape),
-    }
-    choice = choose(config.precision, device, network, found.model)
+    choice = choose(
+        config.precision,
+        device,
+        found.model,
+        name=architecture["name"],
+        width=architecture["width"],
+        image_shape=dataset.image_shape,
+    )
     return Prepared(job, found, target, dataset, trusted, inputs, device, choice)
 
 
@@ -430,13 +432,18 @@ def _read_record(name: str, root: str | None) -> Record:
 def report(result: Mapping[str, Any]) -> str:
     """Write two or three lines for a person at the end of a defense."""
     before, after = result["before"], result["after"]
-    percent = {key: "-" if value is None else f"{100 * value:.2f}" for key, value in after.items()}
-    asr_before = "-" if before["asr"] is None else f"{100 * before['asr']:.2f}"
-    lines = [
-        f"clean accuracy {100 * before['clean_accuracy']:.2f} -> {percent['clean_accuracy']} %,"
-        f" ASR {asr_before} -> {percent['asr']} %, RA {percent['robust_accuracy']} %,"
-        f" {result['seconds']:.0f} s"
-    ]
+
+    def change(score: str) -> str:
+        return f"{100 * before[score]:.2f} -> {100 * after[score]:.2f} %"
+
+    # ASR and RA are missing together: both are of the triggered images.
+    accuracy = f"clean accuracy {change('clean_accuracy')}"
+    triggered = (
+        f"no ASR ({why_no_asr(result['attack'])})"
+        if None in (before["asr"], after["asr"])
+        else f"ASR {change('asr')}, RA {100 * after['robust_accuracy']:.2f} %"
+    )
+    lines = [f"{accuracy}, {triggered}, {result['seconds']:.0f} s"]
     if result["split"]:
         lines.append(describe_split(result["split"]))
     if result["collapsed"]:
