@@ -65,7 +65,7 @@ def test_a_command_goes_on_when_its_reader_ends(
             os.close(unread)
             for number, name in ((1, "stdout"), (2, "stderr")):
                 os.dup2(output, number)
-                setattr(sys, name, open(number, "w", closefd=False))
+                setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
             code = main([*argv, *small_flags])
         finally:
             os._exit(code)

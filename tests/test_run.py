@@ -31,7 +31,7 @@ from backdoorlab.execution.attack import attack_job, run_attack
 from backdoorlab.execution.defense import defense_job, run_defense
 from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.execution.stage import Job, made_on, open_stage
-from backdoorlab.metrics import SUMMARY, Evaluator, Scores
+from backdoorlab.metrics import SUMMARY, VERDICT, Evaluator, Scores
 from backdoorlab.poison import Poison
 from backdoorlab.record import DefenderView, Record, defender_view, draw_seeds
 from backdoorlab.run import BETWEEN_CHECKPOINTS, Run
@@ -916,7 +916,7 @@ def attributes(value: object) -> Iterator[object]:
                 yield getattr(value, name)
 
 
-MEASURED = {*SUMMARY, "per_class", "tpr", "fpr", "precision", "missed", "train_poison"}
+MEASURED = {*SUMMARY, *VERDICT, "per_class", "tpr", "fpr", "precision", "missed", "train_poison"}
 """Keys under which scores, split qualities and poison are kept."""
 
 

@@ -177,6 +177,17 @@ def test_a_missing_asr_says_why(two_records: list[Record], attack: str, why: str
     assert f"clean accuracy 99.00 -> 10.00 %, no ASR ({why}), 7 s" in said
 
 
+def test_a_constant_answer_is_collapsed_in_tables(two_records: list[Record]) -> None:
+    """Its clean accuracy and ASR are those of a success; an older result does not say better."""
+    sound = {**scores(0.93, 1.0, 0.0), "balanced_accuracy": 0.92, "largest_share": 0.88}
+    answer = {**scores(0.90, 0.0, 1.0), "balanced_accuracy": 0.5, "largest_share": 1.0}
+    older = scores(0.90, 0.0, 1.0)
+    for run, after, mark in (("a", answer, " COLLAPSED"), ("b", older, ""), ("c", sound, "")):
+        folder = two_records[0].folder
+        result(folder, "ft", run, after, before=sound)
+        assert f"ft ({run}){mark}" in [row["defense"].text for row in layout.rows(two_records)]
+
+
 def test_csv_leaves_out_what_was_not_run(two_records: list[Record]) -> None:
     read = list(csv.DictReader(io.StringIO(layout.render(layout.rows(two_records), "csv"))))
     not_run = next(row for row in read if row["record"] == "clean" and row["defense"] == "ft")
@@ -249,6 +260,8 @@ WRONG: list[dict[str, Any]] = [
     {"before": {"clean_accuracy": 1.0, "asr": None}},
     {"before": {"clean_accuracy": None, "asr": None, "robust_accuracy": None}},
     {"before": {"clean_accuracy": 1.0, "asr": "x", "robust_accuracy": None}},
+    {"before": {**scores(1.0, None, None), "balanced_accuracy": "x"}},
+    {"after": {**scores(1.0, None, None), "largest_share": [1]}},
     {"after": {"clean_accuracy": None, "asr": None, "robust_accuracy": None}},
     {"seconds": "x"},
     {"evaluation_seconds": "x"},

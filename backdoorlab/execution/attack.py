@@ -14,7 +14,7 @@ from ..data import Dataset
 from ..datasets.load import load as load_dataset
 from ..device import choose_device, keep_freed_memory, seed_everything
 from ..errors import UserError, described
-from ..metrics import Scores
+from ..metrics import Scores, learned_nothing
 from ..poison import POISON, changed_share, check_rate, check_target, left_by_crops
 from ..poisoning import Outcome, new_model, poison_and_train, static_attack
 from ..record import Record
@@ -36,8 +36,6 @@ from .stage import (
     tracker_of,
 )
 
-CHANCE, CHANCE_OF_TWO = 1.5, 0.6
-"""The model learned nothing if clean accuracy < min(CHANCE / num_classes, CHANCE_OF_TWO)."""
 WEAK_SNAPSHOT = 0.5
 """ASR of ordinary training on a joint attack's snapshot below which its record has a note."""
 FAINT = 0.001
@@ -296,12 +294,13 @@ def _attack_function(method: Method) -> Callable[[Dataset, Any, Run], Outcome]:
 
 
 def _note_nothing_learned(scores: Scores, dataset: Dataset, run: Run) -> None:
-    """Note a model that does little better than guessing."""
-    least = min(CHANCE / dataset.num_classes, CHANCE_OF_TWO)
-    if scores.asr is not None and scores.clean_accuracy < least:
+    """Note a model that does little better than guessing, or than a constant answer."""
+    if scores.asr is not None and learned_nothing(scores, dataset.num_classes):
+        balanced, share = scores.balanced_accuracy or 0.0, scores.largest_share or 0.0
         run.note(
-            f"the model learned nothing (clean accuracy {100 * scores.clean_accuracy:.2f} %):"
-            " more epochs, or another --lr"
+            f"the model learned nothing (clean accuracy {100 * scores.clean_accuracy:.2f} %, mean"
+            f" over classes {100 * balanced:.2f} %, {100 * share:.2f} % of the test images"
+            " classified as one class): more epochs, or another --lr"
         )
 
 

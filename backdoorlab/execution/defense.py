@@ -15,7 +15,7 @@ from ..config import DefenseConfig
 from ..data import Dataset, Split
 from ..device import choose_device, derived_generator, keep_freed_memory, seed_everything
 from ..errors import UserError
-from ..metrics import SUMMARY, Evaluator, Scores, collapsed, der, why_no_asr
+from ..metrics import COLLAPSED, SUMMARY, VERDICT, Evaluator, Scores, collapsed, der, why_no_asr
 from ..record import DefenderView, Record
 from ..run import Run
 from ..settings.methods import Method
@@ -303,7 +303,9 @@ def _result(
     log: ScoreLog,
 ) -> Result:
     info, config, trusted = prepared.record.info, prepared.job.config, prepared.trusted
-    summary = after.summary()
+    outcome = after.outcome()
+    # Records of older versions lack some of the scores.
+    compared = {key: before[key] for key in (*SUMMARY, *VERDICT) if key in before}
     # Settings and inputs come first, then scores, then costs and environment.
     return Result(
         schema=schema.SCHEMA,
@@ -320,10 +322,10 @@ def _result(
             if trusted is None
             else {"count": len(trusted), "sha256": prepared.inputs["trusted images"]}
         ),
-        before={key: before[key] for key in SUMMARY},
-        after=summary,
-        der=der(before, summary),
-        collapsed=collapsed(before, summary),
+        before=compared,
+        after=outcome,
+        der=der(before, outcome),
+        collapsed=collapsed(before, outcome),
         per_class=after.per_class,
         cross=after.cross,
         triggered_predictions=after.triggered_predictions,
@@ -413,7 +415,7 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
 
     # Its scores before the defense are those of the finished run.
     evaluator = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device)
-    after = evaluator(model.to(device)).summary()
+    after = evaluator(model.to(device)).outcome()
     before = result.get("before", found.info["scores"])
     return {**result, "before": before, "after": after, "der": der(before, after)}
 
@@ -447,8 +449,5 @@ def report(result: Mapping[str, Any]) -> str:
     if result["split"]:
         lines.append(describe_split(result["split"]))
     if result["collapsed"]:
-        lines.append(
-            "COLLAPSED: 20 points, or half, of the clean accuracy are lost; a low ASR means nothing"
-            " here"
-        )
+        lines.append(f"COLLAPSED: {COLLAPSED}; a low ASR means nothing here")
     return "\n".join(lines)

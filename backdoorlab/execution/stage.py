@@ -98,11 +98,7 @@ def open_stage(
 
         # What must be the same to continue, and what may differ but is said.
         settings = {"method": job.method.name, "config": config.science(), "inputs": dict(inputs)}
-        made: dict[str, Any] = {
-            "code": code_version(job.method.path),
-            "precision": computes_in,
-            "machines": [machine(device)],
-        }
+        made = _made(job, computes_in, device)
         finished = _checksum(target / done) if config.overwrite else None
         # With nothing to replace, the flag changes nothing.
         replaces = {} if finished is None else {"replaces": finished}
@@ -123,6 +119,12 @@ def open_stage(
             if not _begun(path):
                 folders.remove(path)
             raise
+
+
+def _made(job: Job, computes_in: Exact, device: torch.device) -> dict[str, Any]:
+    """Return the entries of MADE for a run that begins here."""
+    code = code_version(job.method.path)
+    return {"code": code, "precision": computes_in, "machines": [machine(device)]}
 
 
 def _is_continued(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
