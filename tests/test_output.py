@@ -13,6 +13,7 @@ import helpers
 import pytest
 
 from backdoorlab.__main__ import main
+from backdoorlab.cli import guarded
 from backdoorlab.execution.output import lasting_output
 
 SMALL_SCRIPT = """
@@ -132,6 +133,24 @@ def test_a_result_that_a_full_disk_does_not_take_is_an_error(
         printed(*gone)
     with pytest.raises(OSError, match="No space"):
         printed("stdout", errno.ENOSPC)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_command_whose_output_does_not_fit_the_disk_fails_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> int:
+        print("a table")
+        return 0
+
+    assert guarded(command, []) == 0, "a control"
+    full = open("/dev/full", "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", full)
+    assert guarded(command, []) == 2 and sys.stdout is full
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "No space left" in line
+    with pytest.raises(OSError, match="No space"):
+        full.close()
 
 
 def test_a_run_inside_of_another_wraps_nothing_twice() -> None:

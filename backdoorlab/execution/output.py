@@ -34,9 +34,10 @@ def lasting_output() -> Iterator[None]:
                     setattr(sys, name, _Lasting(stream, to_lose_all=name == "stderr"))
             yield
         finally:
-            # What is still buffered must not fail when the interpreter ends.
+            # Python tries again at its end what cannot be written here.
             for name, stream in before.items():
-                getattr(sys, name).flush()
+                with contextlib.suppress(OSError):
+                    getattr(sys, name).flush()
                 setattr(sys, name, stream)
 
 
@@ -103,4 +104,5 @@ def _escaping(stream: TextIO) -> Iterator[None]:
     try:
         yield
     finally:
-        reconfigure(errors=errors)
+        with contextlib.suppress(OSError):
+            reconfigure(errors=errors)
