@@ -35,7 +35,7 @@ def shell(script: str, redirections: str, folder: Path, **environment: str) -> s
         env=helpers.child_environment(SCRIPT=script, **environment),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     return done.stdout + done.stderr
