@@ -10,6 +10,10 @@ from ..errors import UserError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 
 
+_INSTEAD = "set BACKDOORLAB_CACHE to a folder for data sets and timings"
+"""What a user does who has no place for the cache."""
+
+
 def cache_root() -> Path:
     """Return the folder of the cache: $BACKDOORLAB_CACHE, else ~/.cache/backdoorlab."""
     from ..errors import UserError as Refused
@@ -26,9 +30,6 @@ def cache_root() -> Path:
     if not _may_be_made(root):
         raise Refused(f"{root}: this folder cannot be made for the cache: {_INSTEAD}")
     return root
-
-
-_INSTEAD = "set BACKDOORLAB_CACHE to a folder for data sets and timings"
 
 
 def _may_be_made(folder: Path) -> bool:
