@@ -96,14 +96,18 @@ def test_it_is_measured_once_for_each_network_and_number_of_threads(
     assert choose("auto", CPU, build, **NETWORK) == first and len(built) == 1
     choose("auto", CPU, build, **NETWORK | {"width": 8})
     assert len(built) == 2
+    choose("auto", CPU, build, **NETWORK, stem="stock")
+    assert len(built) == 3
+    choose("auto", CPU, build, **NETWORK, stem="small")
+    assert len(built) == 3, "our own stem is what is timed where none is named"
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - threads)
     choose("auto", CPU, build, **NETWORK)
-    assert len(built) == 3
+    assert len(built) == 4
     torch.set_num_threads(threads)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
     choose("auto", CPU, build, **NETWORK)
-    assert len(built) == 4
+    assert len(built) == 5
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
         name=architecture["name"],
         width=architecture["width"],
         image_shape=dataset.image_shape,
+        stem=architecture.get("stem", "small"),
     )
     return Prepared(job, found, target, dataset, trusted, inputs, device, choice)
 

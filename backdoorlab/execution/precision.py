@@ -82,6 +82,7 @@ def choose(
     name: str,
     width: int | None,
     image_shape: Sequence[int],
+    stem: str = "small",
 ) -> Choice:
     """Choose bf16 or fp32.
 
@@ -89,9 +90,10 @@ def choose(
         wanted: what the user asked for; "auto" is the faster one.
         device: where the run trains. A GPU is judged by its generation, a CPU is measured.
         build: makes the network, with any weights; called if nothing was measured yet.
-        name: of the network; with width and shape, what a timing is kept under.
+        name: of the network; with width, shape and stem, what a timing is kept under.
         width: of the network; None for its own.
         image_shape: (C, H, W).
+        stem: "stock" for timm's own first layers, "small" for those that we put in their place.
     """
     if wanted == "auto":
         wanted = _of_the_environment()
@@ -105,7 +107,13 @@ def choose(
         )
 
     # Of two processors with the same flag for bf16, one can be slower with it: it is measured.
-    network = {"architecture": name, "width": width, "image_shape": list(image_shape)}
+    network: dict[str, Any] = {
+        "architecture": name,
+        "width": width,
+        "image_shape": list(image_shape),
+    }
+    if stem != "small":
+        network["stem"] = stem
     timing = _kept(network) or _measured(network, build)
     if wanted == "bf16":
         return Choice(
