@@ -26,6 +26,7 @@ from .device import choose_device
 from .errors import UserError, one_line, suggest
 from .exchange import exporting, hub, importing, scan
 from .exchange.verify import verify
+from .execution.environment import usable_cores
 from .execution.precision import choose
 from .record import every_name, record_names, record_root
 from .report import page
@@ -283,11 +284,12 @@ def doctor(options: Doctor) -> int:
     about = torch.cuda.get_device_name() if gpu else "no usable GPU: that is fine, only slower"
     print(f"device      {device} ({about})")
     print(f"precision   {_precision(device)}")
-    print(f"threads     {torch.get_num_threads()} of {os.cpu_count()} cores")
+    print(f"threads     {_threads(torch.get_num_threads(), usable_cores())}")
 
     print(f"records     {root.resolve()}: {len(record_names(root))} finished, {_writable(root)}")
-    print(f"cache       {locations.cache_root()}: {_writable(locations.cache_root())}")
-    for entry in cache.cached():
+    cached, about_cache = _cache()
+    print(f"cache       {about_cache}")
+    for entry in cached:
         print(
             f"data set    {entry.get('name')}: {entry.get('train')} + {entry.get('test')} images"
             f" of {_cached_shape(entry)}, fingerprint {str(entry.get('fingerprint'))[:12]} (cached)"
@@ -313,6 +315,15 @@ PACKAGES = (
 """Packages whose versions `doctor` prints."""
 
 
+def _cache() -> tuple[Sequence[Mapping[str, Any]], str]:
+    """Return the cached data sets, and where the cache is or why there is none."""
+    try:
+        root = locations.cache_root()
+    except UserError as error:
+        return [], str(error)
+    return cache.cached(), f"{root}: {_writable(root)}"
+
+
 def _cached_shape(entry: Mapping[str, Any]) -> str:
     """Return C x H x W of a cached data set, read from the head of its file of images."""
     # Only the head of the file is read; the images stay on the disk.
@@ -333,18 +344,21 @@ def _precision(device: torch.device) -> str:
     It is measured unless the result of an earlier measurement is stored.
     """
     # The preset in resource/config/digits.yaml.
-    shape = (1, 32, 32)
-    network = {"architecture": "preactresnet10", "width": 16, "image_shape": list(shape)}
+    name, width = "preactresnet10", 16
     build = partial(
-        models.build,
-        "preactresnet10",
-        num_classes=10,
-        in_chans=1,
-        mean=(0.5,),
-        std=(0.25,),
-        width=16,
+        models.build, name, num_classes=10, in_chans=1, mean=(0.5,), std=(0.25,), width=width
     )
-    return f"{choose('auto', device, network, build).describe()}, for the digits' network"
+    choice = choose("auto", device, build, name=name, width=width, image_shape=(1, 32, 32))
+    return f"{choice.describe()}, for the digits' network"
+
+
+def _threads(threads: int, cores: int) -> str:
+    """Compare torch's threads with the cores that this process may use."""
+    shared = cores < (os.cpu_count() or 1)
+    line = f"{threads} on {cores} cores{' that this process may use' * shared}"
+    # torch counts the machine's cores, whatever a container's quota is.
+    more = f": more than cores, so set OMP_NUM_THREADS={cores}" if threads > cores else ""
+    return line + more
 
 
 def _writable(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from .errors import UserError, suggest
 from .execution.attack import attack_job, run_attack
 from .execution.defense import defense_job, run_defense
+from .execution.output import lasting_output
 from .record import Record, every_name, record_root
 from .settings import methods
 from .settings.parse import as_flags
@@ -33,7 +34,8 @@ def attack(method: str, **options: Any) -> Record:
     """
     found = methods.load("attack", method)
     flags = as_flags(found.config_class, _plain(options), method)
-    return run_attack(attack_job(found, flags, f"attack {method}"))
+    with lasting_output():
+        return run_attack(attack_job(found, flags, f"attack {method}"))
 
 
 def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] | None:
@@ -56,7 +58,8 @@ def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] 
         else {"result_file": record.name, "record_root": record.folder.parent}
     )
     flags = as_flags(found.config_class, _plain({**options, **place}), method)
-    return run_defense(defense_job(found, flags, f"defense {method}"))
+    with lasting_output():
+        return run_defense(defense_job(found, flags, f"defense {method}"))
 
 
 def table(

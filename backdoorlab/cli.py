@@ -100,11 +100,21 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     Returns:
         The command's exit code; 2 for bad input, 1 for a defect of ours, 130 for Ctrl-C.
     """
+    from .execution.output import lasting_output
+
     # The flags may be what is wrong, so they are not parsed for this one.
     debug = "--debug True" in " ".join(argv).replace("=", " ")
+    with lasting_output():
+        return _guarded(command, debug)
+
+
+def _guarded(command: Callable[[], int], debug: bool) -> int:
     try:
         _check_torch()
-        return command()
+        code = command()
+        # What a full disk does not take is an error here, and not a failure at exit.
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -113,9 +123,6 @@ def guarded(command: Callable[[], int], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)
         return 130
-    # The reader has closed the pipe, as `head` does.
-    except BrokenPipeError:
-        return 0
     except Exception as error:
         from .settings.methods import raised_in
 

@@ -23,9 +23,25 @@ from .storage import reading
 
 SUMMARY = ("clean_accuracy", "asr", "robust_accuracy")
 """The scores that every line of history and every table has."""
+VERDICT = ("balanced_accuracy", "largest_share")
+"""The scores by which a model that answers with one class is told from one that works. Records of
+older versions do not have them."""
 COLLAPSE = 0.2
-"""Loss of clean accuracy from which on a model counts as destroyed. Of 516 such rows of
-BackdoorBench's board, 286 look like successes by their ASR."""
+"""Loss of clean or balanced accuracy from which on a model counts as destroyed. Of 516 such rows
+of BackdoorBench's board, 286 look like successes by their ASR."""
+COLLAPSED = (
+    "20 points, or half, of the clean accuracy or of its mean over classes are lost, or all images"
+    " get one class"
+)
+"""What `collapsed` asks, for readers of a result."""
+ONE_ANSWER = 0.99
+"""Share of the clean test images that get one class, from which on a model may be constant."""
+CHANCE, CHANCE_OF_TWO = 1.5, 0.6
+"""A model learned nothing if its accuracy < min(CHANCE / num_classes, CHANCE_OF_TWO). A constant
+one has a balanced accuracy of 1 / num_classes."""
+
+NO_ASR = {"none": "no attack, so no image has a trigger", "unknown": "its trigger is unknown"}
+"""Attack of a record -> why its models have no ASR."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +67,29 @@ class Scores:
     cross: dict[str, float | None] | None = None
     """`accuracy` and `asr` on triggered images that the attack is not meant for (kind CROSS); None
     where there is none. `asr` is None in all2all."""
+    balanced_accuracy: float | None = None
+    """Clean accuracy of each class that has test images, averaged over classes. A class with 90 %
+    of the images counts as much as any other."""
+    largest_share: float | None = None
+    """Share of the clean test images that are classified as the commonest answer. 1 is a model
+    that answers with one class, whatever it is shown."""
 
     def summary(self) -> dict[str, float | None]:
         """Return clean accuracy, ASR and RA."""
         return {name: getattr(self, name) for name in SUMMARY}
 
+    def outcome(self) -> dict[str, float | None]:
+        """Return what defenses are compared by: the summary, and the scores of VERDICT."""
+        return {name: getattr(self, name) for name in (*SUMMARY, *VERDICT)}
+
     def to_json(self) -> dict[str, Any]:
         """Return every score, as a record keeps it."""
         return asdict(self)
+
+
+def why_no_asr(attack: str) -> str:
+    """Say in a clause why a model has no ASR, by the attack of its record."""
+    return NO_ASR.get(attack, "no test image could be triggered")
 
 
 def der(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
@@ -79,10 +110,48 @@ def der(before: Mapping[str, Any], after: Mapping[str, Any]) -> float | None:
 
 
 def collapsed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether a defense destroyed the model: it lost COLLAPSE, or half, of the clean accuracy."""
+    """Whether a defense destroyed the model: it lost COLLAPSE, or half, of the clean or the
+    balanced accuracy, or it answers with one class.
+
+    Args:
+        before: scores before the defense; those of VERDICT are used where both have them.
+        after: scores after it.
+    """
+    kinds = ("clean_accuracy", "balanced_accuracy")
+    lost = (_is_lost(before[kind], after[kind]) for kind in kinds if _have(kind, before, after))
+    return any(lost) or is_constant(after)
+
+
+def is_constant(scores: Mapping[str, Any]) -> bool:
+    """Whether a model answers with one class, whatever it is shown.
+
+    Where a class has 99 % of the images, an honest model gives as many the same answer. It knows
+    the others, too, so its balanced accuracy is higher.
+    """
+    return (
+        _have("largest_share", scores)
+        and _have("balanced_accuracy", scores)
+        and scores["largest_share"] >= ONE_ANSWER
+        and scores["balanced_accuracy"] < CHANCE_OF_TWO
+    )
+
+
+def learned_nothing(scores: Scores, num_classes: int) -> bool:
+    """Whether a model does little better than guessing, or than a constant answer."""
+    least = min(CHANCE / num_classes, CHANCE_OF_TWO)
+    accuracies = (scores.clean_accuracy, scores.balanced_accuracy)
+    guesses = any(accuracy is not None and accuracy < least for accuracy in accuracies)
+    return guesses or is_constant(scores.outcome())
+
+
+def _is_lost(had: float, left: float) -> bool:
     # Rounded, for a loss of exactly COLLAPSE must not hang on the last bit.
-    had, left = before["clean_accuracy"], after["clean_accuracy"]
     return left < had / 2 or round(had - left, 9) >= COLLAPSE
+
+
+def _have(name: str, *scores: Mapping[str, Any]) -> bool:
+    """Whether all of these scores have a value of that name."""
+    return all(one.get(name) is not None for one in scores)
 
 
 def score(
@@ -116,6 +185,9 @@ def score(
         "robust_accuracy": _by_class(robust, triggered.original_labels, num_classes),
         "other": _by_class(~hit & ~robust, triggered.original_labels, num_classes),
     }
+    # Of the clean images: each class counts once, and how often one answer is given.
+    known = [share for share in per_class["clean_accuracy"] if share is not None]
+    answers = torch.bincount(clean_predictions, minlength=num_classes)
     return Scores(
         clean_accuracy=right.double().mean().item(),
         asr=hit.double().mean().item() if len(hit) else None,
@@ -123,6 +195,8 @@ def score(
         per_class=per_class,
         triggered_predictions=torch.bincount(predictions, minlength=num_classes).tolist(),
         cross=cross,
+        balanced_accuracy=sum(known) / len(known) if known else None,
+        largest_share=answers.max().item() / len(right) if len(right) else None,
     )
 
 

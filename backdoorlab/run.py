@@ -290,8 +290,9 @@ class Run:
         # Read back: an earlier start of this run has computed them.
         if path.exists():
             tensors, meta = reading.read_tensors(path)
-            self._restore(tensors, meta)
-            return {key: tensors[f"value/{key}"] for key in meta["keys"]}
+            with reading.refuse_other_version(path):
+                self._restore(tensors, meta)
+                return {key: tensors[f"value/{key}"] for key in meta["keys"]}
 
         # Computed now, and saved with the state in which the run goes on.
         self._where = name
@@ -441,19 +442,21 @@ class Run:
         if not path.exists():
             return 0
         tensors, meta = reading.read_tensors(path)
-        if meta["total"] != total:
-            raise UserError(
-                f"{path}: stage {stage!r} was started with {meta['total']} epochs, not {total}:"
-                " use --overwrite"
-            )
+        with reading.refuse_other_version(path):
+            if meta["total"] != total:
+                raise UserError(
+                    f"{path}: stage {stage!r} was started with {meta['total']} epochs, not"
+                    f" {total}: use --overwrite"
+                )
 
-        # Random state is restored last, whatever is drawn until then.
-        for name, part in parts.items():
-            part.load_state_dict(writing.unpack(meta["state"][name], tensors))
-            if isinstance(part, torch.optim.Optimizer):
-                _like_parameters(part)
-        self._restore(tensors, meta)
-        done = int(meta["done"])
+            # Random state is restored last, whatever is drawn until then.
+            for name, part in parts.items():
+                part.load_state_dict(writing.unpack(meta["state"][name], tensors))
+                if isinstance(part, torch.optim.Optimizer):
+                    _like_parameters(part)
+            self._restore(tensors, meta)
+            done = int(meta["done"])
+
         if 0 < done < total:
             self.say(f"continuing {stage} after epoch {done} of {total}")
         return done

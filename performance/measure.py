@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from backdoorlab import models
 from backdoorlab.device import Exact, autocast
 from backdoorlab.engine import Recipe, make_optimizer
-from backdoorlab.execution.environment import environment
+from backdoorlab.execution.environment import environment, usable_cores
 from backdoorlab.execution.precision import choose
 
 
@@ -122,18 +122,18 @@ def training_step(
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether `--precision auto` picks bf16 here for PreAct-ResNet18 of width 16 on 32x32."""
-    # The description of the network under which `choose` keeps what it measured.
-    network = {"architecture": "preactresnet18", "width": 16, "image_shape": [3, 32, 32]}
+    name, width = "preactresnet18", 16
     build = partial(
         models.build,
-        "preactresnet18",
+        name,
         num_classes=10,
         in_chans=3,
         mean=[0.5] * 3,
         std=[0.25] * 3,
-        width=16,
+        width=width,
     )
-    return choose("auto", device, network, build).precision == "bf16"
+    choice = choose("auto", device, build, name=name, width=width, image_shape=(3, 32, 32))
+    return choice.precision == "bf16"
 
 
 def cifar_network(width: int, device: torch.device) -> models.Classifier:
@@ -154,8 +154,8 @@ def describe_machine(device: torch.device, **more: str) -> dict[str, str]:
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     return dict(
         machine=(
-            f"{environment(device)['device']}, {os.cpu_count()} CPUs, {platform.system()}, load"
-            f" {load} at the start"
+            f"{environment(device)['device']}, {usable_cores()} of {os.cpu_count()} CPUs,"
+            f" {platform.system()}, load {load} at the start"
         ),
         versions=(
             f"Python {platform.python_version()}, torch {torch.__version__}, torchvision"

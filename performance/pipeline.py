@@ -18,7 +18,6 @@ short, the workers are slowed down more than our side.
 """
 
 import argparse
-import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -161,6 +160,21 @@ def _our_batches(split: Split, device: torch.device) -> Iterator[Batch]:
     )
 
 
+def _endless(split: Split, device: torch.device) -> Iterator[Batch]:
+    while True:
+        yield from _our_batches(split, device)
+
+
+def _seconds_each(call: Callable[[], object], times: int, device: torch.device) -> float:
+    """Time a call as the mean over `times` of them, one after the other."""
+
+    def work() -> None:
+        for _ in range(times):
+            call()
+
+    return timed(work, device)[0] / times
+
+
 @torch.no_grad()
 def _normalised(stream: Iterator[Batch], layer0: Classifier) -> int:
     seen = 0
@@ -192,28 +206,17 @@ def _data_share(
     source = to_device(split, device)
     step = _training_step(16, split, mean, std, device, "bf16" if fast_bf16(device) else "fp32")
     count = max(len(source) // BATCH, 1) * BATCH
+    stream = _endless(Split(source.images[:count], source.labels[:count]), device)
 
-    def endless() -> Iterator[Batch]:
-        while True:
-            yield from _our_batches(Split(source.images[:count], source.labels[:count]), device)
+    def train() -> float:
+        return _seconds_each(lambda: step(next(stream)), steps, device)
 
-    stream = endless()
-
-    def train() -> int:
-        for _ in range(steps):
-            step(next(stream))
-        return steps
-
-    def fetch() -> int:
-        for _ in range(10 * steps):  # one batch is too short to be timed
-            next(stream)
-        return steps
+    def fetch() -> float:
+        # One batch is too short to be timed.
+        return _seconds_each(lambda: next(stream), 10 * steps, device)
 
     train()
-    pairs = [
-        (timed(fetch, device)[0] / (10 * steps), timed(train, device)[0] / steps)
-        for _ in range(repetitions)
-    ]
+    pairs = [(fetch(), train()) for _ in range(repetitions)]
     data, whole = medians(pairs)
     return Row(
         "2. data / training step, width 16",
@@ -243,14 +246,9 @@ def _from_file(
         ]
 
         def rate(source: Split) -> float:
-            stream = itertools.chain.from_iterable(
-                _our_batches(source, device) for _ in itertools.count()
-            )
+            stream = _endless(source, device)
             step(next(stream))
-            seconds, _ = timed(
-                lambda: [step(batch) for batch in itertools.islice(stream, steps)], device
-            )
-            return steps * BATCH / seconds
+            return BATCH / _seconds_each(lambda: step(next(stream)), steps, device)
 
         pairs = [(rate(sources[0]), rate(sources[1])) for _ in range(repetitions)]
         sources.clear()
@@ -283,12 +281,7 @@ def _bf16(
     )
 
     def seconds(step: Callable[[Batch], None]) -> float:
-        def work() -> int:
-            for _ in range(steps):
-                step(batch)
-            return steps
-
-        return timed(work, device)[0] / steps
+        return _seconds_each(lambda: step(batch), steps, device)
 
     single(batch), half(batch)  # the first step selects kernels
     pairs = [(seconds(single), seconds(half)) for _ in range(repetitions)]
@@ -336,7 +329,7 @@ def _seconds_a_step(keep: bool, steps: int = 8) -> float:
         next(_our_batches(split, device)),
     )
     step(batch)
-    return timed(lambda: [step(batch) for _ in range(steps)], device)[0] / steps
+    return _seconds_each(lambda: step(batch), steps, device)
 
 
 def _training_step(

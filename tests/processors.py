@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from backdoorlab.execution.environment import usable_cores
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -57,7 +59,7 @@ def run(setting: Setting, threads: int, arguments: list[str]) -> tuple[int, str]
         environment.pop(name, None)
         if value is not None:
             environment[name] = value
-    workers = max(1, (os.cpu_count() or 1) // threads)
+    workers = max(1, usable_cores() // threads)
     command = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadfile", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False

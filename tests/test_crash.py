@@ -293,7 +293,7 @@ def publishing(
     """What `run_attack` writes, without the training: a checkpoint, then the record with its
     preview and history."""
     job = job_of(root, seed, overwrite)
-    with open_stage(root / "r", "record.json", job, {}, "fp32") as stage:
+    with open_stage(root / "r", "record.json", job, {}, "fp32", torch.device("cpu")) as stage:
         log = ScoreLog()
         run = Run(stage, seed=seed, device=torch.device("cpu"), callbacks=log.callbacks())
         for _ in run.epochs("train", 1):
@@ -462,6 +462,7 @@ def test_stale_stages_are_swept_and_others_kept(small: Record, tmp_path: Path) -
             attack_job(methods.load("attack", "none"), argv, "test"),
             {},
             "fp32",
+            torch.device("cpu"),
         ):
             left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == {"r", "begun.partial", "held.partial", "foreign.partial", "other.partial"}

@@ -9,6 +9,7 @@ import torch
 
 from backdoorlab.__main__ import main
 from backdoorlab.errors import UserError
+from backdoorlab.metrics import SUMMARY, VERDICT
 from backdoorlab.record import Record
 from backdoorlab.settings import methods
 from backdoorlab.settings.parse import as_flags, parse_plain
@@ -50,9 +51,7 @@ def test_a_defense_keeps_its_promise(method: str, demo: Record, tmp_path: Path) 
     result = helpers.defend(method, record, "--score_every", "0", *row.flags)
     assert result is not None
     after = result["after"]
-    assert result["before"] == {
-        key: before[key] for key in ("clean_accuracy", "asr", "robust_accuracy")
-    }
+    assert result["before"] == {key: before[key] for key in (*SUMMARY, *VERDICT)}
     assert (
         after["clean_accuracy"] >= before["clean_accuracy"] - row.drop and not result["collapsed"]
     )

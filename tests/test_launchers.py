@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import test_bench
 
+from backdoorlab.__main__ import _threads
 from backdoorlab.bench import driver, launchers
 from backdoorlab.bench.driver import Bench, Drive
 from backdoorlab.bench.grid import Cell
 from backdoorlab.bench.launchers import Launcher, Task
 from backdoorlab.errors import UserError
+from backdoorlab.execution import environment
 from backdoorlab.record import read_result
 from backdoorlab.storage import reading
 
@@ -169,7 +171,8 @@ def test_last_words_are_the_error_of_the_last_start(tmp_path: Path) -> None:
 def test_cores_and_gpus_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Task] = []
     monkeypatch.setattr("backdoorlab.bench.launchers.begin", given.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(launchers, "usable_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
     task = sleepers(tmp_path, 1, 0)[0]
@@ -184,6 +187,69 @@ def test_cores_and_gpus_are_shared_out(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     launchers.Local(2).start(task, 0)
     assert dict(given[0].environment) == {}, "what the user has set stays"
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "affinity", "cores"),
+    [
+        ("0::/\n", {}, 6, 6),
+        ("0::/\n", {"cpu.max": "max 100000"}, 6, 6),
+        ("0::/\n", {"cpu.max": "250000 100000"}, 64, 2),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 64, 1),
+        ("0::/\n", {"cpu.max": "800000 100000"}, 3, 3),
+        ("0::/job/step\n", {"job/cpu.max": "400000 100000"}, 64, 4),
+        # The path of the host, which the container does not see.
+        ("0::/docker/abc\n", {"cpu.max": "300000 100000"}, 64, 3),
+        (
+            "5:cpu,cpuacct:/job\n0::/\n",
+            {
+                "cpu,cpuacct/job/cpu.cfs_quota_us": "200000",
+                "cpu,cpuacct/job/cpu.cfs_period_us": "100000",
+            },
+            64,
+            2,
+        ),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 5, 5),
+        # The limit of another controller's group, of which the process is no member.
+        ("2:cpuset:/job\n", {"cpu/job/cpu.max": "100000 100000"}, 4, 4),
+        (None, {}, 7, 7),
+    ],
+)
+def test_cores_are_those_that_the_process_may_use(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: str | None,
+    limits: dict[str, str],
+    affinity: int,
+    cores: int,
+) -> None:
+    if groups is not None:
+        (tmp_path / "cgroup").write_text(groups)
+    for name, text in limits.items():
+        file = tmp_path / "files" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    monkeypatch.setattr(environment, "CGROUP_LIST", tmp_path / "cgroup")
+    monkeypatch.setattr(environment, "CGROUP_FILES", tmp_path / "files")
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(affinity)), raising=False)
+    assert environment.usable_cores() == cores
+
+
+def test_without_affinity_all_cores_of_the_machine_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "CGROUP_LIST", tmp_path / "none")
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert environment.usable_cores() == 12
+
+
+def test_doctor_says_when_threads_exceed_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert _threads(8, 8) == "8 on 8 cores"
+    assert _threads(2, 2) == "2 on 2 cores that this process may use"
+    assert _threads(8, 2).endswith("more than cores, so set OMP_NUM_THREADS=2")
 
 
 def test_slurm_parameters() -> None:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from backdoorlab import models
 from backdoorlab.data import Split
-from backdoorlab.metrics import Evaluator, collapsed, der, predict, score, split_quality
+from backdoorlab.metrics import (
+    Evaluator,
+    Scores,
+    collapsed,
+    der,
+    learned_nothing,
+    predict,
+    score,
+    split_quality,
+)
 from backdoorlab.poison import CROSS, POISON, Poison
 
 CPU = torch.device("cpu")
@@ -47,6 +56,13 @@ def test_scores_from_predictions_made_by_hand() -> None:
     assert found.per_class["other"] == [None, 1 / 3, 0.0, None]
     assert found.triggered_predictions == [2, 1, 1, 1]
     assert found.summary() == {"clean_accuracy": 5 / 8, "asr": 2 / 5, "robust_accuracy": 2 / 5}
+    assert found.balanced_accuracy == pytest.approx(2 / 3), "of the three classes that have images"
+    assert found.largest_share == 4 / 8
+    assert found.outcome() == {
+        **found.summary(),
+        "balanced_accuracy": found.balanced_accuracy,
+        "largest_share": 0.5,
+    }
     assert found.to_json()["triggered_predictions"] == [2, 1, 1, 1]
 
 
@@ -127,6 +143,71 @@ def test_collapse_is_20_points_or_half_of_the_clean_accuracy_lost(
     before: float, after: float, wanted: bool
 ) -> None:
     assert collapsed(scores(before, 1.0), scores(after, 0.0)) is wanted
+
+
+def measured(counts: tuple[int, ...], recalls: tuple[float, ...]) -> Scores:
+    """Scores on clean images of which class k has `counts[k]`, a share `recalls[k]` of them
+    classified correctly, and the others as the next class; no triggered images."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    answers = labels.clone()
+    for label, (count, recall) in enumerate(zip(counts, recalls, strict=True)):
+        wrong = torch.nonzero(labels == label).flatten()[round(recall * count) :]
+        answers[wrong] = (label + 1) % len(counts)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return score(answers, labels, nothing, triggered([], []), len(counts))
+
+
+def constant(counts: tuple[int, ...]) -> Scores:
+    """Scores of a model that classifies every image as class 0."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return score(torch.zeros_like(labels), labels, nothing, triggered([], []), len(counts))
+
+
+HONEST = {
+    "two classes, 90 % in one": ((900, 100), (0.97, 0.9)),
+    "two classes, 99.5 % in one": ((1990, 10), (1.0, 0.7)),
+    "two equal classes": ((500, 500), (0.95, 0.95)),
+    "ten classes, 90 % in one": ((900, *[11] * 9), (0.97, *[0.8] * 9)),
+    "ten equal classes": ((100,) * 10, (0.9,) * 10),
+}
+
+
+@pytest.mark.parametrize(("counts", "recalls"), HONEST.values(), ids=HONEST.keys())
+def test_a_constant_answer_is_no_success(
+    counts: tuple[int, ...], recalls: tuple[float, ...]
+) -> None:
+    """Of a class that has 90 % of the images, it has a clean accuracy of 90 % and an ASR of 0."""
+    honest, answer = measured(counts, recalls), constant(counts)
+    assert answer.largest_share == 1.0 and answer.balanced_accuracy == 1 / len(counts)
+    assert collapsed(honest.outcome(), answer.outcome())
+    assert collapsed(answer.outcome(), answer.outcome()), "whatever it was before"
+    assert learned_nothing(answer, len(counts))
+
+    # The controls: an honest model, and one that lost a little.
+    lost = measured(counts, tuple(recall - 0.1 for recall in recalls))
+    assert not collapsed(honest.outcome(), honest.outcome())
+    assert not collapsed(honest.outcome(), lost.outcome())
+    assert not learned_nothing(honest, len(counts)) and not learned_nothing(lost, len(counts))
+
+
+def test_a_class_that_is_lost_counts_as_much_as_the_largest() -> None:
+    """Nine of ten images are still classified correctly, and one of two classes is not known."""
+    honest, worse = measured((900, 100), (0.97, 0.9)), measured((900, 100), (1.0, 0.3))
+    assert honest.clean_accuracy - worse.clean_accuracy < 0.05
+    assert collapsed(honest.outcome(), worse.outcome())
+    assert not collapsed(honest.summary(), worse.summary()), "by the clean accuracy alone"
+
+
+@pytest.mark.parametrize("recall", [0.9, 0.71, 0.69, 0.5, 0.44, 0.2, 0.11])
+def test_on_equal_classes_the_verdict_is_that_of_the_clean_accuracy(recall: float) -> None:
+    """With and without the scores that older versions do not have."""
+    before, after = measured((100,) * 10, (0.9,) * 10), measured((100,) * 10, (recall,) * 10)
+    wanted = collapsed(before.summary(), after.summary())
+    assert collapsed(before.outcome(), after.outcome()) is wanted is (recall <= 0.7)
+    assert collapsed(before.summary(), after.outcome()) is wanted
+    assert collapsed(before.outcome(), after.summary()) is wanted
+    assert learned_nothing(after, 10) is (recall < 0.15)
 
 
 def test_split_quality_counted_by_hand() -> None:

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from backdoorlab import models
 from backdoorlab.data import Split
+from backdoorlab.datasets.locations import cache_root
 from backdoorlab.errors import UserError
 from backdoorlab.execution.precision import Choice, Timing, choose, measure
 from backdoorlab.metrics import Evaluator, predict
 from backdoorlab.record import Record
 
 CPU = torch.device("cpu")
-NETWORK = {"architecture": "preactresnet10", "width": 4, "image_shape": [1, 16, 16]}
+NETWORK: dict[str, Any] = {"name": "preactresnet10", "width": 4, "image_shape": [1, 16, 16]}
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +62,9 @@ def test_auto_is_the_faster_one(
     monkeypatch.setattr(
         "backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, bf16)
     )
-    assert choose("auto", CPU, NETWORK, small).precision == wanted
-    assert choose("fp32", CPU, NETWORK, small) == Choice("fp32", "asked for")
-    asked = choose("bf16", CPU, NETWORK, small)
+    assert choose("auto", CPU, small, **NETWORK).precision == wanted
+    assert choose("fp32", CPU, small, **NETWORK) == Choice("fp32", "asked for")
+    asked = choose("bf16", CPU, small, **NETWORK)
     assert asked.precision == "bf16" and ("slow on this processor" in asked.why) == (
         bf16 is None or bf16 > 1
     )
@@ -90,18 +92,22 @@ def test_it_is_measured_once_for_each_network_and_number_of_threads(
         built.append(1)
         return small()
 
-    first = choose("auto", CPU, NETWORK, build)
-    assert choose("auto", CPU, NETWORK, build) == first and len(built) == 1
-    choose("auto", CPU, NETWORK | {"width": 8}, build)
+    first = choose("auto", CPU, build, **NETWORK)
+    assert choose("auto", CPU, build, **NETWORK) == first and len(built) == 1
+    choose("auto", CPU, build, **NETWORK | {"width": 8})
     assert len(built) == 2
+    choose("auto", CPU, build, **NETWORK, stem="stock")
+    assert len(built) == 3
+    choose("auto", CPU, build, **NETWORK, stem="small")
+    assert len(built) == 3, "our own stem is what is timed where none is named"
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - threads)
-    choose("auto", CPU, NETWORK, build)
-    assert len(built) == 3
+    choose("auto", CPU, build, **NETWORK)
+    assert len(built) == 4
     torch.set_num_threads(threads)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
-    choose("auto", CPU, NETWORK, build)
-    assert len(built) == 4
+    choose("auto", CPU, build, **NETWORK)
+    assert len(built) == 5
 
 
 @pytest.mark.parametrize(
@@ -115,12 +121,12 @@ def test_it_is_measured_once_for_each_network_and_number_of_threads(
     ],
 )
 def test_a_damaged_measurement_is_made_again(damage: str, tmp_path: Path) -> None:
-    chosen = choose("auto", CPU, NETWORK, small)
+    chosen = choose("auto", CPU, small, **NETWORK)
     (file,) = (tmp_path / "cache").glob("precision-*.json")
     whole = json.loads(file.read_text())
     assert whole["processor"] and whole["architecture"] == "preactresnet10" and whole["images"] >= 2
     file.write_text(damage)
-    assert choose("auto", CPU, NETWORK, small).precision in ("bf16", "fp32")
+    assert choose("auto", CPU, small, **NETWORK).precision in ("bf16", "fp32")
     assert json.loads(file.read_text()).keys() == whole.keys() and chosen.why
 
 
@@ -130,17 +136,42 @@ def test_a_cache_that_cannot_be_written_is_a_line(
     (tmp_path / "file").touch()
     monkeypatch.setenv("BACKDOORLAB_CACHE", str(tmp_path / "file"))
     for _ in range(2):
-        assert choose("auto", CPU, NETWORK, small).precision in ("bf16", "fp32")
+        assert choose("auto", CPU, small, **NETWORK).precision in ("bf16", "fp32")
         (line,) = capsys.readouterr().err.splitlines()
         assert "cannot be written" in line and line.endswith(
             "so the next run measures bf16 against fp32 again"
         )
 
 
+def test_a_user_without_a_home_folder_is_told_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("BACKDOORLAB_CACHE")
+    (tmp_path / "file").touch()
+    for home in (homeless, lambda: tmp_path / "file", lambda: tmp_path / "file" / "below"):
+        monkeypatch.setattr(Path, "home", home)
+        with pytest.raises(UserError, match="set BACKDOORLAB_CACHE"):
+            cache_root()
+        assert choose("auto", CPU, small, **NETWORK).precision in ("bf16", "fp32")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "set BACKDOORLAB_CACHE" in line and "each run measures" in line
+
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert cache_root() == tmp_path / "home" / ".cache" / "backdoorlab", "it can be made"
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="set BACKDOORLAB_CACHE"):
+        cache_root()
+    (tmp_path / "home" / ".cache" / "backdoorlab").mkdir(parents=True)
+    assert cache_root().is_dir(), "what is there can still be read"
+
+
 def test_measuring_leaves_random_numbers_and_the_count_of_passes_alone() -> None:
     torch.manual_seed(0)
     state, passes = torch.get_rng_state(), (models.PASSES.forward, models.PASSES.backward)
-    choose("auto", CPU, NETWORK, small)
+    choose("auto", CPU, small, **NETWORK)
     assert (
         torch.equal(torch.get_rng_state(), state)
         and (models.PASSES.forward, models.PASSES.backward) == passes
@@ -154,13 +185,13 @@ def test_the_environment_says_what_auto_is(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         "backdoorlab.execution.precision.measure", lambda _model, _shape: Timing(2, 1.0, None)
     )
-    assert choose("auto", CPU, NETWORK, small).precision == "bf16"
-    assert choose("fp32", CPU, NETWORK, small).precision == "fp32", "a flag comes first"
+    assert choose("auto", CPU, small, **NETWORK).precision == "bf16"
+    assert choose("fp32", CPU, small, **NETWORK).precision == "fp32", "a flag comes first"
     monkeypatch.setenv("BACKDOORLAB_PRECISION", "fp16")
     with pytest.raises(
         UserError, match="BACKDOORLAB_PRECISION=fp16: expected one of auto, bf16, fp32"
     ):
-        choose("auto", CPU, NETWORK, small)
+        choose("auto", CPU, small, **NETWORK)
 
 
 def test_a_run_says_what_it_computes_in_and_keeps_it(

@@ -11,6 +11,7 @@ from typing import Any
 import helpers
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from backdoorlab.datasets import locations
@@ -269,7 +270,7 @@ def test_a_run_that_went_on_in_another_precision_says_both(tmp_path: Path, small
     said = []
     computed: tuple[Exact, ...] = ("bf16", "bf16", "fp32", "fp32")
     for here in computed:
-        with open_stage(target, "result.json", job, {}, here) as stage:
+        with open_stage(target, "result.json", job, {}, here, torch.device("cpu")) as stage:
             (stage / "cached-something.safetensors").touch()
             said.append(made_with(stage)["precision"])
     assert said == ["bf16", "bf16", "bf16+fp32", "bf16+fp32"]

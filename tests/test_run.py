@@ -24,18 +24,21 @@ import torch
 from backdoorlab import config as configs
 from backdoorlab import record as records
 from backdoorlab.cli import main
-from backdoorlab.errors import UserError
+from backdoorlab.errors import UserError, one_line
+from backdoorlab.execution import environment
+from backdoorlab.execution import stage as stages
 from backdoorlab.execution.attack import attack_job, run_attack
 from backdoorlab.execution.defense import defense_job, run_defense
 from backdoorlab.execution.scores import ScoreLog
-from backdoorlab.execution.stage import Job, open_stage
-from backdoorlab.metrics import SUMMARY, Evaluator, Scores
+from backdoorlab.execution.stage import Job, made_on, open_stage
+from backdoorlab.metrics import SUMMARY, VERDICT, Evaluator, Scores
 from backdoorlab.poison import Poison
 from backdoorlab.record import DefenderView, Record, defender_view, draw_seeds
 from backdoorlab.run import BETWEEN_CHECKPOINTS, Run
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading, writing
 
+CPU = torch.device("cpu")
 THREE = ("--image_size", "16", "--width", "4", "--epochs", "3", "--score_every", "0")
 
 
@@ -323,15 +326,131 @@ def test_an_unfinished_defense_is_continued_with_the_same_trusted_images_only(
         with (
             refused,
             open_stage(
-                target, "result.json", job, {"record": "x", "trusted images": trusted}, "fp32"
+                target, "result.json", job, {"record": "x", "trusted images": trusted}, "fp32", CPU
             ) as stage,
         ):
             (stage / "cached-something.safetensors").touch()
     marker = target.with_name("seed0.partial") / "run.json"
     kept = {key: value for key, value in reading.read_json(marker).items() if key != "inputs"}
     writing.write_json(marker, kept)
-    with open_stage(target, "result.json", job, {"record": "y"}, "fp32"):
-        pass  # begun by a version that did not say
+    with (
+        pytest.raises(UserError, match=r"unfinished run of another one .'inputs' is missing"),
+        open_stage(target, "result.json", job, {"record": "y"}, "fp32", CPU),
+    ):
+        pass
+    with open_stage(
+        target,
+        "result.json",
+        dataclasses.replace(job, config=dataclasses.replace(job.config, overwrite=True)),
+        {"record": "y"},
+        "fp32",
+        CPU,
+    ) as stage:
+        assert {path.name for path in stage.iterdir()} == {"run.json"}, "it starts again"
+
+
+@pytest.mark.parametrize(
+    ("lost", "reason"),
+    [
+        (None, None),
+        ("evaluation_seconds", "'evaluation_seconds' is missing"),
+        ("progress", "'progress' is missing"),
+        ("state", "'state' is missing"),
+        ("done", "'done' is missing"),
+        ("layers", "size mismatch"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(
+    tmp_path: Path, lost: str | None, reason: str | None
+) -> None:
+    def done(outputs: int) -> list[int]:
+        run = Run(tmp_path, seed=0, device=CPU, callbacks=ScoreLog().callbacks())
+        model = torch.nn.Linear(2, outputs)
+        optimizer = torch.optim.Adam(model.parameters())
+        return list(run.epochs("train", 2, model=model, optimizer=optimizer))
+
+    assert done(2) == [0, 1]
+    path = tmp_path / "checkpoint-train.safetensors"
+    tensors, meta = reading.read_tensors(path)
+    # What is missing in it; a version whose layers differ has all of it.
+    kept = {key: value for key, value in meta.items() if key != lost}
+    writing.write_tensors(path, tensors, **{**kept, **({"done": 1} if lost != "done" else {})})
+    if reason is None:
+        assert done(2) == [1], "what is whole is continued"
+        return
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        done(3 if lost == "layers" else 2)
+    assert "unfinished run of another one" in str(caught.value)
+    assert "\n" not in one_line(caught.value) and len(str(caught.value)) < 600
+
+
+def test_cached_tensors_of_another_version_are_refused_in_one_line(tmp_path: Path) -> None:
+    def cached() -> dict[str, torch.Tensor]:
+        run = Run(tmp_path, seed=0, device=CPU, callbacks=ScoreLog().callbacks())
+        return run.cached("split", lambda: {"flagged": torch.ones(2)})
+
+    assert torch.equal(cached()["flagged"], cached()["flagged"])
+    path = tmp_path / "cached-split.safetensors"
+    tensors, meta = reading.read_tensors(path)
+    writing.write_tensors(path, tensors, **{key: meta[key] for key in meta if key != "keys"})
+    with pytest.raises(UserError, match=r"unfinished run of another one .'keys' is missing"):
+        cached()
+
+
+def test_a_run_that_went_on_elsewhere_says_all_its_machines(
+    tiny: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bits depend on threads, device and versions: a record that kept the last would lie."""
+    argv = ["--result_file", "tiny", "--record_root", str(tiny.folder.parent)]
+    job = defense_job(methods.load("defense", "ft"), argv, "test")
+    here = environment.machine(CPU) | {"kind": "cpu", "name": "X", "threads": 1, "commit": None}
+    newer = {**here["versions"], "torch": "9.9"}
+
+    said = []
+    for changes in (
+        {},
+        {},
+        {"threads": 2},
+        {"threads": 2, "versions": newer},
+        {"threads": 1, "versions": newer, "commit": "abc"},
+        {"kind": "cuda", "name": "H", "threads": None, "commit": "abc"},
+    ):
+        facts = here | changes
+        monkeypatch.setattr(stages, "machine", lambda _device, facts=facts: facts)
+        with open_stage(tmp_path / "r", "result.json", job, {}, "fp32", CPU) as stage:
+            (stage / "cached-something.safetensors").touch()
+            said.append(made_on(stage))
+
+    torch_version = here["versions"]["torch"]
+    assert [made["device"] for made in said] == [
+        "cpu (X, 1 threads)",
+        "cpu (X, 1 threads)",
+        "cpu (X, 1 -> 2 threads)",
+        "cpu (X, 1 -> 2 threads)",
+        "cpu (X, 1 -> 2 -> 1 threads)",
+        "cpu (X, 1 threads) -> cpu (X, 2 threads) -> cpu (X, 1 threads) -> cuda (H)",
+    ]
+    assert [made["versions"]["torch"] for made in said] == [
+        *[torch_version] * 3,
+        *[f"{torch_version} -> 9.9"] * 2,
+        f"{torch_version} -> 9.9 -> {torch_version}",
+    ]
+    assert said[0]["versions"] == here["versions"] and [made["commit"] for made in said] == [
+        *[None] * 4,
+        *["unknown -> abc"] * 2,
+    ]
+
+
+def test_an_interrupted_attack_records_both_thread_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_flags: tuple[str, ...]
+) -> None:
+    threads = torch.get_num_threads()
+    stop_in_the_second_epoch(
+        monkeypatch, lambda: helpers.attack("badnet", "r", tmp_path, *small_flags)
+    )
+    torch.set_num_threads(threads + 1)  # `own_folders` sets it back
+    record = helpers.attack("badnet", "r", tmp_path, *small_flags)
+    assert f", {threads} -> {threads + 1} threads)" in record.info["device"]
 
 
 def test_overwrite_starts_an_unfinished_run_again(
@@ -797,7 +916,7 @@ def attributes(value: object) -> Iterator[object]:
                 yield getattr(value, name)
 
 
-MEASURED = {*SUMMARY, "per_class", "tpr", "fpr", "precision", "missed", "train_poison"}
+MEASURED = {*SUMMARY, *VERDICT, "per_class", "tpr", "fpr", "precision", "missed", "train_poison"}
 """Keys under which scores, split qualities and poison are kept."""
 
 

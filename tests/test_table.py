@@ -10,6 +10,7 @@ import pytest
 
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
+from backdoorlab.execution.defense import report
 from backdoorlab.poison import no_poison
 from backdoorlab.record import Record, read_result
 from backdoorlab.settings import methods
@@ -30,6 +31,8 @@ b_ad    badnet  ft (long)      model + trusted images        91.82  93.79   5.12
 clean   none    none           -                             99.00      -      -      -      -      -        5
 clean   none    dau COLLAPSED  model + training set          10.00      -      -      -      -   2.50        7
 clean   none    ft             model + trusted images            -      -      -      -      -      -        -
+
+No ASR for clean: no attack, so no image has a trigger.
 """
 
 MARKDOWN = """\
@@ -42,6 +45,8 @@ MARKDOWN = """\
 | clean | none | none | - | 99.00 | - | - | - | - | - | 5 |
 | clean | none | dau COLLAPSED | model + training set | 10.00 | - | - | - | - | 2.50 | 7 |
 | clean | none | ft | model + trusted images | - | - | - | - | - | - | - |
+
+- No ASR for clean: no attack, so no image has a trigger.
 """
 
 CSV = """\
@@ -69,6 +74,7 @@ clean & none & dau COLLAPSED & model + training set & 10.00 & - & - & - & - & 2.
 clean & none & ft & model + trusted images & - & - & - & - & - & - & - \\
 \bottomrule
 \end{tabular}
+% No ASR for clean: no attack, so no image has a trigger.
 """
 
 
@@ -149,6 +155,39 @@ def test_golden_forms(two_records: list[Record], form: formats.Format, golden: s
     assert layout.render(layout.rows(two_records), form) == golden
 
 
+@pytest.mark.parametrize(
+    ("attack", "why"),
+    [
+        ("none", "no attack, so no image has a trigger"),
+        ("unknown", "its trigger is unknown"),
+        ("badnet", "no test image could be triggered"),
+    ],
+)
+def test_a_missing_asr_says_why(two_records: list[Record], attack: str, why: str) -> None:
+    attacked, clean = two_records
+    clean.info["attack"] = attack  # type: ignore[index]
+    for mean in (False, True):
+        shown = formats.render(layout.table(two_records, mean=mean), "text")
+        assert f"No ASR for clean: {why}." in shown
+        assert "No ASR" not in formats.render(layout.table([attacked], mean=mean), "text"), (
+            "a defense that was not run has no ASR either, and needs no reason"
+        )
+    result = read_result(clean.folder / "defense" / "dau" / "seed0")
+    said = report({**result, "attack": attack, "before": scores(0.99, None, None)})
+    assert f"clean accuracy 99.00 -> 10.00 %, no ASR ({why}), 7 s" in said
+
+
+def test_a_constant_answer_is_collapsed_in_tables(two_records: list[Record]) -> None:
+    """Its clean accuracy and ASR are those of a success; an older result does not say better."""
+    sound = {**scores(0.93, 1.0, 0.0), "balanced_accuracy": 0.92, "largest_share": 0.88}
+    answer = {**scores(0.90, 0.0, 1.0), "balanced_accuracy": 0.5, "largest_share": 1.0}
+    older = scores(0.90, 0.0, 1.0)
+    for run, after, mark in (("a", answer, " COLLAPSED"), ("b", older, ""), ("c", sound, "")):
+        folder = two_records[0].folder
+        result(folder, "ft", run, after, before=sound)
+        assert f"ft ({run}){mark}" in [row["defense"].text for row in layout.rows(two_records)]
+
+
 def test_csv_leaves_out_what_was_not_run(two_records: list[Record]) -> None:
     read = list(csv.DictReader(io.StringIO(layout.render(layout.rows(two_records), "csv"))))
     not_run = next(row for row in read if row["record"] == "clean" and row["defense"] == "ft")
@@ -221,6 +260,8 @@ WRONG: list[dict[str, Any]] = [
     {"before": {"clean_accuracy": 1.0, "asr": None}},
     {"before": {"clean_accuracy": None, "asr": None, "robust_accuracy": None}},
     {"before": {"clean_accuracy": 1.0, "asr": "x", "robust_accuracy": None}},
+    {"before": {**scores(1.0, None, None), "balanced_accuracy": "x"}},
+    {"after": {**scores(1.0, None, None), "largest_share": [1]}},
     {"after": {"clean_accuracy": None, "asr": None, "robust_accuracy": None}},
     {"seconds": "x"},
     {"evaluation_seconds": "x"},

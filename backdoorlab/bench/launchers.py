@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UserError
+from ..execution.environment import usable_cores
 from ..storage import locks, writing
 
 BUSY, ALREADY = 75, 76
@@ -209,17 +210,17 @@ def last_words(folder: Path) -> str:
 
 
 class Local:
-    """Processes of this machine. Slots share its cores evenly, and take its GPUs in turn."""
+    """Processes of this machine. Slots share its usable cores evenly, and take its GPUs in turn."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.gpus = _gpus()
 
     def start(self, task: Task, slot: int) -> Running:
-        # Without it, every command would start as many threads as there are cores.
+        # Without it, every command would start as many threads as the machine has cores.
         extra = dict(task.environment)
         if "OMP_NUM_THREADS" not in os.environ:
-            extra["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.slots))
+            extra["OMP_NUM_THREADS"] = str(max(1, usable_cores() // self.slots))
         if len(self.gpus) > 1:
             extra["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         try:

@@ -10,9 +10,35 @@ from ..errors import UserError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
 
 
+_INSTEAD = "set BACKDOORLAB_CACHE to a folder for data sets and timings"
+"""What a user does who has no place for the cache."""
+
+
 def cache_root() -> Path:
     """Return the folder of the cache: $BACKDOORLAB_CACHE, else ~/.cache/backdoorlab."""
-    return Path(os.environ.get("BACKDOORLAB_CACHE") or Path.home() / ".cache" / "backdoorlab")
+    from ..errors import UserError as Refused
+
+    if named := os.environ.get("BACKDOORLAB_CACHE"):
+        return Path(named)
+
+    # Users of containers often have no home folder, or one in which they may not write.
+    try:
+        home = Path.home()
+    except RuntimeError as error:
+        raise Refused(f"this user has no home folder for a cache: {_INSTEAD}") from error
+    root = home / ".cache" / "backdoorlab"
+    if not _may_be_made(root):
+        raise Refused(f"{root}: this folder cannot be made for the cache: {_INSTEAD}")
+    return root
+
+
+def _may_be_made(folder: Path) -> bool:
+    """Whether a folder is there, or this user may make it."""
+    try:
+        above = next(place for place in (folder, *folder.parents) if place.exists())
+    except OSError:  # a folder into which the user may not look
+        return False
+    return above == folder or (above.is_dir() and os.access(above, os.W_OK | os.X_OK))
 
 
 def data_root() -> Path:

@@ -224,8 +224,9 @@ def _searched(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
     prepared = prepare(job, record, record.folder / "defense" / "dau" / "scan")
 
     # Kept in the stage, and read from there by the next scan.
+    precision, device = prepared.choice.precision, prepared.device
     with open_stage(
-        prepared.target, "result.json", job, prepared.inputs, prepared.choice.precision
+        prepared.target, "result.json", job, prepared.inputs, precision, device
     ) as stage:
         run, _ = start(prepared, stage)
         view = view_of(prepared, run)

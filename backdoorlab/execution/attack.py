@@ -14,21 +14,28 @@ from ..data import Dataset
 from ..datasets.load import load as load_dataset
 from ..device import choose_device, keep_freed_memory, seed_everything
 from ..errors import UserError, described
-from ..metrics import Scores
+from ..metrics import Scores, learned_nothing
 from ..poison import POISON, changed_share, check_rate, check_target, left_by_crops
 from ..poisoning import Outcome, new_model, poison_and_train, static_attack
 from ..record import Record
 from ..run import Run
 from ..settings.methods import Method
 from ..settings.parse import Trained, parse
-from .environment import environment
 from .precision import Choice, choose
 from .preview import save_preview
 from .scores import ScoreLog
-from .stage import Job, costs_of, flattened, fresh, made_with, open_stage, put_in_place, tracker_of
+from .stage import (
+    Job,
+    costs_of,
+    flattened,
+    fresh,
+    made_on,
+    made_with,
+    open_stage,
+    put_in_place,
+    tracker_of,
+)
 
-CHANCE, CHANCE_OF_TWO = 1.5, 0.6
-"""The model learned nothing if clean accuracy < min(CHANCE / num_classes, CHANCE_OF_TWO)."""
 WEAK_SNAPSHOT = 0.5
 """ASR of ordinary training on a joint attack's snapshot below which its record has a note."""
 FAINT = 0.001
@@ -111,7 +118,9 @@ def run_attack(job: Job) -> Record:
     precision = prepared.choice.precision
 
     with (
-        open_stage(prepared.target, "record.json", job, inputs, precision) as stage,
+        open_stage(
+            prepared.target, "record.json", job, inputs, precision, prepared.device
+        ) as stage,
         tracker_of(job, config.save_folder_name, stage) as tracker,
     ):
         seed_everything(config.seed, prepared.device)
@@ -153,12 +162,14 @@ def prepare(job: Job) -> Prepared:
 
     # Where the precision is measured, an untrained network of the same shape tells the speed.
     keep_freed_memory(device)
-    network = {
-        "architecture": config.model,
-        "width": config.width,
-        "image_shape": list(dataset.image_shape),
-    }
-    choice = choose(config.precision, device, network, partial(new_model, dataset, config))
+    choice = choose(
+        config.precision,
+        device,
+        partial(new_model, dataset, config),
+        name=config.model,
+        width=config.width,
+        image_shape=dataset.image_shape,
+    )
     return Prepared(job, root, dataset, device, choice)
 
 
@@ -183,6 +194,7 @@ def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[Outcome, Score
     with run.uncharged():
         scores = log.score(outcome.model)
     _note_nothing_learned(scores, dataset, run)
+    _note_no_asr(scores, config, run)
     # The model trained for comparison is no part of the attack's costs.
     costs = costs_of(run.spent(), log.evaluation_seconds)
     joint = (
@@ -247,7 +259,7 @@ def _info(
         measured=outcome.measured,
         notes=run.notes,
         costs=costs,
-        environment=environment(prepared.device),
+        environment=made_on(run.folder),
         made_with=made_with(run.folder),
         precision_why=prepared.choice.why,
     )
@@ -282,12 +294,22 @@ def _attack_function(method: Method) -> Callable[[Dataset, Any, Run], Outcome]:
 
 
 def _note_nothing_learned(scores: Scores, dataset: Dataset, run: Run) -> None:
-    """Note a model that does little better than guessing."""
-    least = min(CHANCE / dataset.num_classes, CHANCE_OF_TWO)
-    if scores.asr is not None and scores.clean_accuracy < least:
+    """Note a model that does little better than guessing, or than a constant answer."""
+    if scores.asr is not None and learned_nothing(scores, dataset.num_classes):
+        balanced, share = scores.balanced_accuracy or 0.0, scores.largest_share or 0.0
         run.note(
-            f"the model learned nothing (clean accuracy {100 * scores.clean_accuracy:.2f} %):"
-            " more epochs, or another --lr"
+            f"the model learned nothing (clean accuracy {100 * scores.clean_accuracy:.2f} %, mean"
+            f" over classes {100 * balanced:.2f} %, {100 * share:.2f} % of the test images"
+            " classified as one class): more epochs, or another --lr"
+        )
+
+
+def _note_no_asr(scores: Scores, config: Any, run: Run) -> None:
+    """Note an attack that no test image shows."""
+    if scores.asr is None and isinstance(config, TriggerConfig):
+        run.note(
+            "no ASR: no test image could be triggered, as all are of the target class or none is"
+            " one that the attack changes"
         )
 
 

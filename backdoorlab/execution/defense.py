@@ -15,17 +15,26 @@ from ..config import DefenseConfig
 from ..data import Dataset, Split
 from ..device import choose_device, derived_generator, keep_freed_memory, seed_everything
 from ..errors import UserError
-from ..metrics import SUMMARY, Evaluator, Scores, collapsed, der
+from ..metrics import COLLAPSED, SUMMARY, VERDICT, Evaluator, Scores, collapsed, der, why_no_asr
 from ..record import DefenderView, Record
 from ..run import Run
 from ..settings.methods import Method
 from ..settings.parse import Trained, parse
 from ..storage import reading, schema, writing
-from .environment import environment
 from .precision import Choice, choose
 from .preview import save_sheet
 from .scores import Row, ScoreLog, describe_split
-from .stage import Job, costs_of, flattened, fresh, made_with, open_stage, put_in_place, tracker_of
+from .stage import (
+    Job,
+    costs_of,
+    flattened,
+    fresh,
+    made_on,
+    made_with,
+    open_stage,
+    put_in_place,
+    tracker_of,
+)
 from .trusted import describe_trusted, trusted_images
 
 
@@ -128,7 +137,9 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     name = f"{found.name}/{job.method.name}/{target.name}"
     precision = prepared.choice.precision
     with (
-        open_stage(target, "result.json", job, prepared.inputs, precision) as stage,
+        open_stage(
+            target, "result.json", job, prepared.inputs, precision, prepared.device
+        ) as stage,
         tracker_of(job, name, stage) as tracker,
     ):
         run, log = start(prepared, stage, tracker.line)
@@ -167,12 +178,15 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
     # Where the precision is measured, the record's own network is timed.
     keep_freed_memory(device)
     architecture = found.info["architecture"]
-    network = {
-        "architecture": architecture["name"],
-        "width": architecture["width"],
-        "image_shape": list(dataset.image_shape),
-    }
-    choice = choose(config.precision, device, network, found.model)
+    choice = choose(
+        config.precision,
+        device,
+        found.model,
+        name=architecture["name"],
+        width=architecture["width"],
+        image_shape=dataset.image_shape,
+        stem=architecture.get("stem", "small"),
+    )
     return Prepared(job, found, target, dataset, trusted, inputs, device, choice)
 
 
@@ -290,7 +304,9 @@ def _result(
     log: ScoreLog,
 ) -> Result:
     info, config, trusted = prepared.record.info, prepared.job.config, prepared.trusted
-    summary = after.summary()
+    outcome = after.outcome()
+    # Records of older versions lack some of the scores.
+    compared = {key: before[key] for key in (*SUMMARY, *VERDICT) if key in before}
     # Settings and inputs come first, then scores, then costs and environment.
     return Result(
         schema=schema.SCHEMA,
@@ -307,10 +323,10 @@ def _result(
             if trusted is None
             else {"count": len(trusted), "sha256": prepared.inputs["trusted images"]}
         ),
-        before={key: before[key] for key in SUMMARY},
-        after=summary,
-        der=der(before, summary),
-        collapsed=collapsed(before, summary),
+        before=compared,
+        after=outcome,
+        der=der(before, outcome),
+        collapsed=collapsed(before, outcome),
         per_class=after.per_class,
         cross=after.cross,
         triggered_predictions=after.triggered_predictions,
@@ -318,7 +334,7 @@ def _result(
         splits=log.splits,
         notes=run.notes,
         costs=costs,
-        environment=environment(prepared.device),
+        environment=made_on(run.folder),
         made_with=made_with(run.folder),
         precision_why=prepared.choice.why,
     )
@@ -400,7 +416,7 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
 
     # Its scores before the defense are those of the finished run.
     evaluator = Evaluator(dataset.test, found.test_poison, dataset.num_classes, device)
-    after = evaluator(model.to(device)).summary()
+    after = evaluator(model.to(device)).outcome()
     before = result.get("before", found.info["scores"])
     return {**result, "before": before, "after": after, "der": der(before, after)}
 
@@ -419,18 +435,20 @@ def _read_record(name: str, root: str | None) -> Record:
 def report(result: Mapping[str, Any]) -> str:
     """Write two or three lines for a person at the end of a defense."""
     before, after = result["before"], result["after"]
-    percent = {key: "-" if value is None else f"{100 * value:.2f}" for key, value in after.items()}
-    asr_before = "-" if before["asr"] is None else f"{100 * before['asr']:.2f}"
-    lines = [
-        f"clean accuracy {100 * before['clean_accuracy']:.2f} -> {percent['clean_accuracy']} %,"
-        f" ASR {asr_before} -> {percent['asr']} %, RA {percent['robust_accuracy']} %,"
-        f" {result['seconds']:.0f} s"
-    ]
+
+    def change(score: str) -> str:
+        return f"{100 * before[score]:.2f} -> {100 * after[score]:.2f} %"
+
+    # ASR and RA are missing together: both are of the triggered images.
+    accuracy = f"clean accuracy {change('clean_accuracy')}"
+    triggered = (
+        f"no ASR ({why_no_asr(result['attack'])})"
+        if None in (before["asr"], after["asr"])
+        else f"ASR {change('asr')}, RA {100 * after['robust_accuracy']:.2f} %"
+    )
+    lines = [f"{accuracy}, {triggered}, {result['seconds']:.0f} s"]
     if result["split"]:
         lines.append(describe_split(result["split"]))
     if result["collapsed"]:
-        lines.append(
-            "COLLAPSED: 20 points, or half, of the clean accuracy are lost; a low ASR means nothing"
-            " here"
-        )
+        lines.append(f"COLLAPSED: {COLLAPSED}; a low ASR means nothing here")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -75,15 +75,25 @@ class Choice:
 
 
 def choose(
-    wanted: Precision, device: torch.device, network: dict[str, Any], build: Callable[[], nn.Module]
+    wanted: Precision,
+    device: torch.device,
+    build: Callable[[], nn.Module],
+    *,
+    name: str,
+    width: int | None,
+    image_shape: Sequence[int],
+    stem: str = "small",
 ) -> Choice:
     """Choose bf16 or fp32.
 
     Args:
         wanted: what the user asked for; "auto" is the faster one.
         device: where the run trains. A GPU is judged by its generation, a CPU is measured.
-        network: architecture, width and image_shape (C, H, W), under which a timing is kept.
         build: makes the network, with any weights; called if nothing was measured yet.
+        name: of the network; with width, shape and stem, what a timing is kept under.
+        width: of the network; None for its own.
+        image_shape: (C, H, W).
+        stem: "stock" for timm's own first layers, "small" for those that we put in their place.
     """
     if wanted == "auto":
         wanted = _of_the_environment()
@@ -97,6 +107,13 @@ def choose(
         )
 
     # Of two processors with the same flag for bf16, one can be slower with it: it is measured.
+    network: dict[str, Any] = {
+        "architecture": name,
+        "width": width,
+        "image_shape": list(image_shape),
+    }
+    if stem != "small":
+        network["stem"] = stem
     timing = _kept(network) or _measured(network, build)
     if wanted == "bf16":
         return Choice(
@@ -145,14 +162,16 @@ def _measured(network: dict[str, Any], build: Callable[[], nn.Module]) -> Timing
     # The weights of the timed network are drawn, and must move no draw of the run.
     with torch.random.fork_rng(devices=[]):
         timing = measure(build(), network["image_shape"])
-    place = _place(network)
     try:
+        place = _place(network)
         place.parent.mkdir(parents=True, exist_ok=True)
         writing.write_json(place, _machine() | network | dataclasses.asdict(timing))
+    except UserError as error:  # no home folder
+        say(f"{error}; until then each run measures bf16 against fp32 again")
     except OSError as error:
         say(
-            f"{place}: cannot be written ({error.strerror}), so the next run measures bf16 against"
-            " fp32 again"
+            f"{place}: cannot be written ({error.strerror}; BACKDOORLAB_CACHE names another"
+            " folder), so the next run measures bf16 against fp32 again"
         )
     return timing
 

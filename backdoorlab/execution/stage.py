@@ -7,15 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..device import Exact
 from ..errors import UserError
 from ..record import Record
 from ..run import Progress, Run, say
 from ..settings.methods import Method
 from ..settings.parse import Parsed
-from ..storage import folders, locks, reading, schema, writing
+from ..storage import folders, locks, reading, writing
 from ..storage.staging import refuse_existing, refuse_foreign
 from .code_version import code_version
+from .environment import described, machine
 
 if TYPE_CHECKING:
     from .tracking import Tracker
@@ -24,6 +27,8 @@ MARKER = "run.json"
 """The file of a stage that says by which settings it was begun."""
 CONTINUED = ("checkpoint-*.safetensors", "cached-*.safetensors")
 """The files from which an unfinished run continues."""
+MADE = ("code", "precision", "machines")
+"""What MARKER says of how a run is made, beside its settings: it may change on the way."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,12 @@ def tracker_of(job: Job, name: str, stage: Path) -> AbstractContextManager["Trac
 
 @contextmanager
 def open_stage(
-    target: Path, done: str, job: Job, inputs: Mapping[str, str], computes_in: Exact
+    target: Path,
+    done: str,
+    job: Job,
+    inputs: Mapping[str, str],
+    computes_in: Exact,
+    device: torch.device,
 ) -> Iterator[Path]:
     """Open the unfinished folder of a run beside its target, and lock it.
 
@@ -70,6 +80,7 @@ def open_stage(
         job: the method with its settings.
         inputs: name -> SHA-256 of what the run starts from.
         computes_in: the precision of training.
+        device: where the run trains.
 
     Yields:
         The folder `<target>.partial`. It is removed after an error if it holds nothing to continue.
@@ -87,7 +98,7 @@ def open_stage(
 
         # What must be the same to continue, and what may differ but is said.
         settings = {"method": job.method.name, "config": config.science(), "inputs": dict(inputs)}
-        made = {"code": code_version(job.method.path), "precision": computes_in}
+        made = _made(job, computes_in, device)
         finished = _checksum(target / done) if config.overwrite else None
         # With nothing to replace, the flag changes nothing.
         replaces = {} if finished is None else {"replaces": finished}
@@ -110,6 +121,12 @@ def open_stage(
             raise
 
 
+def _made(job: Job, computes_in: Exact, device: torch.device) -> dict[str, Any]:
+    """Return the entries of MADE for a run that begins here."""
+    code = code_version(job.method.path)
+    return {"code": code, "precision": computes_in, "machines": [machine(device)]}
+
+
 def _is_continued(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
     """Whether there is something to continue; with --overwrite True only what is `wanted`."""
     if not (path / MARKER).exists() or not _begun(path):
@@ -117,30 +134,36 @@ def _is_continued(path: Path, wanted: dict[str, Any], overwrite: bool) -> bool:
     return not overwrite or _was_begun_by(path, wanted)
 
 
-def _continued(path: Path, settings: dict[str, Any], made: dict[str, str]) -> dict[str, str]:
-    """Refuse other settings; return by which code, in which precision a continued run is made.
+def _continued(path: Path, settings: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """Refuse other settings; return by which code, in which precision and where a run is made.
 
-    Where that differs from what began it, both are joined by "+".
+    Code and precision are joined by "+" where they differ from what began the run. Each machine
+    that differs from the one before is added to the list.
     """
     begun = reading.read_json(path / MARKER)
     begun.pop("replaces", None)
-    # Runs of an older version do not say what they started from.
-    begun.setdefault("inputs", settings["inputs"])
-    before = {
-        "code": begun.pop("code", "?"),
-        "precision": begun.pop("precision", schema.UNKNOWN),
-    }
-    _check_same(path, begun, settings)
-    return {
+    with reading.refuse_other_version(path / MARKER):
+        before = {key: begun.pop(key) for key in MADE}
+        _check_same(path, begun, settings)
+
+    joined = {
         key: old if old.split("+")[-1] == made[key] else f"{old}+{made[key]}"
         for key, old in before.items()
+        if key != "machines"
     }
+    here = [] if before["machines"][-1:] == made["machines"] else made["machines"]
+    return {**joined, "machines": before["machines"] + here}
 
 
 def made_with(stage: Path) -> dict[str, str]:
     """Return by which code and in which precision a run is made; "a+b" where b continued a."""
     begun = reading.read_json(stage / MARKER)
     return {key: begun[key] for key in ("code", "precision")}
+
+
+def made_on(stage: Path) -> dict[str, Any]:
+    """Return device, versions and commit of a run; "a -> b" where it was continued on b."""
+    return described(reading.read_json(stage / MARKER)["machines"])
 
 
 def _begun(path: Path) -> bool:
@@ -176,7 +199,8 @@ def _was_begun_by(path: Path, wanted: dict[str, Any]) -> bool:
     --overwrite True starts again what cannot be read.
     """
     try:
-        if not wanted.items() <= reading.read_json(path / MARKER).items():
+        begun = reading.read_json(path / MARKER)
+        if not (wanted.items() <= begun.items() and begun.keys() >= set(MADE)):
             return False
         for pattern in CONTINUED:
             for saved in path.glob(pattern):

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..metrics import COLLAPSED
 from ..tables.rows import PLAIN
 from . import looks
 from .artifacts import Cell
@@ -247,7 +248,7 @@ def described(cell: Cell) -> str:
     if row.seconds is not None:
         lines.append(f"{row.seconds:,.0f} s on {row.device or 'an unnamed machine'}")
     if row.collapsed:
-        lines.append("COLLAPSED: 20 points, or half, of the clean accuracy lost")
+        lines.append(f"COLLAPSED: {COLLAPSED}")
     return "\n".join(lines)
 
 

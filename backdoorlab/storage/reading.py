@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -84,6 +85,27 @@ def one_line(path: Path) -> Iterator[None]:
         RecursionError,
     ) as error:
         raise damaged(path, _first_line(error)) from error
+
+
+@contextmanager
+def refuse_other_version(path: Path) -> Iterator[None]:
+    """Turn the errors of restoring what another version has saved into a UserError of one line.
+
+    Args:
+        path: the file, in the folder of an unfinished run.
+    """
+    # A missing key, an unknown field, or a state dict that does not fit.
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{path}: this version cannot continue the unfinished run of another one"
+            f" ({shorten(why, 200)}): finish it with that version, or start again with --overwrite"
+            " True or without the folder"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ SCHEMA = 2
 """Version of record.json and result.json, raised when an older reader could not use them."""
 PAYLOAD = ("model.safetensors", "train_poison.safetensors", "test_poison.safetensors")
 SCORES = ("clean_accuracy", "asr", "robust_accuracy")
+LATER_SCORES = ("balanced_accuracy", "largest_share")
+"""Scores that files of older versions do not have."""
 ASSUMABLE = {
     "model": "poisoned model",
     "train": "poisoned training set",
@@ -254,7 +256,7 @@ def _check_scores(path: Path, scores: Mapping[str, Any]) -> None:
     _refuse_missing(path, scores, SCORES)
     _refuse_unsound(
         path,
-        {name: _is_number(scores[name]) for name in SCORES}
+        {name: _is_number(scores.get(name)) for name in (*SCORES, *LATER_SCORES)}
         | {SCORES[0]: _is_present_number(scores[SCORES[0]])},
     )
 

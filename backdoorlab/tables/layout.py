@@ -138,7 +138,19 @@ def assumes(words: Sequence[str]) -> str:
 
 
 def _of_runs(found: Sequence[Row]) -> Table:
-    return Table(COLUMNS, found, numbers=list(SCORES), block=["record"])
+    # Of a defense that was not run, nothing is known at all.
+    without = [
+        (row["record"].text, row["attack"].text)
+        for row in found
+        if row["ASR %"] == EMPTY != row["clean acc %"]
+    ]
+    return Table(
+        COLUMNS,
+        found,
+        numbers=list(SCORES),
+        block=["record"],
+        notes=notes.without_asr(without),
+    )
 
 
 def _run(row: measured.Row) -> Row:

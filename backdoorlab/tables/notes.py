@@ -1,8 +1,9 @@
 """The sentences below a table of means: what its numbers are, what was kept out of them, and what
 they show."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from ..metrics import why_no_asr
 from . import groups as grouping
 from . import significance
 from .formats import Format
@@ -44,6 +45,8 @@ def below(
             f" against the attacked model, as {BASELINE}'s, where defenses are compared."
         )
 
+    said += without_asr((row.record, row.attack) for row in rows if row.asr is None)
+
     # What was kept apart or left out, and what the comparison shows.
     said += [remark + "." for remark in grouping.remarks(rows)]
     for compared in significance.compare(groups):
@@ -56,6 +59,21 @@ def below(
     return said + [
         f"[{key}] clean acc / ASR %: {number.source}; {number.protocol}."
         for key, number in sources.items()
+    ]
+
+
+def without_asr(models: Iterable[tuple[str, str]]) -> list[str]:
+    """Say why models have no ASR, in one sentence for each reason.
+
+    Args:
+        models: (record, attack) of each model without one.
+    """
+    names: dict[str, list[str]] = {}
+    for record, attack in dict.fromkeys(models):
+        names.setdefault(why_no_asr(attack), []).append(record)
+    return [
+        f"No ASR for {', '.join(records[:5])}{', ...' * (len(records) > 5)}: {why}."
+        for why, records in names.items()
     ]
 
 

@@ -316,7 +316,7 @@ def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
 
 
 def _collapsed(result: Mapping[str, Any]) -> bool:
-    """Ask whether 20 points, or half, of the clean accuracy were lost."""
+    """Ask whether the defense destroyed the model, by today's rule where its scores are there."""
     # Older versions had another rule, so what they wrote is read only if it is all there is.
     if result.get("before"):
         return metrics.collapsed(result["before"], result["after"])
