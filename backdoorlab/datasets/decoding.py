@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,8 @@ TURNS = {
     8: "ROTATE_90",
 }
 """Its value -> name of the PIL.Image.Transpose that turns the image upright."""
+SIDES_SWAPPED = ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+"""Those that exchange width and height."""
 LARGE = 2**30
 """Bytes of decoded images. A larger set is decoded into a file instead of memory."""
 
@@ -178,7 +180,7 @@ def from_pil(
     # Some formats have their metadata behind the pixels.
     image.load()
     if grey is None:
-        grey = image.mode in ("1", "L") or image.mode.startswith("I;16")
+        grey = _is_grey(image)
     method = turn(image)
     if method is not None:
         image = image.transpose(method)
@@ -249,19 +251,44 @@ def why_unreadable(file: Path) -> str | None:
         return f"{other}, which is not read" if other else "not an image"
 
 
-def header(source: Any) -> tuple[tuple[int, int], str, bool]:
-    """Read (width, height), mode and whether the image will be turned, from an image's head.
+class Head(NamedTuple):
+    """What an image says of itself before it is decoded."""
+
+    width: int
+    """Width in pixels after turning upright."""
+    height: int
+    grey: bool
+    """Whether it has one channel rather than three."""
+    turned: bool
+    alpha: bool
+    """Whether it has an alpha channel, or a colour that means transparent."""
+
+
+def read_head(source: Any) -> Head:
+    """Read the head of an image file.
 
     Args:
         source: a path or a binary stream.
 
     Raises:
-        OSError: not an image.
+        UserError: not an image.
     """
     from PIL import Image
 
-    with Image.open(source, formats=_formats()) as image:
-        return image.size, image.mode, turn(image) is not None
+    try:
+        with Image.open(source, formats=_formats()) as image:
+            method = turn(image)
+            width, height = image.size
+            if method is not None and method.name in SIDES_SWAPPED:
+                width, height = height, width
+            alpha = image.has_transparency_data
+            return Head(width, height, _is_grey(image), method is not None, alpha)
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise UserError(f"not a readable image ({error})") from error
+
+
+def _is_grey(image: Any) -> bool:
+    return image.mode in ("1", "L") or image.mode.startswith("I;16")
 
 
 @lru_cache(maxsize=1)
