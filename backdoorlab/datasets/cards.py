@@ -40,11 +40,14 @@ def read_card(root: Path) -> dict[str, Any]:
     file = root / "README.md"
     if not file.is_file():
         return {}
+
+    # A README that does not begin with a line of dashes is no card.
     with open(file, encoding="utf-8", errors="replace") as stream:
         text = stream.read(LONGEST_CARD)
     opening, _, rest = text.lstrip("\ufeff").partition("\n")
     if opening.strip() != "---":
         return {}
+
     try:
         found = yaml.safe_load(rest.partition("\n---")[0])
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -68,6 +71,7 @@ def configurations(card: Mapping[str, Any], root: Path) -> list[Configuration]:
 
     made = []
     for entry in found:
+        # Strangers wrote the file: every field is checked before it is used.
         if not isinstance(entry, dict) or not isinstance(entry.get("data_dir") or "", str):
             raise _malformed(root, entry)
         files = entry.get("data_files")
@@ -87,6 +91,7 @@ def _patterns(files: Any, root: Path) -> dict[str, list[str]]:
 
     The forms are a pattern, a list of patterns, {split: patterns}, and a list of {split, path}.
     """
+    # Each form is brought to the next one, and the last is the result.
     if isinstance(files, str):
         files = [files]
     if isinstance(files, list) and all(isinstance(entry, dict) for entry in files):
@@ -125,6 +130,7 @@ def names_in_card(card: Mapping[str, Any], configuration: str, column: str) -> l
         features = info.get("features")
         for feature in features if isinstance(features, list) else ():
             if isinstance(feature, dict) and feature.get("name") == column:
+                # Columns of numbers have a plain type, and no names.
                 dtype = feature.get("dtype")
                 label = dtype.get("class_label") if isinstance(dtype, dict) else None
                 return _listed(label.get("names")) if isinstance(label, dict) else None
@@ -146,6 +152,7 @@ def names_in_schema(metadata: Mapping[bytes, bytes] | None, column: str) -> list
 def _listed(names: Any) -> list[str] | None:
     """Bring a list of names, or {number: name}, to a list; None if it is neither."""
     if isinstance(names, dict):
+        # The numbers are text in YAML and JSON, so "10" would come before "9".
         try:
             names = [names[key] for key in sorted(names, key=int)]
         except (ValueError, TypeError):
@@ -162,6 +169,7 @@ def names_in_json(path: Path, count: int) -> list[str] | None:
     file = path / "classes.json"
     if not file.exists():
         return None
+
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -174,6 +182,7 @@ def names_in_json(path: Path, count: int) -> list[str] | None:
         found = [found.get(str(number), str(number)) for number in range(count)]
     if not isinstance(found, list):
         raise UserError(f"{file}: expected a list of class names, found {type(found).__name__}")
+
     if all(isinstance(entry, dict) and "name" in entry for entry in found):
         if not all(is_count(entry.get("label", 0)) for entry in found):
             raise UserError(f"{file}: expected whole numbers as labels beside the names")

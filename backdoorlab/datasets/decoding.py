@@ -220,6 +220,7 @@ def _on_white(image: Any, done: list[str] | None) -> Any:
     """Put an image with an alpha channel on white; one without transparent pixels is unchanged."""
     from PIL import Image
 
+    # A palette and a transparent colour become an alpha channel here.
     with_alpha = image.convert("RGBA")
     if with_alpha.getextrema()[3][0] == 255:
         return image
@@ -244,6 +245,7 @@ def why_unreadable(file: Path) -> str | None:
     if file.suffix.lower() in IMAGE_SUFFIXES:
         return None
     try:
+        # The head is enough to tell what it is.
         with Image.open(file, formats=_formats()):
             return None
     except (*UNREADABLE, Image.DecompressionBombError):
@@ -276,6 +278,7 @@ def read_head(source: Any) -> Head:
     from PIL import Image
 
     try:
+        # Pillow reads no pixels before they are asked for.
         with Image.open(source, formats=_formats()) as image:
             method = turn(image)
             width, height = image.size

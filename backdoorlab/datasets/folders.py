@@ -170,8 +170,10 @@ def _annotated(folder: Path, classes: list[str], left_out: list[LeftOut]) -> Par
     Raises:
         UserError: the list names a class or a file that does not exist.
     """
+    # What follows the class is a box, which does not matter here.
     lines = (folder / ANNOTATIONS).read_text(encoding="utf-8", errors="replace").splitlines()
     label_of: dict[str, int] = {}
+
     for number, line in enumerate(filter(str.strip, lines), 1):
         name, _, rest = line.partition("\t")
         class_name = unicodedata.normalize("NFC", rest.split("\t")[0].strip())
@@ -192,6 +194,7 @@ def _annotated(folder: Path, classes: list[str], left_out: list[LeftOut]) -> Par
         else:
             aside.append(LeftOut(file, f"not in {ANNOTATIONS}"))
     left_out += [entry for entry in aside if entry.path.name != ANNOTATIONS]
+
     missing = sorted(label_of.keys() - {file.name for file in files})
     if missing:
         raise UserError(

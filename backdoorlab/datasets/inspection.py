@@ -36,6 +36,7 @@ def describe_folder(path: str, configuration: str | None) -> Iterator[str]:
             f"--dataset_path {path}: no such folder. Give a folder with parquet shards or with"
             " train/<class>/*.png"
         )
+    # What cannot be read at all is the same error here as in a run.
     plan = plan_folder(root, configuration)
     kind = "parquet shards" if plan.kind == "shards" else "folders of images"
     yield f"data set    {root.resolve()}: {kind}"
@@ -51,6 +52,7 @@ def describe_folder(path: str, configuration: str | None) -> Iterator[str]:
 
 def _about_images(plan: Plan) -> Iterator[str]:
     """Yield lines on sizes, channels, orientation and alpha of a sample of the images."""
+    # A damaged image ends a run; here the rest is looked at, too.
     heads, damaged = [], []
     for part in (plan.train, plan.test):
         for name, source in _sample(plan, part):
@@ -65,6 +67,7 @@ def _about_images(plan: Plan) -> Iterator[str]:
     yield f"sizes       {_counted(sizes)} (width x height, {total})" + (
         ": pass --image_size N" * (len(sizes) > 1)
     )
+
     channels = Counter("1 channel" if head.grey else "3 channels" for head in heads)
     yield f"channels    {_counted(channels)}" + (
         ": pass --grey True or False" * (len(channels) > 1)
@@ -94,6 +97,7 @@ def _sample(plan: Plan, part: Part) -> Iterator[tuple[Path, Any]]:
         chosen = np.linspace(0, len(part.files) - 1, min(len(part.files), LOOKED_AT))
         yield from ((part.files[i], part.files[i]) for i in chosen.astype(int))
         return
+    # Shards are large files: a few images of each are read, from its start.
     each = -(-LOOKED_AT // len(part.files))
     for file in part.files:
         yield from ((file, io.BytesIO(cell_bytes(cell))) for cell in _first_cells(file, each))
@@ -137,6 +141,7 @@ def _about_classes(plan: Plan) -> Iterator[str]:
     """Yield one line for each class, in the order of the labels, with its numbers of images."""
     count = len(plan.class_names)
     yield f"classes     {count:,}, named by {plan.names_from}: label, train + test images, name"
+    # A class may be in one of the two splits only.
     train, test = (np.bincount(part.labels, minlength=count) for part in (plan.train, plan.test))
     for label, name in enumerate(plan.class_names):
         yield f"{label:>11} {train[label]:>7,} + {test[label]:<6,}  {name}"

@@ -63,6 +63,7 @@ def load(
     Raises:
         UserError: there is no such data set, or it cannot be read.
     """
+    # What no reading would make right comes first.
     _refuse_unknown(name, path)
     if path is None and configuration is not None:
         raise UserError(
@@ -164,6 +165,7 @@ def load_trusted(
         )
     shards = sorted(parquet_files(root))
     if shards:
+        # Whatever their splits are called: all of the folder is trusted.
         labels = read_labels(shards, root)
         images = shard_images(shards, root, image_size, grey)
     else:
@@ -191,6 +193,8 @@ def load_trusted(
 def _trusted_classes(root: Path, dataset: Dataset, where: str) -> tuple[str, ...]:
     """Return the names that folders of trusted images go by, in the order of the labels."""
     classes = class_folders(root)
+
+    # Names of an older cache may be decomposed.
     names = [unicodedata.normalize("NFC", name) for name in dataset.class_names]
     # One folder with the name of a class settles that they are names and not numbers.
     known = (

@@ -52,6 +52,7 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
     decomposes letters with accents, other systems do not.
     """
     found: dict[str, list[Path]] = {}
+    # Sorted first, so that the folders of one class have an order, too.
     for child in sorted(folder.iterdir()):
         if child.is_dir() and not is_service(child.name):
             found.setdefault(unicodedata.normalize("NFC", child.name), []).append(child)

@@ -80,6 +80,8 @@ class Plan:
         visible = [entry for entry in self.left_out if not entry.hidden]
         if not visible:
             return self.notes
+
+        # A folder of a thousand text files is one line.
         kinds = said(visible, self.root)
         rest = f"; and {len(kinds) - MOST_SAID} more kinds" if len(kinds) > MOST_SAID else ""
         return (
@@ -90,6 +92,7 @@ class Plan:
 
 def said(entries: Sequence[LeftOut], root: Path) -> list[str]:
     """Return one text for each reason and suffix, the most frequent first: number and example."""
+    # A kind is named by its first file, which the user can look at.
     kinds = [(entry.reason, entry.path.suffix.lower()) for entry in entries]
     first: dict[tuple[str, str], Path] = {}
     for kind, entry in zip(kinds, entries, strict=True):

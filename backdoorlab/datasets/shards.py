@@ -60,6 +60,7 @@ def plan_shards(root: Path, wanted: str | None) -> Plan:
     Raises:
         UserError: the configuration or a split is not there, or labels or names do not fit.
     """
+    # Files and README.md together say which configurations there are.
     service: list[Path] = []
     files = sorted(file for file in files_below(root, service) if file.suffix == ".parquet")
     card = read_card(root)
@@ -103,6 +104,7 @@ def _complete(splits: Splits) -> bool:
 
 def _splits_of(root: Path, files: list[Path], entry: Configuration) -> Splits:
     """Return the splits of a configuration in README.md."""
+    # A configuration may have a folder of its own.
     base = root / entry.data_dir
     inside = [file for file in files if file.is_relative_to(base)]
     splits: Splits = {}
@@ -113,6 +115,7 @@ def _splits_of(root: Path, files: list[Path], entry: Configuration) -> Splits:
                 splits.setdefault(split, []).extend(found)
         return splits
 
+    # Patterns choose among the files that were found, so none can lead out of the folder.
     for split, patterns in entry.patterns.items():
         cut = [pattern.split("/") for pattern in patterns]
         splits.setdefault(SPLIT_OF.get(split, split), []).extend(
@@ -165,9 +168,11 @@ def _split_and_group(file: Path, base: Path) -> tuple[str | None, str]:
         file: the shard.
         base: the folder of the data, whose own name does not count.
     """
+    # A folder that is called like a split counts as much as the name of the file.
     parents = file.relative_to(base).parts[:-1]
     exact = {SPLIT_OF[part.lower()] for part in parents if part.lower() in SPLIT_OF}
     rest = "/".join(part for part in parents if part.lower() not in SPLIT_OF)
+
     said = exact | _splits_in(file.name)
     if len(said) > 1:
         sets = " and ".join(SAID_SPLIT[split] for split in SAID_SPLIT if split in said)
@@ -208,6 +213,7 @@ def _chosen(
     Returns:
         (its name, its splits, notes for the user).
     """
+    # What the user names is read, whatever the default is.
     names = ", ".join(sorted(found))
     if wanted is not None:
         if wanted not in found:
@@ -216,6 +222,7 @@ def _chosen(
                 f" {names or 'none'}"
             )
         return wanted, found[wanted][0], []
+
     if not found:
         raise _no_splits(root)
     if len(found) == 1:
@@ -269,6 +276,8 @@ def _parts(splits: Splits, root: Path) -> tuple[Part, Part, list[str]]:
             f"{files[0]}: no training image has the label {strange[0]} ({len(strange)} such"
             " labels): expected every class in the training set, pass a folder with all its shards"
         )
+
+    # Said only where the split that the user expects is passed over.
     hidden = unlabelled and unlabelled[0] == candidates[0]
     note = f"the split {candidates[0]} has no labels: {labelled[0]} is the test set"
     return train, test, [note] if hidden else []
@@ -294,6 +303,7 @@ def read_labels(files: Iterable[Path], path: Path) -> np.ndarray:
     """
     labels: list[Any] = []
     for file in files:
+        # Both columns must be there before any data are read.
         names = _schema(file).names
         _column(file, names, IMAGE_COLUMNS)
         labels += _cells(file, _column(file, names, LABEL_COLUMNS))
@@ -373,6 +383,8 @@ def _class_names(
         (names, where they were found); the numbers if they are nowhere.
     """
     count = int(train.labels.max(initial=-1)) + 1
+
+    # The user's own file wins over what came with the data.
     schema = _schema(train.files[0])
     column = _column(train.files[0], schema.names, LABEL_COLUMNS)
     sources = (
@@ -380,6 +392,7 @@ def _class_names(
         (names_in_schema(schema.metadata, column), train.files[0]),
         (names_in_card(card, configuration, column), root / "README.md"),
     )
+
     for names, source in sources:
         if names is None:
             continue

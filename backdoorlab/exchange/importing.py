@@ -202,13 +202,7 @@ def _dataset_of(contents: backdoorbench.Contents, options: Import) -> Dataset:
     # A path settles which data are meant; a name alone is looked up in the cache first.
     dataset = None if options.dataset_path else _cached(name, contents)
     if dataset is None:
-        dataset = load_dataset(
-            name,
-            options.dataset_path,
-            image_size=height,
-            grey=channels == 1,
-            configuration=options.dataset_config,
-        )
+        dataset = _read_data(name, options, height, channels == 1)
 
     if dataset.image_shape != contents.image_shape:
         raise UserError(
@@ -261,13 +255,7 @@ def _from_weights(options: Import, device: torch.device) -> Found:
 
     name = options.dataset or Path(options.dataset_path or "").resolve().name
     image_size, grey = options.image_size, options.grey
-    dataset = load_dataset(
-        name,
-        options.dataset_path,
-        image_size=image_size,
-        grey=grey,
-        configuration=options.dataset_config,
-    )
+    dataset = _read_data(name, options, image_size, grey)
 
     model, built, tried = fit(
         weights,
@@ -314,6 +302,17 @@ def _from_weights(options: Import, device: torch.device) -> Found:
         seed=0,
         source={"format": path.suffix.lstrip("."), "sha256": reading.sha256(path)},
         notes=notes,
+    )
+
+
+def _read_data(name: str, options: Import, image_size: int | None, grey: bool | None) -> Dataset:
+    """Load the data set in the user's folder, or by its name; the rest as in `load`."""
+    return load_dataset(
+        name,
+        options.dataset_path,
+        image_size=image_size,
+        grey=grey,
+        configuration=options.dataset_config,
     )
 
 
