@@ -148,7 +148,7 @@ def drawing(mode: str) -> Image.Image:
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (2, 2, 6, 6))
     if mode == "P":
-        indices = Image.fromarray(np.asarray(image)[..., 3] // 255, "L").convert("P")
+        indices = Image.fromarray(np.asarray(image)[..., 3] // 255).convert("P")
         indices.putpalette([0, 0, 0] * 2)
         return indices
     return image.convert(mode)
@@ -483,9 +483,9 @@ def test_shards_in_hidden_folders_are_not_read(tmp_path: Path) -> None:
     found = load_dataset("mine", str(root))
     assert (len(found.train), len(found.test)) == (2, 1)
     assert np.array_equal(found.train.images[0].numpy(), np.asarray(picture(20)).transpose(2, 0, 1))
+    assert found.notes == ()
     (root / ".cache").rename(root / "cache")
-    with pytest.raises(UserError, match="configurations"):
-        load_dataset("mine", str(root))
+    assert "configurations cache/huggingface, default, default is read" in notes(root), "a control"
 
 
 @pytest.mark.parametrize("labels", [[-1, -1], [None, None], None])

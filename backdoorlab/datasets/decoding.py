@@ -209,7 +209,7 @@ def turn(image: Any) -> Any:
         return None
     try:
         orientation = image.getexif().get(ORIENTATION)
-    except (*UNREADABLE, KeyError, struct.error):
+    except (*UNREADABLE, KeyError, struct.error, Warning):
         # Damaged metadata do not make the pixels worse.
         return None
     name = TURNS.get(orientation)

@@ -5,6 +5,8 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..errors import UserError
+
 SERVICE_NAMES = frozenset(
     {
         "@eadir",
@@ -55,8 +57,19 @@ def class_folders(folder: Path) -> dict[str, list[Path]]:
     # Sorted first, so that the folders of one class have an order, too.
     for child in sorted(folder.iterdir()):
         if child.is_dir() and not is_service(child.name):
+            refuse_not_utf8(child, folder)
             found.setdefault(unicodedata.normalize("NFC", child.name), []).append(child)
     return dict(sorted(found.items(), key=lambda item: _numbers_first(item[0])))
+
+
+def refuse_not_utf8(path: Path, root: Path) -> None:
+    """Raise a UserError if the part of a path below `root` is not UTF-8."""
+    try:
+        str(path.relative_to(root)).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{os.fsencode(path)!r}: the name is not UTF-8: rename the file or its folder"
+        ) from error
 
 
 def _numbers_first(name: str) -> tuple[bool, int, str]:

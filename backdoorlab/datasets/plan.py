@@ -1,7 +1,6 @@
 """What is read of a user's folder, decided before any image is decoded."""
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..errors import UserError
+from .locations import refuse_not_utf8
 
 MOST_SAID = 5
 """Kinds of files that a note about left-out files names; the rest is a number."""
@@ -61,14 +60,9 @@ class Plan:
         for part in (self.train, self.test):
             digest.update(part.labels.tobytes())
             for file in part.files:
-                try:
-                    # The name, too: it says the class or the split.
-                    digest.update(str(file.relative_to(self.root)).encode())
-                except UnicodeEncodeError as error:
-                    raise UserError(
-                        f"{os.fsencode(file)!r}: the name is not UTF-8: rename the file or its"
-                        " folder"
-                    ) from error
+                # The name, too: it says the class or the split.
+                refuse_not_utf8(file, self.root)
+                digest.update(str(file.relative_to(self.root)).encode())
                 with open(file, "rb") as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
             # So that a file of one part is not one of the other.

@@ -157,7 +157,8 @@ def _by_names(base: Path, files: list[Path]) -> dict[str, Splits]:
     present = [split for splits in groups.values() for split in splits]
     if len(present) == len(set(present)):
         merged = {split: found for splits in groups.values() for split, found in splits.items()}
-        return {DEFAULT: merged} if merged else {}
+        name = next(iter(groups)) if len(groups) == 1 else DEFAULT
+        return {name: merged} if merged else {}
     return groups
 
 

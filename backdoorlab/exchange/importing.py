@@ -191,7 +191,7 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
             "sha256": reading.sha256(source),
             "settings": contents.settings,
         },
-        notes=[*contents.notes, *([tried] if tried else [])],
+        notes=[*dataset.notes, *contents.notes, *([tried] if tried else [])],
     )
 
 
