@@ -98,6 +98,7 @@ def decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
     # The first image decides the shape of all.
     first = decode(items[0])
     out = _room((count, *first.shape))
+    out[0] = first
 
     def work(i: int) -> None:
         image = decode(items[i])
@@ -105,7 +106,7 @@ def decode_all(items: Any, decode: Callable[[Any], np.ndarray]) -> np.ndarray:
         out[i] = image
 
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(work, range(count), chunksize=256):
+        for _ in pool.map(work, range(1, count), chunksize=256):
             pass
     return out
 
