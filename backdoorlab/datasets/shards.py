@@ -140,9 +140,9 @@ def _by_names(base: Path, files: list[Path]) -> dict[str, Splits]:
     # The library's own names: nothing else in the folder counts, whatever it is called.
     numbered: Splits = {}
     for file in files:
-        name = NUMBERED.fullmatch(file.name)
-        if name is not None and file.parent == base / "data":
-            numbered.setdefault(SPLIT_OF.get(name[1].lower(), name[1]), []).append(file)
+        cut = NUMBERED.fullmatch(file.name)
+        if cut is not None and file.parent == base / "data":
+            numbered.setdefault(SPLIT_OF.get(cut[1].lower(), cut[1]), []).append(file)
     if _complete(numbered):
         return {DEFAULT: numbered}
 
