@@ -156,7 +156,7 @@ def drawing(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_drawn_in_alpha_is_seen_on_white(mode: str, tmp_path: Path) -> None:
-    options = {"transparency": 0} if mode == "P" else {}
+    options: dict[str, Any] = {"transparency": 0} if mode == "P" else {}
     done: list[str] = []
     data = encoded(drawing(mode), **options)
     found = decoding.from_bytes(data, tmp_path, None, False, done)
