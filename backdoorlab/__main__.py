@@ -21,6 +21,7 @@ from . import config, models
 from .bench import driver
 from .cli import guarded, run_method
 from .datasets import cache, locations, readers
+from .datasets.inspection import describe_folder
 from .datasets.load import load as load_dataset
 from .device import choose_device
 from .errors import UserError, one_line, suggest
@@ -66,8 +67,13 @@ class List:
 
 @dataclass(frozen=True)
 class Doctor:
-    """Versions, device, disk space and cached data sets of this machine."""
+    """Versions, device, disk space and cached data sets of this machine; or what would be read of a
+    folder of data."""
 
+    dataset_path: str | None = None
+    """Folder of data to look into: splits, classes, sizes, what is left out and why."""
+    dataset_config: str | None = None
+    """Configuration of parquet shards, where that folder has several."""
     record_root: str | None = None
     """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
     ./record."""
@@ -275,7 +281,10 @@ def _changed_by(attack: methods.Method) -> str:
 
 
 def doctor(options: Doctor) -> int:
-    """Print versions, device, disk space and cached data sets."""
+    """Print versions, device, disk space and cached data sets, or what a folder contains."""
+    if options.dataset_path is not None:
+        print(*describe_folder(options.dataset_path, options.dataset_config), sep="\n")
+        return 0
     device = choose_device("auto")
     root = record_root(options.record_root)
     print(f"python      {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -407,7 +416,8 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   pull OWNER/NAME[@COMMIT] --save_folder_name RECORD
                                           download a record and verify it
   list                                    attacks, defenses, data sets and models
-  doctor                                  versions, device, disk space, cached data sets
+  doctor                                  versions, device, disk space, cached data sets; with
+                                          --dataset_path FOLDER: what would be read of it
 
 COMMAND --help shows the options of a command, --version the version of backdoorlab."""
 

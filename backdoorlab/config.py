@@ -24,6 +24,7 @@ WHERE = [
     "result_file",
     "run_name",
     "dataset_path",
+    "dataset_config",
     "device",
     "record_root",
     "yaml_path",
@@ -42,6 +43,9 @@ class MethodConfig:
     dataset_path: str | None = None
     """Folder of the images: parquet shards (columns image or img, and label) or
     train/<class>/*.png. A defense needs it only if the data set is no longer in the cache."""
+    dataset_config: str | None = None
+    """Configuration of parquet shards to read, where the folder has several. None: the only one,
+    or the default."""
     seed: Annotated[int, arg(aliases=["--random_seed"])] = 0
     """Seed of all random numbers."""
     device: str = "auto"

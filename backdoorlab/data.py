@@ -63,6 +63,8 @@ class Dataset:
     class_names: tuple[str, ...]
     fingerprint: str
     """SHA-256 of pixels, labels and class names."""
+    notes: tuple[str, ...] = ()
+    """Sentences on how the images were read, such as what was left out."""
 
     @property
     def num_classes(self) -> int:

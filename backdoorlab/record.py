@@ -147,11 +147,12 @@ class Record:
         """Return types and shapes of the architecture's weights, without taking their memory."""
         return _model_shapes(self.info)
 
-    def dataset(self, path: str | None = None) -> Dataset:
+    def dataset(self, path: str | None = None, configuration: str | None = None) -> Dataset:
         """Find the clean data that the attack started from, by its fingerprint.
 
         Args:
             path: where the data are; needed only if the cache has lost them.
+            configuration: which of several data sets in `path`, as in `load`.
         """
         # The same name can be other data: the fingerprint decides.
         wanted = self.info["dataset"]
@@ -159,7 +160,7 @@ class Record:
         if path is None:
             found = find_dataset(wanted["name"], wanted["fingerprint"], **options)
         else:
-            found = load_dataset(wanted["name"], path, **options)
+            found = load_dataset(wanted["name"], path, configuration=configuration, **options)
         if found.fingerprint != wanted["fingerprint"]:
             raise UserError(
                 f"record {self.name!r} was made on other data: expected fingerprint"

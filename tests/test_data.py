@@ -795,7 +795,7 @@ def _not_parquet(root: Path) -> Path:
 def _bad_cell(root: Path) -> Path:
     shards(root)
     pq.write_table(
-        pa.table({"img": [{"bytes": b"no picture", "path": None}], "label": [0]}),
+        pa.table({"img": [{"bytes": b"no picture", "path": None}] * 2, "label": [0, 1]}),
         root / "train-00000-of-00002.parquet",
     )
     return root
@@ -828,7 +828,8 @@ def _grey_test(root: Path) -> Path:
 def _no_bytes(root: Path) -> Path:
     shards(root)
     pq.write_table(
-        pa.table({"img": [{"path": "x.png"}], "label": [0]}), root / "train-00000-of-00002.parquet"
+        pa.table({"img": [{"path": "x.png"}] * 2, "label": [0, 1]}),
+        root / "train-00000-of-00002.parquet",
     )
     return root
 

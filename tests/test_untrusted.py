@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from backdoorlab.__main__ import main
-from backdoorlab.datasets import cache, readers
+from backdoorlab.datasets import cache, cards
 from backdoorlab.errors import UserError
 from backdoorlab.exchange.verify import verify, verify_record
 from backdoorlab.execution.defense import defense_job, run_defense
@@ -442,7 +442,7 @@ def opened_everywhere(data: bytes, record: Record, root: Path) -> int:
     attempt(lambda: reading.read_tensors(root / "checkpoint-train.safetensors"))
     attempt(lambda: reading.read_json(root / "run.json"))
     attempt(lambda: cache.read_cache(root, "mine"))
-    attempt(lambda: readers._class_names(root, 3))
+    attempt(lambda: cards.names_in_json(root, 3))
     attempt(lambda: read_yaml(root / "mine.yaml"))
     return taken
 

@@ -284,15 +284,24 @@ def _fingerprint(cell: Cell) -> str | None:
     if "--dataset_path" not in cell.flags:
         return None
     wanted = json.loads(cell.settings)
-    name, path = (
-        cell.flags[cell.flags.index(flag) + 1] for flag in ("--dataset", "--dataset_path")
+    name, path, configuration = (
+        cell.flags[cell.flags.index(flag) + 1] if flag in cell.flags else None
+        for flag in ("--dataset", "--dataset_path", "--dataset_config")
     )
-    return _fingerprint_of(name, path, wanted["image_size"], wanted["grey"])
+    return _fingerprint_of(name, path, wanted["image_size"], wanted["grey"], configuration)
 
 
 @lru_cache(maxsize=64)
-def _fingerprint_of(name: str, path: str, image_size: int | None, grey: bool | None) -> str:
-    return load_dataset(name, path, image_size=image_size, grey=grey).fingerprint
+def _fingerprint_of(
+    name: str,
+    path: str,
+    image_size: int | None,
+    grey: bool | None,
+    configuration: str | None,
+) -> str:
+    return load_dataset(
+        name, path, image_size=image_size, grey=grey, configuration=configuration
+    ).fingerprint
 
 
 def _whole_result(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,14 @@ def _dataset(name: str, arrays: Arrays) -> Dataset:
     return Dataset(name, train, test, arrays[4], fingerprint(train, test, arrays[4]))
 
 
-def write_cache(folder: Path, name: str, arrays: Arrays) -> None:
+def write_cache(folder: Path, name: str, arrays: Arrays, notes: Sequence[str] = ()) -> None:
     """Write a data set into the cache.
 
     Args:
         folder: its place in the cache, which does not exist yet.
         name: name of the data set.
         arrays: what a reader returned.
+        notes: what it did to images, for the user.
     """
     dataset = _dataset(name, arrays)
     stage = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -65,6 +67,7 @@ def write_cache(folder: Path, name: str, arrays: Arrays) -> None:
                     name=name,
                     fingerprint=dataset.fingerprint,
                     class_names=dataset.class_names,
+                    notes=list(notes),
                     **counts,
                 )
                 (final / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -119,6 +122,7 @@ def read_cache(folder: Path, name: str) -> Dataset:
 
         # The fingerprint covers every pixel, label and class name.
         class_names = tuple(meta["class_names"])
+        notes = tuple(map(str, meta.get("notes", ())))
         intact = fingerprint(train, test, class_names) == meta["fingerprint"]
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         intact = False
@@ -126,7 +130,7 @@ def read_cache(folder: Path, name: str) -> Dataset:
         raise UserError(
             f"the cached data set {folder} is damaged: delete that folder and run again"
         )
-    return Dataset(name, train, test, class_names, meta["fingerprint"])
+    return Dataset(name, train, test, class_names, meta["fingerprint"], notes)
 
 
 def read_meta(file: Path) -> dict[str, Any]:

@@ -13,6 +13,8 @@ With --dataset_path FOLDER, a data set may have any name. FOLDER has one of two 
 import hashlib
 import json
 import re
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,18 +23,32 @@ from ..data import Dataset, Split
 from ..errors import UserError, suggest
 from ..storage.schema import is_plain
 from .cache import read_cache, read_meta, write_cache
-from .decoding import refuse_different
-from .locations import cache_root, class_files, class_folders, listing, parquet_files, source_key
-from .readers import TORCHVISION, class_images, digits, folder_reader, from_torchvision, read_shards
+from .decoding import SAID_FORMATS, decode_all, from_file, refuse_different
+from .folders import class_images
+from .locations import cache_root, class_folders, listing, parquet_files
+from .readers import (
+    TORCHVISION,
+    digits,
+    from_torchvision,
+    plan_folder,
+    read_plan,
+    shard_images,
+)
+from .shards import read_labels
 
 DEFAULT = "digits"
-READER_VERSION = 4
+READER_VERSION = 5
 """Part of every cache key. Raise it when a change of reading, decoding or resizing changes a
 pixel."""
 
 
 def load(
-    name: str, path: str | None = None, *, image_size: int | None = None, grey: bool | None = None
+    name: str,
+    path: str | None = None,
+    *,
+    image_size: int | None = None,
+    grey: bool | None = None,
+    configuration: str | None = None,
 ) -> Dataset:
     """Load a data set from the cache, else from `path`, else by name.
 
@@ -41,32 +57,43 @@ def load(
         path: folder of images; None reads scikit-learn or torchvision.
         image_size: side in pixels that every image is resized to (bilinear); None keeps the size.
         grey: one channel (True) or three (False); None keeps what the first image has.
+        configuration: which of a folder's several sets of parquet shards to read; None if there is
+            one only, or one is the default.
 
     Raises:
         UserError: there is no such data set, or it cannot be read.
     """
+    # What no reading would make right comes first.
     _refuse_unknown(name, path)
+    if path is None and configuration is not None:
+        raise UserError(
+            f"--dataset_config {configuration}: expected a folder to read it from: pass"
+            " --dataset_path FOLDER, too"
+        )
+    plan = None if path is None else plan_folder(Path(path), configuration)
 
     # The key is made of the content of the source, so that other images are another entry.
     options = dict(image_size=image_size, grey=grey, reader=READER_VERSION)
-    source = (
-        f"{'sklearn' if name == DEFAULT else 'torchvision'}:{name}"
-        if path is None
-        else source_key(Path(path))
-    )
+    source = f"{'sklearn' if name == DEFAULT else 'torchvision'}:{name}"
+    if plan is not None:
+        source = plan.key()
     key = hashlib.sha256(json.dumps([source, options], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_root() / f"{_safe(name)}-{key}"
 
     if not (folder / "meta.json").exists():
-        if path is not None:
-            arrays = folder_reader(Path(path))(Path(path), image_size, grey)
+        notes: tuple[str, ...] = ()
+        if plan is not None:
+            arrays, notes = read_plan(plan, image_size, grey)
         elif name == DEFAULT:
             arrays = digits(image_size or 32, channels=3 if grey is False else 1)
         else:
             arrays = from_torchvision(name, image_size, grey)
         refuse_different(arrays[0], arrays[2])
-        write_cache(folder, name, arrays)
-    return read_cache(folder, name)
+        write_cache(folder, name, arrays, notes)
+
+    # The cache says what was done to images, and not which files lie beside them today.
+    found = read_cache(folder, name)
+    return found if plan is None else replace(found, notes=(*plan.describe(), *found.notes))
 
 
 def _refuse_unknown(name: str, path: str | None) -> None:
@@ -138,10 +165,15 @@ def load_trusted(
         )
     shards = sorted(parquet_files(root))
     if shards:
-        images, labels = read_shards(shards, root, image_size, grey)
+        # Whatever their splits are called: all of the folder is trusted.
+        labels = read_labels(shards, root)
+        images = shard_images(shards, root, image_size, grey)
     else:
-        known = _trusted_classes(root, dataset, f"{flag} {path}")
-        images, labels = class_images(root, known, image_size, grey)
+        part = class_images(root, _trusted_classes(root, dataset, f"{flag} {path}"))
+        if not part.files:
+            raise UserError(f"{root}: no images ({SAID_FORMATS}) in {root}/<class>/")
+        labels = part.labels
+        images = decode_all(part.files, lambda file: from_file(file, image_size, grey))
 
     if images.shape[1:] != dataset.image_shape:
         raise UserError(
@@ -161,13 +193,16 @@ def load_trusted(
 def _trusted_classes(root: Path, dataset: Dataset, where: str) -> tuple[str, ...]:
     """Return the names that folders of trusted images go by, in the order of the labels."""
     classes = class_folders(root)
+
+    # Names of an older cache may be decomposed.
+    names = [unicodedata.normalize("NFC", name) for name in dataset.class_names]
     # One folder with the name of a class settles that they are names and not numbers.
     known = (
         dataset.class_names
-        if set(classes) & set(dataset.class_names)
+        if set(classes) & set(names)
         else tuple(map(str, range(dataset.num_classes)))
     )
-    unknown = [name for name in classes if name not in known]
+    unknown = [name for name in classes if name not in (*names, *known)]
     if unknown or not classes:
         raise UserError(
             f"{where}: expected one folder for each of the {dataset.num_classes} classes of"
@@ -182,11 +217,9 @@ def train_files(path: str) -> list[str] | None:
 
     None where `load` reads no image files.
     """
-    # The same decision as in `folder_reader`.
-    train = Path(path) / "train"
-    if not train.is_dir() or any(parquet_files(Path(path))):
+    if any(parquet_files(Path(path))) or not (Path(path) / "train").is_dir():
         return None
-    return [str(file.relative_to(path)) for file in class_files(train, class_folders(train))[0]]
+    return [str(file.relative_to(path)) for file in plan_folder(Path(path)).train.files]
 
 
 def names() -> list[str]:

@@ -1,13 +1,34 @@
-"""Folders of data, and the files in them that are read."""
+"""Folders of data, and the files in them that a reader may open."""
 
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm")
+SERVICE_NAMES = frozenset(
+    {
+        "@eadir",
+        "@recycle",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "__macosx",
+        "__pycache__",
+        "desktop.ini",
+        "ehthumbs.db",
+        "icon\r",
+        "lost+found",
+        "network trash folder",
+        "system volume information",
+        "temporary items",
+        "thumbs.db",
+    }
+)
+"""Files and folders that storage devices, file managers and archivers make, in lower case. Their
+folders have thumbnails and deleted copies of the images."""
 
 
 _INSTEAD = "set BACKDOORLAB_CACHE to a folder for data sets and timings"
@@ -46,55 +67,56 @@ def data_root() -> Path:
     return Path(os.environ.get("BACKDOORLAB_DATA") or "data")
 
 
-def class_folders(folder: Path) -> list[str]:
-    """List the names of visible folders in a folder: numbers in numerical order, then the others
-    in alphabetical order."""
-    names = (
-        child.name
-        for child in folder.iterdir()
-        if child.is_dir() and not child.name.startswith(".")
-    )
-    # So that "10" comes after "9".
-    return sorted(
-        names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)
-    )
+def is_service(name: str) -> bool:
+    """Return whether a name is hidden (.name), or one of SERVICE_NAMES."""
+    return name.startswith(".") or name.lower() in SERVICE_NAMES
 
 
-def class_files(folder: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
-    """List the images in <folder>/<class>/ in order.
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """Map the classes in a folder to their folders: numbers in numerical order, then the others in
+    alphabetical order.
 
-    Returns:
-        (files, labels): a label is a position in `classes`.
+    A class has several folders if their names differ only in the Unicode form of a letter. macOS
+    decomposes letters with accents, other systems do not.
     """
-    files: list[Path] = []
-    labels: list[int] = []
-    for number, name in enumerate(classes):
-        found = _images_in(folder / name)
-        files += found
-        labels += [number] * len(found)
-    return files, labels
+    found: dict[str, list[Path]] = {}
+    # Sorted first, so that the folders of one class have an order, too.
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not is_service(child.name):
+            refuse_not_utf8(child, folder)
+            found.setdefault(unicodedata.normalize("NFC", child.name), []).append(child)
+    return dict(sorted(found.items(), key=lambda item: _numbers_first(item[0])))
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """List the images anywhere below a folder, in order of their paths."""
-    # Hidden files are copies by notebooks, or leftovers of macOS, and no images of the class.
-    images = (file for file in _files_below(folder) if file.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(
-        file
-        for file in images
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-    )
+def refuse_not_utf8(path: Path, root: Path) -> None:
+    """Raise a UserError if the part of a path below `root` is not UTF-8."""
+    try:
+        str(path.relative_to(root)).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{os.fsencode(path)!r}: the name is not UTF-8: rename the file or its folder"
+        ) from error
+
+
+def _numbers_first(name: str) -> tuple[bool, int, str]:
+    # So that "10" comes after "9".
+    return not name.isdecimal(), int(name) if name.isdecimal() else 0, name
 
 
 def parquet_files(folder: Path) -> Iterator[Path]:
     """Yield the parquet files anywhere below a folder, in no order."""
-    return (file for file in _files_below(folder) if file.suffix == ".parquet")
+    return (file for file in files_below(folder) if file.suffix == ".parquet")
 
 
-def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield every file anywhere below a folder, following links.
+def files_below(
+    folder: Path, service: list[Path] | None = None, above: frozenset[str] = frozenset()
+) -> Iterator[Path]:
+    """Yield every file anywhere below a folder that is not hidden, following links.
 
-    What is read and what is hashed for the cache key both go by this function.
+    Args:
+        folder: where to look.
+        service: if given, gets the files and folders that are left out by their name.
+        above: real paths of the folders that contain this one.
     """
     real = os.path.realpath(folder)
     # A link to a folder that contains it would be followed for ever.
@@ -103,8 +125,11 @@ def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
 
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
-                yield from _files_below(Path(entry.path), above | {real})
+            if is_service(entry.name):
+                if service is not None:
+                    service.append(Path(entry.path))
+            elif entry.is_dir():
+                yield from files_below(Path(entry.path), service, above | {real})
             elif entry.is_file():
                 yield Path(entry.path)
 
@@ -113,24 +138,3 @@ def listing(path: Path) -> str:
     """Return the first five names in a folder as text, for error messages."""
     entries = sorted(entry.name for entry in path.iterdir())
     return ", ".join(entries[:5]) + (" ..." if len(entries) > 5 else "") if entries else "nothing"
-
-
-def source_key(path: Path) -> str:
-    """Return the SHA-256 over the names and contents of every file that a reader may open."""
-    digest = hashlib.sha256()
-    for file in _source_files(path):
-        try:
-            # The name, too: it says the class or the split.
-            digest.update(str(file.relative_to(path)).encode())
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{os.fsencode(file)!r}: the name is not UTF-8: rename the file or its folder"
-            ) from error
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _source_files(path: Path) -> list[Path]:
-    suffixes = (".parquet", ".json", *IMAGE_SUFFIXES)
-    return sorted(file for file in _files_below(path) if file.suffix.lower() in suffixes)

@@ -1,9 +1,7 @@
-"""Readers of data sets, one for each kind of source: scikit-learn, torchvision, parquet shards,
-image folders."""
+"""Readers of data sets, one for each kind of source: scikit-learn, torchvision, a user's folder."""
 
-import json
-import re
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,11 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from ..storage.reading import is_count
-from .decoding import Arrays, decode_all, from_bytes, from_file, from_pil
-from .locations import IMAGE_SUFFIXES, class_files, class_folders, data_root, listing, parquet_files
-
-MOST_CLASSES = 2**16
-"""Labels from here on are refused unless there are as many images: every class up to the largest
-label takes memory in the network."""
+from .decoding import ON_WHITE, TURNED, Arrays, decode_all, from_bytes, from_file, from_pil
+from .folders import plan_images
+from .locations import class_folders, data_root, listing, parquet_files
+from .plan import Plan
+from .shards import plan_shards, read_cells
 
 
 def digits(image_size: int, channels: int) -> Arrays:
@@ -154,196 +150,106 @@ def _require_network(name: str, root: Path) -> None:
     )
 
 
-def folder_reader(path: Path) -> Callable[[Path, int | None, bool | None], Arrays]:
-    """Return the reader for a folder: of parquet shards where it has some, else of images."""
+def plan_folder(path: Path, wanted: str | None = None) -> Plan:
+    """Plan what is read of a user's folder: parquet shards where it has some, else images.
+
+    Args:
+        path: the folder.
+        wanted: the configuration of parquet shards to read, as --dataset_config names it.
+
+    Raises:
+        UserError: the folder has neither layout, or something in it does not fit.
+    """
     if any(parquet_files(path)):
-        return _parquet
+        return plan_shards(path, wanted)
+    if wanted is not None:
+        raise UserError(
+            f"--dataset_config {wanted}: expected parquet shards in {path}, found {listing(path)}:"
+            " leave it out, or give the folder of the shards"
+        )
     if (path / "train").is_dir() and class_folders(path / "train"):
-        return _image_folder
+        return plan_images(path)
     raise UserError(
         f"--dataset_path {path}: expected *.parquet shards or train/<class>/*.png in it, found"
         f" {listing(path)}"
     )
 
 
-def _parquet(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
-    """Read parquet shards of the Hugging Face hub, anywhere below a folder.
+def read_plan(
+    plan: Plan, image_size: int | None, grey: bool | None
+) -> tuple[Arrays, tuple[str, ...]]:
+    """Decode the images of a plan; `image_size` and `grey` as in `load.load`.
 
-    Their names say the split: train*.parquet, and test*.parquet or validation*.parquet.
+    Returns:
+        (the arrays, sentences on what was done to images).
     """
-    shards = sorted(parquet_files(path))
+    done: list[str] = []
+    images = [
+        _decoded(plan, part.files, image_size, grey, done) for part in (plan.train, plan.test)
+    ]
+    refuse_equal(images[0], plan.train.labels, plan.class_names)
+    arrays = images[0], plan.train.labels, images[1], plan.test.labels, plan.class_names
 
-    def of(split: str) -> list[Path]:
-        # A word in the name must begin so: "latest" is no test set.
-        return [shard for shard in shards if re.search(rf"(?<![a-z]){split}", shard.name.lower())]
-
-    train, test = of("train"), of("test") or of("val")
-    both = sorted({*train} & {*test})
-    if both:
-        raise UserError(
-            f"{both[0]}: its name says training and test set: expected train*.parquet and"
-            " test*.parquet"
-        )
-    if not train or not test:
-        raise UserError(
-            f"--dataset_path {path}: expected shards named train*.parquet and test*.parquet, found"
-            f" {listing(path)}"
-        )
-
-    parts = [read_shards(files, path, image_size, grey) for files in (train, test)]
-    # The classes are those of the training set.
-    strange = sorted(set(parts[1][1].tolist()) - set(parts[0][1].tolist()))
-    if strange:
-        raise UserError(
-            f"{test[0]}: no training image has the label {strange[0]} ({len(strange)} such labels):"
-            " expected every class in the training set, pass a folder with all its shards"
-        )
-    return *parts[0], *parts[1], _class_names(path, int(parts[0][1].max()) + 1)
+    # Said once for all images, however many there are.
+    counts = Counter(done)
+    texts = {
+        TURNED: "images are turned upright, as their EXIF orientation says",
+        ON_WHITE: "images have transparent pixels, and are put on white",
+    }
+    notes = [f"{counts[change]:,} {text}" for change, text in texts.items() if counts[change]]
+    return arrays, tuple(notes)
 
 
-def read_shards(
-    files: list[Path], path: Path, image_size: int | None, grey: bool | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read parquet shards.
+def _decoded(
+    plan: Plan,
+    files: Sequence[Path],
+    image_size: int | None,
+    grey: bool | None,
+    done: list[str],
+) -> np.ndarray:
+    """Decode the images of one part of a plan: uint8 (N, C, H, W)."""
+    if plan.kind == "shards":
+        return shard_images(files, plan.root, image_size, grey, done)
+    return decode_all(files, lambda file: from_file(file, image_size, grey, done))
+
+
+def shard_images(
+    files: Sequence[Path],
+    path: Path,
+    image_size: int | None,
+    grey: bool | None,
+    done: list[str] | None = None,
+) -> np.ndarray:
+    """Decode the images of parquet shards: uint8 (N, C, H, W).
 
     Args:
         files: the shards, in the order of the result.
         path: the folder that the user gave, for errors.
         image_size: side in pixels to resize to; None keeps the size.
         grey: one channel (True) or three (False); None decides by each image.
-
-    Returns:
-        (images uint8 (N, C, H, W), labels int64 (N,)).
+        done: as in `from_pil`.
     """
-    import pyarrow.parquet as pq
+    # An empty cell fails when it is decoded.
+    encoded = [cell for file in files for cell in read_cells(file)]
+    return decode_all(encoded, lambda cell: from_bytes(cell, path, image_size, grey, done))
 
-    encoded: list[bytes] = []
-    labels: list[int] = []
-    for file in files:
-        # The schema alone tells whether the columns are there, before data are read.
-        try:
-            schema = pq.read_schema(file)
-            image_column = _column(file, schema.names, ("img", "image"))
-            label_column = _column(file, schema.names, ("label", "labels", "fine_label"))
-            table = pq.read_table(file, columns=[image_column, label_column])
-        except (OSError, ValueError) as error:
-            if isinstance(error, UserError):
-                raise
+
+def refuse_equal(images: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> None:
+    """Raise a UserError if all images of a class are equal, as black squares are.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,).
+        class_names: names of the classes, by label.
+    """
+    order = np.argsort(labels, kind="stable")
+    ends = np.flatnonzero(np.diff(labels[order])) + 1
+    for members in np.split(order, ends):
+        # Two images that differ settle it for nearly every class.
+        first = images[members[0]]
+        if len(members) > 1 and all(np.array_equal(first, images[i]) for i in members[1:]):
+            name = class_names[labels[members[0]]]
             raise UserError(
-                f"{file}: not a readable parquet file ({error}): fetch it again"
-            ) from error
-
-        # The hub stores an image as {bytes, path}. An empty cell fails when it is decoded.
-        encoded += [
-            cell.get("bytes") or b"" if isinstance(cell, dict) else cell
-            for cell in table[image_column].to_pylist()
-        ]
-        labels += table[label_column].to_pylist()
-
-    return decode_all(encoded, lambda item: from_bytes(item, path, image_size, grey)), _labels(
-        labels, path
-    )
-
-
-def _image_folder(path: Path, image_size: int | None, grey: bool | None) -> Arrays:
-    """Read train/<class>/*.png with test/ or val/ beside it.
-
-    The classes are in alphabetical order, or in numerical order where they are numbers.
-    """
-    classes = class_folders(path / "train")
-    test = next(
-        (path / n for n in ("test", "val", "valid", "validation") if (path / n).is_dir()), None
-    )
-    if test is None:
-        raise UserError(
-            f"--dataset_path {path}: expected test/ or val/ beside train/, found {listing(path)}"
-        )
-
-    strange = sorted(set(class_folders(test)) - set(classes))
-    if strange:
-        raise UserError(
-            f"{test / strange[0]}: no folder of this name in train/, whose folders are the classes:"
-            f" {', '.join(classes[:5])}"
-        )
-
-    parts = [class_images(folder, classes, image_size, grey) for folder in (path / "train", test)]
-    # A class without images would still be an output of the network.
-    bare = sorted(set(range(len(classes))) - set(parts[0][1].tolist()))
-    if bare:
-        raise UserError(
-            f"{path / 'train' / classes[bare[0]]}: no images ({' '.join(IMAGE_SUFFIXES)}); each"
-            " folder in train/ is a class"
-        )
-    return *parts[0], *parts[1], tuple(classes)
-
-
-def class_images(
-    folder: Path, classes: Sequence[str], image_size: int | None, grey: bool | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Read <folder>/<class>/*.png.
-
-    Returns:
-        (images uint8 (N, C, H, W), labels int64 (N,)): a label is a position in `classes`.
-    """
-    files, labels = class_files(folder, classes)
-    if not files:
-        raise UserError(f"{folder}: no images ({' '.join(IMAGE_SUFFIXES)}) in {folder}/<class>/")
-    return decode_all(files, lambda item: from_file(item, image_size, grey)), np.asarray(
-        labels, dtype=np.int64
-    )
-
-
-def _labels(labels: Any, path: Path) -> np.ndarray:
-    """Return labels as int64 (N,), and refuse missing, negative and implausible ones."""
-    wrong = [label for label in labels if not is_count(label)]
-    if wrong:
-        raise UserError(
-            f"{path}: labels must be whole numbers from 0 on, found {str(wrong[0])[:60]!r}: write"
-            " the classes as their numbers"
-        )
-    most = max(labels, default=0)
-    if most >= max(MOST_CLASSES, len(labels)):
-        raise UserError(
-            f"{path}: found label {most} among {len(labels):,} images: expected the classes as"
-            " numbers from 0 on, without gaps"
-        )
-    return np.asarray(labels, dtype=np.int64)
-
-
-def _class_names(path: Path, count: int) -> tuple[str, ...]:
-    """Read the names of `count` classes from a folder's classes.json.
-
-    It may be a list of names, a list of {label, name}, or an object {number: name}, also under the
-    key "classes" or "names". Without the file, the numbers are the names.
-    """
-    file = path / "classes.json"
-    if not file.exists():
-        return tuple(str(number) for number in range(count))
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
-
-    # Each accepted form is brought to a list in the order of the labels.
-    if isinstance(found, dict):
-        found = found.get("classes", found.get("names", found))
-    if isinstance(found, dict):
-        found = [found.get(str(number), str(number)) for number in range(count)]
-    if not isinstance(found, list):
-        raise UserError(f"{file}: expected a list of class names, found {type(found).__name__}")
-    if all(isinstance(entry, dict) and "name" in entry for entry in found):
-        if not all(is_count(entry.get("label", 0)) for entry in found):
-            raise UserError(f"{file}: expected whole numbers as labels beside the names")
-        found = [entry["name"] for entry in sorted(found, key=lambda entry: entry.get("label", 0))]
-
-    if len(found) < count:
-        raise UserError(f"{file}: {len(found)} class names, but labels up to {count - 1}")
-    return tuple(str(name) for name in found)
-
-
-def _column(file: Path, columns: list[str], wanted: tuple[str, ...]) -> str:
-    """Return the first of the wanted columns that a shard has."""
-    for name in wanted:
-        if name in columns:
-            return name
-    raise UserError(f"{file}: expected a column {' or '.join(wanted)}, found {', '.join(columns)}")
+                f"class {name}: all {len(members):,} training images are equal after decoding:"
+                " expected different pictures, look at the files"
+            )

@@ -56,6 +56,9 @@ class Import:
     dataset_path: str | None = None
     """Folder of the data that the model was trained on: parquet shards, or train/<class>/*.png and
     test/<class>/*.png."""
+    dataset_config: str | None = None
+    """Configuration of parquet shards to read, where that folder has several. None: the only one,
+    or the default."""
     image_size: int | None = None
     """Side in pixels that all images are resized to; None keeps the data set's own. Your own model
     only."""
@@ -188,7 +191,7 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
             "sha256": reading.sha256(source),
             "settings": contents.settings,
         },
-        notes=[*contents.notes, *([tried] if tried else [])],
+        notes=[*dataset.notes, *contents.notes, *([tried] if tried else [])],
     )
 
 
@@ -199,7 +202,7 @@ def _dataset_of(contents: backdoorbench.Contents, options: Import) -> Dataset:
     # A path settles which data are meant; a name alone is looked up in the cache first.
     dataset = None if options.dataset_path else _cached(name, contents)
     if dataset is None:
-        dataset = load_dataset(name, options.dataset_path, image_size=height, grey=channels == 1)
+        dataset = _read_data(name, options, height, channels == 1)
 
     if dataset.image_shape != contents.image_shape:
         raise UserError(
@@ -252,7 +255,7 @@ def _from_weights(options: Import, device: torch.device) -> Found:
 
     name = options.dataset or Path(options.dataset_path or "").resolve().name
     image_size, grey = options.image_size, options.grey
-    dataset = load_dataset(name, options.dataset_path, image_size=image_size, grey=grey)
+    dataset = _read_data(name, options, image_size, grey)
 
     model, built, tried = fit(
         weights,
@@ -267,6 +270,7 @@ def _from_weights(options: Import, device: torch.device) -> Found:
     )
     notes = [
         "whether and how the model and its data were attacked is not known",
+        *dataset.notes,
         *([tried] if tried else []),
     ]
 
@@ -298,6 +302,17 @@ def _from_weights(options: Import, device: torch.device) -> Found:
         seed=0,
         source={"format": path.suffix.lstrip("."), "sha256": reading.sha256(path)},
         notes=notes,
+    )
+
+
+def _read_data(name: str, options: Import, image_size: int | None, grey: bool | None) -> Dataset:
+    """Load the data set in the user's folder, or by its name; the rest as in `load`."""
+    return load_dataset(
+        name,
+        options.dataset_path,
+        image_size=image_size,
+        grey=grey,
+        configuration=options.dataset_config,
     )
 
 

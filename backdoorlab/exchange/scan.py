@@ -37,6 +37,9 @@ class Scan:
     now (and kept for the next scan)."""
     dataset_path: str | None = None
     """Folder of the data, train/<class>/*.png: the list then names files."""
+    dataset_config: str | None = None
+    """Configuration of parquet shards to read, where that folder has several. None: the only one,
+    or the default."""
     out: str | None = None
     """Folder for flagged.csv and flagged.png; default record/NAME/scan/."""
     device: str = "auto"
@@ -54,7 +57,7 @@ def scan(options: Scan) -> int:
     if options.name is None:
         raise UserError("NAME is missing: which record to scan")
     record = Record.load(options.name, record_root(options.record_root))
-    dataset = record.dataset(options.dataset_path)
+    dataset = record.dataset(options.dataset_path, options.dataset_config)
     flagged, notes = _found(record, options)
     train = record.train_poison.apply(dataset.train)
     names = None if options.dataset_path is None else train_files(options.dataset_path)
@@ -217,7 +220,9 @@ def _searched(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
     dau = methods.load("defense", "dau")
     argv = ["--result_file", record.name, "--record_root", str(record.folder.parent)]
     argv += ["--run_name", "scan", "--device", options.device]
-    argv += ["--dataset_path", options.dataset_path] if options.dataset_path else []
+    for flag in ("dataset_path", "dataset_config"):
+        value = getattr(options, flag)
+        argv += [f"--{flag}", value] if value else []
     job = defense_job(dau, argv, "backdoorlab scan")
 
     # The same device, precision and random numbers as in a run of the defense.

@@ -155,7 +155,11 @@ def prepare(job: Job) -> Prepared:
     if isinstance(config, TriggerConfig):
         _check_poisoning(config, job.method.name)
     dataset = load_dataset(
-        config.dataset, config.dataset_path, image_size=config.image_size, grey=config.grey
+        config.dataset,
+        config.dataset_path,
+        image_size=config.image_size,
+        grey=config.grey,
+        configuration=config.dataset_config,
     )
     if isinstance(config, TriggerConfig):
         check_target(config.target_label, dataset.num_classes)
@@ -266,13 +270,15 @@ def _info(
 
 
 def _introduce(prepared: Prepared, run: Run) -> None:
-    """Print what is run on what, and note classes without training images."""
+    """Print what is run on what, and note how the images were read and which classes have none."""
     dataset = prepared.dataset
     prepared.job.say_settings(run)
     run.say(
         f"{prepared.job.method.name} on {dataset.name}: {len(dataset.train):,} training images"
         f" {dataset.image_shape}, {prepared.device}, {prepared.choice.describe()}"
     )
+    for note in dataset.notes:
+        run.note(note)
     # Folders named 0 and 5 make six classes, four of them without images.
     seen = set(dataset.train.labels.tolist())
     absent = [name for label, name in enumerate(dataset.class_names) if label not in seen]

@@ -164,7 +164,7 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
     """
     config: DefenseConfig = job.config
     device = choose_device(config.device)
-    dataset = found.dataset(config.dataset_path)
+    dataset = found.dataset(config.dataset_path, config.dataset_config)
 
     # A continued run must start from the same record and the same trusted images.
     inputs = {"record": reading.sha256(found.folder / "record.json")}
@@ -409,7 +409,7 @@ def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str
     if not (target / "result.json").exists():
         raise UserError(f"{target}: no finished run to test; run without --subtask test first")
     device = choose_device(config.device)
-    dataset = found.dataset(config.dataset_path)
+    dataset = found.dataset(config.dataset_path, config.dataset_config)
     result = record.read_result(target)
     model = found.model()
     record.load_weights(model, target / "model.safetensors", result["files"], found.model_shapes())

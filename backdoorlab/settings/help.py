@@ -14,7 +14,7 @@ import tyro
 
 from ..config import RUN_OPTIONS, DefenseConfig, MethodConfig, SeedsConfig, TrainingConfig
 
-OF_THE_RUN = RUN_OPTIONS - {"dataset_path"} | {"seed", "precision", "score_every"}
+OF_THE_RUN = RUN_OPTIONS - {"dataset_path", "dataset_config"} | {"seed", "precision", "score_every"}
 """Fields of the last group: where and how to run."""
 REQUIRED = ("save_folder_name", "result_file")
 """Fields of that group without a usable default, which come first in it."""
