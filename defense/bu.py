@@ -30,6 +30,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, batches, to_bytes, to_device
 from backdoorlab.errors import UserError
+from backdoorlab.guard import GuardConfig, guarded_epochs
 from backdoorlab.mesa import RecoveryConfig, hit_rate, recover_triggers, stamp, trigger_shape
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
@@ -41,7 +42,7 @@ CLOSE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RecoveryConfig, DefenseConfig):
+class Config(RecoveryConfig, GuardConfig, DefenseConfig):
     held_out: float = 0.2
     """Share of the trusted images that neither recovery nor unlearning trains on."""
     accept: float = 0.5
@@ -190,7 +191,9 @@ def unlearn(
     torch.backends.cudnn.benchmark = False
     before = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.SGD(weights, lr=config.lr, momentum=config.momentum, fused=True)
-    for _ in run.epochs("unlearn", config.epochs, model=model, optimizer=optimizer):
+    for _ in guarded_epochs(
+        run, "unlearn", config.epochs, held_out, config, model=model, optimizer=optimizer
+    ):
         model.eval()
         if config.penalty == "weighted":
             omega = importance(model, search, config, run)
