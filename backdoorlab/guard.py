@@ -1,20 +1,24 @@
-"""The guard of a repair: where trusted images show harm, back to the weights before it, slower.
+"""The guard of a repair: where trusted images show harm, back to the last good weights, slower.
 
 A defense that tunes the poisoned model on a few trusted images can destroy it: at a rate that suits
 other data, or with an unlucky batch. The defender sees it on these images, so no repair has to end
 there. After each epoch
   1. count the trusted images that the model classifies right, as it is used: in evaluation mode,
      without augmentation, in fp32.
-  2. If they are too few (`guard_drop`), put weights and learning rate back to where they were
-     before the epoch, forget the optimizer's averages, lower the rate, and repeat the epoch.
-  3. After `guard_retreats` of these, end the stage with the last good weights.
+  2. If they are about as many as the attacked model's (`guard_drop`), remember these weights.
+  3. If they are far fewer (`guard_dip`), or it was the last epoch and they are fewer, put back
+     the weights remembered last, with the learning rate of that time made lower, forget the
+     optimizer's averages, and go through the epochs since then again.
+  4. After `guard_retreats` of these, end the stage with the weights remembered last.
 
+The limit in between is a wide one because methods that unlearn lose accuracy and win it back.
 No random number is drawn for it and no batch statistics move, so that a run in which it never steps
 in ends in the same weights as without it.
 """
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -40,17 +44,20 @@ class GuardConfig:
     """Settings of the guard. A method inherits these fields, which makes them its flags."""
 
     guard_drop: float | None = 0.15
-    """Share of the attacked model's accuracy on the trusted images that a pass may take away; more,
-    beyond a 95 % interval, and the pass is repeated from the weights before it at a lower rate.
-    Higher lets the method do more harm. None: no guard."""
+    """Share of the attacked model's accuracy on the trusted images that the method may cost in the
+    end. If it costs more, beyond a 95 % interval, it goes back to its last good weights, and goes
+    on at a lower rate. Higher lets it do more harm. None: no guard."""
+    guard_dip: float = 0.5
+    """The same share before the last epoch; higher waits longer for accuracy to come back."""
     guard_factor: float = 0.5
-    """What the learning rate is multiplied by at each of these retreats."""
+    """What the learning rate is multiplied by each time that it goes back."""
     guard_retreats: int = 6
-    """Retreats after which the method ends with the last good weights; more let it find a lower
-    rate, and cost a pass each."""
+    """Times that it may go back, before it ends with its last good weights. More let it find a
+    lower rate, and cost the epochs that are repeated."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "guard_drop": "(0, 1)",
+        "guard_dip": "(0, 1)",
         "guard_factor": "(0, 1)",
         "guard_retreats": ">= 0",
     }
@@ -62,12 +69,11 @@ def guarded_epochs(
     total: int,
     trusted: Split,
     config: GuardConfig,
-    *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: LRScheduler | None = None,
 ) -> Iterator[int]:
-    """Count epochs as `run.epochs` does, and repeat one that has harmed the model, slower.
+    """Count epochs as `run.epochs` does, and repeat those that have harmed the model, slower.
 
     The body of the loop must change nothing but the model, the optimizer and the schedule.
 
@@ -82,7 +88,7 @@ def guarded_epochs(
         schedule: of that rate.
 
     Yields:
-        The number of the epoch, once more for each time that it is repeated.
+        The number of the epoch, once more each time that it is repeated.
     """
     states: dict[str, Any] = {"optimizer": optimizer}
     if schedule is not None:
@@ -93,11 +99,12 @@ def guarded_epochs(
 
     guard = _Guard(model, optimizer, schedule, trusted, config, config.guard_drop, run)
     for epoch in run.epochs(stage, total, model=model, **states, guard=guard):
-        good = False
-        while not good:
-            kept = guard.copy()
-            yield epoch
-            good = guard.is_good() or guard.retreat(kept, epoch)
+        # Behind `epoch` after a retreat: epochs since the good one are gone through again.
+        at = epoch
+        while at <= epoch:
+            yield at
+            fine = guard.judge(at, last=at + 1 == total or run.ending)
+            at = at + 1 if fine else guard.retreat(at)
         run.log(trusted_accuracy=guard.accuracy)
 
 
@@ -114,56 +121,74 @@ class _Guard:
         drop: float,
         run: Run,
     ) -> None:
-        """Measure the attacked model. `drop` is the config's `guard_drop`."""
+        """Measure and remember the attacked model. `drop` is the config's `guard_drop`."""
         self._model, self._optimizer, self._schedule = model, optimizer, schedule
         self._config, self._drop, self._run = config, drop, run
         step = math.ceil(len(trusted) / ENOUGH)
         self._judged = trusted.subset(torch.arange(0, len(trusted), step))
+
         self._retreats = 0
-        self._before = self._last = self._now = self._right()
+        self._before = self._now = self._right()
+        self._good = self._copy(0)
 
     @property
     def accuracy(self) -> float:
-        """Of the last good weights, on the trusted images."""
-        return self._last / len(self._judged)
+        """Accuracy of the model on the trusted images, when it was judged last."""
+        return self._now / len(self._judged)
 
-    def is_good(self) -> bool:
-        """Measure the model after a pass."""
-        self._now = self._right()
-        if harmed(self._now, self._before, len(self._judged), self._drop):
-            return False
-        self._last = self._now
-        return True
+    def judge(self, epoch: int, *, last: bool) -> bool:
+        """Measure the model after an epoch; tell whether the stage may go on, or end, with it."""
+        self._now, count = self._right(), len(self._judged)
+        if not harmed(self._now, self._before, count, self._drop):
+            self._good = self._copy(epoch + 1)
+            return True
+        return not last and not harmed(self._now, self._before, count, self._config.guard_dip)
 
-    def retreat(self, kept: dict[str, Any], epoch: int) -> bool:
-        """Undo a pass and lower the rate; end the stage, and return True, if that was too often."""
-        # What was watched in the pass, or said of the stage's end, counts no more.
-        self._put_back(kept)
-        self._run.forget()
+    def retreat(self, epoch: int) -> int:
+        """Go back to the last good weights, at a lower rate.
 
+        Returns:
+            the epoch to go on with; one that is never reached if it was tried too often.
+        """
         limit, factor = self._config.guard_retreats, self._config.guard_factor
-        if self._retreats < limit:
+        left, given_up = self.accuracy, self._retreats >= limit
+        self._put_back(self._good)
+
+        # What was watched since then, and that the stage should end, counts no more.
+        self._run.forget()
+        back = int(self._good["epoch"])
+        where = f"as they were after epoch {back}" if back else "of the attacked model"
+        if given_up:
+            then = f"the method ends with them, after {limit} retreats"
+            self._run.end_stage()
+        else:
             self._retreats += 1
-            self._slow_down()
-            self._say(
-                epoch,
-                f"the pass is repeated at {factor:g} times the learning rate (retreat"
-                f" {self._retreats} of {limit})",
+            self._slow_down(factor)
+            then = (
+                f"the epochs since then are repeated at {factor:g} times the learning rate"
+                f" (retreat {self._retreats} of {limit})"
             )
-            return False
+        count = len(self._judged)
+        self._run.note(
+            f"epoch {epoch + 1} left {100 * left:.1f} % of {count} trusted images classified right,"
+            f" the attacked model {100 * self._before / count:.1f} %: the weights {where} are put"
+            f" back, and {then}"
+        )
+        return sys.maxsize if given_up else back
 
-        self._say(epoch, f"the method ends there, after {limit} retreats")
-        self._run.end_stage()
-        return True
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return {
+            "retreats": self._retreats,
+            "before": self._before,
+            "now": self._now,
+            "good": self._good,
+        }
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the state for a checkpoint; lowered rates are in optimizer and schedule."""
-        return {"retreats": self._retreats, "before": self._before, "last": self._last}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of a checkpoint."""
         self._retreats, self._before = state["retreats"], state["before"]
-        self._last = state["last"]
+        self._now, self._good = state["now"], state["good"]
 
     # --- inside
 
@@ -180,44 +205,41 @@ class _Guard:
             module.training = mode
         return right
 
-    def copy(self) -> dict[str, Any]:
-        """Copy what a pass changes, but for the optimizer's averages."""
+    def _copy(self, epoch: int) -> dict[str, Any]:
+        """Copy what epochs change, but for the optimizer's averages; `epoch` is the next one."""
         groups = [
             {key: group[key] for key in RATES if key in group}
             for group in self._optimizer.param_groups
         ]
         return copy.deepcopy(
             {
-                "model": self._model.state_dict(),
+                "epoch": epoch,
+                "right": self._now,
+                "model": dict(self._model.state_dict()),
                 "rates": groups,
                 "schedule": self._schedule.state_dict() if self._schedule else None,
             }
         )
 
-    def _put_back(self, kept: dict[str, Any]) -> None:
+    def _put_back(self, good: dict[str, Any]) -> None:
         """Restore a copy. The optimizer's averages are dropped: they are of a rate too high."""
-        self._model.load_state_dict(kept["model"])
+        self._now = good["right"]
+        self._model.load_state_dict(good["model"])
         self._optimizer.state.clear()
-        for group, rates in zip(self._optimizer.param_groups, kept["rates"], strict=True):
+        for group, rates in zip(self._optimizer.param_groups, good["rates"], strict=True):
             group.update(rates)
         if self._schedule:
-            self._schedule.load_state_dict(kept["schedule"])
+            self._schedule.load_state_dict(copy.deepcopy(good["schedule"]))
 
-    def _slow_down(self) -> None:
+    def _slow_down(self, factor: float) -> None:
         """Multiply the learning rate, now and in what is left of the schedule."""
-        factor = self._config.guard_factor
         for group in self._optimizer.param_groups:
             group.update({key: factor * group[key] for key in RATES if key in group})
         if self._schedule and hasattr(self._schedule, "base_lrs"):
             self._schedule.base_lrs = [factor * rate for rate in self._schedule.base_lrs]
 
-    def _say(self, epoch: int, then: str) -> None:
-        count = len(self._judged)
-        self._run.note(
-            f"pass {epoch + 1} left {100 * self._now / count:.1f} % of {count} trusted images"
-            f" classified right, the attacked model {100 * self._before / count:.1f} %: the weights"
-            f" before it are put back, and {then}"
-        )
+        # Another retreat begins with the rate that this one has lowered.
+        self._good = self._copy(self._good["epoch"])
 
 
 def harmed(right: int, before: int, count: int, drop: float) -> bool:

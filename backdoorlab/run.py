@@ -276,6 +276,11 @@ class Run:
                 )
         self._logged |= values
 
+    @property
+    def ending(self) -> bool:
+        """Whether the current epoch is the last of its stage by `end_stage`."""
+        return self._ended
+
     def forget(self) -> None:
         """Drop what this epoch has watched and logged so far, and `end_stage`: it is repeated."""
         self._sums.clear()

@@ -191,9 +191,7 @@ def unlearn(
     torch.backends.cudnn.benchmark = False
     before = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.SGD(weights, lr=config.lr, momentum=config.momentum, fused=True)
-    for _ in guarded_epochs(
-        run, "unlearn", config.epochs, held_out, config, model=model, optimizer=optimizer
-    ):
+    for _ in guarded_epochs(run, "unlearn", config.epochs, held_out, config, model, optimizer):
         model.eval()
         if config.penalty == "weighted":
             omega = importance(model, search, config, run)

@@ -76,14 +76,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     forward = Forward(model.train(), run, trusted, steps, *sizes)
 
     for _ in guarded_epochs(
-        run,
-        "finetune",
-        config.epochs,
-        trusted,
-        config,
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
+        run, "finetune", config.epochs, trusted, config, model, optimizer, schedule
     ):
         model.train()
         for batch in batches(

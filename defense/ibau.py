@@ -129,14 +129,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         return loss(model, config, run, batch.images, batch.labels, delta * carrying)
 
     for _ in guarded_epochs(
-        run,
-        "unlearn",
-        config.n_rounds,
-        trusted,
-        config,
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
+        run, "unlearn", config.n_rounds, trusted, config, model, optimizer, schedule
     ):
         # Step 1: delta raises the loss of all images.
         model.eval()

@@ -102,14 +102,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, amsgrad=True, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, config.n_rounds))
     for _ in guarded_epochs(
-        run,
-        "unlearn",
-        config.n_rounds,
-        trusted,
-        config,
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
+        run, "unlearn", config.n_rounds, trusted, config, model, optimizer, schedule
     ):
         model.eval()
         for batch in batches(

@@ -82,9 +82,9 @@ class Repair:
             4,
             self.split,
             config,
-            model=self.model,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
+            self.model,
+            self.optimizer,
+            self.schedule,
         ):
             self.model.train()
             self.rates.append(self.optimizer.param_groups[0]["lr"])
@@ -264,9 +264,7 @@ def test_of_many_trusted_images_a_thousand_are_enough(tmp_path: Path) -> None:
 
     model, run = Counting(), Run(tmp_path, seed=0, device=CPU)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for _ in guarded_epochs(
-        run, "s", 0, images(2 * ENOUGH + 4), GuardConfig(), model=model, optimizer=optimizer
-    ):
+    for _ in guarded_epochs(run, "s", 0, images(2 * ENOUGH + 4), GuardConfig(), model, optimizer):
         pass
     assert sum(seen) == 668
 
