@@ -7,7 +7,8 @@ Settings as in BackdoorBench's fine-tuning: 100 epochs in batches of 256, SGD, l
 falling along a cosine, momentum 0.9, weight decay 5e-4.
 
 Departs: the cosine ends at the last epoch, BackdoorBench's at the 100th whatever --epochs says. A
-last batch of a single image joins the one before, because batch normalisation needs two.
+last batch of a single image joins the one before, because batch normalisation needs two. A guard
+undoes epochs that destroy the model (backdoorlab/guard.py).
 """
 
 import math

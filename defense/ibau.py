@@ -17,6 +17,7 @@ then diverges or does nothing; reasons and effects in docs/methods/ibau.md:
   - delta stays in an L2 ball, perturbed images in [0, 1], at least one of a batch carries delta.
   - L_in is taken on true labels and on the batch of L_out, as in the paper's equation.
   - The Hessian is that on the ball's surface, and its system is solved in K Lanczos steps.
+  - A guard undoes rounds that destroy the model (backdoorlab/guard.py).
 The presets ibau_official, ibau_notebook and ibau_backdoorbench take the published steps instead
 (backdoorlab/ibau_published.py).
 """

@@ -17,7 +17,8 @@ Departs from the published code in cost: the poisoned model's predictions on cle
 computed once, gradients are taken to the perturbation only, and an image whose perturbation is
 shared already, and so can no longer move, leaves the search. Its two log terms of step 2 are the
 same number and are one here. Options that its defaults do not take (a random start, an l2 ball) are
-corrected; docs/methods/sau.md has the list and the effects.
+corrected. A guard undoes rounds that destroy the model (backdoorlab/guard.py).
+docs/methods/sau.md has the list and the effects.
 """
 
 from dataclasses import dataclass
