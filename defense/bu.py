@@ -15,7 +15,8 @@ Assumes: the poisoned model and a few trusted images.
 Departs from the public code, which cannot run (docs/methods/bu.md lists why): the target is
 inferred and not given, all is in pixel space, each image has its own position, images of the target
 class are left out, the ascent is capped, unlearning does not stop at what the true trigger does on
-test images, and a guard undoes passes that destroy the model (backdoorlab/guard.py). What is ours stands in sections that say so, here and in mesa.py.
+test images, and a guard undoes passes that destroy the model (backdoorlab/guard.py). What is ours
+stands in sections that say so, here and in mesa.py.
 """
 
 import math
