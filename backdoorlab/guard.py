@@ -103,8 +103,12 @@ def guarded_epochs(
         at = epoch
         while at <= epoch:
             yield at
-            fine = guard.judge(at, last=at + 1 == total or run.ending)
-            at = at + 1 if fine else guard.retreat(at)
+            if not guard.judge(at, last=at + 1 == total or run.ending):
+                at = guard.retreat(at)
+            elif run.ending:
+                break
+            else:
+                at += 1
         run.log(trusted_accuracy=guard.accuracy)
 
 
@@ -123,7 +127,8 @@ class _Guard:
     ) -> None:
         """Measure and remember the attacked model. `drop` is the config's `guard_drop`."""
         self._model, self._optimizer, self._schedule = model, optimizer, schedule
-        self._config, self._drop, self._run = config, drop, run
+        self._run, self._drop, self._dip = run, drop, config.guard_dip
+        self._factor, self._limit = config.guard_factor, config.guard_retreats
         step = math.ceil(len(trusted) / ENOUGH)
         self._judged = trusted.subset(torch.arange(0, len(trusted), step))
 
@@ -142,7 +147,7 @@ class _Guard:
         if not harmed(self._now, self._before, count, self._drop):
             self._good = self._copy(epoch + 1)
             return True
-        return not last and not harmed(self._now, self._before, count, self._config.guard_dip)
+        return not last and not harmed(self._now, self._before, count, self._dip)
 
     def retreat(self, epoch: int) -> int:
         """Go back to the last good weights, at a lower rate.
@@ -150,8 +155,7 @@ class _Guard:
         Returns:
             the epoch to go on with; one that is never reached if it was tried too often.
         """
-        limit, factor = self._config.guard_retreats, self._config.guard_factor
-        left, given_up = self.accuracy, self._retreats >= limit
+        left, given_up = self.accuracy, self._retreats >= self._limit
         self._put_back(self._good)
 
         # What was watched since then, and that the stage should end, counts no more.
@@ -159,14 +163,14 @@ class _Guard:
         back = int(self._good["epoch"])
         where = f"as they were after epoch {back}" if back else "of the attacked model"
         if given_up:
-            then = f"the method ends with them, after {limit} retreats"
+            then = f"the method ends with them, after {self._limit} retreats"
             self._run.end_stage()
         else:
             self._retreats += 1
-            self._slow_down(factor)
+            self._slow_down()
             then = (
-                f"the epochs since then are repeated at {factor:g} times the learning rate"
-                f" (retreat {self._retreats} of {limit})"
+                f"the epochs since then are repeated at {self._factor:g} times the learning"
+                f" rate (retreat {self._retreats} of {self._limit})"
             )
         count = len(self._judged)
         self._run.note(
@@ -231,12 +235,12 @@ class _Guard:
         if self._schedule:
             self._schedule.load_state_dict(copy.deepcopy(good["schedule"]))
 
-    def _slow_down(self, factor: float) -> None:
+    def _slow_down(self) -> None:
         """Multiply the learning rate, now and in what is left of the schedule."""
         for group in self._optimizer.param_groups:
-            group.update({key: factor * group[key] for key in RATES if key in group})
+            group.update({key: self._factor * group[key] for key in RATES if key in group})
         if self._schedule and hasattr(self._schedule, "base_lrs"):
-            self._schedule.base_lrs = [factor * rate for rate in self._schedule.base_lrs]
+            self._schedule.base_lrs = [self._factor * rate for rate in self._schedule.base_lrs]
 
         # Another retreat begins with the rate that this one has lowered.
         self._good = self._copy(self._good["epoch"])
