@@ -70,10 +70,11 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         optimizer, T_max=config.schedule_epochs or max(1, config.epochs)
     )
 
-    # The passes are captured for batches of both sizes.
+    # The passes are captured for batches of both sizes; a last image alone joins the batch before.
     size = min(config.batch_size, len(trusted))
     steps = config.epochs * math.ceil(len(trusted) / size)
-    sizes = {size, len(trusted) % size or size}
+    rest = len(trusted) % size or size
+    sizes = {size, size + 1 if rest == 1 < size else rest}
     forward = Forward(model.train(), run, trusted, steps, *sizes)
 
     for _ in guarded_epochs(
