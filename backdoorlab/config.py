@@ -136,6 +136,9 @@ class TrainingConfig(MethodConfig):
     """L2 penalty on the weights; higher keeps them smaller."""
     optimizer: Annotated[Literal["sgd", "adam"], arg(aliases=["--client_optimizer"])] = "sgd"
     """Optimizer of the training."""
+    amsgrad: bool = False
+    """Adam's variant AMSGrad, whose steps never grow again after large gradients: BackdoorBench's
+    adam, and so True for data sets with its settings."""
     schedule: Annotated[Schedule, arg(aliases=["--lr_scheduler"])] = "cosine"
     """Learning-rate schedule of the training."""
     schedule_epochs: int | None = None

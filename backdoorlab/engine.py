@@ -36,6 +36,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     optimizer: Literal["sgd", "adam"] = "sgd"
+    amsgrad: bool = False
     schedule: Schedule = "cosine"
     schedule_epochs: int | None = None
     """Length of the cosine in epochs; None: as long as the training."""
@@ -185,7 +186,11 @@ def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> Optimi
     # One kernel for all parameters: a step of a small network is bound by launches.
     if recipe.optimizer == "adam":
         return torch.optim.Adam(
-            parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+            parameters,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            amsgrad=recipe.amsgrad,
+            fused=True,
         )
     return torch.optim.SGD(
         parameters,

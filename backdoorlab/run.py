@@ -276,6 +276,17 @@ class Run:
                 )
         self._logged |= values
 
+    @property
+    def ending(self) -> bool:
+        """Whether the current epoch is the last of its stage by `end_stage`."""
+        return self._ended
+
+    def forget(self) -> None:
+        """Drop what this epoch has watched and logged so far, and `end_stage`: it is repeated."""
+        self._sums.clear()
+        self._counts.clear()
+        self._logged, self._ended = {}, False
+
     def cached(self, name: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Compute named tensors once; a continued run reads them back.
 

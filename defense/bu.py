@@ -14,8 +14,9 @@ Assumes: the poisoned model and a few trusted images.
 
 Departs from the public code, which cannot run (docs/methods/bu.md lists why): the target is
 inferred and not given, all is in pixel space, each image has its own position, images of the target
-class are left out, the ascent is capped, and unlearning does not stop at what the true trigger does
-on test images. What is ours stands in sections that say so, here and in mesa.py.
+class are left out, the ascent is capped, unlearning does not stop at what the true trigger does on
+test images, and a guard undoes passes that destroy the model (backdoorlab/guard.py). What is ours
+stands in sections that say so, here and in mesa.py.
 """
 
 import math
@@ -30,6 +31,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, batches, to_bytes, to_device
 from backdoorlab.errors import UserError
+from backdoorlab.guard import GuardConfig, guarded_epochs
 from backdoorlab.mesa import RecoveryConfig, hit_rate, recover_triggers, stamp, trigger_shape
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
@@ -41,7 +43,7 @@ CLOSE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RecoveryConfig, DefenseConfig):
+class Config(RecoveryConfig, GuardConfig, DefenseConfig):
     held_out: float = 0.2
     """Share of the trusted images that neither recovery nor unlearning trains on."""
     accept: float = 0.5
@@ -190,7 +192,7 @@ def unlearn(
     torch.backends.cudnn.benchmark = False
     before = [weight.detach().clone() for weight in weights]
     optimizer = torch.optim.SGD(weights, lr=config.lr, momentum=config.momentum, fused=True)
-    for _ in run.epochs("unlearn", config.epochs, model=model, optimizer=optimizer):
+    for _ in guarded_epochs(run, "unlearn", config.epochs, held_out, config, model, optimizer):
         model.eval()
         if config.penalty == "weighted":
             omega = importance(model, search, config, run)

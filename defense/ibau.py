@@ -17,6 +17,7 @@ then diverges or does nothing; reasons and effects in docs/methods/ibau.md:
   - delta stays in an L2 ball, perturbed images in [0, 1], at least one of a batch carries delta.
   - L_in is taken on true labels and on the batch of L_out, as in the paper's equation.
   - The Hessian is that on the ball's surface, and its system is solved in K Lanczos steps.
+  - A guard undoes rounds that destroy the model (backdoorlab/guard.py).
 The presets ibau_official, ibau_notebook and ibau_backdoorbench take the published steps instead
 (backdoorlab/ibau_published.py).
 """
@@ -36,6 +37,7 @@ from backdoorlab import ibau_published as published
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import NO_AUGMENT, Augment, Batch, Split, batches, to_device
+from backdoorlab.guard import GuardConfig, guarded_epochs
 from backdoorlab.hypergradient import differentiable_twice, hypergradient
 from backdoorlab.models import Classifier
 from backdoorlab.perturb import frozen, l2, project, same_reach
@@ -46,7 +48,7 @@ ASSUMES = ("model", "trusted")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DefenseConfig):
+class Config(GuardConfig, DefenseConfig):
     n_rounds: int = 3
     """Rounds of finding delta and unlearning it; the authors have 3 (README) and 5 (defense.py)."""
     K: int = 5
@@ -127,8 +129,8 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     def outer(batch: Batch, carrying: Tensor, delta: Tensor) -> Tensor:
         return loss(model, config, run, batch.images, batch.labels, delta * carrying)
 
-    for _ in run.epochs(
-        "unlearn", config.n_rounds, model=model, optimizer=optimizer, schedule=schedule
+    for _ in guarded_epochs(
+        run, "unlearn", config.n_rounds, trusted, config, model, optimizer, schedule
     ):
         # Step 1: delta raises the loss of all images.
         model.eval()

@@ -17,7 +17,8 @@ Departs from the published code in cost: the poisoned model's predictions on cle
 computed once, gradients are taken to the perturbation only, and an image whose perturbation is
 shared already, and so can no longer move, leaves the search. Its two log terms of step 2 are the
 same number and are one here. Options that its defaults do not take (a random start, an l2 ball) are
-corrected; docs/methods/sau.md has the list and the effects.
+corrected. A guard undoes rounds that destroy the model (backdoorlab/guard.py).
+docs/methods/sau.md has the list and the effects.
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import batches, to_device
 from backdoorlab.features import predictions
+from backdoorlab.guard import GuardConfig, guarded_epochs
 from backdoorlab.perturb import Norm, frozen, project, same_reach, steepest
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
@@ -39,7 +41,7 @@ ASSUMES = ("model", "trusted")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(DefenseConfig):
+class Config(GuardConfig, DefenseConfig):
     n_rounds: int = 100
     """Passes over the trusted images (20 on Tiny ImageNet)."""
     batch_size: int = 256
@@ -100,8 +102,8 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     believed = predictions(poisoned, trusted, run)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, amsgrad=True, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, config.n_rounds))
-    for _ in run.epochs(
-        "unlearn", config.n_rounds, model=model, optimizer=optimizer, schedule=schedule
+    for _ in guarded_epochs(
+        run, "unlearn", config.n_rounds, trusted, config, model, optimizer, schedule
     ):
         model.eval()
         for batch in batches(

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backdoorlab import models
 from backdoorlab.errors import UserError
+from backdoorlab.guard import ENOUGH
 from backdoorlab.mesa import TRIALS
 from backdoorlab.record import Record, read_result, record_root
 from backdoorlab.settings import methods
@@ -39,19 +40,26 @@ class Setting:
     classes: int
 
 
-# One formula for each method: c is its config, s the data it runs on.
+# One formula for each method: c is its config, s the data it runs on. No epoch is repeated.
+
+
+def guard(c: Mapping[str, Any], trusted: int, epochs: int) -> int:
+    """The guard classifies trusted images before the first epoch and after each, at most ENOUGH."""
+    if c["guard_drop"] is None:
+        return 0
+    return math.ceil(trusted / math.ceil(trusted / ENOUGH)) * (epochs + 1)
 
 
 def ft(c: Mapping[str, Any], s: Setting) -> Passes:
-    """Every epoch sees every trusted image; an upper bound, as incomplete batches are dropped."""
-    return c["epochs"] * s.trusted, c["epochs"] * s.trusted
+    """Every epoch sees every trusted image."""
+    seen = c["epochs"] * s.trusted
+    return seen + guard(c, s.trusted, c["epochs"]), seen
 
 
 def sau(c: Mapping[str, Any], s: Setting) -> Passes:
     """An upper bound: an image leaves the search as soon as its perturbation is found."""
-    return c["n_rounds"] * s.trusted * (4 + 2 * c["pgd_steps"]), c["n_rounds"] * s.trusted * (
-        2 + 2 * c["pgd_steps"]
-    )
+    seen, steps = c["n_rounds"] * s.trusted, 2 * c["pgd_steps"]
+    return seen * (4 + steps) + guard(c, s.trusted, c["n_rounds"]), seen * (2 + steps)
 
 
 def ibau(c: Mapping[str, Any], s: Setting) -> Passes:
@@ -62,7 +70,8 @@ def ibau(c: Mapping[str, Any], s: Setting) -> Passes:
     batches = math.ceil(s.trusted / c["batch_size"])
     searched = s.trusted * (c["delta_steps"] or batches) / batches
     forward, backward = (2, c["K"] + 3) if c["K"] else (1, 1)
-    return c["n_rounds"] * (searched + forward * s.trusted), c["n_rounds"] * (
+    judged = guard(c, s.trusted, c["n_rounds"])
+    return c["n_rounds"] * (searched + forward * s.trusted) + judged, c["n_rounds"] * (
         searched + backward * s.trusted
     )
 
@@ -105,9 +114,9 @@ def bu(c: Mapping[str, Any], s: Setting) -> Passes:
 
     # Few images are judged with several triggers each.
     judged = others * held_out
-    # Few images are judged with several triggers each
     judged *= math.ceil(TRIALS / max(1, judged))
-    return round(passes + judged * (generators + c["epochs"])), round(passes)
+    judged = judged * (generators + c["epochs"]) + guard(c, held_out, c["epochs"])
+    return round(passes + judged), round(passes)
 
 
 COSTS: dict[str, Callable[[Mapping[str, Any], Setting], Passes]] = {

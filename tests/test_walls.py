@@ -9,7 +9,7 @@ import helpers
 import pytest
 
 ORDER = """errors < cli storage data models device groups perturb stacked hypergradient
-    < datasets poison triggers < metrics record < run < engine features ibau_published
+    < datasets poison triggers < metrics record < run < engine features guard ibau_published
     < config mesa isolation < poison_search poisoning joint settings < execution tables
     < report exchange < bench < __main__ api < __init__"""
 """Folders and flat modules from the ground up. Neighbours know nothing of each other; within a
