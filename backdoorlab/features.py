@@ -40,10 +40,12 @@ class Features(NamedTuple):
 def extract(model: Classifier, split: Split, run: "Run") -> Features:
     """Compute the features of a split, in evaluation mode and without augmentation.
 
-    The model is in evaluation mode afterwards. UserError where its last stage but one gives no
-    single tensor.
+    The model is in evaluation mode afterwards. Of an empty split it is asked nothing, and every
+    tensor has 0 columns. UserError where its last stage but one gives no single tensor.
     """
     model.eval()
+    if not len(split):
+        return _no_features(split, run)
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, _inputs: object, output: object) -> None:
@@ -80,6 +82,12 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
     )
 
 
+def _no_features(split: Split, run: "Run") -> Features:
+    """Return the features of no image, whose widths only a forward pass could tell."""
+    empty = torch.zeros(0, 0, device=run.device)
+    return Features(empty, empty, empty.half(), empty, split.labels.to(run.device))
+
+
 @torch.no_grad()
 def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
     """Classify a split: int64 (N,) on the run's device. The model is in evaluation mode
@@ -89,7 +97,7 @@ def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
     for batch in in_order(split, run.device):
         with run.autocast():
             found.append(model(batch.images).argmax(1))
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=run.device)
 
 
 def adapted(model: nn.Module, split: Split, run: "Run") -> nn.Module:
