@@ -166,7 +166,7 @@ STRICTER = {
     # One number in a pickle would fill any amount of memory.
     r"(builtins|__builtin__)\.bytearray": "bytes of any number",
     # Their parts must fit each other, and a stranger's file decides whether they do.
-    r"torch\._utils\._rebuild_(sparse|nested|meta)_tensor(_no_storage)?": "a sparse or empty tensor",
+    r"torch\._utils\._rebuild_(sparse|nested|meta)_tensor(_no_storage)?": "a sparse tensor",
     r"torch\._utils\._rebuild_qtensor": "quantised weights",
     r"torch\.(Q\w+Storage|per_(tensor|channel)_\w+)": "quantised weights",
     r"torch\._utils\._rebuild_(device_tensor\w*|wrapper_subclass)": "a tensor of another kind",
@@ -202,7 +202,7 @@ def load(path: Path) -> Any:
         ) from error
 
     strange = sorted(names - NAMES)
-    kinds = {name: _stricter(name) for name in strange}
+    kinds = {name: stricter(name) for name in strange}
     if strange and all(kinds.values()):
         raise UserError(
             f"{path}: refused, nothing of it was run: it contains {kinds[strange[0]]}"
@@ -316,7 +316,7 @@ def _entries(found: Any) -> list[tuple[Any, Any]]:
     return list(dict.items(found)) if isinstance(found, dict) else []
 
 
-def _stricter(name: str) -> str:
+def stricter(name: str) -> str:
     """Return what a name makes that is refused although torch's safe loader allows it, or ""."""
     return next((what for pattern, what in STRICTER.items() if re.fullmatch(pattern, name)), "")
 
