@@ -18,7 +18,7 @@ from torch import Tensor
 from backdoorlab import models
 from backdoorlab.__main__ import main
 from backdoorlab.errors import UserError
-from backdoorlab.exchange import class_order, pickles, state_dicts
+from backdoorlab.exchange import class_order, doctor_weights, pickles, state_dicts
 from backdoorlab.exchange.weights import load_exported
 from backdoorlab.models import PASSES, Classifier
 from backdoorlab.record import Record
@@ -315,6 +315,40 @@ def test_attributes_of_a_strangers_dict_hide_nothing(tmp_path: Path) -> None:
     assert torch.equal(found["weight"], torch.ones(2))
     with pytest.raises(UserError, match="expected a state dict"):
         pickles.state_dict(pickles.load(tmp_path / "b.pt"), tmp_path / "b.pt")
+
+
+# --- doctor
+
+
+def test_doctor_says_what_is_read_of_weights(disk: Path, tmp_path: Path, capsys: Capture) -> None:
+    plain = torch.load(disk / "text.pt", weights_only=True)
+    torch.save(wrappers()["lightning"](plain), tmp_path / "a.ckpt")
+    start = ["doctor", "--weights", str(tmp_path / "a.ckpt")]
+    assert main(start) == 0
+    said = capsys.readouterr().out
+    for line in (
+        "network     preactresnet10, width 8, images of 3 channels",
+        "classes     12;",
+        "'model.' was removed",
+        "no such part: criterion.weight",
+    ):
+        assert line in said
+    data = ["--dataset_path", str(disk / "data"), *NORMALISE]
+    assert main([*start, *data]) == 0
+    said = capsys.readouterr().out
+    assert "classes     0, 1, 10, 11, 2" in said and "accuracy    1" in said
+    assert not (tmp_path / "record").exists()
+    assert main([*start, "--architecture", "resnet18"]) == 2
+    assert "not the weights of resnet18" in complaint(capsys.readouterr().err)
+
+
+def test_doctor_of_unknown_weights_is_one_line(tmp_path: Path, capsys: Capture) -> None:
+    save_file({"x.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
+    usual = ("preactresnet18", "preactresnet10")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor_weights, "USUAL", usual)
+        assert main(["doctor", "--weights", str(tmp_path / "a.safetensors")]) == 2
+    assert "pass --architecture NAME" in complaint(capsys.readouterr().err)
 
 
 # --- images that a network takes

@@ -144,7 +144,7 @@ def import_record(options: Import) -> int:
         found = (
             _from_backdoorbench(options, device)
             if options.source
-            else _from_weights(options, device)
+            else from_weights(options, device)
         )
         _fill(final, found, options, device)
 
@@ -257,7 +257,7 @@ def _cached(name: str, contents: backdoorbench.Contents) -> Dataset | None:
     return next(iter(fitting.values()), None)
 
 
-def _from_weights(options: Import, device: torch.device) -> Found:
+def from_weights(options: Import, device: torch.device) -> Found:
     """Read a model of unknown history, and match it with its data set and its network."""
     path = _own_weights(options)
     weights, meta = read_weights(path)

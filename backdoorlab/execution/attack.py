@@ -160,7 +160,7 @@ def prepare(job: Job) -> Prepared:
         "architecture": config.model,
         "width": config.width,
         "image_shape": list(dataset.image_shape),
-        **({"stem": built["stem"]} if "stem" in built else {}),
+        **({"stem": "stock"} if built.get("stem") == "stock" else {}),
     }
     choice = choose(config.precision, device, network, partial(new_model, dataset, config))
     return Prepared(job, root, dataset, device, choice)

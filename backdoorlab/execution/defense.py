@@ -171,6 +171,7 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
         "architecture": architecture["name"],
         "width": architecture["width"],
         "image_shape": list(dataset.image_shape),
+        **({"stem": "stock"} if architecture.get("stem") == "stock" else {}),
     }
     choice = choose(config.precision, device, network, found.model)
     return Prepared(job, found, target, dataset, trusted, inputs, device, choice)
