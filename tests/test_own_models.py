@@ -31,12 +31,12 @@ TEXT = sorted(NAMES)
 NORMALISE = ("--mean", *["0.5"] * 3, "--std", *["0.25"] * 3)
 
 
-def coloured(split: int) -> tuple[Tensor, Tensor]:
-    """Make 8 images of each class, of a colour of its own: uint8 (96, 3, 8, 8), int64 (96,)."""
-    colours = torch.randint(20, 236, (12, 3, 1, 1), generator=torch.Generator().manual_seed(0))
+def patterned(split: int) -> tuple[Tensor, Tensor]:
+    """Make 8 images of each class, of a pattern of its own: uint8 (96, 3, 8, 8), int64 (96,)."""
+    patterns = torch.randint(20, 236, (12, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     labels = torch.arange(12).repeat_interleave(8)
     noise = torch.randint(-3, 4, (96, 3, 8, 8), generator=torch.Generator().manual_seed(split))
-    return (colours[labels] + noise).byte(), labels
+    return (patterns[labels] + noise).byte(), labels
 
 
 def learned(names: list[str]) -> Classifier:
@@ -45,7 +45,7 @@ def learned(names: list[str]) -> Classifier:
     model = models.build(
         "preactresnet10", num_classes=12, in_chans=3, mean=[0.5] * 3, std=[0.25] * 3, width=8
     ).eval()
-    images, labels = coloured(1)
+    images, labels = patterned(1)
     with torch.no_grad():
         found = model.forward_head(model.forward_features(images / 255), pre_logits=True)
         columns = torch.tensor([names.index(NAMES[label]) for label in labels.tolist()])
@@ -61,7 +61,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders named 0 .. 11 as data, and models that know them in several orders."""
     root = tmp_path_factory.mktemp("own")
     for split, seed in (("train", 1), ("test", 2)):
-        for i, (image, label) in enumerate(zip(*coloured(seed), strict=True)):
+        for i, (image, label) in enumerate(zip(*patterned(seed), strict=True)):
             folder = root / "data" / split / str(int(label))
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
@@ -99,7 +99,7 @@ def test_a_usual_order_of_classes_is_found_and_exported(
     said = capsys.readouterr().out
     assert "classes: 0, 1, 2, 3" in said and "scores: clean accuracy" in said
     names = reading.read_tensors(out)[1]["class_names"]
-    images, labels = coloured(2)
+    images, labels = patterned(2)
     with torch.no_grad():
         answers = load_exported(out)(images / 255).argmax(1)
     assert [names[k] for k in answers] == [NAMES[k] for k in labels], "names and outputs agree"
@@ -205,7 +205,7 @@ def test_a_wrapper_is_taken_off(wrapper: str) -> None:
     told = " ".join(found.notes())
     for beside in ("n_averaged", "criterion.weight", "head.weight", "decay", "total_ops"):
         assert (beside in told) == any(beside in name for name in wrappers()[wrapper](plain))
-    assert ("ema." in told) == (wrapper == "lightning and its average")
+    assert ("ema. left out" in told) == (wrapper == "lightning and its average")
 
 
 def test_weights_of_a_deeper_network_are_not_cut_down() -> None:
@@ -221,7 +221,7 @@ def test_a_wrapped_model_is_imported_and_said(disk: Path, tmp_path: Path, capsys
     assert bring(disk, tmp_path / "last.ckpt") == 0
     said = capsys.readouterr().err
     assert "'model.' was removed from the names" in said and "ema. left out" in said
-    assert "no such part: criterion.weight" in said.replace("ema (", "") or "criterion" in said
+    assert "no such part: criterion.weight\n" in said
     assert accuracy(tmp_path) > 0.9
 
 
@@ -282,7 +282,7 @@ def test_a_training_checkpoint_is_read(tmp_path: Path) -> None:
 def test_what_the_safe_loader_allows_is_allowed_or_said_why() -> None:
     unpickler = pytest.importorskip("torch._weights_only_unpickler")
     for name in unpickler._get_allowed_globals():
-        assert (name in pickles.NAMES) != bool(pickles.stricter(name)), name
+        assert name in pickles.NAMES or pickles.stricter(name), name
     assert not pickles.stricter("os.system") and "os.system" not in pickles.NAMES
 
 
@@ -290,8 +290,8 @@ def test_what_the_safe_loader_allows_is_allowed_or_said_why() -> None:
     ("value", "message"),
     [
         ({"a": bytearray(9)}, "it contains bytes of any number"),
-        ({"a": torch.eye(2).to_sparse()}, "it contains a sparse tensor"),
-        ({"a": torch.zeros(10**12, device="meta")}, "it contains a sparse tensor"),
+        ({"a": torch.eye(2).to_sparse()}, "it contains a sparse or nested tensor"),
+        ({"a": torch.zeros(10**12, device="meta")}, "it contains a tensor without numbers"),
         ({"a": torch.zeros(1).expand(10**12)}, "claims shape (1000000000000,)"),
     ],
 )
@@ -306,7 +306,7 @@ def test_what_torch_reads_and_we_do_not_is_one_line(
 
 def test_attributes_of_a_strangers_dict_hide_nothing(tmp_path: Path) -> None:
     content: Any = OrderedDict(weight=torch.ones(2))
-    content.__dict__ |= {"items": 3, "keys": 3, "get": 3, "values": 3}
+    content.__dict__ |= {"keys": 3, "get": 3, "values": 3}
     torch.save({"model": content}, tmp_path / "a.pt")
     itself: dict[str, Any] = {}
     itself["model"] = itself
@@ -426,8 +426,8 @@ def test_one_image_with_feature_maps_of_one_pixel_is_one_line(
     helpers.copy(small, tmp_path / "record")
     flags = ["--dataset_path", str(small.folder.parent.parent / "small-data"), "--epochs", "1"]
     start = ["defense", "ft", "--result_file", "small", *flags]
-    for few in (["--trusted_count", "1"], ["--trusted_count", "4", "--batch_size", "1"]):
-        assert main([*start, *few]) == 2
+    for name, few in (("a", ["1"]), ("b", ["4", "--batch_size", "1"])):
+        assert main([*start, "--run_name", name, "--trusted_count", *few]) == 2
         assert "batch of one image whose feature maps have become 1 x 1" in complaint(
             capsys.readouterr().err
         )

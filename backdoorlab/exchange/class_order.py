@@ -47,6 +47,7 @@ def usual(class_names: Sequence[str]) -> list[Order]:
     if all(name.isdecimal() for name in class_names):
         sorts["numerical order"] = sorted(count, key=lambda i: int(class_names[i]))
         sorts["text order of the numbers"] = sorts.pop("text order")
+        del sorts["alphabetical order"]
 
     # Most of them are the same for most data sets.
     found = {tuple(order): word for word, order in reversed(sorts.items())}

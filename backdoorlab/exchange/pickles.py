@@ -166,7 +166,8 @@ STRICTER = {
     # One number in a pickle would fill any amount of memory.
     r"(builtins|__builtin__)\.bytearray": "bytes of any number",
     # Their parts must fit each other, and a stranger's file decides whether they do.
-    r"torch\._utils\._rebuild_(sparse|nested|meta)_tensor(_no_storage)?": "a sparse tensor",
+    r"torch\._utils\._rebuild_(sparse|nested)_tensor": "a sparse or nested tensor",
+    r"torch\._utils\._rebuild_meta_tensor_no_storage": "a tensor without numbers",
     r"torch\._utils\._rebuild_qtensor": "quantised weights",
     r"torch\.(Q\w+Storage|per_(tensor|channel)_\w+)": "quantised weights",
     r"torch\._utils\._rebuild_(device_tensor\w*|wrapper_subclass)": "a tensor of another kind",

@@ -53,10 +53,18 @@ class Unwrapped:
             )
         # Means and deviations are read as the normalisation, or lose to a better one.
         statistics = {word for pair in STATISTICS for word in pair}
-        names = [name for name in self.left_out if name.split(".")[-1] not in statistics]
+        names = [
+            name
+            for name in self.left_out
+            if name.split(".")[-1] not in statistics and not self._copied(name)
+        ]
         if names:
             said.append(f"left out, as the network has no such part: {grouped(names)}")
         return said
+
+    def _copied(self, name: str) -> bool:
+        """Return whether a name belongs to another copy of the network."""
+        return any(other and name.startswith(other) for other in self.others)
 
 
 def unwrap(weights: Mapping[str, Tensor], wanted: Collection[str]) -> Unwrapped:

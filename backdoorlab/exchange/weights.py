@@ -271,7 +271,7 @@ def sample_of(split: Split) -> Split:
     """Return about LOOK_AT images of a split, by which candidates are compared."""
     # Evenly spaced to the end, so that all classes are there even if images are sorted by class.
     count = min(len(split), LOOK_AT)
-    return split.subset(torch.linspace(0, len(split) - 1, count, dtype=torch.float64).long())
+    return split.subset(torch.arange(count) * len(split) // count)
 
 
 def _not_its_weights(architecture: str, dataset: Dataset, problem: str, source: Path) -> UserError:

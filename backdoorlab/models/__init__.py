@@ -321,7 +321,8 @@ def choose_stem(
 
 def _failure(build_one: Callable[[], Classifier], image_shape: Sequence[int]) -> str:
     """Pass one black image through a new network; return why that fails, or ""."""
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(), paused():
+    # No inference mode: what a network keeps for all of its kind could not be trained with later.
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), paused():
         try:
             model = build_one()
         except WrongSize as error:
@@ -364,7 +365,7 @@ def _fitting_sides(architecture: str, channels: int) -> list[int]:
         stems: tuple[Stem, ...] = ("small", "stock") if side <= SMALL else ("small",)
         for stem in stems:
             try:
-                with torch.device("meta"), torch.inference_mode(), paused():
+                with torch.device("meta"), torch.no_grad(), paused():
                     model = build(
                         architecture,
                         num_classes=2,
