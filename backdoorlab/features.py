@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from .data import Split, batches, in_order
-from .errors import UserError
+from .errors import UserError, described
 from .models import Classifier
 
 if TYPE_CHECKING:
@@ -57,16 +57,22 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
         seen.append(output.float())
 
     # The last stage's input is the output of the one before.
-    hook = model.stages()[-2].register_forward_hook(keep)
+    stages, classifier = model.stages(), _last_layer(model)
+    hook = stages[max(0, len(stages) - 2)].register_forward_hook(keep)
     pooled, early, spatial, logits = [], [], [], []
     try:
         for batch in in_order(split, run.device):
             with run.autocast():
                 features = model.forward_head(model.forward_features(batch.images), pre_logits=True)
             pooled.append(features.float())
-            logits.append(model.get_classifier()(pooled[-1]))
+            logits.append(_logits(classifier, pooled[-1]))
 
             # Two summaries of its feature maps: over all positions, and coarsely by position.
+            if not seen:
+                raise UserError(
+                    "the features of this network cannot be read: its last but one stage is not"
+                    " passed by itself"
+                )
             maps = _maps(seen.pop())
             early.append(torch.cat([maps.mean((2, 3)), maps.std((2, 3), correction=0)], 1))
             side = next((side for side in (4, 2) if maps.shape[1] * side**2 <= 1024), 1)
@@ -80,6 +86,30 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
         torch.cat(logits),
         split.labels.to(run.device),
     )
+
+
+def _last_layer(model: Classifier) -> nn.Module:
+    """Return the last layer; UserError for a network that has several."""
+    classifier: object = model.get_classifier()
+    if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.ModuleList):
+        raise UserError(
+            "the features of this network cannot be read: it has several last layers"
+            f" ({type(model.network).__name__})"
+        )
+    return classifier
+
+
+def _logits(classifier: nn.Module, pooled: Tensor) -> Tensor:
+    """Compute logits (N, K) of the last layer's input, (N, D); UserError where it is no such."""
+    try:
+        logits = classifier(pooled)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise UserError(
+            "the features of this network cannot be read: its last layer"
+            f" ({type(classifier).__name__}) does not take {described(pooled)}"
+        ) from error
+    found: Tensor = logits
+    return found
 
 
 def _no_features(split: Split, run: "Run") -> Features:

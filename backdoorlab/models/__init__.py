@@ -82,8 +82,18 @@ class Classifier(nn.Module):
         return self.network.get_classifier()
 
     def stages(self) -> list[nn.Module]:
-        """Return the modules that end a stage by timm's `feature_info`, in order."""
-        return [self.network.get_submodule(info["module"]) for info in self.network.feature_info]
+        """Return the modules that end a stage by timm's `feature_info`, in order.
+
+        UserError where the network does not say it.
+        """
+        try:
+            infos = self.network.feature_info
+            return [self.network.get_submodule(info["module"]) for info in infos]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"the stages of this network ({type(self.network).__name__}) cannot be found, which"
+                " this method needs: choose a network of another family"
+            ) from error
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
