@@ -78,9 +78,11 @@ def read(file: str, class_names: Sequence[str]) -> Order:
             f"--classes {file}: not readable ({why}): expected one class name a line"
         ) from error
 
+    # Names may have been written by an editor that ends lines in its own way.
     names = [line.strip() for line in lines if line.strip()]
     order = stated(names, class_names, f"as in {Path(file).name}")
     if order is None:
+        # An example: a name that the data set lacks, or else one that the file lacks.
         odd = [name for name in names if name not in class_names] or [
             name for name in class_names if name not in names
         ]
@@ -121,6 +123,8 @@ def suspected(answers: Tensor, labels: Tensor, order: Order) -> Order | None:
     classes = len(order.labels)
     if classes > len(labels):
         return None
+
+    # How often images of each class get each output.
     counts = torch.bincount(labels * classes + answers, minlength=classes**2)
     most = counts.view(classes, classes).argmax(1)  # label -> output
     if len(most.unique()) < classes or (counts.view(classes, classes).sum(1) == 0).any():
@@ -147,6 +151,8 @@ def near_chance(answers: Tensor, labels: Tensor) -> str | None:
     count, right = len(labels), int((answers == labels).sum())
     if len(labels.unique()) < 2:
         return None
+
+    # The probability that two independent draws, of an answer and of a label, are the same.
     classes = int(max(answers.max(), labels.max())) + 1
     shares = [torch.bincount(x, minlength=classes).double() / count for x in (answers, labels)]
     guess = float((shares[0] * shares[1]).sum())
@@ -164,6 +170,7 @@ def _tail(right: int, count: int, share: float) -> float:
     """Return the probability of at least `right` hits in `count` draws that hit with `share`."""
     if share <= 0 or share >= 1:
         return float(right == 0 or share >= 1)
+    # By logarithms, as the binomial coefficients of a thousand images are no floats.
     hits = torch.arange(right, count + 1, dtype=torch.float64)
     ways = torch.lgamma(torch.tensor(count + 1.0, dtype=torch.float64))
     ways = ways - torch.lgamma(hits + 1) - torch.lgamma(count - hits + 1)

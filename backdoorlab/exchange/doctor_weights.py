@@ -92,6 +92,7 @@ def doctor(options: Doctor) -> int:
     numbers = sum(tensor.numel() for tensor in weights.values())
     print(f"file        {len(weights)} tensors, {numbers:,} numbers ({', '.join(kinds)})")
 
+    # As the user says, else as the file says, else the first of the usual ones that it fits.
     described = meta.get("architecture")
     name = options.architecture or (described.get("name") if isinstance(described, dict) else None)
     side = options.image_size or SIDE
@@ -118,6 +119,8 @@ def _describe(weights: Mapping[str, Tensor], name: str, side: int, path: Path) -
             f"{path}: not the weights of {name} for images of {side} pixels: check --architecture"
             " and --image_size, or pass --dataset_path FOLDER for a comparison name by name"
         )
+
+    # What stands beside the network may be its normalisation.
     inside = state_dicts.normalisation(sized.found.left_out, sized.channels)
     width = f", width {sized.width}" if sized.width else ""
     print(f"network     {name}{width}, images of {sized.channels} channels")
@@ -149,6 +152,7 @@ def _try_out(options: Doctor, name: str) -> None:
     for note in found.notes[1:]:
         print(f"note        {note}")
 
+    # The accuracy on a sample, with two standard deviations.
     seen = sample_of(found.dataset.test)
     answers = predict(found.model, seen, device)
     share = (answers == seen.labels).double().mean().item()
@@ -188,6 +192,7 @@ def _sized(weights: Mapping[str, Tensor], name: str, side: int) -> Sized | None:
     if channels is None or classes is None:
         return None
 
+    # With its own numbers of classes and channels the network must have these very shapes.
     wanted = _shapes(name, side, channels, classes, width)
     fits = all(
         entry in wanted and tensor.shape == wanted[entry].shape

@@ -285,25 +285,13 @@ def from_weights(options: Import, device: torch.device) -> Found:
         source=path,
     )
     print(f"classes     {class_order.listed(fitted.order.names(dataset.class_names))}")
+    triggered, said = _triggered(options, dataset, fitted.model, device)
     notes = [
         "whether and how the model and its data were attacked is not known",
         *unwrapped.notes(),
         *fitted.notes,
+        *said,
     ]
-
-    # Without triggered images there is no ASR, and the rest of the scores is the same.
-    triggered = no_poison(dataset.test)
-    if options.triggered_path is not None:
-        triggered, said = triggered_images(
-            options.triggered_path,
-            options.target_label,
-            dataset,
-            image_size,
-            lambda split: predict(fitted.model, split, device),
-        )
-        target = options.target_label
-        measured = f"ASR is measured on images given with --triggered_path, for class {target}"
-        notes += [measured, *said]
 
     return Found(
         attack="unknown",
@@ -320,6 +308,25 @@ def from_weights(options: Import, device: torch.device) -> Found:
         source={"format": path.suffix.lstrip("."), "sha256": reading.sha256(path)},
         notes=notes,
     )
+
+
+def _triggered(
+    options: Import, dataset: Dataset, model: Classifier, device: torch.device
+) -> tuple[Poison, list[str]]:
+    """Load the triggered images that the user gave, if any, and notes on them."""
+    # Without triggered images there is no ASR, and the rest of the scores is the same.
+    if options.triggered_path is None:
+        return no_poison(dataset.test), []
+    triggered, said = triggered_images(
+        options.triggered_path,
+        options.target_label,
+        dataset,
+        options.image_size,
+        lambda split: predict(model, split, device),
+    )
+    target = options.target_label
+    measured = f"ASR is measured on images given with --triggered_path, for class {target}"
+    return triggered, [measured, *said]
 
 
 def _own_weights(options: Import) -> Path:

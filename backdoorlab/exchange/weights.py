@@ -190,6 +190,7 @@ def fit(
         UserError: the weights are those of another network, or it takes no such images.
     """
     sample = sample_of(dataset.train)
+
     # A stem is only a question for timm's networks on small images.
     own = architecture in models.OWN
     one_stem = own or dataset.image_shape[1] > models.SMALL
@@ -201,13 +202,8 @@ def fit(
             word: dict(name=architecture, width=width, mean=list(mean), std=list(std), stem=stem)
             for word, (mean, std) in normalisations.items()
         }
-        first = next(iter(described.values()))
-        problem = _misfit(first, dataset, weights)
-        if problem:
-            problems.append(_not_its_weights(architecture, dataset, problem, source))
-            continue
         try:
-            models.choose_stem(stem, architecture, dataset.image_shape, dataset.num_classes, width)
+            _refuse_other(next(iter(described.values())), dataset, weights, source)
         except UserError as error:
             problems.append(error)
             continue
@@ -224,10 +220,22 @@ def fit(
     if not found:
         raise problems[0]
     best = _best(found)
+    # Labels of the data set are what the rest of the library counts by.
     if not torch.equal(best.order.labels, torch.arange(dataset.num_classes)):
         _put_in_order(best, dataset, source)
     notes = [*_choice(best, found, len(sample)), *_order_notes(best, found, sample, dataset)]
     return Fitted(best.model, best.architecture, best.order, best.accuracy, notes)
+
+
+def _refuse_other(
+    described: Mapping[str, Any], dataset: Dataset, weights: Mapping[str, Tensor], source: Path
+) -> None:
+    """Raise a UserError for weights of another network, or one that takes no such images."""
+    name, shape, classes = described["name"], dataset.image_shape, dataset.num_classes
+    problem = _misfit(described, dataset, weights)
+    if problem:
+        raise _not_its_weights(name, dataset, problem, source)
+    models.choose_stem(described["stem"], name, shape, classes, described["width"])
 
 
 def _best(found: Sequence[Candidate]) -> Candidate:

@@ -87,13 +87,15 @@ class Classifier(nn.Module):
         UserError where the network does not say it.
         """
         try:
-            infos = self.network.feature_info
-            return [self.network.get_submodule(info["module"]) for info in infos]
-        except (AttributeError, KeyError, TypeError) as error:
+            infos = list(self.network.feature_info)
+            modules = [self.network.get_submodule(info["module"]) for info in infos]
+            modules[0]  # a network without any stage is one that does not say them
+        except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise UserError(
                 f"the stages of this network ({type(self.network).__name__}) cannot be found, which"
                 " this method needs: choose a network of another family"
             ) from error
+        return modules
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
