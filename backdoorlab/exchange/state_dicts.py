@@ -83,6 +83,9 @@ def unwrap(weights: Mapping[str, Tensor], wanted: Collection[str]) -> Unwrapped:
         for name, tensor in weights.items()
     }
     prefix, others = _prefix(named, wanted)
+    # Nothing of it is this network's: what it has says which network it is.
+    if not any(name.removeprefix(prefix) in wanted for name in named):
+        return Unwrapped(named, "", (), {})
     parts = {name.split(".")[0] for name in wanted}
 
     kept: dict[str, Tensor] = {}
