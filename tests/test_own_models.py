@@ -67,7 +67,8 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
     shuffled = [NAMES[i] for i in np.random.default_rng(0).permutation(12)]
     for file, names in (("numbers", NAMES), ("text", TEXT), ("shuffled", shuffled)):
-        torch.save(learned(names).network.state_dict(), root / f"{file}.pt")
+        weights = learned(names).network.state_dict()
+        torch.save({name: x.contiguous() for name, x in weights.items()}, root / f"{file}.pt")
         (root / f"{file}.txt").write_text("\n".join(names) + "\n")
     return root
 
