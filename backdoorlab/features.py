@@ -58,7 +58,9 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
 
     # The last stage's input is the output of the one before.
     stages, classifier = model.stages(), _last_layer(model)
-    hook = stages[max(0, len(stages) - 2)].register_forward_hook(keep)
+    before = max(0, len(stages) - 2)
+    channels = model.network.feature_info[before].get("num_chs")
+    hook = stages[before].register_forward_hook(keep)
     pooled, early, spatial, logits = [], [], [], []
     try:
         for batch in in_order(split, run.device):
@@ -73,7 +75,7 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
                     "the features of this network cannot be read: its last but one stage is not"
                     " passed by itself"
                 )
-            maps = _maps(seen.pop())
+            maps = _maps(seen.pop(), channels)
             early.append(torch.cat([maps.mean((2, 3)), maps.std((2, 3), correction=0)], 1))
             side = next((side for side in (4, 2) if maps.shape[1] * side**2 <= 1024), 1)
             spatial.append(F.adaptive_avg_pool2d(maps, side).flatten(1).half())
@@ -148,10 +150,12 @@ def adapted(model: nn.Module, split: Split, run: "Run") -> nn.Module:
     return reader
 
 
-def _maps(x: Tensor) -> Tensor:
+def _maps(x: Tensor, channels: int | None = None) -> Tensor:
     """Bring a stage's output to (N, C, ., .): from feature maps (N, C, H, W), or (N, H, W, C) as in
-    Swin, from tokens (N, T, C), or from one vector (N, C)."""
-    if x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:
+    Swin, from tokens (N, T, C), or from one vector (N, C). `channels`: C, where it is known."""
+    # Of images that are not square, only the number of channels tells the two apart.
+    last = x.dim() == 4 and x.shape[1] != channels == x.shape[3]
+    if last or (x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]):
         return x.movedim(3, 1)
     if x.dim() == 3:
         return x.movedim(2, 1).unsqueeze(3)
