@@ -217,7 +217,7 @@ def _timm_model(
         )
 
     # Transformers must know the size of the images; convolutional networks take no such argument.
-    wanted = dict(num_classes=num_classes, in_chans=in_chans)
+    wanted: dict[str, Any] = dict(num_classes=num_classes, in_chans=in_chans)
     try:
         network = timm.create_model(architecture, **wanted, img_size=image_size)
     except TypeError:
