@@ -120,10 +120,11 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
 def _scores(scores: Mapping[str, float | None]) -> str:
     """Write scores for a message; "-" for one that does not exist."""
     words = {"clean_accuracy": "clean accuracy", "asr": "ASR", "robust_accuracy": "RA"}
-    return ", ".join(
-        f"{word} {'-' if scores[key] is None else f'{100 * scores[key]:.2f} %'}"
-        for key, word in words.items()
-    )
+    said = []
+    for key, word in words.items():
+        score = scores[key]
+        said.append(f"{word} {'-' if score is None else f'{100 * score:.2f} %'}")
+    return ", ".join(said)
 
 
 def _run_folder(record: Record, defense: str, run_name: str) -> Path:
