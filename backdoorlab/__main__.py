@@ -25,7 +25,7 @@ from .datasets.inspection import describe_folder
 from .datasets.load import load as load_dataset
 from .device import choose_device
 from .errors import UserError, one_line, suggest
-from .exchange import exporting, hub, importing, scan
+from .exchange import doctor_weights, exporting, hub, importing, scan
 from .exchange.verify import verify
 from .execution.environment import usable_cores
 from .execution.precision import choose
@@ -77,6 +77,8 @@ class Doctor:
     record_root: str | None = None
     """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
     ./record."""
+    weights: str | None = None
+    """File of weights to try out, with options of its own: doctor --weights FILE --help."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -407,7 +409,8 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   report [RECORD ...] --html FILE         the table and charts as an offline page; --figures DIR for
                                           papers
   import --save_folder_name RECORD ...    a BackdoorBench record (--from backdoorbench PATH),
-                                          or your own model (--weights FILE)
+                                          or your own model (--weights FILE; to try it
+                                          before, doctor --weights FILE)
   export RECORD ...                       to BackdoorBench (--to backdoorbench PATH),
                                           or as a model (--weights FILE)
   scan RECORD                             the training images that DAU classifies as poisoned
@@ -445,6 +448,11 @@ def _dispatch(arguments: list[str]) -> int:
             raise UserError(f"{command} NAME is missing. Known: {known}")
         path = methods.load(kind, rest[0]).path
         return run_method(kind, path, rest[1:], f"backdoorlab {kind} {rest[0]}")
+
+    # What is read of a model has options of its own.
+    if command == "doctor" and doctor_weights.asked(rest):
+        looked = parse_plain(doctor_weights.Doctor, rest, "backdoorlab doctor --weights")
+        return doctor_weights.doctor(looked)
 
     # All others have a dataclass of options each.
     if command not in COMMANDS:

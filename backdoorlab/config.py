@@ -17,6 +17,7 @@ from .data import Augment
 from .device import Precision
 from .engine import Recipe, Schedule
 from .errors import UserError, suggest
+from .models import StemChoice
 from .storage.schema import LARGEST_SIDE
 
 WHERE = [
@@ -118,6 +119,10 @@ class TrainingConfig(MethodConfig):
     width: int | None = None
     """Channels of the first stage of preactresnet*; higher fits more and costs more time. None
     is 64; 16 makes CIFAR-10 feasible on a CPU."""
+    stem: StemChoice = "auto"
+    """First layers of timm's networks on images of at most 64 pixels. small removes their stride,
+    so that more of the image is left, and costs more time; stock keeps them as timm has them. auto
+    is small where the network runs with it, else stock."""
     mean: tuple[float, ...] | None = None
     """Mean that the model subtracts, one number per channel in [0, 1] units. None: measured on
     the training images."""

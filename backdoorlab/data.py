@@ -123,7 +123,7 @@ def batches(
     drop_last: bool = False,
     order: Tensor | None = None,
 ) -> Iterator[Batch]:
-    """Iterate once over a split in batches.
+    """Iterate once over a split in batches; an empty split has none.
 
     All random numbers of the pass are drawn at its start.
 
@@ -173,7 +173,11 @@ def batches(
 
 
 def _pieces(count: int, batch_size: int, *, drop_last: bool, shuffled: bool) -> list[slice]:
-    """Cut `count` positions into batches, as `batches` describes."""
+    """Cut `count` positions into batches, as `batches` describes; none for no position."""
+    # Many networks cannot reshape a batch of no image, and there is nothing to ask them.
+    if count == 0:
+        return []
+
     ends = list(range(batch_size, count + 1, batch_size))
     if not ends or (count > ends[-1] and not drop_last):
         ends.append(count)

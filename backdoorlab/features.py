@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from .data import Split, batches, in_order
-from .errors import UserError
+from .errors import UserError, described
 from .models import Classifier
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ class Features(NamedTuple):
 def extract(model: Classifier, split: Split, run: "Run") -> Features:
     """Compute the features of a split, in evaluation mode and without augmentation.
 
-    The model is in evaluation mode afterwards. UserError where its last stage but one gives no
-    single tensor.
+    The model is in evaluation mode afterwards. Of an empty split it is asked nothing, and every
+    tensor has 0 columns. UserError where its last stage but one gives no single tensor.
     """
     model.eval()
+    if not len(split):
+        return _no_features(split, run)
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, _inputs: object, output: object) -> None:
@@ -57,17 +59,25 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
         seen.append(output.float())
 
     # The last stage's input is the output of the one before.
-    hook = model.stages()[-2].register_forward_hook(keep)
+    stages, classifier = model.stages(), _last_layer(model)
+    before = max(0, len(stages) - 2)
+    channels = model.network.feature_info[before].get("num_chs")
+    hook = stages[before].register_forward_hook(keep)
     pooled, early, spatial, logits = [], [], [], []
     try:
         for batch in in_order(split, run.device):
             with run.autocast():
                 features = model.forward_head(model.forward_features(batch.images), pre_logits=True)
             pooled.append(features.float())
-            logits.append(model.get_classifier()(pooled[-1]))
+            logits.append(_logits(classifier, pooled[-1]))
 
             # Two summaries of its feature maps: over all positions, and coarsely by position.
-            maps = _maps(seen.pop())
+            if not seen:
+                raise UserError(
+                    "the features of this network cannot be read: its last but one stage is not"
+                    " passed by itself"
+                )
+            maps = _maps(seen.pop(), channels)
             early.append(torch.cat([maps.mean((2, 3)), maps.std((2, 3), correction=0)], 1))
             side = next((side for side in (4, 2) if maps.shape[1] * side**2 <= 1024), 1)
             spatial.append(F.adaptive_avg_pool2d(maps, side).flatten(1).half())
@@ -82,6 +92,36 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
     )
 
 
+def _last_layer(model: Classifier) -> nn.Module:
+    """Return the last layer; UserError for a network that has several."""
+    classifier: object = model.get_classifier()
+    if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.ModuleList):
+        raise UserError(
+            "the features of this network cannot be read: it has several last layers"
+            f" ({type(model.network).__name__})"
+        )
+    return classifier
+
+
+def _logits(classifier: nn.Module, pooled: Tensor) -> Tensor:
+    """Compute logits (N, K) of the last layer's input, (N, D); UserError where it is no such."""
+    try:
+        logits = classifier(pooled)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise UserError(
+            "the features of this network cannot be read: its last layer"
+            f" ({type(classifier).__name__}) does not take {described(pooled)}"
+        ) from error
+    found: Tensor = logits
+    return found
+
+
+def _no_features(split: Split, run: "Run") -> Features:
+    """Return the features of no image, whose widths only a forward pass could tell."""
+    empty = torch.zeros(0, 0, device=run.device)
+    return Features(empty, empty, empty.half(), empty, split.labels.to(run.device))
+
+
 @torch.no_grad()
 def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
     """Classify a split: int64 (N,) on the run's device. The model is in evaluation mode
@@ -91,7 +131,7 @@ def predictions(model: nn.Module, split: Split, run: "Run") -> Tensor:
     for batch in in_order(split, run.device):
         with run.autocast():
             found.append(model(batch.images).argmax(1))
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=run.device)
 
 
 def adapted(model: Network, split: Split, run: "Run") -> Network:
@@ -112,10 +152,12 @@ def adapted(model: Network, split: Split, run: "Run") -> Network:
     return reader
 
 
-def _maps(x: Tensor) -> Tensor:
+def _maps(x: Tensor, channels: int | None = None) -> Tensor:
     """Bring a stage's output to (N, C, ., .): from feature maps (N, C, H, W), or (N, H, W, C) as in
-    Swin, from tokens (N, T, C), or from one vector (N, C)."""
-    if x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:
+    Swin, from tokens (N, T, C), or from one vector (N, C). `channels`: C, where it is known."""
+    # Of images that are not square, only the number of channels tells the two apart.
+    last = x.dim() == 4 and x.shape[1] != channels == x.shape[3]
+    if last or (x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]):
         return x.movedim(3, 1)
     if x.dim() == 3:
         return x.movedim(2, 1).unsqueeze(3)

@@ -13,7 +13,7 @@ from .data import Dataset, Split
 from .device import derived_generator
 from .errors import UserError, described
 from .metrics import Evaluator
-from .models import Classifier
+from .models import Classifier, choose_stem
 from .poison import CROSS, POISON, Labels, Poison, Stamp, changed_share, poison_test, poison_train
 from .record import build_model
 from .run import Run
@@ -240,8 +240,22 @@ def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
             f" {len(std)}"
         )
 
-    architecture = {"name": config.model, "width": config.width, "mean": mean, "std": std}
+    architecture = {**network_of(dataset, config), "mean": mean, "std": std}
     return build_model(architecture, dataset.image_shape, dataset.num_classes)
+
+
+def network_of(dataset: Dataset, config: TrainingConfig) -> dict[str, Any]:
+    """Return the network that the config names, as a record describes it.
+
+    Raises:
+        UserError: it takes no images of this size. One image was passed through it to find out.
+    """
+    stem = choose_stem(
+        config.stem, config.model, dataset.image_shape, dataset.num_classes, config.width
+    )
+    # The small stem is not written down: without a word of it, it is that.
+    network = {"name": config.model, "width": config.width}
+    return network if stem == "small" else network | {"stem": stem}
 
 
 def train_surrogate(

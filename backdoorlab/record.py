@@ -337,7 +337,7 @@ def build_model(
         image_shape: (C, H, W).
         num_classes: number of classes.
     """
-    channels, height, _ = image_shape
+    channels, height, width = image_shape
     # "small" is the stem of every network that was trained here.
     return models.build(
         architecture["name"],
@@ -346,7 +346,7 @@ def build_model(
         mean=architecture["mean"],
         std=architecture["std"],
         width=architecture["width"],
-        image_size=height,
+        image_size=height if height == width else (height, width),
         stem=architecture.get("stem", "small"),
     )
 

@@ -5,15 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 
 from backdoorlab import models
-from backdoorlab.data import Split
+from backdoorlab.data import Split, batches
 from backdoorlab.errors import UserError
-from backdoorlab.features import extract
-from backdoorlab.metrics import predict
+from backdoorlab.features import _maps, extract, predictions
+from backdoorlab.metrics import Evaluator, predict
 from backdoorlab.models import PASSES, Classifier
+from backdoorlab.poison import no_poison
 from backdoorlab.run import Run
 
 CPU = torch.device("cpu")
@@ -118,6 +120,12 @@ def test_features_of_a_whole_split(name: str, width: int | None, tmp_path: Path)
     )
     assert (features.early.std(0) > 0).any(), "early features differ between images"
     assert not [m for m in model.modules() if m._forward_hooks], "the hook is removed"
+
+
+def test_maps_with_channels_last_are_known_by_their_number() -> None:
+    for shape in ((2, 5, 3, 8), (2, 3, 3, 8)):
+        assert _maps(torch.zeros(shape), 8).shape == (2, 8, *shape[1:3])
+    assert _maps(torch.zeros(2, 8, 5, 3), 8).shape == (2, 8, 5, 3), "a control"
 
 
 def test_a_stage_that_gives_no_single_tensor_is_one_line(tmp_path: Path) -> None:
@@ -245,6 +253,39 @@ def test_every_model_names_its_stages() -> None:
     ]
     for name in TIMM:
         assert len(build(name).stages()) >= 3
+
+
+@pytest.fixture
+def refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every network refuse a batch of no image, as those do that reshape by batch."""
+    forward = Classifier.forward_features
+
+    def reshaping(model: Classifier, x: torch.Tensor) -> torch.Tensor:
+        return forward(model, x.reshape(len(x), -1).reshape(x.shape))
+
+    monkeypatch.setattr(Classifier, "forward_features", reshaping)
+    with pytest.raises(RuntimeError, match="cannot reshape tensor of 0 elements"):
+        build("preactresnet10", 4)(images(0))
+
+
+@pytest.mark.usefixtures("refuses_nothing")
+def test_an_empty_split_is_never_asked_of_a_network(tmp_path: Path) -> None:
+    model, run = build("preactresnet10", 4), Run(tmp_path, seed=0, device=CPU, precision="fp32")
+    some = Split((images(3) * 255).byte(), torch.arange(3))
+    none = some.subset(torch.zeros(0, dtype=torch.int64))
+    assert not list(batches(none, 8, device=CPU)) and len(list(batches(some, 8, device=CPU))) == 1
+    for found in (predict(model, none, CPU), predictions(model, none, run)):
+        assert found.shape == (0,) and found.dtype == torch.int64
+    features = extract(model, none, run)
+    assert [len(rows) for rows in features] == [0] * 5 and not model.training
+    scores = Evaluator(some, no_poison(some), 10, CPU)(model)
+    assert scores.asr is None and scores.robust_accuracy is None and scores.clean_accuracy >= 0
+
+
+@pytest.mark.usefixtures("refuses_nothing")
+def test_a_clean_training_is_scored_at_its_end(tmp_path: Path) -> None:
+    record = helpers.attack("none", "clean", tmp_path, *helpers.TINY)
+    assert record.info["scores"]["asr"] is None and record.info["scores"]["clean_accuracy"] > 0
 
 
 NARROW = """

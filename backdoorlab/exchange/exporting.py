@@ -1,5 +1,6 @@
 """The command `export`: a record for BackdoorBench's scripts, or weights for any PyTorch code."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from ..poison import POISON
 from ..record import Record, check_name, load_weights, read_result, record_root
 from ..settings.parse import published
 from ..storage.staging import refuse_existing, staged
-from . import backdoorbench, weights
+from . import backdoorbench, class_order, weights
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,19 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
         f" {'after ' + options.defense if options.defense else 'as attacked'}"
     )
     print(weights.describe(meta))
+    print(f"classes: {class_order.listed(meta['class_names'] or ['not known'])}")
+    print(f"scores: {_scores(meta['scores'])}")
     return 0
+
+
+def _scores(scores: Mapping[str, float | None]) -> str:
+    """Write scores for a message; "-" for one that does not exist."""
+    words = {"clean_accuracy": "clean accuracy", "asr": "ASR", "robust_accuracy": "RA"}
+    said = []
+    for key, word in words.items():
+        score = scores[key]
+        said.append(f"{word} {'-' if score is None else f'{100 * score:.2f} %'}")
+    return ", ".join(said)
 
 
 def _run_folder(record: Record, defense: str, run_name: str) -> Path:

@@ -31,8 +31,17 @@ from ..settings.parse import published
 from ..storage import reading
 from ..storage.staging import staged
 from ..tables import layout
-from . import backdoorbench
-from .weights import Normalisation, bare, fit, read_weights, triggered_images, usual_normalisations
+from . import backdoorbench, class_order, state_dicts
+from .class_order import Order
+from .weights import (
+    Normalisation,
+    find_network,
+    fit,
+    read_weights,
+    sample_of,
+    triggered_images,
+    usual_normalisations,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,10 @@ class Import:
     stem: models.Stem | None = None
     """For timm models on images of at most 64 pixels: stock keeps timm's stem, small removes its
     stride; None chooses the one with the best accuracy."""
+    classes: str | None = None
+    """Text file with the class names in the order of the model's outputs, one name a line. None
+    tries the usual orders: that of the data set, and those in which other programs sort its
+    names. Your own model only."""
     crop_padding: int | None = None
     """Augmentation in defenses: random crops after padding by this many pixels; 0 crops nothing.
     None is the data set's published setting, else 4."""
@@ -134,7 +147,7 @@ def import_record(options: Import) -> int:
         found = (
             _from_backdoorbench(options, device)
             if options.source
-            else _from_weights(options, device)
+            else from_weights(options, device)
         )
         _fill(final, found, options, device)
 
@@ -163,12 +176,16 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
         or _kept(contents.settings, channels)
         or _published(contents.data_name, dataset)
     )
-    model, architecture, tried = fit(
-        bare(contents.weights),
-        options.architecture or contents.model_name,
+    name = options.architecture or contents.model_name
+    unwrapped = find_network(contents.weights, name, dataset, source)
+    # Its labels are those of the data set, or it would not fit: its classes have one order.
+    fitted = fit(
+        unwrapped.weights,
+        name,
         dataset,
         stems=[options.stem] if options.stem else ["stock", "small"],
         normalisations=normalisations,
+        orders=class_order.usual(dataset.class_names)[:1],
         device=device,
         source=source,
     )
@@ -179,8 +196,8 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
         dataset=dataset,
         image_size=height,
         grey=channels == 1,
-        model=model,
-        architecture=architecture,
+        model=fitted.model,
+        architecture=fitted.architecture,
         train=contents.train or no_poison(dataset.train),
         test=contents.test,
         known_poison=contents.train is not None,
@@ -191,7 +208,7 @@ def _from_backdoorbench(options: Import, device: torch.device) -> Found:
             "sha256": reading.sha256(source),
             "settings": contents.settings,
         },
-        notes=[*dataset.notes, *contents.notes, *([tried] if tried else [])],
+        notes=[*dataset.notes, *contents.notes, *unwrapped.notes(), *fitted.notes],
     )
 
 
@@ -243,7 +260,7 @@ def _cached(name: str, contents: backdoorbench.Contents) -> Dataset | None:
     return next(iter(fitting.values()), None)
 
 
-def _from_weights(options: Import, device: torch.device) -> Found:
+def from_weights(options: Import, device: torch.device) -> Found:
     """Read a model of unknown history, and match it with its data set and its network."""
     path = _own_weights(options)
     weights, meta = read_weights(path)
@@ -257,44 +274,36 @@ def _from_weights(options: Import, device: torch.device) -> Found:
     image_size, grey = options.image_size, options.grey
     dataset = _read_data(name, options, image_size, grey)
 
-    model, built, tried = fit(
-        weights,
+    unwrapped = find_network(weights, architecture, dataset, path)
+    fitted = fit(
+        unwrapped.weights,
         architecture,
         dataset,
         stems=_stems(options, described),
         normalisations=_given(options, dataset)
         or _kept(described, dataset.image_shape[0])
-        or _published(name, dataset),
+        or (_beside(unwrapped, dataset) | _published(name, dataset)),
+        orders=_orders(options, meta, dataset),
         device=device,
         source=path,
     )
+    print(f"classes     {class_order.listed(fitted.order.names(dataset.class_names))}")
+    triggered, said = _triggered(options, dataset, fitted.model, device)
     notes = [
         "whether and how the model and its data were attacked is not known",
         *dataset.notes,
-        *([tried] if tried else []),
+        *unwrapped.notes(),
+        *fitted.notes,
+        *said,
     ]
-
-    # Without triggered images there is no ASR, and the rest of the scores is the same.
-    triggered = no_poison(dataset.test)
-    if options.triggered_path is not None:
-        triggered, said = triggered_images(
-            options.triggered_path,
-            options.target_label,
-            dataset,
-            image_size,
-            lambda split: predict(model, split, device),
-        )
-        target = options.target_label
-        measured = f"ASR is measured on images given with --triggered_path, for class {target}"
-        notes += [measured, *said]
 
     return Found(
         attack="unknown",
         dataset=dataset,
         image_size=image_size,
         grey=grey,
-        model=model,
-        architecture=built,
+        model=fitted.model,
+        architecture=fitted.architecture,
         train=no_poison(dataset.train),
         test=triggered,
         known_poison=False,
@@ -314,6 +323,25 @@ def _read_data(name: str, options: Import, image_size: int | None, grey: bool | 
         grey=grey,
         configuration=options.dataset_config,
     )
+
+
+def _triggered(
+    options: Import, dataset: Dataset, model: Classifier, device: torch.device
+) -> tuple[Poison, list[str]]:
+    """Load the triggered images that the user gave, if any, and notes on them."""
+    # Without triggered images there is no ASR, and the rest of the scores is the same.
+    if options.triggered_path is None:
+        return no_poison(dataset.test), []
+    triggered, said = triggered_images(
+        options.triggered_path,
+        options.target_label,
+        dataset,
+        options.image_size,
+        lambda split: predict(model, split, device),
+    )
+    target = options.target_label
+    measured = f"ASR is measured on images given with --triggered_path, for class {target}"
+    return triggered, [measured, *said]
 
 
 def _own_weights(options: Import) -> Path:
@@ -357,6 +385,27 @@ def _stems(options: Import, described: Mapping[str, Any]) -> list[models.Stem]:
     return [described["stem"]] if "stem" in described else ["stock", "small"]
 
 
+def _orders(options: Import, meta: Mapping[str, Any], dataset: Dataset) -> list[Order]:
+    """Return the candidates: as the user says, else as the file says, else the usual ones."""
+    names = meta.get("class_names")
+    if options.classes is not None:
+        return [class_order.read(options.classes, dataset.class_names)]
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        order = class_order.stated(names, dataset.class_names, "the order of the file")
+        if order is not None:
+            return [order]
+    return class_order.usual(dataset.class_names)
+
+
+def _beside(found: state_dicts.Unwrapped, dataset: Dataset) -> dict[str, Normalisation]:
+    """Return the normalisation that the model keeps beside its network, if any."""
+    inside = state_dicts.normalisation(found.left_out, dataset.image_shape[0])
+    if inside is None:
+        return {}
+    names, mean, std = inside
+    return {f"that in the file ({names})": (mean, std)}
+
+
 def _architecture(options: Import, described: Mapping[str, Any], path: Path) -> str:
     """Return the name of the network of a model: as the user says, else as the file does."""
     name = options.architecture or described.get("name")
@@ -379,10 +428,13 @@ def _fill(final: Path, found: Found, options: Import, device: torch.device) -> N
 
     # Mostly a mistake of the user, which no other check can see.
     notes = list(found.notes)
-    if scores.clean_accuracy < 2 / dataset.num_classes:
+    seen = sample_of(dataset.test)
+    chance = class_order.near_chance(predict(found.model, seen, device), seen.labels)
+    if chance is not None:
         notes.append(
             f"clean accuracy {scores.clean_accuracy:.3f} is near chance: probably another"
-            " normalisation (--mean, --std), network or order of classes"
+            " normalisation (--mean, --std), network or order of classes (--classes)"
+            f" ({chance})"
         )
 
     # One target only, over test and training images: an attack may have several, or none.
@@ -423,7 +475,14 @@ def _only_for_own(options: Import) -> None:
     """Refuse options that are for a user's own model only."""
     given = [
         name
-        for name in ("weights", "triggered_path", "target_label", "image_size", "grey")
+        for name in (
+            "weights",
+            "triggered_path",
+            "target_label",
+            "image_size",
+            "grey",
+            "classes",
+        )
         if getattr(options, name) is not None
     ]
     if given:

@@ -12,6 +12,7 @@ import contextlib
 import io
 import pickle
 import pickletools
+import re
 import types
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -115,18 +116,66 @@ STAND_INS: dict[str, Any] = {
     "PIL.PngImagePlugin.PngImageFile": Picture,
 }
 """Name in a pickle -> what is called in its place."""
-STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+STORAGES = (
+    "Float",
+    "Double",
+    "Half",
+    "BFloat16",
+    "Long",
+    "Int",
+    "Short",
+    "Char",
+    "Byte",
+    "Bool",
+    "ComplexFloat",
+    "ComplexDouble",
+)
 NAMES = frozenset(
     [
+        # Plain values, under the module's name in Python 2, too, which torch.save writes.
         "collections.OrderedDict",
+        "collections.Counter",
+        "builtins.set",
+        "__builtin__.set",
+        "builtins.complex",
+        "__builtin__.complex",
         "_codecs.encode",
+        # What a tensor is, and where.
+        "torch.Size",
+        "torch.device",
+        "torch.serialization._get_layout",
+        "torch.storage.TypedStorage",
+        "torch.storage.UntypedStorage",
+        # Tensors and parameters, with attributes of their own or without.
+        "torch.Tensor",
+        "torch.nn.parameter.Parameter",
+        "torch._tensor._rebuild_from_type_v2",
+        "torch._utils._rebuild_tensor",
         "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
         "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
     ]
     + [f"torch.{kind}Storage" for kind in STORAGES]
+    + [f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
     + list(STAND_INS)
 )
-"""All names that a pickle may use."""
+"""All names that a pickle may use: those that torch's safe loader allows by itself, but for
+STRICTER, and the stand-ins."""
+STRICTER = {
+    # One number in a pickle would fill any amount of memory.
+    r"(builtins|__builtin__)\.bytearray": "bytes of any number",
+    # Their parts must fit each other, and a stranger's file decides whether they do.
+    r"torch\._utils\._rebuild_(sparse|nested)_tensor": "a sparse or nested tensor",
+    r"torch\._utils\._rebuild_meta_tensor_no_storage": "a tensor without numbers",
+    r"torch\._utils\._rebuild_qtensor": "quantised weights",
+    r"torch\.(Q\w+Storage|per_(tensor|channel)_\w+)": "quantised weights",
+    r"torch\._utils\._rebuild_(device_tensor\w*|wrapper_subclass)": "a tensor of another kind",
+    # Constructors of before torch 1.6, which torch.save no longer writes.
+    r"torch\.(cuda\.|sparse\.|cuda\.sparse\.)?\w+(Tensor|Storage)": "a tensor of old torch",
+}
+"""Names (regular expressions) that torch's safe loader allows and that are refused here -> what
+they make. NAMES goes first."""
 
 
 def load(path: Path) -> Any:
@@ -154,6 +203,13 @@ def load(path: Path) -> Any:
         ) from error
 
     strange = sorted(names - NAMES)
+    kinds = {name: stricter(name) for name in strange}
+    if strange and all(kinds.values()):
+        raise UserError(
+            f"{path}: refused, nothing of it was run: it contains {kinds[strange[0]]}"
+            f" ({strange[0]}), which no network here has. Save the state dict of an ordinary model"
+            " (dense, not quantised, on the CPU)"
+        )
     if strange:
         raise UserError(
             f"{path}: refused, nothing of it was run: it names"
@@ -174,6 +230,29 @@ def load(path: Path) -> Any:
         ) from error
 
 
+KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "network",
+    "module",
+    "weights",
+    "params",
+    "state_dict_ema",
+    "ema_state_dict",
+    "model_ema",
+    "ema",
+    "params_ema",
+)
+"""Keys under which training scripts save a state dict, those of the model before those of its
+moving average."""
+
+DEEPEST = 4
+"""Dicts that a state dict may lie in."""
+
+
 def state_dict(found: Any, path: Path) -> dict[str, Tensor]:
     """Extract a state dict from what `load` returned.
 
@@ -182,38 +261,65 @@ def state_dict(found: Any, path: Path) -> dict[str, Tensor]:
         path: the file, for errors and for its size.
 
     Returns:
-        Name -> dense tensor.
+        Name -> dense tensor. Entries that are no tensors, such as an epoch, are left out.
 
     Raises:
-        UserError: there is no state dict, or a tensor claims more bytes than the file has.
+        UserError: there is no state dict, or its tensors claim more bytes than the file has.
     """
-    # Training scripts often save it beside other things.
-    for key in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if (
-        not isinstance(found, Mapping)
-        or not found
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items())
-    ):
+    # Training scripts often save it beside other things, some of them twice over.
+    for _ in range(DEEPEST):  # a stranger's dict may contain itself
+        inner = _inner(found)
+        found = found if inner is None else inner
+    tensors = {
+        # Attributes of a stranger's tensor, which could hide its methods, are left behind.
+        name: Tensor.detach(value)
+        for name, value in _entries(found)
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    if not tensors:
         raise UserError(
             f"{path}: expected a state dict (names -> tensors), found {_kind(found)}. Save"
             " model.state_dict()"
         )
 
     # A stride of 0 would make a huge tensor out of one number.
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if (
             tensor.layout != torch.strided
+            or tensor.device.type != "cpu"
             or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
         ):
             raise UserError(
                 f"{path}: refused: {name} claims shape {tuple(tensor.shape)}, more than the file"
                 " holds of it"
             )
-    if sum(tensor.nbytes for tensor in found.values()) > path.stat().st_size:
+    # Tied weights are one storage under several names.
+    storages = [tensor.untyped_storage() for tensor in tensors.values()]
+    taken = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    if sum(taken.values()) > path.stat().st_size:
         raise UserError(f"{path}: refused: its tensors claim more bytes than the file has")
-    return {name: tensor.detach() for name, tensor in found.items()}
+    return tensors
+
+
+def _inner(found: Any) -> Any:
+    """Return what a dict has under the first of KEYS that is a dict with tensors in it somewhere;
+    None where it is a state dict itself, or has none."""
+    entries = dict(_entries(found))
+    if sum(isinstance(value, Tensor) for value in entries.values()) > len(entries) / 2:
+        return None
+    candidates = [entries[key] for key in KEYS if isinstance(entries.get(key), Mapping)]
+    return candidates[0] if candidates else None
+
+
+def _entries(found: Any) -> list[tuple[Any, Any]]:
+    """Return the entries of a dict, and none of anything else."""
+    # By the class: an attribute of a stranger's dict could hide its methods.
+    return list(dict.items(found)) if isinstance(found, dict) else []
+
+
+def stricter(name: str) -> str:
+    """Return what a name makes that is refused although torch's safe loader allows it, or ""."""
+    return next((what for pattern, what in STRICTER.items() if re.fullmatch(pattern, name)), "")
 
 
 def dump(value: Any) -> bytes:

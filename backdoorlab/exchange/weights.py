@@ -22,10 +22,11 @@ from ..models import Classifier
 from ..poison import POISON, Poison, check_target
 from ..record import build_model
 from ..storage import reading, schema, writing
-from . import pickles
+from . import class_order, pickles, state_dicts
+from .class_order import Order
 
 LOOK_AT = 1000
-"""Number of training images by which the normalisation of a model is chosen."""
+"""Number of images by which the normalisation of a model and its order of classes are chosen."""
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 """(mean, std), one number a channel, in [0, 1] units."""
 USUAL: dict[int, dict[str, Normalisation]] = {
@@ -44,8 +45,12 @@ USUAL: dict[int, dict[str, Normalisation]] = {
 class Candidate:
     """A network that the weights fit, and how well it does with one normalisation."""
 
-    right: float
-    """Accuracy on the sample of training images, in [0, 1]."""
+    right: Tensor
+    """bool (N,): which images of the sample of training images it classifies correctly."""
+    order: Order
+    """The order of classes that the model's outputs are read in."""
+    answers: Tensor
+    """int64 (N,): outputs of the model on the sample."""
     stem: models.Stem
     word: str
     """What the normalisation is called."""
@@ -53,17 +58,38 @@ class Candidate:
     architecture: dict[str, Any]
     """As a record describes it."""
 
+    @property
+    def accuracy(self) -> float:
+        """Accuracy on the sample, in [0, 1]."""
+        return self.right.double().mean().item()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The network of a user's weights, its outputs in the order of the data set's labels."""
+
+    model: Classifier
+    architecture: dict[str, Any]
+    """As a record describes it."""
+    order: Order
+    """The order of classes that the file has them in."""
+    accuracy: float
+    """Accuracy on a sample of training images, in [0, 1]."""
+    notes: list[str]
+    """How stem, normalisation and order were chosen."""
+
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read weights from a .safetensors file or a file by torch.save.
 
     Returns:
-        (state dict, metadata): the metadata of a file by `write_weights`, else {}.
+        (state dict under the names of the file, metadata): the metadata of a file by
+        `write_weights`, else {}.
     """
     if not path.is_file():
         raise UserError(f"--weights {path}: no such file")
     if path.suffix != ".safetensors":
-        return bare(pickles.state_dict(pickles.load(path), path)), {}
+        return pickles.state_dict(pickles.load(path), path), {}
 
     # A stranger's file is read by safetensors, one of ours with its own checksum by `reading`.
     try:
@@ -81,7 +107,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, meta = reading.read_tensors(path)
     if not tensors:
         raise UserError(f"{path}: no tensor in it")
-    return bare(tensors), meta
+    return tensors, meta
 
 
 def write_weights(path: Path, model: Classifier, **metadata: Any) -> None:
@@ -117,6 +143,26 @@ def load_exported(path: str | Path) -> Classifier:
     return model.eval()
 
 
+def find_network(
+    weights: Mapping[str, Tensor], architecture: str, dataset: Dataset, source: Path
+) -> state_dicts.Unwrapped:
+    """Find the weights of a network in a state dict, whatever wrapper it comes from.
+
+    Raises:
+        UserError: they are not finite, or of a type that no network can run with.
+    """
+    # Names do not depend on the width, nor on stem and normalisation.
+    channels = dataset.image_shape[0]
+    width = 1 if architecture in models.OWN else None
+    one = dict(name=architecture, width=width, mean=[0] * channels, std=[1] * channels)
+    with torch.device("meta"):
+        network = build_model({**one, "stem": "stock"}, dataset.image_shape, dataset.num_classes)
+    wanted = network.network.state_dict()
+    found = state_dicts.unwrap(weights, wanted)
+    state_dicts.refuse_unusable(found.weights, wanted, source)
+    return found
+
+
 def fit(
     weights: Mapping[str, Tensor],
     architecture: str,
@@ -124,44 +170,42 @@ def fit(
     *,
     stems: Sequence[models.Stem],
     normalisations: Mapping[str, Normalisation],
+    orders: Sequence[Order],
     device: torch.device,
     source: Path,
-) -> tuple[Classifier, dict[str, Any], str | None]:
-    """Choose the stem and normalisation with which weights classify most training images correctly.
+) -> Fitted:
+    """Choose the stem, normalisation and class order that classify most training images correctly.
 
     Args:
-        weights: the state dict.
+        weights: those of `find_network`.
         architecture: name of the network.
         dataset: the data that the model was trained on.
         stems: candidates.
         normalisations: candidates by name.
+        orders: candidates. Another than the first is chosen only if it is right by far more often.
         device: where the images are classified.
         source: file of the weights, for errors.
 
-    Returns:
-        (model, its architecture as a record describes it, a note on the choice): the note is None
-        where there was one candidate.
-
     Raises:
-        UserError: the weights are not finite, or those of another network.
+        UserError: the weights are those of another network, or it takes no such images.
     """
-    _refuse_infinite(weights, source)
+    sample = sample_of(dataset.train)
 
-    sample = _sample(dataset.train)
     # A stem is only a question for timm's networks on small images.
     own = architecture in models.OWN
     one_stem = own or dataset.image_shape[1] > models.SMALL
     width = _width(weights) if own else None
     found: list[Candidate] = []
-    problems: list[str] = []
+    problems: list[UserError] = []
     for stem in dict.fromkeys(("small",) if one_stem else stems):
         described: dict[str, dict[str, Any]] = {
             word: dict(name=architecture, width=width, mean=list(mean), std=list(std), stem=stem)
             for word, (mean, std) in normalisations.items()
         }
-        problem = _misfit(next(iter(described.values())), dataset, weights)
-        if problem:
-            problems.append(problem)
+        try:
+            _refuse_other(next(iter(described.values())), dataset, weights, source)
+        except UserError as error:
+            problems.append(error)
             continue
 
         for word, one in described.items():
@@ -169,30 +213,73 @@ def fit(
             # Compared by `_misfit`: only the counters of batch normalisation may be absent.
             model.network.load_state_dict(dict(weights), strict=False)
             answers = predict(model.to(device), sample, device)
-            right = (answers == sample.labels).double().mean().item()
-            found.append(Candidate(right, stem, word, model, one))
+            for order in orders:
+                right = order.labels[answers] == sample.labels
+                found.append(Candidate(right, order, answers, stem, word, model, one))
 
     if not found:
-        raise _not_its_weights(architecture, dataset, problems[0], source)
-    best = max(found, key=lambda candidate: candidate.right)
-    return best.model, best.architecture, _choice(best, found, len(sample))
+        raise problems[0]
+    best = _best(found)
+    # Labels of the data set are what the rest of the library counts by.
+    if not torch.equal(best.order.labels, torch.arange(dataset.num_classes)):
+        _put_in_order(best, dataset, source)
+    notes = [*_choice(best, found, len(sample)), *_order_notes(best, found, sample, dataset)]
+    return Fitted(best.model, best.architecture, best.order, best.accuracy, notes)
 
 
-def _sample(train: Split) -> Split:
-    """Return about LOOK_AT training images, by which candidates are compared."""
-    # Evenly spaced, so that all classes are there even if the images are sorted by class.
-    step = max(1, len(train) // LOOK_AT)
-    return train.subset(torch.arange(0, len(train), step)[:LOOK_AT])
+def _refuse_other(
+    described: Mapping[str, Any], dataset: Dataset, weights: Mapping[str, Tensor], source: Path
+) -> None:
+    """Raise a UserError for weights of another network, or one that takes no such images."""
+    name, shape, classes = described["name"], dataset.image_shape, dataset.num_classes
+    problem = _misfit(described, dataset, weights)
+    if problem:
+        raise _not_its_weights(name, dataset, problem, source)
+    models.choose_stem(described["stem"], name, shape, classes, described["width"])
 
 
-def _refuse_infinite(weights: Mapping[str, Tensor], source: Path) -> None:
-    """Raise a UserError if weights are not finite."""
-    lost = next((name for name, values in weights.items() if not values.isfinite().all()), None)
-    if lost is not None:
-        raise UserError(
-            f"{source}: {lost} contains NaN or infinity, so that the model predicts nothing: its"
-            " training diverged, or the file is damaged"
+def _best(found: Sequence[Candidate]) -> Candidate:
+    """Return the most accurate candidate; the first order of classes unless another is by far."""
+    best = max(found, key=lambda candidate: candidate.accuracy)
+    first = [candidate for candidate in found if candidate.order is found[0].order]
+    plain = max(first, key=lambda candidate: candidate.accuracy)
+    return best if class_order.by_far(best.right, plain.right) else plain
+
+
+def _put_in_order(chosen: Candidate, dataset: Dataset, source: Path) -> None:
+    """Permute the outputs of a model from its order of classes to that of the data set."""
+    # Whatever grows with one more class has a row for each class.
+    with torch.device("meta"):
+        shapes, more = (
+            build_model(chosen.architecture, dataset.image_shape, classes).network.state_dict()
+            for classes in (dataset.num_classes, dataset.num_classes + 1)
         )
+    rows = chosen.order.labels.argsort()
+    weights = chosen.model.network.state_dict()
+    for name, tensor in weights.items():
+        grown = [
+            axis
+            for axis, (side, other) in enumerate(
+                zip(shapes[name].shape, more[name].shape, strict=True)
+            )
+            if side != other
+        ]
+        for axis in grown:
+            if tensor.shape[axis] != dataset.num_classes:
+                raise UserError(
+                    f"{source}: its classes stand in {chosen.order.word}, and the outputs of this"
+                    f" network cannot be put into another ({name}): name the classes of the data"
+                    " set so that their order is the model's"
+                )
+            weights[name] = weights[name].index_select(axis, rows.to(tensor.device))
+    chosen.model.network.load_state_dict(weights)
+
+
+def sample_of(split: Split) -> Split:
+    """Return about LOOK_AT images of a split, by which candidates are compared."""
+    # Evenly spaced to the end, so that all classes are there even if images are sorted by class.
+    count = min(len(split), LOOK_AT)
+    return split.subset(torch.arange(count) * len(split) // count)
 
 
 def _not_its_weights(architecture: str, dataset: Dataset, problem: str, source: Path) -> UserError:
@@ -214,18 +301,50 @@ def _misfit(
     return _difference(network.state_dict(), weights)
 
 
-def _choice(best: Candidate, found: Sequence[Candidate], images: int) -> str | None:
-    """Return the note that says which candidate was chosen, or None for a single one."""
-    if len(found) == 1:
-        return None
+def _choice(best: Candidate, found: Sequence[Candidate], images: int) -> list[str]:
+    """Return the note that says which stem and normalisation were chosen, if there was a choice."""
+    rivals = [candidate for candidate in found if candidate.order is best.order]
+    if len(rivals) == 1:
+        return []
     others = ", ".join(
-        f"{other.word} {other.stem} {other.right:.3f}" for other in found if other is not best
+        f"{other.word} {other.stem} {other.accuracy:.3f}" for other in rivals if other is not best
     )
-    return (
+    return [
         f"normalisation and stem chosen by accuracy on {images:,} training images:"
-        f" {best.word} with the {best.stem} stem, {best.right:.3f} (others: {others}); pass --mean,"
-        " --std and --stem if you know better"
-    )
+        f" {best.word} with the {best.stem} stem, {best.accuracy:.3f} (others: {others}); pass"
+        " --mean, --std and --stem if you know better"
+    ]
+
+
+def _order_notes(
+    best: Candidate, found: Sequence[Candidate], sample: Split, dataset: Dataset
+) -> list[str]:
+    """Say which order of classes was chosen where it is not the first, or that none fits."""
+    names = dataset.class_names
+    other = class_order.suspected(best.answers, sample.labels, best.order)
+    if other is not None:
+        share = (other.labels[best.answers] == sample.labels).double().mean().item()
+        return [
+            f"the classes of the model seem to stand in another order: {share:.1%} of the training"
+            f" images, and not {best.accuracy:.1%}, would be right with"
+            f" {class_order.listed(other.names(names))}. If that is its order, write it into a"
+            " file, one name a line, and pass --classes FILE"
+        ]
+    if best.order is found[0].order:
+        return []
+
+    same = [
+        candidate
+        for candidate in found
+        if (candidate.stem, candidate.word) == (best.stem, best.word)
+    ]
+    scores = ", ".join(f"{one.order.word} {one.accuracy:.1%}" for one in same)
+    return [
+        f"the classes of the model stand in {best.order.word}"
+        f" ({class_order.listed(best.order.names(names))}), by accuracy on {len(sample):,} training"
+        f" images ({scores}): its outputs were put into the order of the data set. Pass --classes"
+        " FILE if you know better"
+    ]
 
 
 def usual_normalisations(dataset: Dataset) -> dict[str, Normalisation]:
@@ -393,20 +512,6 @@ def _width(weights: Mapping[str, Tensor]) -> int | None:
     # Anything may be under this name: a width of None then fits no network.
     first = weights.get("conv1.weight")
     return len(first) if first is not None and first.dim() == 4 and len(first) else None
-
-
-def bare(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that wrappers put before all names of a state dict."""
-    found = dict(weights)
-    # The state dict of our own Classifier has its normalisation beside the network.
-    if {"mean", "std"} < set(found) and any(name.startswith("network.") for name in found):
-        del found["mean"], found["std"]
-    # Wrappers may be nested, such as DataParallel around a compiled module.
-    for _ in range(4):
-        for prefix in ("module.", "_orig_mod.", "network.", "model."):
-            if all(name.startswith(prefix) for name in found):
-                found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    return found
 
 
 def _difference(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:

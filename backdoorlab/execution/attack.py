@@ -16,7 +16,7 @@ from ..device import choose_device, keep_freed_memory, seed_everything
 from ..errors import UserError, described
 from ..metrics import Scores, learned_nothing
 from ..poison import POISON, changed_share, check_rate, check_target, left_by_crops
-from ..poisoning import Outcome, new_model, poison_and_train, static_attack
+from ..poisoning import Outcome, network_of, new_model, poison_and_train, static_attack
 from ..record import Record
 from ..run import Run
 from ..settings.methods import Method
@@ -164,6 +164,9 @@ def prepare(job: Job) -> Prepared:
     if isinstance(config, TriggerConfig):
         check_target(config.target_label, dataset.num_classes)
 
+    # One image goes through the network before anything that takes long.
+    built = network_of(dataset, config)
+
     # Where the precision is measured, an untrained network of the same shape tells the speed.
     keep_freed_memory(device)
     choice = choose(
@@ -173,6 +176,7 @@ def prepare(job: Job) -> Prepared:
         name=config.model,
         width=config.width,
         image_shape=dataset.image_shape,
+        stem=built.get("stem", "small"),
     )
     return Prepared(job, root, dataset, device, choice)
 
@@ -248,8 +252,7 @@ def _info(
         config=config.science(),
         dataset=record.describe(dataset, config.image_size, config.grey),
         architecture={
-            "name": config.model,
-            "width": config.width,
+            **network_of(dataset, config),
             "mean": outcome.model.mean.flatten().tolist(),
             "std": outcome.model.std.flatten().tolist(),
         },
