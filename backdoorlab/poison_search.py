@@ -64,7 +64,7 @@ class SearchConfig:
     variety: float = 0.5
     """Variety of classes a group must show to be poison, as a share of the other labels' variety.
     Lower values find more poison and raise more false alarms."""
-    many_classes: float = 7.0
+    many_classes: float = 6.0
     """Robust standard deviations by which a group must also show more classes than parts of labels
     do. Lower values find more poison and raise more false alarms."""
     apart: float = 2.7
