@@ -17,7 +17,7 @@ docs/methods/dau.md gives the reasons, docs/methods/dau_experiments.md the numbe
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,19 +25,14 @@ from torch import Tensor
 
 from .data import Split
 from .features import Features, extract
-from .groups.content import Discriminant, leave_one_out
-from .groups.splitting import Whitened, main_directions, mixture, two_means, whiten
+from .groups.measuring import Group, Measured, measure
 from .isolation import isolate
 from .record import DefenderView
 from .run import Run
 
-REFERENCE_DIRECTIONS = 3
-"""Directions along which each label is cut, to know what variety its own images show."""
 SPREADS = "robust standard deviations"
 ALIKE = 2
 """Largest ratio of sizes at which a part of a label is compared with a group."""
-FULL = 0.02
-"""Missing variety below which a group shows every class: more cannot be told from chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,30 +96,6 @@ class SearchConfig:
     }
 
 
-class Group(NamedTuple):
-    """One of two parts of a label's samples, and what was measured of it."""
-
-    label: int
-    size: int
-    rest: int
-    """Samples of the label outside the group."""
-    sure: Tensor
-    """int64 (m,): samples that surely belong to the group, as positions in the training set."""
-    lacks: float
-    """-log of the variety of classes that the group lacks: high where it shows many."""
-    apart: float
-    """log distance of the two parts' means in the last layer, in the spread of other labels."""
-    nearer: float
-    """Distance to the rest of the label, divided by that to the nearest other label."""
-    rest_nearer: float
-    """The same of the rest."""
-    belief: float
-    """Mean probability of `source` among the other labels and the rest."""
-    source: int
-
-
-Measured = tuple[list[Group], list[tuple[int, float]]]
-"""All groups of all labels; and size and `lacks` of other parts of all labels, for comparison."""
 Test = Callable[[Measured, "SearchConfig"], dict[int, tuple[Group, str]]]
 """Label -> its group of poison, and the evidence in words."""
 
@@ -174,7 +145,25 @@ def search(
         bool (N,), all False where no label looks poisoned; and whether the poison may show one
         class only, which is what the second test finds.
     """
-    measured = measure(features, num_classes, config, run)
+    measured = measure(
+        features.early,
+        features.pooled,
+        features.spatial,
+        features.labels,
+        num_classes,
+        label_samples=config.label_samples,
+        separation=config.separation,
+        trim=config.trim,
+        sure=config.sure,
+        generator=run.generator,
+    )
+    if measured.left_out:
+        few = f"{measured.left_out} labels have less than {config.label_samples} samples"
+        run.note(f"{few}: no pool is sought among those")
+    if not comparable(measured.groups, config):
+        few = f"fewer than {config.reference_labels} labels have groups to compare"
+        run.note(f"{few}: only poison that looks like one other class can be told from two styles")
+
     for test in TESTS:
         found = test(measured, config)
         if found:
@@ -193,102 +182,17 @@ def search(
     return torch.zeros(len(features.labels), dtype=torch.bool), False
 
 
-# --- what is measured
-
-
-def measure(features: Features, num_classes: int, config: SearchConfig, run: Run) -> Measured:
-    """Cut each label in two and measure both parts."""
-    labels, groups, known, left_out = features.labels, list[Group](), list[tuple[int, float]](), 0
-    early, late = (whiten(x, labels, num_classes) for x in (features.early, features.pooled))
-    content = leave_one_out(features.spatial, labels, num_classes, run.generator)
-    for near, far, shown in zip(early, late, content, strict=True):
-        if len(near.members) < config.label_samples:
-            left_out += 1
-            continue
-
-        # What variety parts of a label show: halves and ends, along several directions.
-        lines = main_directions(near.samples, REFERENCE_DIRECTIONS) @ near.samples
-        end = config.label_samples // 2
-        for line in lines:
-            upper, order = two_means(line), line.argsort()
-            low, high = (
-                mask(index, len(line)).to(upper.device) for index in (order[:end], order[-end:])
-            )
-            for part in (upper, ~upper, low, high):
-                known.append((int(part.sum()), lacks(part, shown, run)))
-        for part, sure in parts(near, lines[0], config):
-            groups.append(examine(part, near.members[sure], far, shown, run))
-
-    if left_out:
-        few = f"{left_out} labels have less than {config.label_samples} samples"
-        run.note(f"{few}: no pool is sought among those")
-    if not comparable(groups, config):
-        few = f"fewer than {config.reference_labels} labels have groups to compare"
-        run.note(f"{few}: only poison that looks like one other class can be told from two styles")
-    return groups, known
-
-
-def parts(label: Whitened, line: Tensor, config: SearchConfig) -> list[tuple[Tensor, Tensor]]:
-    """Cut a label by 2-means and by mixtures from both ends: parts, and what surely belongs to
-    them, bool (n,)."""
-    upper = two_means(line)
-    found = [(half, outer(line, half, config.trim)) for half in (upper, ~upper) if half.any()]
-    for p in mixture(label.samples, line, config.separation):
-        found += [
-            (side > 0.5, side >= side[side > 0.5].median().clamp_max(config.sure))
-            for side in (p, 1 - p)
-        ]
-    least = config.label_samples // 2
-    return [(part, sure) for part, sure in found if part.sum() >= least <= (~part).sum()]
-
-
-def outer(x: Tensor, half: Tensor, trim: float) -> Tensor:
-    """bool (n,): a half without the share `trim` of it that is nearest to the other along x."""
-    away = (x - x[~half].mean()).abs()
-    return half & (away >= away[half].quantile(trim))
-
-
-def examine(part: Tensor, sure: Tensor, late: Whitened, shown: Discriminant, run: Run) -> Group:
-    """Measure a part, bool (n,), of a label; `sure` are samples of it as positions."""
-    nearer, belief, source = shown.resemblance(part)
-    return Group(
-        label=late.label,
-        size=int(part.sum()),
-        rest=int((~part).sum()),
-        sure=sure,
-        lacks=lacks(part, shown, run),
-        apart=distance(late.samples, part),
-        nearer=nearer,
-        rest_nearer=shown.resemblance(~part)[0],
-        belief=belief,
-        source=source,
-    )
-
-
-def lacks(part: Tensor, shown: Discriminant, run: Run) -> float:
-    """-log of the variety that a part, bool (n,), lacks."""
-    return -math.log(max(FULL, 1 - shown.variety(part, run.generator)))
-
-
-def distance(samples: Tensor, part: Tensor) -> float:
-    """log distance between the means of a part, bool (n,), of whitened samples (D, n) and of the
-    others, less what chance adds to it."""
-    sides = [samples[:, part], samples[:, ~part]]
-    chance = sum(side.var(1, correction=0).sum() / side.shape[1] for side in sides)
-    square = (sides[0].mean(1) - sides[1].mean(1)).square().sum() - chance
-    return 0.5 * math.log(max(float(square), 1e-2))
-
-
 # --- the three tests
 
 
 def shows_many_classes(measured: Measured, config: SearchConfig) -> dict[int, tuple[Group, str]]:
     """Find groups that show more classes than parts of labels do: dirty-label poison."""
-    groups, known = measured
-    found = {}
+    groups, found = measured.groups, {}
     for group in sorted(groups, key=lambda group: group.lacks):
         # Small groups are compared with small parts, which show less of one class.
-        z = robust_z(group.lacks, [lacks for size, lacks in known if size <= ALIKE * group.size])
+        z = robust_z(
+            group.lacks, [lacks for size, lacks in measured.known if size <= ALIKE * group.size]
+        )
         shown = 1 - math.exp(-group.lacks)
         if comparable(groups, config) and shown > config.variety and z > config.many_classes:
             what = f"a group shows {shown:.2f} of the other labels' variety"
@@ -300,7 +204,7 @@ def shows_one_class(measured: Measured, config: SearchConfig) -> dict[int, tuple
     """Find groups of at most half of a label that look like one other class: poison of one source
     class, or all-to-all."""
     found = {}
-    for group in sorted(measured[0], key=lambda group: group.nearer):
+    for group in sorted(measured.groups, key=lambda group: group.nearer):
         small = config.label_samples <= group.size <= group.rest
         if small and group.nearer > config.nearer and group.belief > config.belongs:
             what = f"a group looks like class {group.source} (probability {group.belief:.2f})"
@@ -312,7 +216,7 @@ def lies_apart(measured: Measured, config: SearchConfig) -> dict[int, tuple[Grou
     """Find labels whose two groups are farther apart in the last layer than other labels' groups,
     while one of them is nearer to another label: the other one is the poison, as no content
     explains where it lies."""
-    groups, found = sorted(measured[0], key=lambda group: group.apart), {}
+    groups, found = sorted(measured.groups, key=lambda group: group.apart), {}
     farthest = {group.label: group.apart for group in groups}
     for group in groups:
         z = robust_z(group.apart, list(farthest.values()))
