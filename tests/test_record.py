@@ -87,6 +87,8 @@ def test_a_record_says_what_was_done(tiny: Record) -> None:
         "robust_accuracy",
         "per_class",
         "triggered_predictions",
+        "balanced_accuracy",
+        "largest_share",
         "cross",
     }
     assert info["image_passes"]["forward"] == info["image_passes"]["backward"] == 1442 // 64 * 64, (

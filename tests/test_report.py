@@ -458,7 +458,7 @@ def test_dau_is_decided_by_its_suspicion(backdoored: Record, tmp_path: Path) -> 
 
 def test_a_suspicion_without_a_finite_value_is_no_panel(small: Record, tmp_path: Path) -> None:
     record = helpers.copy(small, tmp_path)
-    shutil.copytree(small.folder / "defense", record.folder / "defense")
+    helpers.defend("dau", record, *helpers.short_flags("dau"), "--pool", "model_loss")
     assert len(charts.histograms(artifacts.gather([record])).panels) == 1, "the control"
     run = record.folder / "defense" / "dau" / "seed0"
     kept = reading.read_tensors(run / "split.safetensors")[0]
