@@ -187,14 +187,16 @@ def search(
 
 def shows_many_classes(measured: Measured, config: SearchConfig) -> dict[int, tuple[Group, str]]:
     """Find groups that show more classes than parts of labels do: dirty-label poison."""
-    groups, found = measured.groups, {}
-    for group in sorted(groups, key=lambda group: group.lacks):
+    if not comparable(measured.groups, config):
+        return {}
+    found = {}
+    for group in sorted(measured.groups, key=lambda group: group.lacks):
         # Small groups are compared with small parts, which show less of one class.
         z = robust_z(
             group.lacks, [lacks for size, lacks in measured.known if size <= ALIKE * group.size]
         )
         shown = 1 - math.exp(-group.lacks)
-        if comparable(groups, config) and shown > config.variety and z > config.many_classes:
+        if shown > config.variety and z > config.many_classes:
             what = f"a group shows {shown:.2f} of the other labels' variety"
             found[group.label] = group, f"{what}, {z:.1f} {SPREADS} above parts of labels"
     return found
@@ -216,13 +218,15 @@ def lies_apart(measured: Measured, config: SearchConfig) -> dict[int, tuple[Grou
     """Find labels whose two groups are farther apart in the last layer than other labels' groups,
     while one of them is nearer to another label: the other one is the poison, as no content
     explains where it lies."""
+    if not comparable(measured.groups, config):
+        return {}
     groups, found = sorted(measured.groups, key=lambda group: group.apart), {}
-    farthest = {group.label: group.apart for group in groups}
+    reference = list({group.label: group.apart for group in groups}.values())
     for group in groups:
-        z = robust_z(group.apart, list(farthest.values()))
+        z = robust_z(group.apart, reference)
         large = config.label_samples <= min(group.size, group.rest)
         odd = large and group.rest_nearer > max(config.nearer, group.nearer)
-        if comparable(groups, config) and odd and z > config.apart:
+        if odd and z > config.apart:
             what = "a group is far from the label's rest in the last layer"
             found[group.label] = group, f"{what}, {z:.1f} {SPREADS} above labels' groups"
     return found

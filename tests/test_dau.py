@@ -265,11 +265,14 @@ def test_resemblance_names_the_class_that_a_group_comes_from() -> None:
     labels = true.clone()
     labels[1200:1300] = 0
     taken = torch.arange(500) >= 400
-    nearer, belief, source = discriminant(x, labels).resemblance(taken)
-    assert nearer > 3 and belief > 0.9 and source == 3
+    found = discriminant(x, labels)
+    belief, source = found.belief(taken)
+    assert found.nearer(taken) > 3 and belief > 0.9 and source == 3
     style = torch.arange(400) < 200
-    nearer, belief, _ = discriminant(x, true).resemblance(style)
-    assert nearer < 1 and belief < 0.2, "a control: half of a class's own images"
+    found = discriminant(x, true)
+    assert found.nearer(style) < 1 and found.belief(style)[0] < 0.2, (
+        "a control: half of a class's own images"
+    )
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1.0, 1e3])

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .splitting import cholesky
+from .splitting import cholesky, within
 
 ASKED = 1000
 """Samples of the other labels on which a discriminant is measured."""
@@ -65,26 +65,31 @@ class Discriminant:
         most = sum(information(self.known[draw[: len(shown)]]) for draw in draws) / DRAWS
         return found / most if most > 1e-6 else 0.0
 
-    def resemblance(self, group: Tensor) -> tuple[float, float, int]:
-        """Compare a group, bool (n,), with the nearest other label and with the rest of its own.
+    def nearer(self, group: Tensor) -> float:
+        """Distance of a group's mean, bool (n,), to the rest of its label, divided by that to the
+        nearest other label, in units of the covariance within the other labels."""
+        centre, rest = self._means(group)
+        nearest = (self.white - centre.unsqueeze(1)).norm(dim=0).min()
+        return ((rest - centre).norm() / nearest).item()
+
+    def belief(self, group: Tensor) -> tuple[float, int]:
+        """Ask which other label a group, bool (n,), looks like, the rest being a class of its own.
 
         Returns:
-            its distance to the rest, divided by that to the nearest other label; the mean
-            probability that its samples get of one other label where the rest is a class of its
-            own; and that label.
+            the largest mean probability that its samples get of one other label, and that label.
         """
-        # Distances between means, in units of the covariance within the other labels.
-        pair = torch.stack([self.samples[group].mean(0), self.samples[~group].mean(0)], 1)
-        centre, rest = torch.linalg.solve_triangular(self.root, pair, upper=False).T
-        nearest = (self.white - centre.unsqueeze(1)).norm(dim=0).min()
-        nearer = (rest - centre).norm() / nearest
-
         # The discriminant with one more class.
+        rest = self._means(group)[1]
         weight = torch.linalg.solve_triangular(self.root.T, rest.unsqueeze(1), upper=True)
         logits = self.samples[group] @ torch.cat([self.weight, weight], 1)
         logits += torch.cat([self.bias, -0.5 * rest.square().sum().unsqueeze(0)])
         believed, source = (logits / self.temperature).softmax(1).mean(0)[:-1].max(0)
-        return nearer.item(), believed.item(), int(self.others[source])
+        return believed.item(), int(self.others[source])
+
+    def _means(self, group: Tensor) -> Tensor:
+        """(2, D): the means of a group and of the rest, in units of the covariance."""
+        pair = torch.stack([self.samples[group].mean(0), self.samples[~group].mean(0)], 1)
+        return torch.linalg.solve_triangular(self.root, pair, upper=False).T
 
 
 def leave_one_out(
@@ -103,11 +108,7 @@ def leave_one_out(
     """
     x = x.float()
     x = (x - x.mean(0)) / x.std(0).clamp_min(1e-4 * x.std().item() + 1e-12)
-    counts = torch.bincount(labels, minlength=num_classes)
-    means = torch.zeros(num_classes, x.shape[1], device=x.device)
-    means = means.index_add_(0, labels, x) / counts.clamp_min(1).unsqueeze(1)
-    centred = x - means[labels]
-    total = centred.T @ centred
+    counts, means, centred, total = within(x, labels, num_classes)
 
     for label, count in enumerate(counts.tolist()):
         if count in (0, len(x)):

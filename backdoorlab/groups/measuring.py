@@ -129,7 +129,7 @@ def examine(
     part: Tensor, sure: Tensor, late: Whitened, shown: Discriminant, generator: torch.Generator
 ) -> Group:
     """Measure a part, bool (n,), of a label; `sure` are samples of it as positions."""
-    nearer, belief, source = shown.resemblance(part)
+    belief, source = shown.belief(part)
     return Group(
         label=late.label,
         size=int(part.sum()),
@@ -137,8 +137,8 @@ def examine(
         sure=sure,
         lacks=lacks(part, shown, generator),
         apart=distance(late.samples, part),
-        nearer=nearer,
-        rest_nearer=shown.resemblance(~part)[0],
+        nearer=shown.nearer(part),
+        rest_nearer=shown.nearer(~part),
         belief=belief,
         source=source,
     )

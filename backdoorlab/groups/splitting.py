@@ -40,11 +40,8 @@ def whiten(x: Tensor, labels: Tensor, num_classes: int) -> Iterator[Whitened]:
     Yields:
         what belongs to each label that has samples, unless it has all of them.
     """
-    x, counts = x.double(), torch.bincount(labels, minlength=num_classes)
-    means = torch.zeros(num_classes, x.shape[1], dtype=x.dtype, device=x.device)
-    means = means.index_add_(0, labels, x) / counts.clamp_min(1).unsqueeze(1)
-    centred = x - means[labels]
-    total = centred.T @ centred
+    x = x.double()
+    counts, means, centred, total = within(x, labels, num_classes)
 
     for label, count in enumerate(counts.tolist()):
         if count in (0, len(x)):
@@ -62,6 +59,20 @@ def whiten(x: Tensor, labels: Tensor, num_classes: int) -> Iterator[Whitened]:
             torch.linalg.solve_triangular(root, part.T, upper=False),
             torch.linalg.solve_triangular(root, others, upper=False),
         )
+
+
+def within(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum up how samples (N, D) vary within their labels, int64 (N,).
+
+    Returns:
+        int64 (K,), samples of each label; (K, D), their means; (N, D), the samples from the mean of
+        their own label; and (D, D), the scatter of these.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    means = torch.zeros(num_classes, x.shape[1], dtype=x.dtype, device=x.device)
+    means = means.index_add_(0, labels, x) / counts.clamp_min(1).unsqueeze(1)
+    centred = x - means[labels]
+    return counts, means, centred, centred.T @ centred
 
 
 def cholesky(covariance: Tensor) -> Tensor:
