@@ -655,7 +655,7 @@ def test_what_its_own_reader_refuses_is_not_published_and_its_training_is_kept(
         with monkeypatch.context() as patched:
             for module in ("attack", "defense"):
                 patched.setattr(
-                    f"backdoorlab.execution.{module}.environment", lambda device: {"device": 3}
+                    f"backdoorlab.execution.{module}.made_on", lambda stage: {"device": 3}
                 )
             with pytest.raises(
                 UserError,

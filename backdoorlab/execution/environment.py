@@ -134,7 +134,8 @@ def _limit(folder: Path) -> float:
     """Return the quota of one control group in cores; infinity where it has none."""
     for names in LIMITS:
         try:
-            quota, period = " ".join((folder / name).read_text() for name in names).split()
+            texts = [(folder / name).read_text(encoding="utf-8") for name in names]
+            quota, period = " ".join(texts).split()
             if int(quota) > 0:
                 return int(quota) / int(period)
         # No such file, or the word "max".
