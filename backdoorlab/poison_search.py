@@ -1,7 +1,5 @@
-"""Search for the first poison: a small set of training samples that is almost pure poison.
+"""Search for the first poison: a small set of training samples that is almost pure poison (ours).
 
-`find_pool` offers three ways. Training samples of lowest loss, under the poisoned model or after
-ABL's isolation (`isolate`), are known from the literature; `search` is ours.
 A label given to two kinds of images has features in two groups.
 
   1. Cut each label's samples in two, along the direction in which they vary most in units of how
@@ -17,17 +15,13 @@ docs/methods/dau.md gives the reasons, docs/methods/dau_experiments.md the numbe
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Split
-from .features import Features, extract
+from .features import Features
 from .groups.measuring import Group, Measured, measure
-from .isolation import isolate
-from .record import DefenderView
 from .run import Run
 
 SPREADS = "robust standard deviations"
@@ -39,17 +33,6 @@ ALIKE = 2
 class SearchConfig:
     """Settings of the search. A method inherits these fields, which makes them its flags."""
 
-    pool: Literal["bimodal", "isolation", "model_loss"] = "bimodal"
-    """How the first poison is found: bimodal: a label whose features fall into two groups (ours);
-    isolation: lowest loss after ABL's training; model_loss: lowest loss of the model."""
-    pool_rate: float = 0.01
-    """|P0| / N. Larger pools lead anti-learning better, but contain more of what it should find."""
-    isolation_epochs: int = 20
-    """Passes of the isolation training."""
-    isolation_gamma: float = 0.5
-    """gamma: mean loss of a batch below which isolation ascends; 0 is plain cross-entropy."""
-    isolation_lr: float = 0.1
-    """Learning rate of the isolation training."""
     label_samples: int = 20
     """Samples that a label must have to be searched: a few points look like two groups by chance.
     Half as many are needed of a group."""
@@ -82,9 +65,6 @@ class SearchConfig:
     the surer half of the group always may."""
 
     RANGES: ClassVar[dict[str, str]] = {
-        "pool_rate": "(0, 1]",
-        "isolation_epochs": ">= 0",
-        "isolation_lr": ">= 0",
         "label_samples": ">= 4",
         "separation": "> 0",
         "variety": "[0, 1)",
@@ -98,37 +78,6 @@ class SearchConfig:
 
 Test = Callable[[Measured, "SearchConfig"], dict[int, tuple[Group, str]]]
 """Label -> its group of poison, and the evidence in words."""
-
-
-def find_pool(
-    view: DefenderView,
-    train: Split,
-    features: Features,
-    config: SearchConfig,
-    batch_size: int,
-    run: Run,
-) -> tuple[Tensor, bool]:
-    """Find at most pool_rate N samples that are almost surely poison.
-
-    Args:
-        train: the N training samples, on the run's device.
-        features: of all of them, by the poisoned model.
-        batch_size: images a step in the training of `isolation`.
-
-    Returns:
-        bool (N,), all False where no label looks poisoned; and whether they may show one class.
-    """
-    size = max(1, round(config.pool_rate * len(train)))
-    if config.pool == "bimodal":
-        return search(features, size, view.num_classes, config, run)
-
-    # Lowest loss, of the poisoned model or of one that was trained for this alone.
-    if config.pool == "isolation":
-        epochs, lr, gamma = config.isolation_epochs, config.isolation_lr, config.isolation_gamma
-        model = isolate(view, train, epochs, batch_size, lr, gamma, run)
-        features = extract(model, train, run)
-    losses = F.cross_entropy(features.logits, features.labels, reduction="none")
-    return mask(losses.argsort()[:size], len(train)), False
 
 
 def search(

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from backdoorlab import mesa
+from backdoorlab.anti_learning import anti_learn
 from backdoorlab.data import Augment, Split, to_device
 from backdoorlab.device import Exact, choose_device, seed_everything
 from backdoorlab.engine import Forward
@@ -229,7 +230,7 @@ def _dau(width: int, options: argparse.Namespace, device: torch.device) -> Row:
     config, run = dau.Config(), Run(Path(), seed=0, device=device)
 
     def ours() -> None:
-        dau.anti_learn(
+        anti_learn(
             extract(model, to_device(split, device), run),
             pool,
             model.get_classifier(),

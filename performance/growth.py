@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from measure import cifar_network, describe_machine, fresh_process
 
+from backdoorlab.anti_learning import anti_learn
 from backdoorlab.data import Augment, Split
 from backdoorlab.device import choose_device, seed_everything
 from backdoorlab.engine import Recipe, train
@@ -71,7 +72,7 @@ def _dau(view: DefenderView, run: Run) -> None:
     features = extract(model, view.train, run)
     flagged = torch.arange(len(view.train)) % 10 == 0
     pool = torch.arange(len(view.train)) % 100 == 0
-    dau.anti_learn(features, pool, model.get_classifier(), config.beta1, config, run)
+    anti_learn(features, pool, model.get_classifier(), config.beta1, config, run)
     dau.unlearn(view, flagged, config, run)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from backdoorlab.anti_learning import find_poison
 from backdoorlab.device import choose_device, seed_everything
 from backdoorlab.errors import UserError
 from backdoorlab.execution.defense import defense_job
@@ -102,12 +103,13 @@ def split(view: Any, pool: str, record: Record, config: Any, run: Run) -> None:
         run: receives the splits `pool` and `split`.
     """
     if pool != "true":
-        DAU.module.find_poison(view, dataclasses.replace(config, pool=pool), run)
+        find_poison(view, dataclasses.replace(config, pool=pool), config.batch_size, run)
         return
 
     poison = record.train_poison.mask(len(view.train)).nonzero().squeeze(1)
     size = max(1, round(config.pool_rate * len(view.train)))
-    DAU.module.find_poison(view, config, run, draw_pool(poison, size, len(view.train), run))
+    drawn = draw_pool(poison, size, len(view.train), run)
+    find_poison(view, config, config.batch_size, run, drawn)
 
 
 def _share(value: float | None, digits: int = 3) -> str:

@@ -125,7 +125,7 @@ def _defense(record: Record, job: Job, workers: int, device: torch.device) -> Si
         return published.sau(
             model,
             reference,
-            trusted_images(config, record, dataset),
+            trusted_images(config, record, dataset)[0],
             config.n_rounds,
             config.batch_size,
             config.lr,

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backdoorlab import anti_learning as detection
 from backdoorlab import poison_search as search
+from backdoorlab import unlearning
 from backdoorlab.data import NO_AUGMENT, Split, to_float
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, predictions
@@ -205,7 +207,7 @@ def test_the_main_direction_is_what_other_labels_do_not_do() -> None:
         """Each label's samples along its main direction."""
         found = list(splitting.whiten(x, labels, 4))
         assert [w.label for w in found] == [0, 1, 2, 3]
-        assert all(w.samples.shape == (8, 200) and w.others.shape == (8, 3) for w in found)
+        assert all(w.samples.shape == (8, 200) for w in found)
         return [splitting.main_directions(w.samples, 2)[0] @ w.samples for w in found]
 
     found = along(x)
@@ -560,8 +562,8 @@ def test_heads_that_disagree_about_where_a_sample_goes_agree_that_its_label_is_g
     median = heads.log_softmax(-1).median(0).values
     one = Features(data.pooled[:1], data.early[:1], data.spatial[:1], logits, labels)
     assert median.logsumexp(1) < -5, "the control: medians are no distribution"
-    assert dau.doubt(median, one, dau.Config()).item() == pytest.approx(9.0, abs=0.01)
-    assert dau.lost_label(median, one, dau.Config()).all()
+    assert detection.doubt(median, one, dau.Config()).item() == pytest.approx(9.0, abs=0.01)
+    assert detection.lost_label(median, one, dau.Config()).all()
 
 
 def test_heads_carry_the_pool_over_to_the_rest_of_the_group(tmp_path: Path) -> None:
@@ -570,7 +572,7 @@ def test_heads_carry_the_pool_over_to_the_rest_of_the_group(tmp_path: Path) -> N
     config = dau.Config(head_batch_size=64, head_epochs=30)
     found = {}
     for beta in (0.0, 1000.0):
-        log_p = dau.anti_learn(data, pool, head_of(), beta, config, new_run(tmp_path))
+        log_p = detection.anti_learn(data, pool, head_of(), beta, config, new_run(tmp_path))
         assert log_p.shape == data.logits.shape and log_p.max() <= 0
         found[beta] = log_p.gather(1, data.labels[:, None]).squeeze(1) < math.log(config.threshold)
     hidden = planted & ~pool
@@ -586,7 +588,7 @@ def test_anti_learning_leaves_the_models_own_head_alone_and_follows_the_seed(
     head, config = head_of(), dau.Config(head_epochs=2, heads=3)
     before = head.weight.detach().clone()
     runs = [
-        dau.anti_learn(data, planted, head, 99.0, config, new_run(tmp_path, seed))
+        detection.anti_learn(data, planted, head, 99.0, config, new_run(tmp_path, seed))
         for seed in (0, 0, 1)
     ]
     assert torch.equal(head.weight, before)
@@ -608,7 +610,7 @@ def test_a_pool_smaller_than_a_class_gets_its_mass_and_a_larger_one_no_more_than
     n = len(planted)
     small, large = planted & (torch.arange(n) % 10 == 0), torch.arange(n) < n // K
     for pool in (small, large):
-        dau.anti_learn(
+        detection.anti_learn(
             data, pool, head_of(), 99.0, dau.Config(head_epochs=1, heads=2), new_run(tmp_path)
         )
     mass = small[drawn[0]].double().mean().item()
@@ -623,7 +625,7 @@ def test_the_rate_of_the_port_s_head_does_not_fall(tmp_path: Path) -> None:
     moved = []
     for decay in (True, False):
         config = dau.Config(heads=1, head_epochs=2, head_lr_decay=decay)
-        end = dau.anti_learn(data, planted, head_of(), 99.0, config, new_run(tmp_path))
+        end = detection.anti_learn(data, planted, head_of(), 99.0, config, new_run(tmp_path))
         moved.append((end - data.logits.log_softmax(1)).norm())
     assert moved[1] > moved[0]
 
@@ -632,9 +634,9 @@ def test_the_guard_for_labels_without_a_clean_sample_is_the_ports_to_switch_off(
     small: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        dau, "find_pool", lambda view, *_: (torch.arange(len(view.train)) < 3, False)
+        detection, "find_pool", lambda view, *_: (torch.arange(len(view.train)) < 3, False)
     )
-    monkeypatch.setattr(dau, "lost_label", lambda _log_p, data, _config: data.labels == 2)
+    monkeypatch.setattr(detection, "lost_label", lambda _log_p, data, _config: data.labels == 2)
     found: dict[str, Any] = {}
     for breakdown in ("0.99", "1"):
         record = helpers.copy(small, tmp_path / breakdown)
@@ -660,17 +662,17 @@ def test_the_port_unlearns_images_as_they_are(
 ) -> None:
     """Its anti-learning, as ours, sees features of images as they are; so does its unlearning."""
     monkeypatch.setattr(
-        dau, "find_pool", lambda view, *_: (torch.arange(len(view.train)) < 3, False)
+        detection, "find_pool", lambda view, *_: (torch.arange(len(view.train)) < 3, False)
     )
-    monkeypatch.setattr(dau, "lost_label", lambda _log_p, data, _config: data.labels == 2)
+    monkeypatch.setattr(detection, "lost_label", lambda _log_p, data, _config: data.labels == 2)
     seen: list[bool] = []
-    draw = dau.batches
+    draw = unlearning.batches
 
     def watched(*arguments: Any, **options: Any) -> Any:
         seen.append(options["augment"] != NO_AUGMENT)
         return draw(*arguments, **options)
 
-    monkeypatch.setattr(dau, "batches", watched)
+    monkeypatch.setattr(unlearning, "batches", watched)
     record = helpers.copy(small, tmp_path)
     assert record.augment() != NO_AUGMENT, "ordinary training of this record augments"
     helpers.defend(
@@ -682,7 +684,7 @@ def test_the_port_unlearns_images_as_they_are(
 def test_a_head_that_is_not_linear_is_refused(tmp_path: Path) -> None:
     data, planted = features()
     with pytest.raises(UserError, match="ends in a linear layer, got Sequential"):
-        dau.anti_learn(
+        detection.anti_learn(
             data, planted, nn.Sequential(nn.Linear(16, K)), 99.0, dau.Config(), new_run(tmp_path)
         )
 
@@ -751,7 +753,7 @@ def test_a_model_that_still_obeys_the_trigger_is_said(
     train = blended.train_poison.apply(blended.dataset().train)
     flagged = blended.train_poison.mask(len(train))
     given = Split(train.images, (train.labels + 1) % 10) if unlearned else train
-    dau.note_what_stays(blended.model(), given, flagged, run)
+    unlearning.note_what_stays(blended.model(), given, flagged, run)
     said = (
         f"of the {int(flagged.sum())} flagged samples still get their label: little was unlearned;"
         " raise --lr, or --epochs"

@@ -258,7 +258,7 @@ def test_thumbnails_of_file_managers_are_no_images(
     shutil.copytree(root / "train" / "dog", root / "train" / where / service / "0.png")
     (root / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
     assert load_dataset("mine", str(root)).class_names == ("cat", "dog") and sizes(root) == (6, 4)
-    assert ("1 files or folders are left out" in notes(root)) == (not service.startswith("."))
+    assert ("1 file or folder is left out" in notes(root)) == (not service.startswith("."))
     shutil.copytree(root / "train" / "dog", root / "train" / "cat" / "more")
     assert sizes(root) == (9, 4), "a control: another folder in a class's folder is read"
 
@@ -282,7 +282,7 @@ def test_two_unicode_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
     # Trusted images come from yet another system.
     (tmp_path / "trusted").mkdir()
     shutil.copytree(root / "test" / decomposed, tmp_path / "trusted" / decomposed)
-    assert load_trusted(str(tmp_path / "trusted"), both, None).labels.tolist() == [1, 1]
+    assert load_trusted(str(tmp_path / "trusted"), both, None)[0].labels.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("layout", ["flat", "in a folder", "empty"])
@@ -511,7 +511,7 @@ def test_other_splits_beside_the_two_are_named(tmp_path: Path) -> None:
         shard(root / "data" / f"{split}-00000-of-00001.parquet", [0, 1], start=10 * k)
     assert sizes(root) == (2, 2)
     assert notes(root) == (
-        "1 files or folders are left out: 1 .parquet (in none of the splits that are read, such as"
+        "1 file or folder is left out: 1 .parquet (in none of the splits that are read, such as"
         " 'data/train_extra-00000-of-00001.parquet')"
     )
 

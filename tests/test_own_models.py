@@ -226,6 +226,20 @@ def test_a_wrapped_model_is_imported_and_said(disk: Path, tmp_path: Path, capsys
     assert accuracy(tmp_path) > 0.9
 
 
+def test_which_of_two_state_dicts_was_taken_is_said(
+    disk: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """timm's checkpoints hold the average beside the model."""
+    plain = torch.load(disk / "numbers.pt", weights_only=True)
+    worse = {name: torch.zeros_like(tensor) for name, tensor in plain.items()}
+    torch.save({"model": plain, "model_ema": worse, "epoch": 3}, tmp_path / "last.pt")
+    assert bring(disk, tmp_path / "last.pt") == 0
+    said = capsys.readouterr().err
+    assert "the file has several state dicts: model taken, model_ema left out\n" in said
+    assert accuracy(tmp_path) > 0.9
+    assert pickles.copies({"model": plain, "epoch": 3}) == [], "a control: one needs no note"
+
+
 def test_a_network_that_normalises_inside_is_read_with_its_own(
     disk: Path, tmp_path: Path, capsys: Capture
 ) -> None:

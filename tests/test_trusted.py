@@ -50,7 +50,7 @@ def test_a_folder_and_shards_give_the_same_images(
         folder_of(*clean, tmp_path / "png"),
         shards(images[order], labels[order], tmp_path / "parquet"),
     ):
-        found = load_trusted(str(path), tiny.dataset(), 16)
+        found, _ = load_trusted(str(path), tiny.dataset(), 16)
         assert torch.equal(found.images, images[order]) and torch.equal(found.labels, labels[order])
 
 
@@ -65,7 +65,20 @@ def test_class_folders_may_have_numbers_or_names(
         folder_of(*clean, tmp_path / "names", names),
         folder_of(*clean, tmp_path / "numbers"),
     ):
-        assert torch.equal(load_trusted(str(path), named, 16).labels, clean[1].sort().values)
+        assert torch.equal(load_trusted(str(path), named, 16)[0].labels, clean[1].sort().values)
+
+
+def test_what_is_left_out_of_the_folder_is_said(
+    clean: tuple[Tensor, Tensor], tiny: Record, tmp_path: Path
+) -> None:
+    images = folder_of(*clean, tmp_path / "png")
+    assert load_trusted(str(images), tiny.dataset(), 16)[1] == (), "a control: all is read"
+    (images / "3" / "camera.mov").write_bytes(b"no image")
+    (images / "loose.png").write_bytes(next((images / "3").glob("*.png")).read_bytes())
+    found, (note,) = load_trusted(str(images), tiny.dataset(), 16)
+    assert len(found) == len(clean[1])
+    assert note.startswith("--trusted_path: 2 files or folders are left out: ")
+    assert "camera.mov" in note and "loose.png" in note
 
 
 def test_what_does_not_fit_is_one_line(
@@ -81,7 +94,7 @@ def test_what_does_not_fit_is_one_line(
         match=r"expected images of \(1, 16, 16\) \(channels, height, width\), found \(1, 32, 32\)",
     ):
         load_trusted(str(large), dataset, None)
-    assert load_trusted(str(large), dataset, 16).images.shape[1:] == (1, 16, 16), (
+    assert load_trusted(str(large), dataset, 16)[0].images.shape[1:] == (1, 16, 16), (
         "the record's own resizing applies"
     )
     cats = folder_of(images, labels, tmp_path / "cats", tuple(f"cat{i}" for i in range(10)))

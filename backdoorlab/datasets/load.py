@@ -26,6 +26,7 @@ from .cache import read_cache, read_meta, write_cache
 from .decoding import SAID_FORMATS, decode_all, from_file, refuse_different
 from .folders import class_images
 from .locations import cache_root, class_folders, listing, parquet_files
+from .plan import LeftOut, aside
 from .readers import (
     TORCHVISION,
     digits,
@@ -147,7 +148,7 @@ def find(
 
 def load_trusted(
     path: str, dataset: Dataset, image_size: int | None, flag: str = "--trusted_path"
-) -> Split:
+) -> tuple[Split, tuple[str, ...]]:
     """Load a user's own clean images of a data set's classes.
 
     Args:
@@ -155,6 +156,9 @@ def load_trusted(
         dataset: the data set, whose classes and image shape they must have.
         image_size: side in pixels to resize to; None keeps the size.
         flag: name of the option that gave the path, for errors.
+
+    Returns:
+        (the images, a note on files that were left out, if any).
     """
     # As many channels as the data set has.
     root, grey = Path(path), dataset.image_shape[0] == 1
@@ -163,13 +167,14 @@ def load_trusted(
             f"{flag} {path}: no such folder. Give a folder with <class>/*.png or with parquet"
             " shards of images"
         )
+    left_out: list[LeftOut] = []
     shards = sorted(parquet_files(root))
     if shards:
         # Whatever their splits are called: all of the folder is trusted.
         labels = read_labels(shards, root)
         images = shard_images(shards, root, image_size, grey)
     else:
-        part = class_images(root, _trusted_classes(root, dataset, f"{flag} {path}"))
+        part = class_images(root, _trusted_classes(root, dataset, f"{flag} {path}"), left_out)
         if not part.files:
             raise UserError(f"{root}: no images ({SAID_FORMATS}) in {root}/<class>/")
         labels = part.labels
@@ -187,7 +192,8 @@ def load_trusted(
             f"{flag} {path}: {dataset.name} has {dataset.num_classes} classes, found label"
             f" {labels.max()}"
         )
-    return Split(torch.from_numpy(images), torch.from_numpy(labels))
+    notes = tuple(f"{flag}: {note}" for note in aside(left_out, root))
+    return Split(torch.from_numpy(images), torch.from_numpy(labels)), notes
 
 
 def _trusted_classes(root: Path, dataset: Dataset, where: str) -> tuple[str, ...]:

@@ -71,17 +71,20 @@ class Plan:
 
     def describe(self) -> tuple[str, ...]:
         """Return the notes, and what is left out, as sentences for the user."""
-        visible = [entry for entry in self.left_out if not entry.hidden]
-        if not visible:
-            return self.notes
+        return *self.notes, *aside(self.left_out, self.root)
 
-        # A folder of a thousand text files is one line.
-        kinds = said(visible, self.root)
-        rest = f"; and {len(kinds) - MOST_SAID} more kinds" if len(kinds) > MOST_SAID else ""
-        return (
-            *self.notes,
-            f"{len(visible):,} files or folders are left out: {'; '.join(kinds[:MOST_SAID])}{rest}",
-        )
+
+def aside(left_out: Sequence[LeftOut], root: Path) -> tuple[str, ...]:
+    """Return one sentence on what is left out of a folder, or nothing."""
+    visible = [entry for entry in left_out if not entry.hidden]
+    if not visible:
+        return ()
+
+    # A folder of a thousand text files is one line.
+    kinds = said(visible, root)
+    rest = f"; and {len(kinds) - MOST_SAID} more kinds" if len(kinds) > MOST_SAID else ""
+    what = "file or folder is" if len(visible) == 1 else "files or folders are"
+    return (f"{len(visible):,} {what} left out: {'; '.join(kinds[:MOST_SAID])}{rest}",)
 
 
 def said(entries: Sequence[LeftOut], root: Path) -> list[str]:

@@ -4,7 +4,7 @@ Nothing is written. With a data set it is what `import` would find; without one,
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -87,7 +87,7 @@ class Sized:
 def doctor(options: Doctor) -> int:
     """Run the command; returns its exit code."""
     path = Path(options.weights)
-    weights, meta = read_weights(path)
+    weights, meta, copies = read_weights(path)
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in weights.values())
     numbers = sum(tensor.numel() for tensor in weights.values())
     print(f"file        {len(weights)} tensors, {numbers:,} numbers ({', '.join(kinds)})")
@@ -105,14 +105,16 @@ def doctor(options: Doctor) -> int:
         )
 
     if options.dataset is None and options.dataset_path is None:
-        _describe(weights, name, side, path)
+        _describe(weights, name, side, copies, path)
         return 0
     _try_out(options, name)
     return 0
 
 
-def _describe(weights: Mapping[str, Tensor], name: str, side: int, path: Path) -> None:
-    """Print what a file says without any data."""
+def _describe(
+    weights: Mapping[str, Tensor], name: str, side: int, notes: Sequence[str], path: Path
+) -> None:
+    """Print what a file says without any data, and notes on it."""
     sized = _sized(weights, name, side)
     if sized is None:
         raise UserError(
@@ -127,7 +129,7 @@ def _describe(weights: Mapping[str, Tensor], name: str, side: int, path: Path) -
     print(f"classes     {sized.classes}; their names and order are not in the weights")
     if inside is not None:
         print(f"normalised  in the file, {inside[0]}: mean {inside[1]}, std {inside[2]}")
-    for note in sized.found.notes():
+    for note in [*notes, *sized.found.notes()]:
         print(f"note        {note}")
     print("accuracy    pass --dataset_path FOLDER to see it")
 

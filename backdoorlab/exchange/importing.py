@@ -263,7 +263,7 @@ def _cached(name: str, contents: backdoorbench.Contents) -> Dataset | None:
 def from_weights(options: Import, device: torch.device) -> Found:
     """Read a model of unknown history, and match it with its data set and its network."""
     path = _own_weights(options)
-    weights, meta = read_weights(path)
+    weights, meta, copies = read_weights(path)
 
     # Exports of ours state their network and normalisation.
     described = meta.get("architecture")
@@ -292,6 +292,7 @@ def from_weights(options: Import, device: torch.device) -> Found:
     notes = [
         "whether and how the model and its data were attacked is not known",
         *dataset.notes,
+        *copies,
         *unwrapped.notes(),
         *fitted.notes,
         *said,

@@ -301,14 +301,33 @@ def state_dict(found: Any, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def copies(found: Any) -> list[str]:
+    """Say in a sentence which of several state dicts `state_dict` takes from what `load` returned;
+    nothing where there is one."""
+    said = []
+    for _ in range(DEEPEST):
+        inner = _inner_keys(found)
+        if len(inner) > 1:
+            others = ", ".join(inner[1:])
+            said.append(f"the file has several state dicts: {inner[0]} taken, {others} left out")
+        if not inner:
+            break
+        found = dict(_entries(found))[inner[0]]
+    return said
+
+
 def _inner(found: Any) -> Any:
-    """Return what a dict has under the first of KEYS that is a dict with tensors in it somewhere;
-    None where it is a state dict itself, or has none."""
+    """Return what a dict has under the first of `_inner_keys`, or None."""
+    keys = _inner_keys(found)
+    return dict(_entries(found))[keys[0]] if keys else None
+
+
+def _inner_keys(found: Any) -> list[str]:
+    """Return which of KEYS are dicts; none where the dict is a state dict itself."""
     entries = dict(_entries(found))
     if sum(isinstance(value, Tensor) for value in entries.values()) > len(entries) / 2:
-        return None
-    candidates = [entries[key] for key in KEYS if isinstance(entries.get(key), Mapping)]
-    return candidates[0] if candidates else None
+        return []
+    return [key for key in KEYS if isinstance(entries.get(key), Mapping)]
 
 
 def _entries(found: Any) -> list[tuple[Any, Any]]:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tyro.conf import Positional
 
+from ..anti_learning import find_poison
 from ..data import Split
 from ..datasets.load import train_files
 from ..errors import UserError
@@ -237,7 +238,7 @@ def _searched(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
         view = view_of(prepared, run)
 
         def search() -> dict[str, Tensor]:
-            return {"flagged": dau.module.find_poison(view, job.config, run)[0]}
+            return {"flagged": find_poison(view, job.config, job.config.batch_size, run)[0]}
 
         flagged = run.cached("split", search)["flagged"]
     return flagged, run.notes

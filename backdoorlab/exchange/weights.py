@@ -79,17 +79,18 @@ class Fitted:
     """How stem, normalisation and order were chosen."""
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
     """Read weights from a .safetensors file or a file by torch.save.
 
     Returns:
-        (state dict under the names of the file, metadata): the metadata of a file by
-        `write_weights`, else {}.
+        (state dict under the names of the file, metadata, notes): the metadata of a file by
+        `write_weights`, else {}; the notes name further state dicts in the file.
     """
     if not path.is_file():
         raise UserError(f"--weights {path}: no such file")
     if path.suffix != ".safetensors":
-        return pickles.state_dict(pickles.load(path), path), {}
+        found = pickles.load(path)
+        return pickles.state_dict(found, path), {}, pickles.copies(found)
 
     # A stranger's file is read by safetensors, one of ours with its own checksum by `reading`.
     try:
@@ -107,7 +108,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, meta = reading.read_tensors(path)
     if not tensors:
         raise UserError(f"{path}: no tensor in it")
-    return tensors, meta
+    return tensors, meta, []
 
 
 def write_weights(path: Path, model: Classifier, **metadata: Any) -> None:
@@ -120,7 +121,7 @@ def load_exported(path: str | Path) -> Classifier:
 
     It takes images (N, C, H, W) in [0, 1], and normalises them itself.
     """
-    weights, meta = read_weights(Path(path))
+    weights, meta, _ = read_weights(Path(path))
     if "architecture" not in meta:
         raise UserError(
             f"{path}: not written by export --weights: load it into the network that it was"
@@ -383,7 +384,7 @@ def triggered_images(
             f"--triggered_path {path}: no such folder. Give a folder with <true class>/*.png of"
             " images with the trigger"
         )
-    split = load_trusted(path, dataset, image_size, flag="--triggered_path")
+    split, left_out = load_trusted(path, dataset, image_size, flag="--triggered_path")
     if target is None:
         raise _no_target(torch.bincount(guess(split), minlength=dataset.num_classes), dataset)
     check_target(target, dataset.num_classes)
@@ -393,7 +394,8 @@ def triggered_images(
     kept = split.subset(counted)
     labels = torch.full_like(kept.labels, target)
     kind = torch.full((len(kept),), POISON, dtype=torch.uint8)
-    return Poison(torch.arange(len(kept)), kept.images, labels, kept.labels, kind), notes
+    poison = Poison(torch.arange(len(kept)), kept.images, labels, kept.labels, kind)
+    return poison, [*left_out, *notes]
 
 
 def _counted(split: Split, target: int, most: int, path: str) -> tuple[Tensor, list[str]]:

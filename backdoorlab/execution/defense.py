@@ -49,6 +49,8 @@ class Prepared:
     dataset: Dataset
     """The clean data that the record was made from."""
     trusted: Split | None
+    trusted_notes: Sequence[str]
+    """Notes on the user's folder of trusted images."""
     inputs: Mapping[str, str]
     """Name -> SHA-256 of what the run starts from."""
     device: torch.device
@@ -169,9 +171,9 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
     # A continued run must start from the same record and the same trusted images.
     inputs = {"record": reading.sha256(found.folder / "record.json")}
 
-    trusted = None
+    trusted, notes = None, tuple[str, ...]()
     if "trusted" in job.method.assumes:
-        trusted = trusted_images(config, found, dataset)
+        trusted, notes = trusted_images(config, found, dataset)
         images = {"images": trusted.images, "labels": trusted.labels}
         inputs["trusted images"] = reading.tensor_hash(images)
 
@@ -187,7 +189,7 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
         image_shape=dataset.image_shape,
         stem=architecture.get("stem", "small"),
     )
-    return Prepared(job, found, target, dataset, trusted, inputs, device, choice)
+    return Prepared(job, found, target, dataset, trusted, notes, inputs, device, choice)
 
 
 def start(
@@ -285,6 +287,8 @@ def view_of(prepared: Prepared, run: Run) -> DefenderView:
     )
 
     # What limits the result goes into its notes.
+    for note in prepared.trusted_notes:
+        run.note(note)
     if trusted is not None:
         describe_trusted(trusted, config, found, dataset, run)
     if seeds is not None and not found.known_poison:

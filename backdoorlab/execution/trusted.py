@@ -11,8 +11,14 @@ NAMED = 5
 """Names of classes in a note; further ones are an ellipsis."""
 
 
-def trusted_images(config: DefenseConfig, found: Record, dataset: Dataset) -> Split:
-    """Load the folder that the user gave, else draw from the clean training set by the seed."""
+def trusted_images(
+    config: DefenseConfig, found: Record, dataset: Dataset
+) -> tuple[Split, tuple[str, ...]]:
+    """Load the folder that the user gave, else draw from the clean training set by the seed.
+
+    Returns:
+        (the images, notes on the folder).
+    """
     if config.trusted_path is not None:
         return load_trusted(config.trusted_path, dataset, found.info["dataset"]["image_size"])
     # Of the clean images: what the attack poisoned is not what a defender can trust.
@@ -22,7 +28,7 @@ def trusted_images(config: DefenseConfig, found: Record, dataset: Dataset) -> Sp
         count=config.trusted_count,
         generator=derived_generator(config.seed, "trusted"),
     )
-    return dataset.train.subset(index)
+    return dataset.train.subset(index), ()
 
 
 def describe_trusted(

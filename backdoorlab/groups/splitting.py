@@ -22,8 +22,6 @@ class Whitened(NamedTuple):
     """int64 (n,): the label's samples, as positions in the whole set."""
     samples: Tensor
     """float64 (D, n): their features, from their own mean."""
-    others: Tensor
-    """float64 (D, at most K - 1): the other labels' means, from the same origin."""
 
 
 def whiten(x: Tensor, labels: Tensor, num_classes: int) -> Iterator[Whitened]:
@@ -41,7 +39,7 @@ def whiten(x: Tensor, labels: Tensor, num_classes: int) -> Iterator[Whitened]:
         what belongs to each label that has samples, unless it has all of them.
     """
     x = x.double()
-    counts, means, centred, total = within(x, labels, num_classes)
+    counts, _, centred, total = within(x, labels, num_classes)
 
     for label, count in enumerate(counts.tolist()):
         if count in (0, len(x)):
@@ -51,14 +49,8 @@ def whiten(x: Tensor, labels: Tensor, num_classes: int) -> Iterator[Whitened]:
         part = centred[members]
         root = cholesky((total - part.T @ part) / (len(x) - count))
 
-        present = (counts > 0) & (torch.arange(num_classes, device=x.device) != label)
-        others = (means[present] - means[label]).T
-        yield Whitened(
-            label,
-            members,
-            torch.linalg.solve_triangular(root, part.T, upper=False),
-            torch.linalg.solve_triangular(root, others, upper=False),
-        )
+        samples = torch.linalg.solve_triangular(root, part.T, upper=False)
+        yield Whitened(label, members, samples)
 
 
 def within(x: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

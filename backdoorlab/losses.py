@@ -1,0 +1,17 @@
+"""Losses of single samples, from logits."""
+
+import math
+
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """CE = -log p_y of each sample. (..., K), (...) -> (...)."""
+    return logits.logsumexp(-1) - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def cce(logits: Tensor, labels: Tensor) -> Tensor:
+    """CCE = -log(1 - p_y) of each sample: complementary cross-entropy, whose gradient is largest
+    where the label is most probable. (..., K), (...) -> (...)."""
+    others = logits.scatter(-1, labels.unsqueeze(-1), -math.inf)
+    return logits.logsumexp(-1) - others.logsumexp(-1)
