@@ -107,7 +107,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     recipe, labels = config.recipe(), labels_of(dataset, config)
     train_poison, test_poison = snapshot(dataset, config, run, partial(stamp, config=config))
     model, train = new_model(dataset, config).to(run.device), to_device(dataset.train, run.device)
-    optimizer = make_optimizer(model.parameters(), recipe)
+    optimizer = make_optimizer(model, recipe)
     schedule = LRSchedule(optimizer, recipe, len(train))
     history = History(config.history).to(run.device)
 

@@ -217,7 +217,7 @@ def train_jointly(
     render = partial(
         snapshot, dataset, config, run, own, cross, config.cross_ratio * config.poison_rate
     )
-    optimizer = make_optimizer(model.parameters(), recipe)
+    optimizer = make_optimizer(model, recipe)
     schedule = LRSchedule(optimizer, recipe, len(train))
     painter = torch.optim.Adam(generator.parameters(), lr=config.generator_lr, betas=(0.5, 0.9))
     state: dict[str, Any] = dict(

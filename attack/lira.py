@@ -172,8 +172,8 @@ def train_in_turns(
     stamp, made = partial(render, trigger=trigger, eps=config.eps), None
     painter = torch.optim.Adam(ahead.parameters(), lr=config.trigger_lr)
     first_recipe = replace(recipe, lr=config.first_lr, weight_decay=0.0)
-    first = make_optimizer(model.parameters(), first_recipe)
-    second = make_optimizer(model.parameters(), recipe)
+    first = make_optimizer(model, first_recipe)
+    second = make_optimizer(model, recipe)
     schedule = LRSchedule(second, replace(recipe, epochs=last), len(train))
     state = dict(
         trigger=trigger, ahead=ahead, painter=painter, first=first, second=second, schedule=schedule

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import arg
 
-from .data import Augment
+from .data import Augment, Border
 from .device import Precision
 from .engine import Recipe, Schedule
 from .errors import UserError, suggest
@@ -134,11 +134,21 @@ class TrainingConfig(MethodConfig):
     batch_size: int = 128
     """Images per step; more give fewer, less noisy steps in an epoch."""
     lr: float = 0.01
-    """Learning rate at the start (onecycle: at its peak); higher learns faster and may diverge."""
+    """Learning rate at the start (onecycle, triangular: at its peak); higher learns faster and may
+    diverge."""
     momentum: Annotated[float, arg(aliases=["--sgd_momentum"])] = 0.9
     """Momentum of SGD; higher averages the gradient over more steps."""
+    nesterov: bool = False
+    """Nesterov's momentum, which looks one step ahead."""
     weight_decay: Annotated[float, arg(aliases=["--wd"])] = 5e-4
     """L2 penalty on the weights; higher keeps them smaller."""
+    bias_lr: float = 1.0
+    """Learning rate of the biases of batch normalisation, as a multiple of lr; higher learns
+    faster in the first steps."""
+    label_smoothing: float = 0.0
+    """Share of a label's weight that is spread over all classes, in [0, 1)."""
+    lookahead: bool = False
+    """Train with slow weights that follow the fast ones every 5 steps, and ever more slowly."""
     optimizer: Annotated[Literal["sgd", "adam"], arg(aliases=["--client_optimizer"])] = "sgd"
     """Optimizer of the training."""
     amsgrad: bool = False
@@ -150,10 +160,15 @@ class TrainingConfig(MethodConfig):
     """Epochs in which the cosine schedule falls to 0; more keep the rate higher. None: the length
     of the training."""
     crop_padding: int = 4
-    """Zero padding in pixels before a random crop back to size; more shifts the images further.
-    0 turns cropping off."""
+    """Padding in pixels before a random crop back to size; more shifts the images further. 0 turns
+    cropping off."""
+    crop_border: Border = "zero"
+    """What the padding shows: zero, or the image's own mirror image (reflect)."""
     flip: bool = False
     """Mirror half of the images horizontally, at random."""
+    alternate_flip: bool = False
+    """With flip: mirror each image in every other epoch, from a random start, in place of at
+    random. Attacks that train by themselves mirror at random."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "epochs": ">= 0",
@@ -161,6 +176,8 @@ class TrainingConfig(MethodConfig):
         "lr": ">= 0",
         "momentum": ">= 0",
         "weight_decay": ">= 0",
+        "bias_lr": "> 0",
+        "label_smoothing": "[0, 1)",
         "schedule_epochs": ">= 1",
         "crop_padding": f"[0, {LARGEST_SIDE}]",
         "width": ">= 1",
@@ -174,7 +191,7 @@ class TrainingConfig(MethodConfig):
         # The other fields of a recipe are fields of this class, under the same names.
         names = {f.name for f in dataclasses.fields(Recipe)} - {"augment"}
         taken = {name: getattr(self, name) for name in names}
-        return Recipe(**taken, augment=Augment(self.crop_padding, self.flip))
+        return Recipe(**taken, augment=Augment(self.crop_padding, self.flip, self.crop_border))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .errors import UserError
 
+Border = Literal["zero", "reflect"]
 AHEAD = 3
 """Batches that a thread fetches in advance, for images that are not on the device already."""
 
@@ -82,9 +84,11 @@ class Augment:
     """Augmentation of training batches, drawn anew for every image."""
 
     crop_padding: int = 0
-    """Zero padding before a random crop back to size, in pixels; 0 leaves images in place."""
+    """Padding before a random crop back to size, in pixels; 0 leaves images in place."""
     flip: bool = False
     """Mirror half of the images."""
+    border: Border = "zero"
+    """What lies around an image in a crop: zeros, or its own mirror image (reflect)."""
 
 
 NO_AUGMENT = Augment()
@@ -122,6 +126,7 @@ def batches(
     augment: Augment = NO_AUGMENT,
     drop_last: bool = False,
     order: Tensor | None = None,
+    mirrored: Tensor | None = None,
 ) -> Iterator[Batch]:
     """Iterate once over a split in batches; an empty split has none.
 
@@ -137,6 +142,7 @@ def batches(
         drop_last: leave out a last, smaller batch, unless it is the only one.
         order: int64 (M,), positions with repeats allowed, replaces the shuffle; for methods with a
             sampler of their own.
+        mirrored: bool (N,), which images of the split are mirrored, in place of a draw.
 
     Returns:
         The batches, one after the other.
@@ -155,7 +161,9 @@ def batches(
     moves = flips = None
     if padding and generator is not None:
         moves = torch.randint(0, 2 * padding + 1, (2, count), generator=generator).to(device)
-    if augment.flip and generator is not None:
+    if mirrored is not None:
+        flips = mirrored[order.cpu()].to(device)
+    elif augment.flip and generator is not None:
         flips = (torch.rand(count, generator=generator) < 0.5).to(device)
 
     # Images are fetched as bytes and become floats at the end, on the device.
@@ -166,7 +174,7 @@ def batches(
     for here, (index, images, labels) in zip(pieces, fetched, strict=True):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if moves is not None:
-            images = _crop(images, moves[0, here], moves[1, here], padding)
+            images = _crop(images, moves[0, here], moves[1, here], padding, augment.border)
         if flips is not None:
             images = _mirrored(images, flips[here])
         yield Batch(to_float(images), labels, index.to(device, non_blocking=True))
@@ -252,19 +260,22 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _crop(images: Tensor, down: Tensor, right: Tensor, padding: int) -> Tensor:
-    """Crop each image out of a zero frame of that padding.
+def _crop(
+    images: Tensor, down: Tensor, right: Tensor, padding: int, border: Border = "zero"
+) -> Tensor:
+    """Crop each image out of a frame of that padding.
 
     Args:
         images: uint8 (B, C, H, W).
         down: int64 (B,) in [0, 2 padding], first row of the crop in the frame.
         right: int64 (B,) in [0, 2 padding], first column.
         padding: width of the frame in pixels.
+        border: what the frame shows.
 
     Returns:
         uint8 (B, C, H, W).
     """
-    frame = F.pad(images, [padding] * 4)
+    frame = _framed(images, padding, border)
     image, channel, row, pixel = frame.stride()
     # One view of all windows, numbered by the memory address of their corner: index_select copies
     # whole rows out of it, while advanced indexing would go byte by byte.
@@ -273,6 +284,26 @@ def _crop(images: Tensor, down: Tensor, right: Tensor, padding: int) -> Tensor:
     return frame.as_strided((last + 1, *images.shape[1:]), (1, channel, row, pixel)).index_select(
         0, corners
     )
+
+
+def _framed(images: Tensor, padding: int, border: Border) -> Tensor:
+    """Pad images, uint8 (B, C, H, W), on all sides."""
+    if border == "zero":
+        return F.pad(images, [padding] * 4)
+    # torch does not reflect bytes. The border pixel itself is not repeated.
+    height, width = images.shape[2:]
+    if padding >= min(height, width):
+        raise UserError(
+            f"a reflected border of {padding} pixels needs larger images than {height} x {width}:"
+            " lower --crop_padding"
+        )
+    rows, columns = (
+        torch.arange(-padding, side + padding, device=images.device).abs()
+        for side in (height, width)
+    )
+    rows = torch.where(rows < height, rows, 2 * (height - 1) - rows)
+    columns = torch.where(columns < width, columns, 2 * (width - 1) - columns)
+    return images.index_select(2, rows).index_select(3, columns)
 
 
 def trusted_index(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .config import JointConfig
 from .data import Batch, Dataset, Split, batches
 from .device import derived_generator
-from .engine import Forward, LRSchedule, Recipe, make_optimizer
+from .engine import Forward, Lookahead, LRSchedule, Recipe, make_optimizer
 from .metrics import Evaluator, predict
 from .poison import CROSS, Labels, Poison, Stamp, poison_test, poison_train, stamped
 from .run import Run
@@ -53,7 +53,7 @@ def vary(
 ) -> Tensor:
     """Shift, rotate and mirror images, each by draws of its own.
 
-    One bilinear resampling does all of it; zeros come from outside.
+    One bilinear resampling does all of it; the recipe says what comes from outside.
 
     Args:
         images: float (B, C, H, W).
@@ -84,7 +84,8 @@ def vary(
     where = F.affine_grid(
         torch.cat([turned, moved], 2).to(images), list(images.shape), align_corners=False
     )
-    return F.grid_sample(images, where, mode="bilinear", padding_mode="zeros", align_corners=False)
+    outside = "zeros" if recipe.augment.border == "zero" else "reflection"
+    return F.grid_sample(images, where, mode="bilinear", padding_mode=outside, align_corners=False)
 
 
 @contextlib.contextmanager
@@ -182,13 +183,19 @@ def train_changed(
         run: the context of the attack; the stage is "train".
         shared: one draw of the augmentation for a whole batch.
     """
-    optimizer = make_optimizer(model.parameters(), recipe)
+    optimizer = make_optimizer(model, recipe)
     schedule = LRSchedule(optimizer, recipe, len(train))
+    lookahead = Lookahead(model, recipe, len(train))
     steps = recipe.epochs * (len(train) // recipe.batch_size)
     forward = Forward(model.train(), run, train, steps, recipe.batch_size)
 
     for _ in run.epochs(
-        "train", recipe.epochs, model=model, optimizer=optimizer, schedule=schedule
+        "train",
+        recipe.epochs,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        lookahead=lookahead,
     ):
         model.train()
         for batch in batches(
@@ -199,8 +206,9 @@ def train_changed(
             given = torch.cat([labels.of(batch.labels[:poisoned]), batch.labels[poisoned:]])
             # Augmented after the trigger was put on, as any training image is.
             logits = forward(vary(images, recipe, run.generator, shared=shared))
-            run.step(optimizer, F.cross_entropy(logits.float(), given))
+            run.step(optimizer, recipe.loss(logits.float(), given))
             schedule.after_step()
+            lookahead.after_step()
         schedule.after_epoch(run.mean("loss"))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import data, engine
+from . import data, engine, models
 from .config import CleanLabelConfig, CoverConfig, TrainingConfig
 from .data import Dataset, Split
 from .device import derived_generator
@@ -241,7 +241,9 @@ def new_model(dataset: Dataset, config: TrainingConfig) -> Classifier:
         )
 
     architecture = {**network_of(dataset, config), "mean": mean, "std": std}
-    return build_model(architecture, dataset.image_shape, dataset.num_classes)
+    model = build_model(architecture, dataset.image_shape, dataset.num_classes)
+    models.fit_input(model, dataset.train.images)
+    return model
 
 
 def network_of(dataset: Dataset, config: TrainingConfig) -> dict[str, Any]:

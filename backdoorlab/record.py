@@ -194,7 +194,9 @@ class Record:
     def augment(self) -> Augment:
         """Return the augmentation of ordinary training on this data set."""
         config = self.info["config"]
-        return Augment(config["crop_padding"], config["flip"])
+        # Records of older versions have zero borders only.
+        border = config.get("crop_border", "zero")
+        return Augment(config["crop_padding"], config["flip"], border)
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,16 @@ def defender_view(
         seeds: int64 (S,), positions of clean training samples, where they are assumed.
     """
     # A closure, and no bound method: no attribute of a view leads to the record.
-    granted: dict[str, Any] = {"new_model": lambda: record.new_model().to(device)}
+    granted: dict[str, Any] = {}
+
+    def new_model() -> Classifier:
+        model = record.new_model()
+        seen: Split | None = granted.get("train", trusted)
+        if seen is not None:
+            models.fit_input(model, seen.images)
+        return model.to(device)
+
+    granted["new_model"] = new_model
     if "model" in assumes:
         granted["model"] = record.model().to(device)
     if "train" in assumes:

@@ -165,7 +165,7 @@ def _training(
         model.network.forward_features = torch.compile(model.network.forward_features)
 
     forward = Forward(model.train(), run, split, WORTH_A_GRAPH if graphs else 0, BATCH)
-    optimizer = make_optimizer(model.parameters(), recipe)
+    optimizer = make_optimizer(model, recipe)
     while True:
         for batch in batches(
             split,

@@ -108,7 +108,7 @@ def training_step(
     model: nn.Module, batch_size: int, device: torch.device, precision: Exact
 ) -> Callable[[Tensor, Tensor], None]:
     """Return a function that takes one step of the engine's SGD on images and labels."""
-    optimizer = make_optimizer(model.parameters(), Recipe(epochs=1, batch_size=batch_size, lr=0.01))
+    optimizer = make_optimizer(model, Recipe(epochs=1, batch_size=batch_size, lr=0.01))
 
     def step(images: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad(set_to_none=True)

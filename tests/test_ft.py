@@ -62,5 +62,5 @@ def test_adam_is_amsgrad_where_the_settings_are_backdoorbenchs(dataset: str, ams
         config_class, "badnet", "attack", argv, lambda c: Trained(c.dataset, c.epochs), "test"
     ).config
     recipe: Recipe = config.recipe()
-    optimizer = engine.make_optimizer([torch.nn.Parameter(torch.zeros(1))], recipe)
+    optimizer = engine.make_optimizer(torch.nn.Linear(1, 1), recipe)
     assert isinstance(optimizer, torch.optim.Adam) and optimizer.defaults["amsgrad"] == amsgrad

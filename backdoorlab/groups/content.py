@@ -61,9 +61,10 @@ class Discriminant:
         # Moved to the others' mean: a trigger that shifts all of its images is no content.
         shown = self.samples[group]
         found = information(self.answers(shown - shown.mean(0)))
-        draws = (torch.randperm(len(self.known), generator=generator) for _ in range(DRAWS))
-        most = sum(information(self.known[draw[: len(shown)]]) for draw in draws) / DRAWS
-        return found / most if most > 1e-6 else 0.0
+        draws = [torch.randperm(len(self.known), generator=generator) for _ in range(DRAWS)]
+        others = self.known[torch.stack([draw[: len(shown)] for draw in draws])]
+        most = information(others).mean().item()
+        return found.item() / most if most > 1e-6 else 0.0
 
     def nearer(self, group: Tensor) -> float:
         """Distance of a group's mean, bool (n,), to the rest of its label, divided by that to the
@@ -88,8 +89,9 @@ class Discriminant:
 
     def _means(self, group: Tensor) -> Tensor:
         """(2, D): the means of a group and of the rest, in units of the covariance."""
-        pair = torch.stack([self.samples[group].mean(0), self.samples[~group].mean(0)], 1)
-        return torch.linalg.solve_triangular(self.root, pair, upper=False).T
+        sides = torch.stack([group, ~group]).to(self.samples.dtype)
+        means = sides / sides.sum(1, keepdim=True) @ self.samples
+        return torch.linalg.solve_triangular(self.root, means.T, upper=False).T
 
 
 def leave_one_out(
@@ -143,7 +145,8 @@ def _measured(fitted: Discriminant, x: Tensor, answers: Tensor) -> Discriminant:
     )
 
 
-def information(p: Tensor) -> float:
-    """Mutual information in nats between a sample and the answer on it. (n, K) probabilities."""
+def information(p: Tensor) -> Tensor:
+    """Mutual information in nats between a sample and the answer on it: probabilities (..., n, K)
+    -> (...)."""
     entropy = torch.special.entr
-    return (entropy(p.mean(0)).sum() - entropy(p).sum(1).mean()).item()
+    return entropy(p.mean(-2)).sum(-1) - entropy(p).sum(-1).mean(-1)

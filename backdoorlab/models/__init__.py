@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, described, suggest
+from .fast_net import fastnet
 from .preact_resnet import preactresnet10, preactresnet18
 
 SMALL = 64
@@ -29,7 +30,10 @@ SIDES = (32, 48, 64, 96, 128, 160, 192, 224, 256, 384)
 OWN: dict[str, Callable[..., nn.Module]] = {
     "preactresnet18": preactresnet18,
     "preactresnet10": preactresnet10,
+    "fastnet": fastnet,
 }
+FITTED = 5000
+"""Training images that a network's input layer is fitted to, at most."""
 
 
 class WrongSize(UserError):
@@ -191,6 +195,19 @@ def build(
         network = _timm_model(architecture, num_classes, in_chans, image_size, width, stem)
     # Convolutions are faster in this layout of memory.
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)
+
+
+def fit_input(model: Classifier, images: Tensor) -> None:
+    """Fit the input layer of a new network to training images, where it has one that asks for it.
+
+    Args:
+        model: on the CPU.
+        images: uint8 (N, C, H, W).
+    """
+    fit = getattr(model.network, "fit_input", None)
+    if fit is not None and len(images):
+        step = max(1, len(images) // FITTED)
+        fit((images[::step].cpu().float() / 255 - model.mean) / model.std)
 
 
 def _timm_model(
