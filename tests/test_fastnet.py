@@ -16,8 +16,9 @@ from backdoorlab.data import Augment, Split, batches, to_bytes
 from backdoorlab.engine import Lookahead, LRSchedule, Recipe, make_optimizer
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier
-from backdoorlab.record import defender_view
+from backdoorlab.record import Record, defender_view
 from backdoorlab.run import Run
+from backdoorlab.settings import methods
 
 CPU = torch.device("cpu")
 
@@ -92,13 +93,50 @@ def test_it_takes_small_and_grey_images(side: int, channels: int) -> None:
     assert len(model.stages()) == 3
 
 
-def test_every_new_model_is_fitted_to_its_training_images(
-    tmp_path: Path, small_flags: tuple[str, ...]
-) -> None:
-    """By an attack, and by a defense that trains anew; a record's weights come as they were."""
+@pytest.fixture(scope="module")
+def fast_flags(small_flags: tuple[str, ...]) -> list[str]:
+    """Flags of an attack on `small_data` with this network and all that its recipe has."""
     where = small_flags.index("--model")
-    flags = [*small_flags[:where], "--model", "fastnet", *small_flags[where + 2 :]]
-    record = helpers.attack("badnet", "fast", tmp_path, *flags)
+    recipe = "--schedule triangular --nesterov True --lookahead True --label_smoothing 0.2"
+    augment = "--bias_lr 8 --crop_padding 2 --crop_border reflect --flip True --alternate_flip True"
+    network = ["--model", "fastnet", *recipe.split(), *augment.split()]
+    return [*small_flags[:where], *network, *small_flags[where + 2 :]]
+
+
+@pytest.fixture(scope="module")
+def fast(
+    fast_flags: list[str], session_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Record:
+    with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
+        return helpers.attack("badnet", "fast", tmp_path_factory.mktemp("fast"), *fast_flags)
+
+
+@pytest.mark.parametrize("method", methods.available("defense"))
+def test_every_defense_runs_on_it(method: str, fast: Record, tmp_path: Path) -> None:
+    record = helpers.copy(fast, tmp_path)
+    pool = ("--pool", "model_loss") if method == "dau" else ()
+    result = helpers.defend(method, record, *helpers.short_flags(method), *pool)
+    assert result is not None and 0 <= result["after"]["clean_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("method", ["wanet", "bpp", "inputaware", "blind", "lc"])
+def test_attacks_with_a_training_of_their_own_run_on_it(
+    method: str, fast_flags: list[str], tmp_path: Path
+) -> None:
+    drop = fast_flags.index("--patch_size")
+    flags = [*fast_flags[:drop], *fast_flags[drop + 2 :]]
+    names = {
+        field.name for field in dataclasses.fields(methods.load("attack", method).config_class)
+    }
+    short = {"surrogate_epochs": "1", "mask_epochs": "1", "finetune_epochs": "1", "steps": "1"}
+    given = [x for name, value in short.items() if name in names for x in (f"--{name}", value)]
+    record = helpers.attack(method, method, tmp_path, *flags, *given)
+    assert record.info["architecture"]["name"] == "fastnet"
+
+
+def test_every_new_model_is_fitted_to_its_training_images(fast: Record) -> None:
+    """By an attack, and by a defense that trains anew; a record's weights come as they were."""
+    record = fast
     stored = record.model().network.whiten.weight
     fitted = record.new_model()
     assert not torch.equal(stored, fitted.network.whiten.weight), "a control: random filters"

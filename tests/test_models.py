@@ -19,7 +19,7 @@ from backdoorlab.poison import no_poison
 from backdoorlab.run import Run
 
 CPU = torch.device("cpu")
-OWN = [("preactresnet18", 4), ("preactresnet10", 4)]
+OWN = [("preactresnet18", 4), ("preactresnet10", 4), ("fastnet", 8)]
 TIMM = ["resnet18", "vit_tiny_patch16_224", "mobilenetv3_small_100"]
 
 

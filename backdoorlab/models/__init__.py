@@ -197,6 +197,12 @@ def build(
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)
 
 
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that a training moves: all but those that a network keeps as they
+    are."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def fit_input(model: Classifier, images: Tensor) -> None:
     """Fit the input layer of a new network to training images, where it has one that asks for it.
 
