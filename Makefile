@@ -6,7 +6,7 @@ RECORDS := $(or $(BACKDOORLAB_RECORDS),record)
 # Two waiting threads that spin slow each other down many times over on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test coverage test-processors bench clean
+.PHONY: demo test coverage test-processors gpu bench clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ coverage: $(VENV)/installed-dev
 # As other processors round, with one thread and two: hours. ONLY="avx2-fp32" takes one of them.
 test-processors: $(VENV)/installed-dev
 	$(RUN) tests/processors.py $(if $(ONLY),--only $(ONLY))
+
+# Fifteen minutes of one GPU: tests, then as much of the grid as fits. RUN=python3 where the packages are installed already.
+gpu:
+	$(RUN) performance/gpu_session.py $(GPU)
 
 bench: $(VENV)/installed
 	$(RUN) -m performance

@@ -5,6 +5,8 @@ import copy
 import json
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import helpers
@@ -99,3 +101,35 @@ def test_a_whole_attack_and_defense_are_compared(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(file.read_text())["rows"]
     assert [len(row["ratios"]) for row in rows] == [1, 1] and all(row["median"] > 0 for row in rows)
+
+
+def test_a_gpu_session_ends_in_time_and_packs_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(PERFORMANCE), *sys.path])
+    import gpu_session  # type: ignore[import-not-found, unused-ignore]
+
+    # Interrupted as by Ctrl-C, so that a bench can end by itself.
+    log = tmp_path / "log.txt"
+    script = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('told')"
+    start = time.monotonic()
+    assert gpu_session.run_until([sys.executable, "-c", script], log, start + 2) == 0
+    assert time.monotonic() - start < 30 and log.read_text(encoding="utf-8") == "told\n"
+
+    root, out = tmp_path / "record", tmp_path / "out"
+    for place, size in (("a", 600), ("b", 600), ("a/defense/ft/seed0", 600), ("c", 5000)):
+        (root / place).mkdir(parents=True, exist_ok=True)
+        (root / place / "result.json").write_text("{}", encoding="utf-8")
+        (root / place / "model.safetensors").write_bytes(bytes(size))
+    out.mkdir()
+    gpu_session.pack(root, out, part=1200, total=4000)
+    with tarfile.open(out / "results.tar.gz") as archive:
+        assert len(archive.getnames()) == 4, "every result, whatever the size of its model"
+    packed = {}
+    for path in sorted(out.glob("weights-*.tar")):
+        with tarfile.open(path) as archive:
+            packed[path.name] = archive.getnames()
+    assert packed == {
+        "weights-1.tar": ["a/model.safetensors", "b/model.safetensors"],
+        "weights-2.tar": ["a/defense/ft/seed0/model.safetensors"],
+    }, "attacked models first, and none that has no room"
