@@ -434,6 +434,21 @@ def test_configurations_splits_and_class_names_come_from_the_card(tmp_path: Path
         load_dataset("mine", str(root))
 
 
+def test_class_names_of_an_older_repository(tmp_path: Path) -> None:
+    root = carded(tmp_path / "data")
+    (root / "README.md").write_text(CARD.replace("dataset_info:", "other:"))
+    fine = {"features": {"label": {"_type": "ClassLabel", "names": ["hen", "owl"]}}}
+    infos = {"fine": fine, "coarse": {"features": {"label": {"_type": "Value"}}}}
+    file = root / "dataset_infos.json"
+    file.write_text(json.dumps(infos))
+    assert load_dataset("mine", str(root), configuration="fine").class_names == ("hen", "owl")
+    assert load_dataset("mine", str(root)).class_names == ("0", "1"), "a control: no names there"
+    for damaged in ("[", "3", '{"fine": 3, "coarse": 3}', '{"fine": {"features": {}}, "x": 1}'):
+        file.write_text(damaged)
+        found = load_dataset("mine", str(root), configuration="fine")
+        assert found.class_names == ("0", "1"), "a file that says nothing is no error"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -143,10 +143,32 @@ def names_in_schema(metadata: Mapping[bytes, bytes] | None, column: str) -> list
     The `datasets` library writes them there, as JSON under the key `huggingface`.
     """
     try:
-        found = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]
-        return _listed(found.get("names")) if found.get("_type") == "ClassLabel" else None
+        return _class_label(json.loads((metadata or {})[b"huggingface"])["info"], column)
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def names_in_infos(root: Path, configuration: str, column: str) -> list[str] | None:
+    """Return the class names that dataset_infos.json has for a column.
+
+    Older versions of the `datasets` library wrote this file, with an entry for each configuration.
+    """
+    file = root / "dataset_infos.json"
+    if not file.is_file() or file.stat().st_size > LONGEST_CARD:
+        return None
+    try:
+        infos = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+        # A single entry is that of every configuration.
+        info = next(iter(infos.values())) if len(infos) == 1 else infos[configuration]
+        return _class_label(info, column)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _class_label(info: Any, column: str) -> list[str] | None:
+    """Return the names of a column that the `datasets` library describes as a ClassLabel."""
+    found = info["features"][column]
+    return _listed(found.get("names")) if found.get("_type") == "ClassLabel" else None
 
 
 def _listed(names: Any) -> list[str] | None:

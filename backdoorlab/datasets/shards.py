@@ -21,6 +21,7 @@ from .cards import (
     Configuration,
     configurations,
     names_in_card,
+    names_in_infos,
     names_in_json,
     names_in_schema,
     read_card,
@@ -392,6 +393,7 @@ def _class_names(
         (names_in_json(root, count), root / "classes.json"),
         (names_in_schema(schema.metadata, column), train.files[0]),
         (names_in_card(card, configuration, column), root / "README.md"),
+        (names_in_infos(root, configuration, column), root / "dataset_infos.json"),
     )
 
     for names, source in sources:
