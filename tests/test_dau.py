@@ -236,7 +236,11 @@ def discriminant(x: Tensor, labels: Tensor, label: int = 0) -> content.Discrimin
     return next(one for one in found if one.label == label)
 
 
-def test_variety_counts_classes_and_ignores_a_common_shift() -> None:
+def test_variety_counts_classes_and_ignores_a_common_shift(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Mixed labels raise the temperature that samples choose, and the three sets are compared here.
+    monkeypatch.setattr(content, "fitted_temperature", lambda *_: 1.0)
     draws = torch.Generator().manual_seed(0)
     true = torch.arange(6).repeat_interleave(400)
     x = 3 * F.one_hot(true, 12).float() + 0.8 * torch.randn(len(true), 12, generator=draws)
@@ -283,6 +287,18 @@ def test_robust_standard_deviations_have_no_unit(factor: float) -> None:
     assert search.robust_z(factor * 17, values) == pytest.approx(10 / 1.4826)
     outlier = [*values, factor * 1e6]
     assert search.robust_z(factor * 17, outlier) > 4, "one outlier changes little"
+
+
+def test_all_labels_share_a_temperature_that_unseen_samples_choose() -> None:
+    """Where there are as many dimensions as samples, a discriminant is surer than it is right."""
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.arange(5).repeat_interleave(60)
+    x = 0.5 * F.one_hot(labels, 200).float() + torch.randn(300, 200, generator=draws)
+    found = list(content.leave_one_out(x, labels, 5, draws))
+    assert len({one.temperature for one in found}) == 1 and found[0].temperature > 4
+    plain = 2.5 * F.one_hot(labels, 5).float() + x[:, 100:105]
+    few = list(content.leave_one_out(plain, labels, 5, draws))
+    assert few[0].temperature < 2, "a control: in five dimensions it is not"
 
 
 def test_information_is_in_nats() -> None:

@@ -4,7 +4,6 @@ Linear discriminant analysis with one covariance has a closed form: leaving a la
 mean and its scatter away from sums that are computed once.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +15,8 @@ from .splitting import cholesky, within
 
 ASKED = 1000
 """Samples of the other labels on which a discriminant is measured."""
+CALIBRATED = 5000
+"""Samples by which a temperature is chosen, at most."""
 DRAWS = 5
 """Random groups of other samples that a group is compared with."""
 TEMPERATURES = [2 ** (half / 2) for half in range(15)]
@@ -41,9 +42,9 @@ class Discriminant:
     """float (D, J)."""
     bias: Tensor
     """float (J,)."""
-    temperature: float = 1.0
-    """Divides the logits: with it they give the other labels' samples their labels best."""
-    known: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    temperature: float
+    """Divides the logits."""
+    known: Tensor
     """float (at most ASKED, J): answers on samples of the other labels."""
 
     def answers(self, x: Tensor) -> Tensor:
@@ -111,6 +112,7 @@ def leave_one_out(
     x = x.float()
     x = (x - x.mean(0)) / x.std(0).clamp_min(1e-4 * x.std().item() + 1e-12)
     counts, means, centred, total = within(x, labels, num_classes)
+    temperature = fitted_temperature(x, labels, num_classes, generator)
 
     for label, count in enumerate(counts.tolist()):
         if count in (0, len(x)):
@@ -119,30 +121,66 @@ def leave_one_out(
         part = centred[own]
         root = cholesky((total - part.T @ part) / (len(x) - count))
 
-        # Logits of a normal distribution around each mean, all classes equally frequent.
         others = counts > 0
         others[label] = False
         origin = means[others].mean(0)
-        moved = means[others] - origin
-        white = torch.linalg.solve_triangular(root, moved.T, upper=False)
-        weight = torch.linalg.solve_triangular(root.T, white, upper=True)
-        bias = -0.5 * white.square().sum(0)
-        places = others.nonzero().squeeze(1)
-        fitted = Discriminant(label, x[own] - origin, places, root, white, weight, bias)
+        white, weight, bias = discriminant(root, means[others] - origin)
+        known = _drawn(~own, generator)
+        logits = (x[known] - origin) @ weight + bias
+        yield Discriminant(
+            label=label,
+            samples=x[own] - origin,
+            others=others.nonzero().squeeze(1),
+            root=root,
+            white=white,
+            weight=weight,
+            bias=bias,
+            temperature=temperature,
+            known=(logits / temperature).softmax(1),
+        )
 
-        known = (~own).nonzero().squeeze(1)
-        known = known[torch.randperm(len(known), generator=generator)[:ASKED].to(known.device)]
-        yield _measured(fitted, x[known] - origin, torch.searchsorted(places, labels[known]))
 
+def fitted_temperature(
+    x: Tensor, labels: Tensor, num_classes: int, generator: torch.Generator
+) -> float:
+    """Fit a discriminant of all labels to a half of the samples, and return the one of TEMPERATURES
+    with which it gives the other half their labels best.
 
-def _measured(fitted: Discriminant, x: Tensor, answers: Tensor) -> Discriminant:
-    """Set temperature and answers by samples (m, D) of the other labels, int64 (m,) below J."""
-    logits = x @ fitted.weight + fitted.bias
+    All labels share it. Fitted for each label left out, on the samples of the discriminant itself,
+    it would swing between both ends of the range where these are told apart without an error.
+    """
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    seen, unseen = order.tensor_split(2)
+    counts, means, _, total = within(x[seen], labels[seen], num_classes)
+    present = counts > 0
+    unseen = unseen[present[labels[unseen]]][:CALIBRATED]
+
+    origin = means[present].mean(0)
+    _, weight, bias = discriminant(cholesky(total / len(seen)), means[present] - origin)
+    logits = (x[unseen] - origin) @ weight + bias
+    answers = (present.cumsum(0) - 1)[labels[unseen]]
     losses = [F.cross_entropy(logits / t, answers).item() for t in TEMPERATURES]
-    temperature = TEMPERATURES[losses.index(min(losses))]
-    return dataclasses.replace(
-        fitted, temperature=temperature, known=(logits / temperature).softmax(1)
-    )
+    return TEMPERATURES[losses.index(min(losses))]
+
+
+def discriminant(root: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fit the logits of normal distributions around means (J, D), all equally frequent.
+
+    Args:
+        root: (D, D), Cholesky factor of their covariance.
+
+    Returns:
+        (D, J), the means in units of the covariance; (D, J), weights; and (J,), biases.
+    """
+    white = torch.linalg.solve_triangular(root, means.T, upper=False)
+    weight = torch.linalg.solve_triangular(root.T, white, upper=True)
+    return white, weight, -0.5 * white.square().sum(0)
+
+
+def _drawn(among: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw at most ASKED of the positions that are True in `among`, bool (N,)."""
+    places = among.nonzero().squeeze(1)
+    return places[torch.randperm(len(places), generator=generator)[:ASKED].to(places.device)]
 
 
 def information(p: Tensor) -> Tensor:
