@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from .data import Split, batches
 from .engine import Forward
@@ -65,23 +65,22 @@ def make_cosine(
 
 
 def make_forward(
-    model: nn.Module, trusted: Split, config: FinetuneConfig, run: Run, *, passes: int = 1
+    model: nn.Module, trusted: Split, batch_size: int, passes: int, run: Run
 ) -> Forward:
     """Prepare the passes of a training on the trusted images, for batches of both sizes.
 
     Args:
         model: in training mode afterwards.
         trusted: the images.
-        config: epochs and batch size.
+        batch_size: images a step, where there are as many.
+        passes: over the trusted images, in the whole training.
         run: the context of the defense.
-        passes: passes that a step has.
     """
     # A last image alone joins the batch before it.
-    size = min(config.batch_size, len(trusted))
+    size = min(batch_size, len(trusted))
     rest = len(trusted) % size or size
     sizes = {size, size + 1 if rest == 1 < size else rest}
-    steps = passes * config.epochs * math.ceil(len(trusted) / size)
-    return Forward(model.train(), run, trusted, steps, *sizes)
+    return Forward(model.train(), run, trusted, passes * math.ceil(len(trusted) / size), *sizes)
 
 
 def finetune(
@@ -93,7 +92,6 @@ def finetune(
     *,
     stage: str = "finetune",
     epochs: int | None = None,
-    prepare: Callable[[Tensor], Tensor] | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> nn.Module:
     """Train all weights in place on the trusted images, augmented as in ordinary training.
@@ -106,13 +104,12 @@ def finetune(
         run: the context of the defense.
         stage: name of the stage.
         epochs: in place of the config's.
-        prepare: changes a batch (B, C, H, W) in [0, 1] before it is learnt.
         after_step: is called after each step, such as to keep what is pruned at 0.
     """
     total = config.epochs if epochs is None else epochs
     optimizer = make_sgd(model, config)
     schedule = make_cosine(optimizer, total)
-    forward = make_forward(model, trusted, config, run)
+    forward = make_forward(model, trusted, config.batch_size, total, run)
 
     for _ in guarded_epochs(run, stage, total, trusted, config, model, optimizer, schedule):
         model.train()
@@ -123,8 +120,7 @@ def finetune(
             generator=run.generator,
             augment=view.augment,
         ):
-            images = batch.images if prepare is None else prepare(batch.images)
-            run.step(optimizer, F.cross_entropy(forward(images).float(), batch.labels))
+            run.step(optimizer, F.cross_entropy(forward(batch.images).float(), batch.labels))
             if after_step is not None:
                 after_step()
         schedule.step()

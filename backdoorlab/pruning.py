@@ -14,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from .data import Split
 from .errors import UserError
 from .features import predictions
-from .models import paused
 from .run import Run
 
 
@@ -169,8 +168,7 @@ def prune_by_masks(
         restore()
         if at:
             prune(model, masks.up_to(thresholds[at - 1]))
-        with paused():
-            return accuracy_on(model, trusted, run)
+        return accuracy_on(model, trusted, run)
 
     @torch.no_grad()
     def restore() -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
+from backdoorlab.errors import UserError
 from backdoorlab.pruning import BatchNorm, above, batch_norms, prune
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
@@ -46,6 +47,11 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model = view.load_model()
     norms = batch_norms(model)
     pairs = paired(model, torch.full((1, *view.image_shape), 0.5, device=run.device))
+    if not pairs:
+        raise UserError(
+            "this defense needs batch normalisation that follows a convolution, and this network"
+            f" ({type(model.network).__name__}) has none: choose another defense, such as ft"
+        )
     marked = {
         name: above(lipschitz(convolution, norms[name]), config.u)
         for name, convolution in pairs.items()

@@ -53,13 +53,13 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, trusted = view.load_model(), to_device(view.trusted, run.device)
     last = linear_classifier(model)
     pruned = run.cached("pruned", lambda: {"channels": dormant(model, last, view, config, run)})
-    channels = pruned["channels"].to(run.device)
-    run.note(f"{int(channels.sum())} of {len(channels)} channels are pruned")
+    kept = ~pruned["channels"].to(run.device)
+    run.note(f"{int((~kept).sum())} of {len(kept)} channels are pruned")
 
     # A column of 0 is a channel that the last layer does not see.
     @torch.no_grad()
     def keep_pruned() -> None:
-        last.weight[:, channels] = 0
+        last.weight.mul_(kept)
 
     keep_pruned()
     return finetune(model, trusted, view, config, run, after_step=keep_pruned)

@@ -58,7 +58,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     original = last.weight.detach().clone()
     optimizer = make_sgd(model, config)
     schedule = make_cosine(optimizer, config.epochs)
-    forward = make_forward(model, trusted, config, run)
+    forward = make_forward(model, trusted, config.batch_size, config.epochs, run)
 
     for epoch in guarded_epochs(
         run, "shift", config.epochs, trusted, config, model, optimizer, schedule

@@ -58,7 +58,8 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, trusted = view.load_model(), to_device(view.trusted, run.device)
     optimizer = make_sgd(model, config)
     schedule = make_cosine(optimizer, config.epochs)
-    forward = make_forward(model, trusted, config, run, passes=2)
+    # Each step passes its images twice.
+    forward = make_forward(model, trusted, config.batch_size, 2 * config.epochs, run)
 
     for _ in guarded_epochs(
         run, "finetune", config.epochs, trusted, config, model, optimizer, schedule

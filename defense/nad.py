@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import batches, to_device
+from backdoorlab.errors import UserError
 from backdoorlab.features import maps_of
 from backdoorlab.finetuning import FinetuneConfig, finetune, trained_weights
 from backdoorlab.guard import guarded_epochs
@@ -115,7 +116,12 @@ def stage_maps(model: Classifier, config: Config) -> Iterator[list[Tensor]]:
     stages = list(zip(model.stages(), channels, strict=True))[-len(config.betas) :]
 
     def keep(width: int | None) -> Any:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        def hook(module: nn.Module, _inputs: object, output: object) -> None:
+            if not isinstance(output, Tensor):
+                raise UserError(
+                    "the attention of this network cannot be read: a stage"
+                    f" ({type(module).__name__}) gives no single tensor; choose another defense"
+                )
             found.append(maps_of(output.float(), width))
 
         return hook
@@ -126,6 +132,11 @@ def stage_maps(model: Classifier, config: Config) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+    if len(found) != len(stages):
+        raise UserError(
+            "the attention of this network cannot be read: its stages are not passed one by one;"
+            " choose another defense"
+        )
 
 
 def attention(maps: Tensor, p: float) -> Tensor:

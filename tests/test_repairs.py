@@ -351,7 +351,7 @@ def test_a_step_takes_the_gradient_at_the_ascended_weights(tmp_path: Path) -> No
     statistics = {name: value.clone() for name, value in other.named_buffers()}
     with torch.no_grad():
         for weight, step in zip(other.parameters(), steps, strict=True):
-            weight += step
+            weight.add_(step)
     for _weight, old, gradient, new in zip(
         other.parameters(), before, gradients(), model.parameters(), strict=True
     ):
