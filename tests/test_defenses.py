@@ -30,7 +30,7 @@ class Row:
 
 
 ROWS = {
-    "anp": Row(),
+    "anp": Row(asr=0.1, drop=0.1),
     "asd": Row(asr=0.1, drop=0.05),
     "bnp": Row(),
     "bu": Row(asr=0.1, drop=0.05),
@@ -39,7 +39,7 @@ ROWS = {
     "ibau": Row(asr=0.1),
     "sau": Row(asr=0.1),
     "fp": Row(("--epochs", "10")),
-    "fst": Row(),
+    "fst": Row(),  # its ASR is 0, and its RA too near to the limit for other processors
     "ft_sam": Row(("--epochs", "10")),
     "nad": Row(("--teacher_epochs", "5", "--epochs", "10")),
     "rnp": Row(("--unlearn_epochs", "10", "--recover_epochs", "10")),
