@@ -107,6 +107,7 @@ def finetune(
         after_step: is called after each step, such as to keep what is pruned at 0.
     """
     total = config.epochs if epochs is None else epochs
+    # Graphs are captured before the first epoch, for the modes of a training.
     optimizer = make_sgd(model, config)
     schedule = make_cosine(optimizer, total)
     forward = make_forward(model, trusted, config.batch_size, total, run)
@@ -120,6 +121,7 @@ def finetune(
             generator=run.generator,
             augment=view.augment,
         ):
+            # Logits are float32 again before the loss, whatever the precision.
             run.step(optimizer, F.cross_entropy(forward(batch.images).float(), batch.labels))
             if after_step is not None:
                 after_step()

@@ -86,6 +86,7 @@ def masked(
         weights[f"{name}.weight"] = norms[name].weight.detach() * factor
         if bias_noise is not None:
             weights[f"{name}.bias"] = norms[name].bias.detach() * (1 + bias_noise[i])
+    # Buffers are the model's own, so that batch statistics move as in a pass of the model.
     logits: Tensor = functional_call(model, weights, (images,))
     return logits
 
@@ -102,6 +103,7 @@ def prune(model: nn.Module, marked: Mapping[str, Tensor], *, biases: bool = Fals
     Returns:
         the number of marked channels.
     """
+    # In place, so that an optimizer of the same weights keeps them.
     norms = batch_norms(model)
     for name, channels in marked.items():
         norms[name].weight[channels] = 0
@@ -115,6 +117,7 @@ def above(values: Tensor, spread: float) -> Tensor:
 
     Of C values none can lie more than (C - 1) / sqrt(C) above.
     """
+    # A single value has no spread.
     if len(values) < 2:
         return torch.zeros_like(values, dtype=torch.bool)
     return values > values.mean() + spread * values.std()
@@ -131,6 +134,7 @@ def furthest(steps: int, accuracy: Callable[[int], float], tolerance: float) -> 
     Returns:
         the step before the first one that costs more.
     """
+    # Pruning goes from the least needed on: what follows a step that costs too much costs more.
     least = (1 - tolerance) * accuracy(0)
     for step in range(1, steps + 1):
         # Of 72 images, a share is no exact number: compare with room for rounding.

@@ -38,11 +38,11 @@ ROWS = {
     "dau": Row(asr=0.05, precision=0.9, tpr=0.8),
     "ibau": Row(asr=0.1),
     "sau": Row(asr=0.1),
-    "fp": Row(("--epochs", "10")),
+    "fp": Row(("--epochs", "20", "--batch_size", "24"), drop=0.05),
     "fst": Row(),  # its ASR is 0, and its RA too near to the limit for other processors
     "ft_sam": Row(("--epochs", "10")),
     "nad": Row(("--teacher_epochs", "5", "--epochs", "10")),
-    "rnp": Row(("--unlearn_epochs", "10", "--recover_epochs", "10")),
+    "rnp": Row(drop=0.05),
     "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
 }
 
