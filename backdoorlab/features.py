@@ -77,7 +77,7 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
                     "the features of this network cannot be read: its last but one stage is not"
                     " passed by itself"
                 )
-            maps = _maps(seen.pop(), channels)
+            maps = maps_of(seen.pop(), channels)
             early.append(torch.cat([maps.mean((2, 3)), maps.std((2, 3), correction=0)], 1))
             side = next((side for side in (4, 2) if maps.shape[1] * side**2 <= 1024), 1)
             spatial.append(F.adaptive_avg_pool2d(maps, side).flatten(1).half())
@@ -152,7 +152,7 @@ def adapted(model: Network, split: Split, run: "Run") -> Network:
     return reader
 
 
-def _maps(x: Tensor, channels: int | None = None) -> Tensor:
+def maps_of(x: Tensor, channels: int | None = None) -> Tensor:
     """Bring a stage's output to (N, C, ., .): from feature maps (N, C, H, W), or (N, H, W, C) as in
     Swin, from tokens (N, T, C), or from one vector (N, C). `channels`: C, where it is known."""
     # Of images that are not square, only the number of channels tells the two apart.

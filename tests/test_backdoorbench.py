@@ -571,6 +571,7 @@ def test_an_export_does_not_delete_what_it_did_not_write(
 
 
 QUICK = {
+    "anp": ("--iterations", "5"),
     "asd": (
         "--stage1_epochs",
         "1",
@@ -583,8 +584,13 @@ QUICK = {
     ),
     "bu": ("--search_epochs", "1"),
     "dau": (),
+    "fp": ("--epochs", "1"),
+    "fst": ("--batch_size", "24"),  # its last layer begins anew
     "ft": ("--epochs", "1"),
+    "ft_sam": ("--epochs", "1"),
     "ibau": ("--n_rounds", "1"),
+    "nad": ("--teacher_epochs", "1", "--epochs", "1"),
+    "rnp": ("--unlearn_epochs", "2", "--recover_epochs", "2"),
     "sau": ("--n_rounds", "2"),
 }
 

@@ -30,11 +30,19 @@ class Row:
 
 
 ROWS = {
+    "anp": Row(asr=0.1, drop=0.1),
     "asd": Row(asr=0.1, drop=0.05),
+    "bnp": Row(),
     "bu": Row(asr=0.1, drop=0.05),
+    "clp": Row(),  # layers of 16 channels have few that stand out
     "dau": Row(asr=0.05, precision=0.9, tpr=0.8),
     "ibau": Row(asr=0.1),
     "sau": Row(asr=0.1),
+    "fp": Row(("--epochs", "20", "--batch_size", "24"), drop=0.05),
+    "fst": Row(),  # its ASR is 0, and its RA too near to the limit for other processors
+    "ft_sam": Row(("--epochs", "10")),
+    "nad": Row(("--teacher_epochs", "5", "--epochs", "10")),
+    "rnp": Row(drop=0.05),
     "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
 }
 
@@ -370,7 +378,7 @@ def test_a_file_that_cannot_be_used_is_a_line_and_fails_who_asks_for_it(
     assert main(["defense", "broken", "--result_file", "tiny"]) == 2
     assert said(capsys).startswith(f"error: {why}")
     assert main(["defense", "brokn", "--result_file", "tiny"]) == 2
-    assert "Known: asd, bu, dau" in said(capsys)
+    assert "Known: anp, asd, bnp" in said(capsys)
 
 
 def test_what_a_users_file_does_wrong_names_the_file(

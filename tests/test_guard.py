@@ -21,7 +21,8 @@ from backdoorlab.storage import reading
 CPU = torch.device("cpu")
 K = 4
 OFF = GuardConfig(guard_drop=None)
-GUARDED = ("bu", "ft", "ibau", "sau")
+GUARDED = ("bu", "fp", "fst", "ft", "ft_sam", "ibau", "nad", "sau")
+LITE = ("bu", "ibau", "sau")
 
 
 def images(count: int = 40) -> Split:
@@ -235,7 +236,8 @@ def test_methods_end_in_the_same_weights_with_and_without_it(
     assert on["image_passes"]["forward"] > off["image_passes"]["forward"]
 
 
-@pytest.mark.parametrize("method", GUARDED)
+# FP goes back to the model that it has pruned.
+@pytest.mark.parametrize("method", sorted({*GUARDED} - {"fp"}))
 def test_methods_end_in_the_attacked_model_where_all_they_do_is_harm(
     method: str, attacked: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,7 +250,10 @@ def test_methods_end_in_the_attacked_model_where_all_they_do_is_harm(
         left = reading.read_tensors(folder / "model.safetensors")[0]
         assert equal(original, left) == (name == "on"), "a control: unguarded, weights move"
         back = [note for note in result["notes"] if "weights of the attacked model" in note]
-        assert len(back) == (2 if name == "on" else 0)
+        if method == "nad" and name == "on":  # its teacher goes back, too
+            assert len(back) >= 2
+        else:
+            assert len(back) == (2 if name == "on" else 0)
 
 
 # --- a killed run
@@ -319,5 +324,5 @@ def test_it_is_on_by_default_and_off_in_published_presets(method: str) -> None:
     assert drop() is not None
     for preset in PUBLISHED.get(method, []):
         assert drop("--yaml_path", preset) is None, preset
-    for preset in (f"{method}_lite",) if method != "ft" else ():
+    for preset in (f"{method}_lite",) if method in LITE else ():
         assert drop("--yaml_path", preset) is not None, preset

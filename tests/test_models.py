@@ -12,7 +12,7 @@ import torch
 from backdoorlab import models
 from backdoorlab.data import Split, batches
 from backdoorlab.errors import UserError
-from backdoorlab.features import _maps, extract, predictions
+from backdoorlab.features import extract, maps_of, predictions
 from backdoorlab.metrics import Evaluator, predict
 from backdoorlab.models import PASSES, Classifier
 from backdoorlab.poison import no_poison
@@ -124,8 +124,8 @@ def test_features_of_a_whole_split(name: str, width: int | None, tmp_path: Path)
 
 def test_maps_with_channels_last_are_known_by_their_number() -> None:
     for shape in ((2, 5, 3, 8), (2, 3, 3, 8)):
-        assert _maps(torch.zeros(shape), 8).shape == (2, 8, *shape[1:3])
-    assert _maps(torch.zeros(2, 8, 5, 3), 8).shape == (2, 8, 5, 3), "a control"
+        assert maps_of(torch.zeros(shape), 8).shape == (2, 8, *shape[1:3])
+    assert maps_of(torch.zeros(2, 8, 5, 3), 8).shape == (2, 8, 5, 3), "a control"
 
 
 def test_a_stage_that_gives_no_single_tensor_is_one_line(tmp_path: Path) -> None:

@@ -627,7 +627,9 @@ def test_a_method_has_its_look_on_every_page(plain: list[artifacts.Cell]) -> Non
     shipped = methods.available("defense")
     own = looks.of_defenses(cell.row.defense for cell in plain)
     assert own == looks.of_defenses([])
-    assert len({looks.colour(own[name]) for name in shipped}) == len(shipped), "they differ"
+    seen = {(looks.colour(own[name]), looks.shape(own[name])) for name in shipped}
+    assert len(seen) == len(shipped), "they differ"
+    assert len({looks.colour(own[name]) for name in looks.METHODS}) == len(looks.METHODS)
     assert len({(looks.colour(n), looks.shape(n)) for n in range(63)}) == 63
     assert {*looks.SHAPES, "x"} == set(figures.MARKERS) == {*OUTLINES, "x"}
     measured = {

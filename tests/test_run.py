@@ -1092,6 +1092,7 @@ ATTACK_VARIANTS: dict[str, list[tuple[str, ...]]] = {
     "trojannn": [("--surrogate_epochs", "1", "--steps", "5")],
 }
 DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
+    "anp": [("--iterations", "1")],
     "asd": [
         (
             "--stage1_epochs",
@@ -1126,11 +1127,16 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
         ),
         ("--many_classes", "1e9", "--subtask", "anti_learning"),  # so that the other tests run
     ],
+    "fp": [("--epochs", "1")],
+    "fst": [("--epochs", "1")],
     "ft": [("--epochs", "1")],
+    "ft_sam": [("--epochs", "1")],
     "ibau": [
         ("--n_rounds", "1", "--K", "2"),
         ("--n_rounds", "1", "--K", "2", "--solver", "fixed_point", "--augment", "True"),
     ],
+    "nad": [("--teacher_epochs", "1", "--epochs", "1")],
+    "rnp": [("--unlearn_epochs", "1", "--recover_epochs", "1")],
     "sau": [("--n_rounds", "1")],
 }
 

@@ -10,7 +10,7 @@ import pytest
 
 ORDER = """errors < cli storage data models device groups losses perturb stacked hypergradient
     < datasets poison triggers < metrics record < run < engine features guard ibau_published
-    < config mesa isolation poison_search unlearning
+    < config finetuning mesa isolation poison_search pruning unlearning
     < anti_learning poisoning joint settings < execution tables
     < report exchange < bench < __main__ api < __init__"""
 """Folders and flat modules from the ground up. Neighbours know nothing of each other; within a

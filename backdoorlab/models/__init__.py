@@ -105,6 +105,18 @@ class Classifier(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def linear_classifier(model: Classifier) -> nn.Linear:
+    """Return the last layer; UserError for a network in which it is not linear."""
+    last: object = model.get_classifier()
+    if not isinstance(last, nn.Linear):
+        raise UserError(
+            "this defense needs a network with a linear last layer, and this one"
+            f" ({type(model.network).__name__}) ends in {type(last).__name__}: choose another"
+            " defense, such as ft"
+        )
+    return last
+
+
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
     """Turn torch's complaint about batch normalisation of a single value into a `UserError`."""
