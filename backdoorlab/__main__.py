@@ -416,8 +416,8 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   export RECORD ...                       to BackdoorBench (--to backdoorbench PATH),
                                           or as a model (--weights FILE)
   scan RECORD                             the training images that DAU classifies as poisoned
-  audit [RECORD ...] [--defense NAME]     the depth of each finished result: does the backdoor come back
-                                          after a little fine-tuning?
+  audit [RECORD ...] [--defense NAME]     the depth of each finished result: does the backdoor
+                                          come back after a little fine-tuning?
   verify [RECORD ...]                     check the hashes of records and results
   push RECORD --repo OWNER/NAME           upload a record to the Hugging Face hub
   pull OWNER/NAME[@COMMIT] --save_folder_name RECORD

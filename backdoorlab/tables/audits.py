@@ -52,6 +52,10 @@ class Audit:
         )
 
 
+NOTHING = Audit(None, (None,) * len(COUNTS), None, None, None)
+"""Of a model that was not audited."""
+
+
 def weights(info: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the weights that a record.json or result.json lists."""
     return str(info["files"]["model.safetensors"]["sha256"])
