@@ -394,6 +394,8 @@ def test_a_damaged_audit_is_one_line_and_hides_nothing(audited: Record, tmp_path
     rows = measured.rows([record], on_damage=found.append)
     assert [one.defense for one in found] == ["ft"] and str(path) in found[0].why
     assert [row.defense for row in rows] == ["none"]
+    for root, code in ((audited.folder.parent, 0), (tmp_path, 2)):
+        assert main(["verify", record.name, "--record_root", str(root)]) == code
 
 
 # --- a defender sees nothing

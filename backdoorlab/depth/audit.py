@@ -151,6 +151,8 @@ def _results(
     found = measured.finished(record, None, on_damage)
     if defenses == "all":
         return found
+
+    # A defense without a result would be left out in silence.
     known = sorted({folder.parent.name for folder, _ in found})
     chosen = [word.strip() for word in defenses.split(",") if word.strip()]
     for word in chosen:
@@ -164,6 +166,7 @@ def _results(
 
 def _chosen_tests(text: str) -> list[str]:
     """Read --tests, in the order of TESTS."""
+    # Whatever the user's order, the test that depth needs comes first.
     words = [word.strip() for word in text.split(",") if word.strip()]
     for word in words:
         if word not in TESTS:
@@ -265,6 +268,7 @@ def _run(model: nn.Module, attacker: AttackerView, name: str) -> dict[str, Any]:
             return retune.retune(attacker, model, [int(score.COUNT)], retune.CHECKS)
         case "reactivate":
             return reactivate.reactivate(attacker, model)
+    # The other two compare with the poisoned model.
     undefended = attacker.record.model().to(attacker.device).eval()
     if name == "path":
         return linear_path.linear_path(attacker, model, undefended)

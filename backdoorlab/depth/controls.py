@@ -113,6 +113,7 @@ def _train(view: AttackerView, folder: Path) -> Classifier:
             " the name of a record of attack none on the same data and network"
         )
     names = {field.name for field in dataclasses.fields(TrainingConfig)}
+    # The attack's own options, such as its trigger, are no part of a recipe.
     known = {name: value for name, value in config.items() if name in names}
     recipe = TrainingConfig(**known).recipe()
 
@@ -156,6 +157,7 @@ def _model_of(other: Record, record: Record) -> Classifier:
             f"--clean {other.name}: expected the data of {record.name} ({wanted[:12]}), got"
             f" {data[:12]}: take a clean record of the same data set"
         )
+    # Weights of the same shapes are the same network, as far as a record says it.
     model = other.model()
     try:
         refuse_difference(shapes_of(model), record.model_shapes())

@@ -58,6 +58,7 @@ def reactivate(view: AttackerView, model: nn.Module) -> dict[str, Any]:
     with_trigger = _perturbation(view, model, triggered)
     without = _perturbation(view, model, plain)
 
+    # Measured on test images that no step has seen.
     answers = _answers(view, model, view.triggered.images, with_trigger)
     others = _answers(view, model, view.untriggered.images, without)
     return {

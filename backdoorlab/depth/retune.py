@@ -61,6 +61,7 @@ def retune(
         "p_asr": {},
         "clean_accuracy": {},
     }
+    # Every tuning starts from the same weights, never from another one's.
     chosen = list(draws)
     for count in counts:
         tuned = [_tuned(view, model, count, draw) for draw in chosen]
@@ -110,6 +111,7 @@ def retuning_set(view: AttackerView, count: int, draw: int) -> Split:
 
 def _augmented(view: AttackerView, clean: Split, generator: torch.Generator) -> torch.Tensor:
     """Draw the augmentation of each image once. -> uint8 (N, C, H, W)."""
+    # As in the published code: one draw an image, and not one an epoch.
     augment = view.record.augment()
     if augment == NO_AUGMENT:
         return clean.images

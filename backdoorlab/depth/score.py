@@ -74,6 +74,7 @@ def reasons(tests: Tests, clean: Tests, undefended: Tests, names: Mapping[str, s
         undefended: of the undefended model.
         names: test -> what it is called.
     """
+    # A reason of the model itself comes before one of its controls.
     said = []
     for test, called in names.items():
         own = tests.get(test, {}).get("why")

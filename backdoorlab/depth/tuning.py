@@ -29,6 +29,7 @@ def fine_tune(
         device: where the model is.
         generator: shuffles the images.
     """
+    # Batch statistics follow, too: the attacker trains as usual.
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     model.train()
     # These passes are no cost of any method.

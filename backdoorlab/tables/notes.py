@@ -64,6 +64,7 @@ def _missing(record: Record) -> list[str]:
 
 def solved(groups: Sequence[Group]) -> list[str]:
     """Say for each defense which share of its audited cells is solved, and name the worst."""
+    # Of all data sets and attacks together: a share of one cell says little.
     cells: dict[str, list[Row]] = {}
     for group in groups:
         for row in group.rows:
