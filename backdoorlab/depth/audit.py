@@ -105,6 +105,7 @@ def audit_record(
     wanted: Sequence[str],
     options: Audit,
     device: torch.device,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Audit results of one record, its controls first.
 
@@ -114,6 +115,7 @@ def audit_record(
         wanted: names of the tests.
         options: seed, and where data and the clean model are.
         device: where the tests run.
+        say: takes a line for each model.
     """
     folder = record.folder / "controls"
     why = view.refusal(record)
@@ -121,7 +123,7 @@ def audit_record(
     if why is not None:
         for target, result in results:
             _finish(_refused(target, result, why), {}, options)
-            print(f"{record.name} {target.parent.name} {target.name}: - ({why})")
+            say(f"{record.name} {target.parent.name} {target.name}: - ({why})")
         return
 
     dataset = record.dataset(options.dataset_path, options.dataset_config)
@@ -132,13 +134,13 @@ def audit_record(
             _test(one, attacker, wanted, options)
         for one in of_controls.values():
             _finish(one, of_controls, options)
-            print(_line(f"{record.name} ({one.kind})", one))
+            say(_line(f"{record.name} ({one.kind})", one))
 
         for target, result in results:
             one = _subject(record, target, result, device)
             _test(one, attacker, wanted, options)
             _finish(one, of_controls, options)
-            print(_line(f"{record.name} {target.parent.name} {target.name}", one), flush=True)
+            say(_line(f"{record.name} {target.parent.name} {target.name}", one))
 
 
 # --- which models
