@@ -37,6 +37,8 @@ from backdoorlab.tables import audits, formats, layout
 from backdoorlab.tables import rows as measured
 
 CPU = torch.device("cpu")
+LEARNED = ("--width", "8", "--epochs", "12")
+"""Flags of an attack on the small images that leave no constant model."""
 GENTLE = ("--trusted_ratio", "0.3", "--score_every", "0", "--epochs", "1", "--lr", "0.0001")
 """Flags of a fine-tuning that does not destroy the small model."""
 
@@ -44,7 +46,7 @@ GENTLE = ("--trusted_ratio", "0.3", "--score_every", "0", "--epochs", "1", "--lr
 @pytest.fixture(scope="module")
 def poisoned(session_folder: Path, small_flags: tuple[str, ...]) -> Record:
     """A record with 29 poisoned images and a result of fine-tuning."""
-    flags = (*small_flags, "--poison_rate", "0.3", "--epochs", "6")
+    flags = (*small_flags, *LEARNED, "--poison_rate", "0.3")
     with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
         record = helpers.attack("badnet", "poisoned", session_folder / "depth", *flags)
         helpers.defend("ft", record, *GENTLE)
@@ -224,7 +226,7 @@ def test_an_audit_tests_a_result_and_its_three_controls(audited: Record) -> None
     assert set(of_result["tests"]) == set(audit.TESTS)
     draws = of_result["tests"]["retune"]["p_asr"]
     assert {n: len(values) for n, values in draws.items()} == {"0": 3, "1": 3, "5": 3, "20": 3}
-    assert not (audited.folder / "controls" / "training").exists()
+    assert not list(audited.folder.glob("controls/training*"))
     assert main(["verify", audited.name, "--record_root", str(audited.folder.parent)]) == 0
 
 
@@ -324,8 +326,8 @@ def test_what_no_test_can_tell_is_a_dash_with_a_reason(
         for i, word in enumerate(small_flags)
         if attack != "none" or not {word, small_flags[i - 1]} & set(trigger)
     ]
-    record = helpers.attack(attack, "r", tmp_path, *plain, *flags)
-    helpers.defend("ft", record, *helpers.short_flags("ft"))
+    record = helpers.attack(attack, "r", tmp_path, *plain, *LEARNED, *flags)
+    helpers.defend("ft", record, *GENTLE)
     assert run_audit(record, "--tests", "retune") == 0
     found, notes = without_numbers(record)
     assert found["summary"].get("depth") is None

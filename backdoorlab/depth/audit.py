@@ -185,7 +185,9 @@ def _control_subjects(attacker: AttackerView, folder: Path, options: Audit) -> l
     """The three controls, none of which is loaded yet."""
     record = attacker.record
     root = record.folder.parent
-    other = None if options.clean is None else Record.load(options.clean, root)
+    # Looked at before anything is trained or tested.
+    clean = options.clean
+    other = None if clean is None else controls.model_of(Record.load(clean, root), record)
     sources: dict[str, Callable[[], nn.Module]] = {
         "undefended": lambda: record.model().to(attacker.device).eval(),
         "clean": partial(controls.clean_model, attacker, folder, other),

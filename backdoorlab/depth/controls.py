@@ -5,8 +5,8 @@ undefended model itself.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,20 +33,20 @@ MOST = 50_000
 """Clean images in that set, at most."""
 
 
-def clean_model(view: AttackerView, folder: Path, other: Record | None) -> Classifier:
+def clean_model(view: AttackerView, folder: Path, other: Classifier | None) -> Classifier:
     """Read the clean model, or train it by the record's own recipe on the clean training set.
 
     Args:
         view: the attacker's side.
         folder: where it is kept; a killed training continues there.
-        other: a record without an attack, whose model is taken in its place.
+        other: a clean model of the user's (`model_of`), which is taken in its place.
 
     Raises:
-        UserError: nothing says how it is trained, or `other` does not fit.
+        UserError: nothing says how it is trained.
     """
     if other is not None:
-        return _model_of(other, view.record).to(view.device).eval()
-    return _kept(view, folder / "clean.safetensors", lambda: _train(view, folder))
+        return other.to(view.device).eval()
+    return _kept(view, folder, "clean", lambda: _train(view, folder))
 
 
 def exact_purification(view: AttackerView, folder: Path) -> Classifier:
@@ -66,7 +66,7 @@ def exact_purification(view: AttackerView, folder: Path) -> Classifier:
             "exact purification needs triggered training images of other classes than the target,"
             " and this attack has none"
         )
-    return _kept(view, folder / "exact.safetensors", lambda: _purify(view))
+    return _kept(view, folder, "exact", lambda: _purify(view))
 
 
 def _triggered(view: AttackerView) -> Split:
@@ -118,7 +118,7 @@ def _train(view: AttackerView, folder: Path) -> Classifier:
     recipe = TrainingConfig(**known).recipe()
 
     # A killed training continues at its last epoch, from the same start.
-    stage = folder / "training"
+    stage = _stage(view, folder)
     writing.make_folder(stage)
     seed_everything(view.seed, view.device)
     model = view.record.new_model()
@@ -130,13 +130,26 @@ def _train(view: AttackerView, folder: Path) -> Classifier:
     return model
 
 
-def _kept(view: AttackerView, path: Path, make: Any) -> Classifier:
-    """Read a control's weights; where they are not there, make and write them."""
-    wanted = view.record.model_shapes()
+def _stage(view: AttackerView, folder: Path) -> Path:
+    return folder / f"training-s{view.seed}"
+
+
+def _kept(
+    view: AttackerView, folder: Path, kind: str, make: Callable[[], Classifier]
+) -> Classifier:
+    """Read a control's weights; where they are not there, make and write them.
+
+    Args:
+        view: the attacker's side, whose seed is part of the file's name.
+        folder: where they are kept.
+        kind: "clean" or "exact".
+        make: makes the control.
+    """
+    path, wanted = folder / f"{kind}-s{view.seed}.safetensors", view.record.model_shapes()
     if not path.is_file():
         made = make()
         writing.write_tensors(path, made.state_dict())
-        folders.remove(path.parent / "training")
+        folders.remove(_stage(view, folder))
     # Read back in any case, so that a continued audit starts from the same bytes.
     tensors, _ = reading.read_tensors(path, check=lambda found: refuse_difference(found, wanted))
     model = view.record.new_model()
@@ -144,8 +157,16 @@ def _kept(view: AttackerView, path: Path, make: Any) -> Classifier:
     return model.to(view.device).eval()
 
 
-def _model_of(other: Record, record: Record) -> Classifier:
-    """Return the model of a clean record, after it was compared with the audited one."""
+def model_of(other: Record, record: Record) -> Classifier:
+    """Return the model of a clean record.
+
+    Args:
+        other: the record without an attack.
+        record: the audited one.
+
+    Raises:
+        UserError: it was attacked, or is of other data or another network.
+    """
     if other.info["attack"] != "none":
         raise UserError(
             f"--clean {other.name}: expected a record of attack none, got one of"
