@@ -20,7 +20,7 @@ from ..errors import UserError, one_line, suggest
 from ..execution.environment import environment
 from ..record import Record, every_name, load_weights, record_root
 from ..storage import locks, reading, writing
-from ..tables import audits
+from ..tables import audits, layout
 from ..tables import rows as measured
 from . import controls, linear_path, reactivate, retune, score, similarity, view
 from .controls import CONTROLS
@@ -94,9 +94,7 @@ def audit(options: Audit) -> int:
         record = Record.load(name, root)
         found = _results(record, options.defense, damaged.append)
         audit_record(record, found, wanted, options, device)
-    for one in damaged:
-        print(one_line(one.why))
-    return 2 if damaged else 0
+    return layout.complain(damaged)
 
 
 def audit_record(
@@ -253,6 +251,8 @@ def _made(one: Subject, attacker: AttackerView, name: str) -> dict[str, Any]:
 
     # Whatever a network draws by itself is the same in a continued audit.
     seed_everything(attacker.seed, attacker.device)
+    if one.kind == "result":
+        one.load()  # a damaged file is an error, and no reason for a dash
     try:
         return _run(one.load(), attacker, name)
     except UserError as error:
