@@ -88,7 +88,7 @@ def reasons(tests: Tests, clean: Tests, undefended: Tests, names: Mapping[str, s
     if None not in (floor, ceiling, p_asr(tests)) and ceiling - floor < SMALLEST:  # type: ignore[operator]
         said.append(
             f"no depth: {COUNT} poisoned images give the clean model an ASR of {100 * floor:.0f} %"  # type: ignore[operator]
-            f" and the undefended one {100 * ceiling:.0f} %, so the test tells them not apart"  # type: ignore[operator]
+            f" and the undefended one {100 * ceiling:.0f} %, so the test cannot tell them apart"  # type: ignore[operator]
         )
     return said
 
