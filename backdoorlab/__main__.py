@@ -23,6 +23,7 @@ from .cli import guarded, run_method
 from .datasets import cache, locations, readers
 from .datasets.inspection import describe_folder
 from .datasets.load import load as load_dataset
+from .depth import audit
 from .device import choose_device
 from .errors import UserError, one_line, suggest
 from .exchange import doctor_weights, exporting, hub, importing, scan
@@ -392,6 +393,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "import": (importing.Import, importing.import_record),
     "export": (exporting.Export, exporting.export_record),
     "scan": (scan.Scan, scan.scan),
+    "audit": (audit.Audit, audit.audit),
     "verify": (Verify, verifying),
     "push": (Push, pushing),
     "pull": (Pull, pulling),
@@ -414,6 +416,8 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   export RECORD ...                       to BackdoorBench (--to backdoorbench PATH),
                                           or as a model (--weights FILE)
   scan RECORD                             the training images that DAU classifies as poisoned
+  audit [RECORD ...] [--defense NAME]     the depth of each finished result: does the backdoor
+                                          come back after a little fine-tuning?
   verify [RECORD ...]                     check the hashes of records and results
   push RECORD --repo OWNER/NAME           upload a record to the Hugging Face hub
   pull OWNER/NAME[@COMMIT] --save_folder_name RECORD

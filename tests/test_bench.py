@@ -598,6 +598,12 @@ def test_the_command_from_nothing_to_a_table(
     ]
     assert main([*argv, "--defenses", "ft"]) == 0
     assert capsys.readouterr().out == first.out
+
+    # With audits the same table has a depth, and standard output nothing else.
+    assert main([*argv, "--defenses", "ft", "--depth", "True"]) == 0
+    deep = capsys.readouterr()
+    assert "depth" in deep.out.splitlines()[0] and "depth" not in first.out
+    assert f"{record} ft seed0: depth" in deep.err and "depth -" not in deep.out
     writing.write_bytes(tmp_path / "root" / record / "record.json", b"{}")
     assert main([*argv, "--defenses", "ft"]) == 1
     damaged = capsys.readouterr()

@@ -12,7 +12,7 @@ ORDER = """errors < cli storage data models device groups losses perturb stacked
     < datasets poison triggers < metrics record < run < engine features guard ibau_published
     < config finetuning mesa isolation poison_search pruning unlearning
     < anti_learning poisoning joint settings < execution tables
-    < report exchange < bench < __main__ api < __init__"""
+    < report exchange depth < bench < __main__ api < __init__"""
 """Folders and flat modules from the ground up. Neighbours know nothing of each other; within a
 folder everything is allowed but a circle."""
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER.split("<")) for room in rooms.split()}

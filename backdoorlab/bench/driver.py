@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from ..datasets.load import load as load_dataset
-from ..errors import UserError
+from ..depth import audit
+from ..device import choose_device
+from ..errors import UserError, one_line
 from ..record import Record, read_result, record_root
 from ..report import page
 from ..storage import folders, reading
@@ -81,6 +83,10 @@ class Bench:
     """Format of the table: text, markdown, csv or latex."""
     html: str | None = None
     """Also write a page of the grid's records to this file, as `report` does."""
+    depth: bool = False
+    """Also audit each finished result, in this process and one after the other: does the backdoor
+    come back after a little fine-tuning? It costs seconds to minutes a cell, and a training of a
+    clean model for each record."""
     worst: bool = False
     """Show the worst seed of each cell in the table, instead of the mean."""
     record_root: str | None = None
@@ -134,10 +140,27 @@ def bench(options: Bench) -> int:
         finally:
             launcher.close()
 
+    if options.depth:
+        _audit(cells, failed, root)
     damaged = _show(cells, failed, root, options)
     if failed:
         _say(f"{len(failed)} of {len(cells)} cells are not done; the same command tries them again")
     return 1 if failed or damaged else 0
+
+
+def _audit(cells: Sequence[Cell], failed: Container[Cell], root: Path) -> None:
+    """Audit the finished results of a grid; a record that cannot be audited is one line."""
+    device = choose_device("auto")
+    finished = [cell for cell in cells if cell not in failed]
+    for name in sorted({cell.record for cell in finished if cell.kind == "attack"}):
+        of_record = [cell for cell in finished if cell.kind == "defense" and cell.record == name]
+        try:
+            results = [(cell.folder(root), read_result(cell.folder(root))) for cell in of_record]
+            audit.audit_record(
+                Record.load(name, root), results, list(audit.TESTS), audit.Audit(), device, _say
+            )
+        except UserError as error:
+            _say(f"not audited: {name}: {one_line(str(error))}")
 
 
 def _show(cells: Sequence[Cell], failed: Mapping[Cell, str], root: Path, options: Bench) -> int:

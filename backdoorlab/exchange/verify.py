@@ -11,6 +11,7 @@ from ..record import Record, read_result, result_folders
 from ..storage import reading
 from ..storage.reading import Shapes
 from ..storage.schema import refuse_difference
+from ..tables import audits
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,11 @@ def _verify_result(folder: Path, model: Shapes, train_size: int) -> int:
         reading.check_file(folder, name, entry)
         if name in checks:
             reading.read_tensors(folder / name, entry=entry, check=checks[name])
-    return 1 + len(manifest)
+    # An audit is sealed by itself, as it is written after the result.
+    audited = (folder / audits.FILE).is_file()
+    if audited:
+        audits.read_file(folder / audits.FILE)
+    return 1 + len(manifest) + audited
 
 
 def _refuse_other_split(found: Shapes, train_size: int) -> None:

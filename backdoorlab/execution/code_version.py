@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-SAYING = ("cli.py", "api.py", "__main__.py", "tables/", "report/", "bench/", "exchange/")
-"""What starts runs, says numbers and shows them."""
+SAYING = ("cli.py", "api.py", "__main__.py", "tables/", "report/", "bench/", "exchange/", "depth/")
+"""What starts runs, says numbers, shows them, and measures finished ones."""
 STORING = ("storage/",)
 BESIDES = tuple(
     f"execution/{name}.py" for name in ("precision", "preview", "code_version", "tracking")

@@ -178,6 +178,33 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
     _check_manifest(path, result, ())
 
 
+def check_audit(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise a UserError unless an audit's file has all required fields, each of a sound type and
+    value."""
+    _refuse_missing(
+        path, content, ("format", "kind", "model", "settings", "tests", "summary", "why")
+    )
+    if content["format"] != 1:
+        raise UserError(
+            f"{path}: an audit of format {str(content['format'])[:20]}, but this version reads"
+            " format 1: audit the record again with --overwrite True"
+        )
+    summary = _object(path, content, "summary")
+    # Of the tests only the summary is ever shown.
+    _object(path, content, "tests")
+    _object(path, content, "settings")
+    names = ("depth", "excess", "t50", "similarity")
+    p_asr = summary.get("p_asr", {})
+    sound = {
+        "kind": _is_word(content["kind"]),
+        "model": bool(re.fullmatch("[0-9a-f]{64}", str(content["model"]))),
+        "why": content["why"] is not None and _are_texts(content["why"]),
+        "summary p_asr": isinstance(p_asr, dict) and all(map(_is_number, p_asr.values())),
+        **{f"summary {name}": _is_number(summary.get(name)) for name in names},
+    }
+    _refuse_unsound(path, sound)
+
+
 def poison_shapes(info: Mapping[str, Any], most: int | None) -> Check:
     """Return the check of a file of poisoned images.
 

@@ -40,6 +40,20 @@ SCORES: dict[str, Metric] = {
     "seconds": "seconds",
 }
 """Columns of numbers, and the metric that each shows."""
+AUDITED: dict[str, Metric] = {
+    "depth": "depth",
+    "solved %": "solved",
+    "P-ASR 0 %": "p_asr_0",
+    "P-ASR 1 %": "p_asr_1",
+    "P-ASR 5 %": "p_asr_5",
+    "P-ASR 20 %": "p_asr_20",
+    "excess %": "excess",
+    "t50": "t50",
+    "similarity": "similarity",
+}
+"""The same of audits: columns that a table has where a model was audited."""
+AS_THEY_ARE = ("depth", "t50", "similarity")
+"""Metrics that are no percentages."""
 MARK = " †"
 """After the DER of a defense that is no better than fine-tuning."""
 COLLAPSED = " COLLAPSED"
@@ -68,7 +82,8 @@ def table(
     """
     if mean or worst:
         return means(measured.rows(records, on_damage=on_damage), form, worst=worst)
-    return _of_runs(rows(records, on_damage))
+    every = list(records)
+    return _of_runs(rows(every, on_damage), notes.of_controls(every))
 
 
 def show(table: Table, form: Format) -> None:
@@ -137,19 +152,22 @@ def assumes(words: Sequence[str]) -> str:
     return " + ".join(ASSUMABLE[word].removeprefix("poisoned ") for word in words) or "nothing"
 
 
-def _of_runs(found: Sequence[Row]) -> Table:
+def _of_runs(found: Sequence[Row], of_audits: Sequence[str] = ()) -> Table:
     # Of a defense that was not run, nothing is known at all.
     without = [
         (row["record"].text, row["attack"].text)
         for row in found
         if row["ASR %"] == EMPTY != row["clean acc %"]
     ]
+    # Columns of audits are there where one was made.
+    audited = list(AUDITED) if any("depth" in row for row in found) else []
+    columns = [*COLUMNS, *audited]
     return Table(
-        COLUMNS,
-        found,
-        numbers=list(SCORES),
+        columns,
+        [{column: row.get(column, EMPTY) for column in columns} for row in found],
+        numbers=[*SCORES, *audited],
         block=["record"],
-        notes=notes.without_asr(without),
+        notes=[*notes.without_asr(without), *([notes.DEPTH] if audited else []), *of_audits],
     )
 
 
@@ -160,6 +178,7 @@ def _run(row: measured.Row) -> Row:
         "defense": Cell(_called(row.defense, row.run) + COLLAPSED * row.collapsed),
         "assumes": _assumes(row),
         **_own_scores(row),
+        **(_own_scores(row, AUDITED) if row.audit else {}),
     }
 
 
@@ -238,9 +257,10 @@ def means(
         _insert(lines, _missing(one, called.get(one.record or "", one.attack)))
 
     # Numbers that are read by programs have a column each.
-    scores = list(SCORES)
+    shown = {**SCORES, **AUDITED} if any(row.audit for row in found) else SCORES
+    scores = list(shown)
     if form == "csv" and not worst:
-        scores = [name for column in SCORES for name in (column, f"{column} sd")]
+        scores = [name for column in shown for name in (column, f"{column} sd")]
     count = "seed" if worst else "n"
     columns = ["data", "attack", "poison %", "defense", "assumes", count, *scores]
     if any("reported" in line for line in lines):
@@ -273,7 +293,7 @@ def _experiment(
         "assumes": _assumes(row),
         "n": Cell(str(group.n), float(group.n)),
         "seed": _seed(row),
-        **(_own_scores(row) if worst else _mean_scores(group, form)),
+        **(_own_scores(row, EVERY) if worst else _mean_scores(group, form)),
     }
     # A number in a CSV bears no mark.
     if weak and form != "csv":
@@ -283,14 +303,17 @@ def _experiment(
     return cells | ({"reported": Cell("; ".join(published))} if published else {})
 
 
-def _own_scores(row: measured.Row) -> dict[str, Cell]:
-    return {column: _number(metric, getattr(row, metric)) for column, metric in SCORES.items()}
+EVERY: dict[str, Metric] = {**SCORES, **AUDITED}
+
+
+def _own_scores(row: measured.Row, shown: Mapping[str, Metric] = SCORES) -> dict[str, Cell]:
+    return {column: _number(metric, getattr(row, metric)) for column, metric in shown.items()}
 
 
 def _mean_scores(group: Group, form: Format) -> dict[str, Cell]:
     """Means over seeds; the standard deviation follows in the same cell, in CSV in the next."""
     cells: dict[str, Cell] = {}
-    for column, metric in SCORES.items():
+    for column, metric in EVERY.items():
         score = group.score(metric)
         mean = _number(metric, score and score.mean)
         spread = _number(metric, score and score.sd)
@@ -327,9 +350,11 @@ def _insert(lines: list[dict[str, Cell]], new: dict[str, Cell]) -> None:
 
 
 def _number(metric: str, value: Any) -> Cell:
-    """Seconds as they are, fractions in percent; EMPTY for None."""
+    """Seconds and AS_THEY_ARE as they are, fractions in percent; EMPTY for None."""
     if value is None:
         return EMPTY
+    if metric in AS_THEY_ARE:
+        return Cell(f"{value:.2f}", value)
     return Cell(f"{value:.0f}" if metric == "seconds" else f"{100 * value:.2f}", value)
 
 

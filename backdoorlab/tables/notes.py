@@ -3,13 +3,84 @@ they show."""
 
 from collections.abc import Iterable, Sequence
 
+from ..errors import UserError
 from ..metrics import why_no_asr
+from ..record import Record, read_result
+from . import audits, significance
 from . import groups as grouping
-from . import significance
 from .formats import Format
 from .groups import BASELINE, Group
 from .published import beside
-from .rows import Row
+from .rows import Row, result_folders
+
+DEPTH = (
+    "Depth (audit): 1 is a model that was never poisoned, 0 the undefended one, by the ASR after"
+    " fine-tuning on a few clean images and 5 poisoned ones (P-ASR 5). Solved: ASR below 5 %, at"
+    " most 3 points of clean accuracy lost, RA within 10 points of it, depth at least .8."
+)
+"""Explains the columns of audits."""
+
+
+def of_controls(records: Iterable[Record]) -> list[str]:
+    """Say what the controls of audited records give, and why numbers of an audit are missing."""
+    said = []
+    for record in records:
+        controls = {
+            name: audits.read(record.folder / "controls" / f"{kind}.json", record.info)
+            for kind, name in CONTROLS.items()
+        }
+        shown = [f"{name} {_p_asr(found)}" for name, found in controls.items() if found]
+        if shown:
+            said.append(f"{record.name}, P-ASR % at n = 0, 1, 5, 20: {'; '.join(shown)}.")
+        said += _missing(record)
+    return said
+
+
+CONTROLS = {
+    "undefended": "undefended",
+    "clean": "clean model",
+    "exact": "exact purification",
+}
+"""Control of an audit -> its name in a note."""
+
+
+def _p_asr(found: audits.Audit) -> str:
+    return " ".join("-" if value is None else f"{100 * value:.0f}" for value in found.p_asr)
+
+
+def _missing(record: Record) -> list[str]:
+    """Say once for each reason why audited results of a record lack a number."""
+    reasons: dict[str, list[str]] = {}
+    for folder in result_folders(record.folder):
+        # Damage was reported when the rows were made.
+        try:
+            found = audits.read(folder / audits.FILE, read_result(folder))
+        except UserError:
+            continue
+        for why in found.why if found else ():
+            reasons.setdefault(why, []).append(f"{folder.parent.name} {folder.name}")
+    return [f"{record.name}, {', '.join(names)}: {why}." for why, names in reasons.items()]
+
+
+def solved(groups: Sequence[Group]) -> list[str]:
+    """Say for each defense which share of its audited cells is solved, and name the worst."""
+    # Of all data sets and attacks together: a share of one cell says little.
+    cells: dict[str, list[Row]] = {}
+    for group in groups:
+        for row in group.rows:
+            if row.is_solved is not None:
+                cells.setdefault(row.called, []).append(row)
+    if not cells:
+        return []
+
+    said = []
+    for name, rows in cells.items():
+        # A cell without a depth collapsed, or failed before depth could matter.
+        worst = min(rows, key=lambda row: -1.0 if row.depth is None else row.depth)
+        depth = "no depth" if worst.depth is None else f"depth {worst.depth:.2f}"
+        count = sum(bool(row.is_solved) for row in rows)
+        said.append(f"{name} {count} of {len(rows)} (worst: {worst.record}, {depth})")
+    return [f"Solved cells: {', '.join(said)}."]
 
 
 def below(
@@ -46,6 +117,8 @@ def below(
         )
 
     said += without_asr((row.record, row.attack) for row in rows if row.asr is None)
+    if any(row.audit for row in rows):
+        said += [DEPTH, *solved(groups)]
 
     # What was kept apart or left out, and what the comparison shows.
     said += [remark + "." for remark in grouping.remarks(rows)]

@@ -27,6 +27,7 @@ from ..models import STANDARD_WIDTH
 from ..record import Record, read_result
 from ..record import result_folders as every_result_folder
 from ..storage.schema import UNKNOWN
+from . import audits
 
 Metric = Literal[
     "clean_accuracy",
@@ -39,9 +40,18 @@ Metric = Literal[
     "peak_memory_bytes",
     "forward",
     "backward",
+    "depth",
+    "solved",
+    "p_asr_0",
+    "p_asr_1",
+    "p_asr_5",
+    "p_asr_20",
+    "excess",
+    "t50",
+    "similarity",
 ]
 """What a Row measures. Scores and rates are fractions in [0, 1]. Seconds are without evaluation.
-`forward` and `backward` count images."""
+`forward` and `backward` count images. From `depth` on, an audit measured them (audits.py)."""
 
 UNDEFENDED = "none"
 """The `defense` of a row that shows a record as it was attacked."""
@@ -99,6 +109,52 @@ class Row:
     the SHA-256 of imported files. Equal texts are equal experiments."""
     defense_settings: str
     """The same for the defense; "" for a record."""
+    audit: audits.Audit | None = None
+    """What an audit found; None where none was made."""
+    is_solved: bool | None = None
+    """Whether the defense did all that it is for (`audits.solved`); None where an audit is
+    missing, or has no depth."""
+
+    @property
+    def _audited(self) -> audits.Audit:
+        return audits.NOTHING if self.audit is None else self.audit
+
+    @property
+    def depth(self) -> float | None:
+        return self._audited.depth
+
+    @property
+    def solved(self) -> float | None:
+        """1 or 0, of which a mean is the share of solved cells."""
+        return None if self.is_solved is None else float(self.is_solved)
+
+    @property
+    def p_asr_0(self) -> float | None:
+        return self._audited.p_asr[0]
+
+    @property
+    def p_asr_1(self) -> float | None:
+        return self._audited.p_asr[1]
+
+    @property
+    def p_asr_5(self) -> float | None:
+        return self._audited.p_asr[2]
+
+    @property
+    def p_asr_20(self) -> float | None:
+        return self._audited.p_asr[3]
+
+    @property
+    def excess(self) -> float | None:
+        return self._audited.excess
+
+    @property
+    def t50(self) -> float | None:
+        return self._audited.t50
+
+    @property
+    def similarity(self) -> float | None:
+        return self._audited.similarity
 
     @property
     def attack_key(self) -> tuple[Any, ...]:
@@ -210,9 +266,12 @@ def rows(
     found = []
     for record in records:
         found += undefended(record)
-        found += [
-            defended(record, folder, result) for folder, result in finished(record, only, on_damage)
-        ]
+        for folder, result in finished(record, only, on_damage):
+            # A damaged audit leaves its result out, as it may hide what it found.
+            try:
+                found.append(defended(record, folder, result))
+            except UserError as error:
+                on_damage(Damaged(record.name, folder.parent.name, folder.name, str(error)))
     return found
 
 
@@ -270,6 +329,7 @@ def _undefended(record: Record) -> Row:
         fpr=None,
         collapsed=False,
         defense_settings="",
+        audit=audits.read(record.folder / "controls" / "undefended.json", info),
     )
 
 
@@ -280,6 +340,7 @@ def _plain(record: Record) -> Row:
     costs = dict(seconds=plain["seconds"], forward=None, backward=None, peak_memory_bytes=None)
     return replace(
         _undefended(record),
+        audit=None,
         run=PLAIN,
         assumes=("train",),
         asr_before=plain["asr"],
@@ -297,7 +358,12 @@ def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
         result: Content of its result.json.
     """
     # Only some defenses split the training set.
-    split = result["split"] or {}
+    split, collapsed = result["split"] or {}, _collapsed(result)
+    audit = audits.read(folder / audits.FILE, result)
+    before = result.get("before") or record.info["scores"]
+    solved = (
+        None if audit is None else audits.solved(before, result["after"], collapsed, audit.depth)
+    )
     return Row(
         **_shared(record),
         **_costs(result),
@@ -310,8 +376,10 @@ def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
         comparable_der=metrics.der(record.info["scores"], result["after"]),
         tpr=split.get("tpr"),
         fpr=split.get("fpr"),
-        collapsed=_collapsed(result),
+        collapsed=collapsed,
         defense_settings=_settings(result),
+        audit=audit,
+        is_solved=solved,
     )
 
 

@@ -1,0 +1,81 @@
+"""Linear path: how far do the weights move before the backdoor is gone?
+
+Uncovering, Explaining, and Mitigating the Superficial Safety of Backdoor Defense. R. Min et al.
+NeurIPS 2024. https://arxiv.org/abs/2410.09838 (linear mode connectivity).
+
+ASR is measured at eleven points of the straight line from the poisoned to the defended weights.
+Batch statistics are re-estimated on clean training images at each of them: interpolated ones fit
+no network in between.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import Split, in_order
+from ..models import paused
+from .view import AttackerView
+
+POINTS = tuple(number / 10 for number in range(11))
+"""The points t: (1 - t) poisoned + t defended."""
+BACKDOORED = 0.5
+"""ASR from which on the backdoor is there."""
+IMAGES = 250
+"""Clean training images for the batch statistics."""
+
+
+def linear_path(view: AttackerView, model: nn.Module, undefended: nn.Module) -> dict[str, Any]:
+    """Measure the ASR on the line between two models of one architecture.
+
+    Args:
+        view: the attacker's side.
+        model: the model under test, at t = 1.
+        undefended: the poisoned model, at t = 0.
+
+    Returns:
+        `asr`: its value in [0, 1] at each of POINTS; `t50`: the largest t at which it is at least
+        BACKDOORED, None where it never is; `area`: the mean of 1 - ASR.
+    """
+    clean = view.draw_clean(IMAGES, view.generator("path"))
+    between = view.record.new_model().to(view.device)
+    start, end = undefended.state_dict(), model.state_dict()
+
+    asr = []
+    for t in POINTS:
+        # Counters of batch normalisation are whole numbers, and stay.
+        state = {
+            name: torch.lerp(start[name], end[name], t) if end[name].is_floating_point() else value
+            for name, value in start.items()
+        }
+        between.load_state_dict(state)
+        _estimate_statistics(between, clean, view.device)
+        asr.append(view.asr(between))
+
+    backdoored = [t for t, value in zip(POINTS, asr, strict=True) if value >= BACKDOORED]
+    return {
+        "asr": asr,
+        "t50": max(backdoored, default=None),
+        "area": 1 - sum(asr) / len(asr),
+    }
+
+
+def _estimate_statistics(model: nn.Module, clean: Split, device: torch.device) -> None:
+    """Set the running statistics of batch normalisation to those of the images."""
+    model.eval()
+    normalisations = [
+        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    # Without a momentum, the running statistics are the mean over all batches.
+    before = [module.momentum for module in normalisations]
+    for module in normalisations:
+        module.reset_running_stats()
+        module.momentum = None
+        module.train()
+    if normalisations:
+        with torch.inference_mode(), paused():
+            for batch in in_order(clean, device):
+                model(batch.images)
+    for module, momentum in zip(normalisations, before, strict=True):
+        module.momentum = momentum
+    model.eval()
