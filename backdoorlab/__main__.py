@@ -213,14 +213,21 @@ def listing(_options: List) -> int:
     attacks = [methods.load("attack", name) for name in methods.available("attack")]
     defenses = [methods.load("defense", name) for name in methods.available("defense")]
     print("attacks: python attack/NAME.py --save_folder_name RECORD\n")
-    print(_method_table(attacks, "changes", _changed_by))
+    print(_method_table(attacks, changes=_changed_by))
     print("\nlimits of attacks")
     for attack in attacks:
         if attack.limits:
             print(f"  {attack.name:<14}  {attack.limits}")
 
-    print("\ndefenses: python defense/NAME.py --result_file RECORD\n")
-    print(_method_table(defenses, "assumes", lambda method: layout.assumes(method.assumes)))
+    print("\ndefenses: python defense/NAME.py --result_file RECORD")
+    print("an unlearner forgets what a detector flagged: --split DETECTOR\n")
+    print(
+        _method_table(
+            defenses,
+            kind=lambda method: method.role,
+            assumes=lambda method: layout.assumes(method.assumes),
+        )
+    )
 
     print("\ndata sets: --dataset NAME")
     print("  digits          the default, in scikit-learn: 1,797 grey digits, as 1 x 32 x 32")
@@ -237,25 +244,22 @@ LINE = 100
 
 
 def _method_table(
-    found: Sequence[methods.Method], column: str, property_of: Callable[[methods.Method], str]
+    found: Sequence[methods.Method], **properties: Callable[[methods.Method], str]
 ) -> str:
-    """Return aligned lines of at most LINE columns: name, summary and one property of each method.
+    """Return aligned lines of at most LINE columns: name, summary and properties of each method.
 
     Args:
         found: the methods, one line each.
-        column: heading of the property.
-        property_of: method -> the property.
+        properties: heading of a column -> method -> its text there.
     """
-    # The middle column gets the room that the others leave.
-    properties = [property_of(method) for method in found]
-    room = LINE - 4  # two gaps of two spaces
-    room -= max(map(len, ["method", *(method.name for method in found)]))
-    room -= max(map(len, [column, *properties]))
-    columns = ["method", "idea", column]
-    texts = [
-        (method.name, _summary(method.title, room), said)
-        for method, said in zip(found, properties, strict=True)
-    ]
+    # The column of ideas gets the room that the others leave.
+    said = {title: [text(method) for method in found] for title, text in properties.items()}
+    said = {"method": [method.name for method in found], **said}
+    room = LINE - 2 * len(said)  # gaps of two spaces
+    room -= sum(max(map(len, [title, *texts])) for title, texts in said.items())
+    columns = ["method", "idea", *properties]
+    ideas = [_summary(method.title, room) for method in found]
+    texts = zip(said.pop("method"), ideas, *said.values(), strict=True)
     rows = [dict(zip(columns, map(formats.Cell, line), strict=True)) for line in texts]
     return formats.text(formats.Table(columns, rows, numbers=(), block=()))
 

@@ -176,8 +176,8 @@ def test_all_is_every_method_there_is() -> None:
         methods.available("attack")
     ) - {"none"}
     assert {cell.method for cell in found if cell.kind == "defense"} == set(
-        methods.available("defense")
-    )
+        methods.with_role("defense")
+    ), "detectors and unlearners are combined in pairs"
     named = cells(None, attacks="all,none", defenses="ft", seeds="0")
     assert {cell.method for cell in named if cell.kind == "attack"} == set(
         methods.available("attack")

@@ -116,7 +116,7 @@ def test_defenses_that_were_not_run_are_lines_without_numbers(
 ) -> None:
     page = page_of(small, tmp_path)
     assert page.count('class="not-run"') == len(
-        [name for name in methods.available("defense") if name != "dau"]
+        [name for name in methods.with_role("defense") if name != "dau"]
     )
     assert re.search(r'<tr class="not-run"[^>]*data-defense="ft"[^>]*>.*not run', page)
 
@@ -627,7 +627,8 @@ def test_a_method_has_its_look_on_every_page(plain: list[artifacts.Cell]) -> Non
     shipped = methods.available("defense")
     own = looks.of_defenses(cell.row.defense for cell in plain)
     assert own == looks.of_defenses([])
-    assert len({looks.colour(own[name]) for name in shipped}) == len(shipped), "they differ"
+    marks = {(looks.colour(own[name]), looks.shape(own[name])) for name in shipped}
+    assert len(marks) == len(shipped), "they differ"
     assert len({(looks.colour(n), looks.shape(n)) for n in range(63)}) == 63
     assert {*looks.SHAPES, "x"} == set(figures.MARKERS) == {*OUTLINES, "x"}
     measured = {

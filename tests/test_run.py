@@ -1013,11 +1013,13 @@ def test_no_attribute_leads_a_method_to_a_score_or_to_the_poison(
 
 def whole_view(record: Record) -> DefenderView:
     """All that any method can be given."""
-    dataset, every = record.dataset(), ("model", "train", "trusted", "seeds")
+    dataset = record.dataset()
+    every = ("model", "train", "trusted", "seeds", "split")
     drawn = torch.Generator().manual_seed(0)
     seeds = draw_seeds(record.train_poison, dataset.train.labels, dataset.num_classes, 2, drawn)
     trusted = dataset.train.subset(torch.arange(40))
-    return defender_view(record, dataset, every, trusted, torch.device("cpu"), seeds)
+    split = torch.rand(len(dataset.train), generator=drawn) < 0.1
+    return defender_view(record, dataset, every, trusted, torch.device("cpu"), seeds, split)
 
 
 def test_a_method_cannot_read_its_scores(tiny: Record, tmp_path: Path) -> None:
@@ -1126,6 +1128,17 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
         ),
         ("--many_classes", "1e9", "--subtask", "anti_learning"),  # so that the other tests run
     ],
+    "anti_learning": [
+        ("--pool", "isolation", "--isolation_epochs", "1", "--head_epochs", "5"),
+        ("--many_classes", "1e9"),
+    ],
+    "isolation": [("--epochs", "1")],
+    **{
+        method: [("--split", "oracle", "--epochs", "1")]
+        for method in methods.with_role("unlearner")
+        if method != "ssd"
+    },
+    "ssd": [("--split", "oracle")],
     "ft": [("--epochs", "1")],
     "ibau": [
         ("--n_rounds", "1", "--K", "2"),

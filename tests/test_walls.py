@@ -8,9 +8,9 @@ from pathlib import Path
 import helpers
 import pytest
 
-ORDER = """errors < cli storage data models device groups losses perturb stacked hypergradient
-    < datasets poison triggers < metrics record < run < engine features guard ibau_published
-    < config mesa isolation poison_search unlearning
+ORDER = """errors ranking < cli storage data models device groups losses detection perturb stacked
+    hypergradient < datasets poison triggers < metrics record < run
+    < engine features guard ibau_published < config mesa isolation poison_search unlearning
     < anti_learning poisoning joint settings < execution tables
     < report exchange < bench < __main__ api < __init__"""
 """Folders and flat modules from the ground up. Neighbours know nothing of each other; within a

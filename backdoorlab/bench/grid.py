@@ -265,13 +265,14 @@ def _entries(values: Any, where: str, key: str) -> list[Entry]:
 def _methods(kind: resources.Kind, entries: Iterable[Entry], where: str) -> tuple[Entry, ...]:
     """Replace `all` by every method, check all names, and read the options.
 
-    The control `none` is not among all attacks. An entry for a single method replaces that by
-    `all`.
+    The control `none` is not among all attacks, and detectors and unlearners are not among all
+    defenses. An entry for a single method replaces that by `all`.
     """
     known = methods.available(kind)
+    every_one = methods.with_role("defense") if kind == "defense" else set(known) - {"none"}
     found: dict[str, Entry] = {}
     for entry in entries:
-        names = [name for name in known if name != "none"] if entry.name == "all" else [entry.name]
+        names = [n for n in known if n in every_one] if entry.name == "all" else [entry.name]
         for name in names:
             if name not in known:
                 raise UserError(

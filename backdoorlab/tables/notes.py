@@ -4,12 +4,18 @@ they show."""
 from collections.abc import Iterable, Sequence
 
 from ..metrics import why_no_asr
+from ..storage.schema import DETECTOR
 from . import groups as grouping
 from . import significance
 from .formats import Format
 from .groups import BASELINE, Group
 from .published import beside
-from .rows import Row
+from .rows import ORACLE, Row
+
+ABOUT_ORACLE = (
+    f"{ORACLE.strip()}: was given the true poison, which no defender knows; not ranked with others."
+)
+"""What the mark of an oracle means."""
 
 
 def below(
@@ -45,7 +51,12 @@ def below(
             f" against the attacked model, as {BASELINE}'s, where defenses are compared."
         )
 
-    said += without_asr((row.record, row.attack) for row in rows if row.asr is None)
+    said += without_asr(
+        (row.record, row.attack) for row in rows if row.asr is None and row.kind != DETECTOR
+    )
+
+    if any(row.oracle for row in rows):
+        said.append(ABOUT_ORACLE)
 
     # What was kept apart or left out, and what the comparison shows.
     said += [remark + "." for remark in grouping.remarks(rows)]
