@@ -320,7 +320,10 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         ),
         (
             PLUGIN.replace('("model",)', '"model"'),
-            "{file}: ASSUMES is a tuple of some of model, train, trusted, seeds, split, found 'model'",
+            (
+                "{file}: ASSUMES is a tuple of some of model, train, trusted, seeds, split, found"
+                " 'model'"
+            ),
         ),
         (PLUGIN.replace("def defend", "def defends"), "{file}: a method file of defense/ defines"),
         (
@@ -371,7 +374,7 @@ def test_a_file_that_cannot_be_used_is_a_line_and_fails_who_asks_for_it(
     assert main(["defense", "broken", "--result_file", "tiny"]) == 2
     assert said(capsys).startswith(f"error: {why}")
     assert main(["defense", "brokn", "--result_file", "tiny"]) == 2
-    assert "Known: activation_clustering, anti_learning, asc" in said(capsys)
+    assert "Known: activation_clustering, " in said(capsys)
 
 
 def test_what_a_users_file_does_wrong_names_the_file(
