@@ -184,7 +184,7 @@ def _from_file(path: Path, size: int) -> Tensor:
         raise UserError(f"--split {path}: larger than {LARGEST_FILE >> 30} GiB, so it is no split")
     try:
         value = _READERS[path.suffix](path)
-    except (ValueError, OSError, safetensors.SafetensorError) as error:
+    except (ValueError, TypeError, EOFError, OSError, safetensors.SafetensorError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"--split {path}: cannot be read ({first}): expected bools or positions of training"
