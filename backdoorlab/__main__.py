@@ -406,7 +406,8 @@ METHODS = ("attack", "defense")
 USAGE = """usage: python -m backdoorlab COMMAND ...
 
   attack NAME --save_folder_name RECORD   run an attack (the same as python attack/NAME.py ...)
-  defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
+  defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...);
+                                          an unlearner also takes --split DETECTOR
   table [RECORD ...] [--format FORMAT]    records and defenses side by side; --mean True: over seeds
   bench --config GRID                     run the missing cells of attacks x defenses x seeds, then
                                           print their means

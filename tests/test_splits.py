@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from test_run import reachable, says_poison
 
 from backdoorlab.__main__ import main
 from backdoorlab.errors import UserError
@@ -230,6 +231,28 @@ def test_an_unlearner_says_whose_split_it_forgot(
     assert any(row.oracle and row.comparable_der is not None for row in measured), "a control"
     compared = significance.compare(found_groups)
     assert "ORACLE" not in repr(compared) and "oracle" not in repr(compared)
+
+
+@pytest.mark.parametrize("word", ["loss", "oracle"])
+def test_an_unlearner_without_an_oracle_cannot_reach_the_poison(
+    word: str, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By no attribute of its view, run or config; with an oracle, as a control, it is view.split."""
+    helpers.defend("loss", record)
+    loaded, found = methods.load("defense", "ssd"), list[object]()
+    real = loaded.module.defend
+
+    def defend(view: Any, config: Any, run: Any) -> Any:
+        model = real(view, config, run)
+        found.extend(reachable(view, run, config))
+        return model
+
+    monkeypatch.setattr(loaded.module, "defend", defend)
+    helpers.defend("ssd", record, "--split", word)
+    index = record.train_poison.index
+    tensors = [value for value in found if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 10
+    assert any(says_poison(value, index) for value in tensors) == (word == "oracle")
 
 
 def test_a_split_that_flags_nothing_returns_the_model(record: Record) -> None:
