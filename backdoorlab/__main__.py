@@ -33,7 +33,7 @@ from .record import every_name, record_names, record_root
 from .report import page
 from .settings import methods, resources
 from .settings.parse import parse_plain
-from .tables import formats, layout
+from .tables import formats, layout, matrix
 from .tables import rows as measured
 
 
@@ -50,6 +50,21 @@ class Table:
     numbers and a significance test over attacks."""
     worst: bool = False
     """As --mean, but with the scores of the worst seed instead of the mean."""
+    record_root: str | None = None
+    """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
+    ./record."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Detectors against unlearners: a row for each split, a column for each unlearner."""
+
+    names: Positional[tuple[str, ...]] = ()
+    """Records to show. None: all."""
+    format: Annotated[formats.Format, arg(aliases=["-f"])] = "text"
+    """text, markdown, csv or latex."""
     record_root: str | None = None
     """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
     ./record."""
@@ -147,6 +162,14 @@ def table(options: Table) -> int:
     )
     layout.show(shown, options.format)
     return layout.complain(damaged)
+
+
+def showing_matrix(options: Matrix) -> int:
+    """Print detectors against unlearners for each record."""
+    root = record_root(options.record_root)
+    records = measured.readable(_names(options.names, root), root)
+    layout.show(matrix.table(records), options.format)
+    return 0
 
 
 def verifying(options: Verify) -> int:
@@ -391,6 +414,7 @@ def _writable(folder: Path) -> str:
 
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "table": (Table, table),
+    "matrix": (Matrix, showing_matrix),
     "bench": (driver.Bench, driver.bench),
     "report": (page.Report, page.report),
     "import": (importing.Import, importing.import_record),
@@ -409,6 +433,7 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
   defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...);
                                           an unlearner also takes --split DETECTOR
   table [RECORD ...] [--format FORMAT]    records and defenses side by side; --mean True: over seeds
+  matrix [RECORD ...]                     detectors against unlearners: which half does the work
   bench --config GRID                     run the missing cells of attacks x defenses x seeds, then
                                           print their means
   report [RECORD ...] --html FILE         the table and charts as an offline page; --figures DIR for

@@ -237,7 +237,7 @@ def test_an_unlearner_says_whose_split_it_forgot(
 def test_an_unlearner_without_an_oracle_cannot_reach_the_poison(
     word: str, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By no attribute of its view, run or config; with an oracle, as a control, it is view.split."""
+    """By no attribute of its view, run or config; a control: with an oracle it is view.split."""
     helpers.defend("loss", record)
     loaded, found = methods.load("defense", "ssd"), list[object]()
     real = loaded.module.defend
@@ -253,6 +253,31 @@ def test_an_unlearner_without_an_oracle_cannot_reach_the_poison(
     tensors = [value for value in found if isinstance(value, torch.Tensor)]
     assert len(tensors) > 10
     assert any(says_poison(value, index) for value in tensors) == (word == "oracle")
+
+
+def test_the_matrix_has_the_oracle_on_top_and_a_column_for_each_unlearner(
+    record: Record, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ("--record_root", str(record.folder.parent))
+    helpers.defend("loss", record)
+    helpers.defend("spectral", record)
+    for word in ("loss", "oracle", "oracle:0.5", "none"):
+        helpers.defend("ssd", record, "--split", word)
+    helpers.defend("finetune_kept", record, "--split", "loss", "--epochs", "1")
+    again = ("--split", "loss", "--epochs", "1", "--seed", "0", "--run_name", "again")
+    helpers.defend("finetune_kept", record, *again)
+    assert main(["matrix", "small", *root, "-f", "csv"]) == 0
+    said = capsys.readouterr()
+    header, *lines = (line.split(",") for line in said.out.splitlines())
+    assert header == ["record", "split", "TPR %", "FPR %", "AUROC %", "finetune_kept", "ssd"]
+    names = [line[1] for line in lines]
+    assert names[:3] == ["(no unlearning)", "oracle ORACLE", "oracle:0.5 ORACLE"]
+    assert names[3:] == ["loss", "none", "spectral"]
+    table = {line[1]: dict(zip(header, line, strict=True)) for line in lines}
+    assert float(table["oracle ORACLE"]["TPR %"]) == 100
+    assert table["loss"]["AUROC %"] and table["loss"]["ssd"].count("/") == 2
+    assert not table["spectral"]["ssd"] and not table["oracle ORACLE"]["finetune_kept"]
+    assert "1 further runs" in said.err and "no defender knows" in said.err
 
 
 def test_a_split_that_flags_nothing_returns_the_model(record: Record) -> None:
