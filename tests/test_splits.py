@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_run import reachable, says_poison
+from test_run import Stop, interrupt_at, reachable, says_poison
 
 from backdoorlab.__main__ import main
 from backdoorlab.errors import UserError
@@ -289,6 +289,38 @@ def test_a_split_that_flags_nothing_returns_the_model(record: Record) -> None:
         for folder in (record.folder / "defense/retrain/none-seed0", record.folder)
     )
     assert all(torch.equal(original[name], value) for name, value in saved.items())
+
+
+def test_an_unfinished_run_is_continued_with_the_same_split_only(
+    record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--split", "loss", "--epochs", "2", "--batch_size", "16", "--score_every", "0")
+    helpers.defend("loss", record)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 8)
+        with pytest.raises(Stop):
+            helpers.defend("finetune_kept", record, *flags)
+    helpers.defend("loss", record, "--flagged_rate", "0.5", "--overwrite", "True")
+    with pytest.raises(UserError, match=r"unfinished run with other settings \(other split\)"):
+        helpers.defend("finetune_kept", record, *flags)
+    helpers.defend("loss", record, "--overwrite", "True")
+    assert helpers.defend("finetune_kept", record, *flags) is not None, "a control"
+
+
+def test_a_detector_of_a_record_without_poison_has_a_false_alarm_and_no_ranking(
+    small_flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = small_flags.index("--patch_size")
+    record = helpers.attack("none", "clean", tmp_path, *small_flags[:cut], *small_flags[cut + 4 :])
+    root = ("--record_root", str(tmp_path))
+    assert main(["defense", "spectral", "--result_file", "clean", *root]) == 0
+    assert "in a training set without poison (FPR" in capsys.readouterr().out
+    result = reading.read_json(record.folder / "defense/spectral/seed0/result.json")
+    assert result["split"]["auroc"] is None and result["split"]["fpr"] > 0.1
+    assert main(["table", "clean", *root]) == 0
+    assert " - " in capsys.readouterr().out
+    oracle = helpers.defend("ssd", record, "--split", "oracle")
+    assert oracle is not None and "flags nothing" in oracle["notes"][0]
 
 
 def test_a_bad_split_loses_nothing(record: Record, tmp_path: Path) -> None:

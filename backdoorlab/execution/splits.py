@@ -180,6 +180,9 @@ def _from_file(path: Path, size: int) -> Tensor:
     """Read a mask or positions from a file: bool (N,)."""
     if not path.is_file():
         raise UserError(f"--split {path}: no such file")
+    # A result says the name, and one that could not be read back would be lost.
+    if not schema.is_plain(path.name):
+        raise UserError(f"--split {path}: expected a file name of at most 200 printable characters")
     if path.stat().st_size > LARGEST_FILE:
         raise UserError(f"--split {path}: larger than {LARGEST_FILE >> 30} GiB, so it is no split")
     try:
