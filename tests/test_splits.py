@@ -16,6 +16,7 @@ from backdoorlab.errors import UserError
 from backdoorlab.execution.splits import resolve
 from backdoorlab.poison import CROSS, Poison
 from backdoorlab.record import Record
+from backdoorlab.report import artifacts, charts
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading
 from backdoorlab.tables import groups, rows, significance
@@ -279,6 +280,16 @@ def test_the_matrix_has_the_oracle_on_top_and_a_column_for_each_unlearner(
     assert not table["spectral"]["ssd"] and not table["oracle ORACLE"]["finetune_kept"]
     assert "1 further runs" in said.err and "no defender knows" in said.err
 
+    # The page has them, too: marked, and without a mark in the chart of accuracy and ASR.
+    page = record.folder.parent / "page.html"
+    assert main(["report", "small", *root, "--html", str(page)]) == 0
+    text = page.read_text()
+    assert "ssd oracle-seed0 ORACLE" in text and "AUROC" in text
+    cells = artifacts.gather([record])
+    panels = charts.accuracy_against_asr(cells).panels
+    drawn = [cells[n].row for panel in panels for one in panel.series for n in one.cells]
+    assert drawn and not any(row.oracle or row.kind == "detector" for row in drawn)
+
 
 def test_a_split_that_flags_nothing_returns_the_model(record: Record) -> None:
     result = helpers.defend("retrain", record, "--split", "none")
@@ -447,6 +458,11 @@ def test_what_a_detector_returns_is_checked(
         ("both", DETECTOR + "\n\ndef defend(view, config, run):\n    pass\n", "make two files"),
         ("blind", DETECTOR.replace('"train",', '"model",'), "a detector looks at the training set"),
         ("told", DETECTOR.replace('"train",', '"train", "split"'), "gets no split"),
+        (
+            "half",
+            UNLEARNER.replace('"split")', '"split", "seeds")'),
+            r"Config\(SeedsConfig, SplitConfig\)",
+        ),
         (
             "plain",
             UNLEARNER.replace("SplitConfig", "DefenseConfig"),

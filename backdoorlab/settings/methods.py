@@ -223,19 +223,21 @@ def _check_config(kind: Kind, path: Path, module: ModuleType) -> None:
     # A stamp alone leaves the choice of images to the library, which needs a poison rate.
     if kind == "attack" and not hasattr(module, "attack"):
         bases = (config.AttackConfig, config.CleanLabelConfig)
-    elif kind == "defense" and "seeds" in module.ASSUMES:
-        bases = (config.SeedsConfig,)
-    elif kind == "defense" and "split" in module.ASSUMES:
-        bases = (config.SplitConfig,)
+    elif kind == "defense":
+        options = {"seeds": config.SeedsConfig, "split": config.SplitConfig}
+        needed = tuple(base for word, base in options.items() if word in module.ASSUMES)
+        bases = needed or bases
 
+    # An attack has one of several bases, a defense that of each thing that it assumes.
+    fits = any if kind == "attack" else all
     # A subclass without the decorator would inherit the fields of its base, and no more.
     found = module.Config
     if (
         not isinstance(found, type)
-        or not issubclass(found, bases)
+        or not fits(issubclass(found, base) for base in bases)
         or "__dataclass_fields__" not in vars(found)
     ):
-        wanted = " or ".join(base.__name__ for base in bases)
+        wanted = (" or " if fits is any else ", ").join(base.__name__ for base in bases)
         raise UserError(
             f"{path}: expected @dataclass(frozen=True, kw_only=True) above class Config({wanted}),"
             f" found {found!r}"
