@@ -1137,7 +1137,10 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
         ("--many_classes", "1e9", "--subtask", "anti_learning"),  # so that the other tests run
     ],
     "anti_learning": [
-        ("--pool", "isolation", "--isolation_epochs", "1", "--head_epochs", "5"),
+        (
+            *("--pool", "isolation", "--isolation_epochs", "1"),
+            *("--breakdown", "1", "--head_epochs", "5"),
+        ),
         ("--many_classes", "1e9"),
     ],
     "isolation": [("--epochs", "1")],
