@@ -19,7 +19,7 @@ from backdoorlab.record import Record
 from backdoorlab.report import artifacts, charts
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading
-from backdoorlab.tables import groups, rows, significance
+from backdoorlab.tables import groups, matrix, rows, significance
 
 N = 96
 """Training images of the record `small`."""
@@ -279,6 +279,10 @@ def test_the_matrix_has_the_oracle_on_top_and_a_column_for_each_unlearner(
     assert table["loss"]["AUROC %"] and table["loss"]["ssd"].count("/") == 2
     assert not table["spectral"]["ssd"] and not table["oracle ORACLE"]["finetune_kept"]
     assert "1 further runs" in said.err and "no defender knows" in said.err
+
+    tuned = [row for row in rows.rows([record]) if row.defense == "finetune_kept"]
+    shown = matrix._usual(tuned)
+    assert len(tuned) == 2 and shown is not None and shown.run == "loss-seed0"
 
     # The page has them, too: marked, and without a mark in the chart of accuracy and ASR.
     page = record.folder.parent / "page.html"

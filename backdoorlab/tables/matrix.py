@@ -4,6 +4,7 @@ A row for each split of a record, the true poison first, and a column for each u
 it. A cell has clean accuracy / ASR / RA.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 from ..record import Record
@@ -61,9 +62,13 @@ def _of_record(rows: Sequence[Row], unlearners: Sequence[str]) -> tuple[list[dic
 
 
 def _usual(rows: Sequence[Row]) -> Row | None:
-    """Choose the run that is shown: the one of the lowest seed, unnamed runs first."""
-    known = sorted(rows, key=lambda row: (row.run.count("-"), row.defense_seed or 0, row.run))
-    return known[0] if known else None
+    """Choose the run that is shown: one that is called by its split alone, of the lowest seed."""
+
+    def place(row: Row) -> tuple[bool, int, str]:
+        usual = re.sub(r"[^A-Za-z0-9_.+\-]", "-", row.split)
+        return row.variant != usual, row.defense_seed or 0, row.run
+
+    return min(rows, key=place, default=None)
 
 
 def _line(
