@@ -17,10 +17,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-# What is there already is kept and shown.
+# What is there already is kept and shown. Detectors and unlearners are run in pairs: docs/methods/split.md.
 demo: $(VENV)/installed
 	[ -f $(RECORDS)/demo/record.json ] || $(RUN) attack/badnet.py --save_folder_name demo
-	for path in defense/*.py; do name=$$(basename $$path .py); \
+	for path in $$(grep -L -e '^def detect' -e 'SplitConfig' defense/*.py); do name=$$(basename $$path .py); \
 	    [ -f $(RECORDS)/demo/defense/$$name/seed0/result.json ] || $(RUN) $$path --result_file demo || exit; done
 	$(RUN) -m backdoorlab table demo
 

@@ -34,7 +34,7 @@ from .record import every_name, record_names, record_root
 from .report import page
 from .settings import methods, resources
 from .settings.parse import parse_plain
-from .tables import formats, layout
+from .tables import formats, layout, matrix
 from .tables import rows as measured
 
 
@@ -51,6 +51,21 @@ class Table:
     numbers and a significance test over attacks."""
     worst: bool = False
     """As --mean, but with the scores of the worst seed instead of the mean."""
+    record_root: str | None = None
+    """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
+    ./record."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Detectors against unlearners: a row for each split, a column for each unlearner."""
+
+    names: Positional[tuple[str, ...]] = ()
+    """Records to show. None: all."""
+    format: Annotated[formats.Format, arg(aliases=["-f"])] = "text"
+    """text, markdown, csv or latex."""
     record_root: str | None = None
     """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
     ./record."""
@@ -150,6 +165,14 @@ def table(options: Table) -> int:
     return layout.complain(damaged)
 
 
+def showing_matrix(options: Matrix) -> int:
+    """Print detectors against unlearners for each record."""
+    root = record_root(options.record_root)
+    records = measured.readable(_names(options.names, root), root)
+    layout.show(matrix.table(records), options.format)
+    return 0
+
+
 def verifying(options: Verify) -> int:
     """Check records; print one line per intact record and per damaged file."""
     # One damaged record does not end the check of the others.
@@ -214,14 +237,21 @@ def listing(_options: List) -> int:
     attacks = [methods.load("attack", name) for name in methods.available("attack")]
     defenses = [methods.load("defense", name) for name in methods.available("defense")]
     print("attacks: python attack/NAME.py --save_folder_name RECORD\n")
-    print(_method_table(attacks, "changes", _changed_by))
+    print(_method_table(attacks, changes=_changed_by))
     print("\nlimits of attacks")
     for attack in attacks:
         if attack.limits:
             print(f"  {attack.name:<14}  {attack.limits}")
 
-    print("\ndefenses: python defense/NAME.py --result_file RECORD\n")
-    print(_method_table(defenses, "assumes", lambda method: layout.assumes(method.assumes)))
+    print("\ndefenses: python defense/NAME.py --result_file RECORD")
+    print("an unlearner forgets what a detector flagged: --split DETECTOR\n")
+    print(
+        _method_table(
+            defenses,
+            kind=lambda method: method.role,
+            assumes=lambda method: layout.assumes(method.assumes),
+        )
+    )
 
     print("\ndata sets: --dataset NAME")
     print("  digits          the default, in scikit-learn: 1,797 grey digits, as 1 x 32 x 32")
@@ -238,25 +268,22 @@ LINE = 100
 
 
 def _method_table(
-    found: Sequence[methods.Method], column: str, property_of: Callable[[methods.Method], str]
+    found: Sequence[methods.Method], **properties: Callable[[methods.Method], str]
 ) -> str:
-    """Return aligned lines of at most LINE columns: name, summary and one property of each method.
+    """Return aligned lines of at most LINE columns: name, summary and properties of each method.
 
     Args:
         found: the methods, one line each.
-        column: heading of the property.
-        property_of: method -> the property.
+        properties: heading of a column -> method -> its text there.
     """
-    # The middle column gets the room that the others leave.
-    properties = [property_of(method) for method in found]
-    room = LINE - 4  # two gaps of two spaces
-    room -= max(map(len, ["method", *(method.name for method in found)]))
-    room -= max(map(len, [column, *properties]))
-    columns = ["method", "idea", column]
-    texts = [
-        (method.name, _summary(method.title, room), said)
-        for method, said in zip(found, properties, strict=True)
-    ]
+    # The column of ideas gets the room that the others leave.
+    said = {title: [text(method) for method in found] for title, text in properties.items()}
+    said = {"method": [method.name for method in found], **said}
+    room = LINE - 2 * len(said)  # gaps of two spaces
+    room -= sum(max(map(len, [title, *texts])) for title, texts in said.items())
+    columns = ["method", "idea", *properties]
+    ideas = [_summary(method.title, room) for method in found]
+    texts = zip(said.pop("method"), ideas, *said.values(), strict=True)
     rows = [dict(zip(columns, map(formats.Cell, line), strict=True)) for line in texts]
     return formats.text(formats.Table(columns, rows, numbers=(), block=()))
 
@@ -388,6 +415,7 @@ def _writable(folder: Path) -> str:
 
 COMMANDS: dict[str, tuple[type, Callable[..., int]]] = {
     "table": (Table, table),
+    "matrix": (Matrix, showing_matrix),
     "bench": (driver.Bench, driver.bench),
     "report": (page.Report, page.report),
     "import": (importing.Import, importing.import_record),
@@ -404,8 +432,10 @@ METHODS = ("attack", "defense")
 USAGE = """usage: python -m backdoorlab COMMAND ...
 
   attack NAME --save_folder_name RECORD   run an attack (the same as python attack/NAME.py ...)
-  defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...)
+  defense NAME --result_file RECORD       run a defense (the same as python defense/NAME.py ...);
+                                          an unlearner also takes --split DETECTOR
   table [RECORD ...] [--format FORMAT]    records and defenses side by side; --mean True: over seeds
+  matrix [RECORD ...]                     detectors against unlearners: which half does the work
   bench --config GRID                     run the missing cells of attacks x defenses x seeds, then
                                           print their means
   report [RECORD ...] --html FILE         the table and charts as an offline page; --figures DIR for

@@ -278,6 +278,18 @@ class SeedsConfig(DefenseConfig):
     RANGES: ClassVar[dict[str, str]] = {"seeds_per_class": ">= 0"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig(DefenseConfig):
+    """Options of an unlearner, which forgets a given split ("split" in its ASSUMES)."""
+
+    split: str = ""
+    """What is to be forgotten. Required. METHOD or METHOD/RUN: what that method flagged on the same
+    record, with the same seed where no run is named. FILE: a .safetensors, .npy or .csv file of one
+    bool for each training image, or of positions. oracle: the true poison; oracle:0.1: a tenth of
+    it, drawn with the seed; oracle+0.05: with 5 % of the clean images by mistake, drawn likewise.
+    none: nothing, which returns the model."""
+
+
 def refuse_ranges(config_class: type[MethodConfig]) -> None:
     """Raise a `UserError` if RANGES names an unknown field or contains a malformed rule."""
     fields = [f.name for f in dataclasses.fields(config_class)]

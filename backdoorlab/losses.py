@@ -15,3 +15,11 @@ def cce(logits: Tensor, labels: Tensor) -> Tensor:
     where the label is most probable. (..., K), (...) -> (...)."""
     others = logits.scatter(-1, labels.unsqueeze(-1), -math.inf)
     return logits.logsumexp(-1) - others.logsumexp(-1)
+
+
+def divergence(logits: Tensor, taught: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL divergence of a student from its teacher, T^2 KL(softmax(taught / T) || softmax(logits /
+    T)), of each sample. (..., K), (..., K) -> (...)."""
+    teacher = (taught / temperature).log_softmax(-1)
+    student = (logits / temperature).log_softmax(-1)
+    return temperature**2 * (teacher.exp() * (teacher - student)).sum(-1)

@@ -19,6 +19,7 @@ from .data import Split, in_order, to_device
 from .errors import UserError, described
 from .models import paused
 from .poison import CROSS, POISON, Poison
+from .ranking import rank_quality
 from .storage import reading
 
 SUMMARY = ("clean_accuracy", "asr", "robust_accuracy")
@@ -211,16 +212,20 @@ def _cross(predictions: Tensor, triggered: Poison) -> dict[str, float | None]:
     return {"accuracy": _share(predictions == triggered.of_kind(CROSS).original_labels), "asr": asr}
 
 
-def split_quality(flagged: Tensor, poison: Poison) -> dict[str, Any]:
+def split_quality(
+    flagged: Tensor, poison: Poison, suspicion: Tensor | None = None
+) -> dict[str, Any]:
     """Measure how well a mask finds the poison.
 
     Args:
         flagged: bool (N,), over the training set.
         poison: its poisoned rows. Those of kind CROSS count as clean, and are also counted alone.
+        suspicion: float (N,), the value behind the flags, higher for what is more suspicious.
 
     Returns:
         tpr, fpr and precision in [0, 1], None where their denominator is 0; the numbers `flagged`
-        and `missed`; and `cross_flagged`, the share of cross images that is flagged.
+        and `missed`; `cross_flagged`, the share of cross images that is flagged; and with a
+        suspicion the scores of `ranking.rank_quality`.
     """
     # Cross images carry a trigger, but their true label: here they count as clean.
     flagged = flagged.cpu()
@@ -232,6 +237,7 @@ def split_quality(flagged: Tensor, poison: Poison) -> dict[str, Any]:
         "flagged": int(flagged.sum()),
         "missed": int((poisoned & ~flagged).sum()),
         "cross_flagged": _share(flagged[cross]),
+        **({} if suspicion is None else rank_quality(suspicion, poisoned)),
     }
 
 

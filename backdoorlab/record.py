@@ -238,6 +238,14 @@ class DefenderView:
         """
         return self._get("seeds")
 
+    @property
+    def split(self) -> Tensor:
+        """Which training images are to be forgotten, bool (N,): True for at least one and not all.
+
+        A detector or the user says so. It need not be right.
+        """
+        return self._get("split")
+
     def new_model(self) -> Classifier:
         """Build the same architecture, freshly initialised."""
         return self.granted["new_model"]()
@@ -257,16 +265,18 @@ def defender_view(
     trusted: Split | None,
     device: torch.device,
     seeds: Tensor | None = None,
+    split: Tensor | None = None,
 ) -> DefenderView:
     """Cut a record down to what a method assumes.
 
     Args:
         record: the record to defend.
         dataset: the clean data that it was made from.
-        assumes: some of "model", "train", "trusted", "seeds".
+        assumes: some of "model", "train", "trusted", "seeds", "split".
         trusted: clean images, where they are assumed.
         device: where models are put.
         seeds: int64 (S,), positions of clean training samples, where they are assumed.
+        split: bool (N,), what is to be forgotten, where that is assumed.
     """
     # A closure, and no bound method: no attribute of a view leads to the record.
     granted: dict[str, Any] = {}
@@ -294,6 +304,8 @@ def defender_view(
         granted["trusted"] = trusted
     if "seeds" in assumes:
         granted["seeds"] = seeds
+    if "split" in assumes:
+        granted["split"] = split
 
     # What everybody may know of a model and its data.
     return DefenderView(

@@ -77,8 +77,9 @@ class Callbacks:
 
     epoch_ended: Callable[[Epoch], None]
     """Scores the model and keeps the line of history."""
-    split_reported: Callable[[str, Tensor], None]
-    """(name, flagged bool (N,)): measures the split against the true poison."""
+    split_reported: Callable[[str, Tensor, Tensor | None], None]
+    """(name, flagged bool (N,), suspicion float (N,) or None): measures the split against the true
+    poison."""
     watch_scores: Callable[[Evaluator], None]
     """Takes the evaluator that scores models from now on."""
     save: Callable[[dict[str, Any]], None]
@@ -93,7 +94,7 @@ def _no_effect(_value: Any) -> None:
 
 NO_EXECUTOR = Callbacks(
     epoch_ended=lambda epoch: epoch.show(epoch.row),
-    split_reported=lambda _name, _flagged: None,
+    split_reported=lambda _name, _flagged, _suspicion: None,
     watch_scores=_no_effect,
     save=_no_effect,
     restore=_no_effect,
@@ -354,7 +355,7 @@ class Run:
             self.flagged = flagged.cpu()
             self.suspicion = None if suspicion is None else suspicion.detach().float().cpu()
         self._splits.append(name)
-        self._callbacks.split_reported(name, flagged)
+        self._callbacks.split_reported(name, flagged, suspicion)
 
     def picture(self, name: str, rows: Sequence[Tensor]) -> None:
         """Keep a sheet of images beside the result, as NAME.png.

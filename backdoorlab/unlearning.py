@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from .data import NO_AUGMENT, Split, batches, to_device
 from .engine import Forward
-from .features import predictions
+from .features import adapted, predictions
+from .losses import cross_entropy
 from .models import paused
 from .record import DefenderView
 from .run import Run
@@ -69,17 +70,8 @@ def train_on(
         loss: of a batch.
     """
     train, poisoned = to_device(train, run.device), poisoned.to(run.device)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
     steps = epochs * math.ceil(len(index) / config.batch_size)
-    scheduler = torch.optim.lr_scheduler.LinearLR(
-        optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps)
-    )
+    optimizer, scheduler = descent(model, steps, config)
     augment = view.augment if config.augment else NO_AUGMENT
 
     forward = Forward(model.train(), run, train, steps, config.batch_size)
@@ -100,6 +92,28 @@ def train_on(
     return model
 
 
+def descent(
+    model: nn.Module, steps: int, config: UnlearningConfig
+) -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LinearLR]:
+    """Make the optimizer of an unlearning, and its learning-rate schedule of so many steps."""
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    scheduler = torch.optim.lr_scheduler.LinearLR(
+        optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps)
+    )
+    return optimizer, scheduler
+
+
+def plain_loss(logits: Tensor, labels: Tensor, _poisoned: Tensor) -> Tensor:
+    """Cross-entropy of all samples, averaged, as a Loss that unlearns nothing."""
+    return cross_entropy(logits, labels).mean()
+
+
 def note_what_stays(model: nn.Module, train: Split, flagged: Tensor, run: Run) -> None:
     """Say where unlearning did little, which a defender without triggered images cannot see."""
     poisoned = train.subset(flagged.nonzero().squeeze(1).cpu())
@@ -109,3 +123,24 @@ def note_what_stays(model: nn.Module, train: Split, flagged: Tensor, run: Run) -
     if share > STAYED:
         what = f"{share:.0%} of the {len(poisoned):,} flagged samples still get their label"
         run.note(f"{what}: little was unlearned; raise --lr, or --epochs")
+
+
+def labels_without_trigger(
+    model: nn.Module, train: Split, flagged: Tensor, one_class: bool, run: Run
+) -> Tensor:
+    """Read labels in flagged samples, bool (N,), with the unlearned model under their own batch
+    statistics.
+
+    A trigger shifts the features of all images that carry it alike. Their own statistics remove
+    that shift, and what the images show comes out. With images of one class that would be removed
+    as well, so the model's statistics stay.
+
+    Returns:
+        int64 (N,) on the CPU: the given labels, and those that were read for flagged samples.
+    """
+    index = flagged.nonzero().squeeze(1).cpu()
+    shown = train.subset(index)
+    reader = model if one_class else adapted(model, shown, run)
+    labels = train.labels.cpu().clone()
+    labels[index] = predictions(reader, shown, run).cpu()
+    return labels

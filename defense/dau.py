@@ -39,13 +39,16 @@ from torch import Tensor, nn
 from backdoorlab.anti_learning import AntiLearningConfig, find_poison
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import Split
 from backdoorlab.errors import UserError
-from backdoorlab.features import adapted, predictions
 from backdoorlab.losses import cce, cross_entropy
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
-from backdoorlab.unlearning import UnlearningConfig, note_what_stays, train_on
+from backdoorlab.unlearning import (
+    UnlearningConfig,
+    labels_without_trigger,
+    note_what_stays,
+    train_on,
+)
 
 ASSUMES = ("model", "train")
 
@@ -146,27 +149,6 @@ def recover(
     return train_on(
         "recover", config.recovery_epochs, model, train, index, nothing, loss, view, config, run
     )
-
-
-def labels_without_trigger(
-    model: nn.Module, train: Split, flagged: Tensor, one_class: bool, run: Run
-) -> Tensor:
-    """Read labels in flagged samples, bool (N,), with the unlearned model under their own batch
-    statistics.
-
-    A trigger shifts the features of all images that carry it alike. Their own statistics remove
-    that shift, and what the images show comes out. With images of one class that would be removed
-    as well, so the model's statistics stay.
-
-    Returns:
-        int64 (N,) on the CPU: the given labels, and those that were read for flagged samples.
-    """
-    index = flagged.nonzero().squeeze(1).cpu()
-    shown = train.subset(index)
-    reader = model if one_class else adapted(model, shown, run)
-    labels = train.labels.cpu().clone()
-    labels[index] = predictions(reader, shown, run).cpu()
-    return labels
 
 
 if __name__ == "__main__":

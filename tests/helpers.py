@@ -137,6 +137,9 @@ def short_flags(method: str) -> tuple[str, ...]:
         "bu": ("--levels", "0.9", "--hidden", "16", "--accept", "0"),
     }
     common = ("--trusted_ratio", "0.3", "--score_every", "0")
+    # An unlearner is told what to forget: half of the poison, drawn with the seed.
+    told = ("--split", "oracle:0.5") if methods.load("defense", method).role == "unlearner" else ()
+    common = (*common, *told)
     return (*common, *small.get(method, ()), *(x for name in long for x in (f"--{name}", "2")))
 
 

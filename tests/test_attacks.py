@@ -481,7 +481,10 @@ def test_every_defense_runs_on_every_attack(
 ) -> None:
     found = helpers.copy(record(attack), tmp_path)
     result = helpers.defend(defense, found, *helpers.short_flags(defense))
-    assert result is not None and result["after"]["asr"] is not None
+    assert result is not None
+    if result["kind"] == "detector":
+        return
+    assert result["after"]["asr"] is not None
     assert (result["cross"] is None) == (found.info["scores"]["cross"] is None)
 
 

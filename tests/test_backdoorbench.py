@@ -595,7 +595,7 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("method", sorted(methods.available("defense")))
+@pytest.mark.parametrize("method", sorted(methods.with_role("defense")))
 def test_an_imported_record_runs_under_every_defense(
     method: str, backdoored: Record, tmp_path: Path
 ) -> None:

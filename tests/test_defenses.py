@@ -48,7 +48,8 @@ ROWS = {
 
 
 def test_every_defense_has_a_row() -> None:
-    assert set(methods.available("defense")) == set(ROWS)
+    """Detectors and unlearners have theirs in test_detectors.py."""
+    assert set(methods.with_role("defense")) == set(ROWS)
 
 
 @pytest.mark.parametrize("method", sorted(ROWS))
@@ -321,13 +322,16 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
         (
             PLUGIN.replace('("model",)', '("model", "magic")'),
             (
-                "{file}: ASSUMES is a tuple of some of model, train, trusted, seeds, found"
+                "{file}: ASSUMES is a tuple of some of model, train, trusted, seeds, split, found"
                 " ('model', 'magic')"
             ),
         ),
         (
             PLUGIN.replace('("model",)', '"model"'),
-            "{file}: ASSUMES is a tuple of some of model, train, trusted, seeds, found 'model'",
+            (
+                "{file}: ASSUMES is a tuple of some of model, train, trusted, seeds, split, found"
+                " 'model'"
+            ),
         ),
         (PLUGIN.replace("def defend", "def defends"), "{file}: a method file of defense/ defines"),
         (
@@ -378,7 +382,7 @@ def test_a_file_that_cannot_be_used_is_a_line_and_fails_who_asks_for_it(
     assert main(["defense", "broken", "--result_file", "tiny"]) == 2
     assert said(capsys).startswith(f"error: {why}")
     assert main(["defense", "brokn", "--result_file", "tiny"]) == 2
-    assert "Known: anp, asd, bnp" in said(capsys)
+    assert "Known: activation_clustering, " in said(capsys)
 
 
 def test_what_a_users_file_does_wrong_names_the_file(

@@ -198,5 +198,6 @@ def test_attacks_and_every_defense_run(
             "--precision",
             "auto",
         )
-        assert result is not None and result["after"]["asr"] is not None
+        assert result is not None
+        assert result["kind"] == "detector" or result["after"]["asr"] is not None
         assert result["device"].startswith("cuda") and result["peak_memory_bytes"] > 2**20

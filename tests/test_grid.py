@@ -176,12 +176,35 @@ def test_all_is_every_method_there_is() -> None:
         methods.available("attack")
     ) - {"none"}
     assert {cell.method for cell in found if cell.kind == "defense"} == set(
-        methods.available("defense")
-    )
+        methods.with_role("defense")
+    ), "detectors and unlearners are combined in pairs"
     named = cells(None, attacks="all,none", defenses="ft", seeds="0")
     assert {cell.method for cell in named if cell.kind == "attack"} == set(
         methods.available("attack")
     ), "none where it is named"
+
+
+def test_a_pair_is_a_detector_and_an_unlearner_that_waits_for_it() -> None:
+    found = cells(
+        None, attacks="badnet", defenses="spectral+ssd,oracle+ssd,loss,loss+ssd", seeds="3"
+    )
+    runs = [
+        (cell.method, cell.run, cell.needs and cell.needs[1:])
+        for cell in found
+        if cell.kind == "defense"
+    ]
+    assert runs == [
+        ("spectral", "seed3", None),
+        ("ssd", "spectral-s3", ("spectral", "seed3")),
+        ("ssd", "oracle-s3", ("oracle", "seed3")),
+        ("loss", "seed3", None),
+        ("ssd", "loss-s3", ("loss", "seed3")),
+    ]
+    flags = next(cell.flags for cell in found if cell.run == "spectral-s3")
+    assert flags[flags.index("--split") + 1] == "spectral"
+    for word in ("nobody+ssd", "spectral+nobody"):
+        with pytest.raises(UserError, match=r"unknown defense '.*nobody"):
+            cells(None, attacks="badnet", defenses=word, seeds="0")
 
 
 def test_a_method_with_options_beside_all(tmp_path: Path) -> None:

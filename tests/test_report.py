@@ -116,7 +116,7 @@ def test_defenses_that_were_not_run_are_lines_without_numbers(
 ) -> None:
     page = page_of(small, tmp_path)
     assert page.count('class="not-run"') == len(
-        [name for name in methods.available("defense") if name != "dau"]
+        [name for name in methods.with_role("defense") if name != "dau"]
     )
     assert re.search(r'<tr class="not-run"[^>]*data-defense="ft"[^>]*>.*not run', page)
 

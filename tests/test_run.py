@@ -43,7 +43,9 @@ THREE = ("--image_size", "16", "--width", "4", "--epochs", "3", "--score_every",
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return reading.read_tensors(folder / "model.safetensors")[0]
+    """Of a detector, which leaves no model, its split."""
+    model = folder / "model.safetensors"
+    return reading.read_tensors(model if model.exists() else folder / "split.safetensors")[0]
 
 
 def same(a: Path, b: Path) -> bool:
@@ -138,6 +140,7 @@ def test_a_killed_dau_continues_to_the_same_bytes(backdoored: Record, tmp_path: 
 
 
 ROUNDS = ("--n_rounds", "4", "--batch_size", "24")
+FORGET = ("--split", "oracle", "--epochs", "2", "--batch_size", "256")
 INTERRUPTED = {
     "asd": (
         "--stage1_epochs",
@@ -167,6 +170,11 @@ INTERRUPTED = {
     ),
     "ibau": ROUNDS,
     "sau": ROUNDS,
+    # A detector with a training of its own, and unlearners with a teacher or a cache.
+    "isolation": ("--epochs", "2", "--batch_size", "256"),
+    "scrub": (*FORGET, "--max_epochs", "1", "--decay_epochs", "1"),
+    "bad_teacher": FORGET,
+    "relearn": FORGET,
 }
 
 
@@ -1013,11 +1021,13 @@ def test_no_attribute_leads_a_method_to_a_score_or_to_the_poison(
 
 def whole_view(record: Record) -> DefenderView:
     """All that any method can be given."""
-    dataset, every = record.dataset(), ("model", "train", "trusted", "seeds")
+    dataset = record.dataset()
+    every = ("model", "train", "trusted", "seeds", "split")
     drawn = torch.Generator().manual_seed(0)
     seeds = draw_seeds(record.train_poison, dataset.train.labels, dataset.num_classes, 2, drawn)
     trusted = dataset.train.subset(torch.arange(40))
-    return defender_view(record, dataset, every, trusted, torch.device("cpu"), seeds)
+    split = torch.rand(len(dataset.train), generator=drawn) < 0.1
+    return defender_view(record, dataset, every, trusted, torch.device("cpu"), seeds, split)
 
 
 def test_a_method_cannot_read_its_scores(tiny: Record, tmp_path: Path) -> None:
@@ -1129,6 +1139,20 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
     ],
     "fp": [("--epochs", "1")],
     "fst": [("--epochs", "1")],
+    "anti_learning": [
+        (
+            *("--pool", "isolation", "--isolation_epochs", "1"),
+            *("--breakdown", "1", "--head_epochs", "5"),
+        ),
+        ("--many_classes", "1e9"),
+    ],
+    "isolation": [("--epochs", "1")],
+    **{
+        method: [("--split", "oracle", "--epochs", "1")]
+        for method in methods.with_role("unlearner")
+        if method != "ssd"
+    },
+    "ssd": [("--split", "oracle")],
     "ft": [("--epochs", "1")],
     "ft_sam": [("--epochs", "1")],
     "ibau": [

@@ -8,8 +8,9 @@ from pathlib import Path
 import helpers
 import pytest
 
-ORDER = """errors < cli storage data models device groups losses perturb stacked hypergradient
-    < datasets poison triggers < metrics record < run < engine features guard ibau_published
+ORDER = """errors ranking < cli storage data models device groups losses detection perturb stacked
+    hypergradient < datasets poison triggers < metrics record < run
+    < engine features guard ibau_published
     < config finetuning mesa isolation poison_search pruning unlearning
     < anti_learning poisoning joint settings < execution tables
     < report exchange depth < bench < __main__ api < __init__"""

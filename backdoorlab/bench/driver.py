@@ -414,7 +414,14 @@ class Drive:
     def _fill(self) -> None:
         """Start what can be started, in the grid's order."""
         free = [slot for slot in range(self.launcher.slots) if slot not in self.running]
-        able = [cell for cell in self.waiting if cell.kind == "attack" or cell.record in self.ready]
+        # A record comes before its defenses, and a detector before those that need its split.
+        coming = {cell.splits for cell in self.waiting}
+        coming |= {cell.splits for cell, _ in self.running.values()}
+        able = [
+            cell
+            for cell in self.waiting
+            if cell.kind == "attack" or (cell.record in self.ready and cell.needs not in coming)
+        ]
         due = [cell for cell in able if self.not_before.get(cell, 0.0) <= time.monotonic()]
         for slot, cell in zip(free, due, strict=False):
             try:

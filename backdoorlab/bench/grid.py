@@ -4,7 +4,7 @@
     attacks:
       - badnet                             # a method, or all
       - badnet-random: {method: badnet, position: random}
-    defenses: all
+    defenses: all                          # or spectral+scrub: an unlearner with a detector's split
     poison_rates: [0.1]
     seeds: [0, 1, 2]
     attack: {score_every: 0}               # options of every attack; `defense` likewise
@@ -15,9 +15,9 @@ Of the disk, this module reads only the methods' files, and whether a folder of 
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,18 @@ class Cell:
     """Canonical JSON of the config, as `settings_of` reads it from a record or a result."""
     code: str
     """Version of the code that computes it."""
+
+    @property
+    def splits(self) -> tuple[str, str, str]:
+        """Record, method and run of the split that this cell may make."""
+        return self.record, self.method, self.run
+
+    @cached_property
+    def needs(self) -> tuple[str, str, str] | None:
+        """Record, method and run of the split that an unlearner forgets; None for all others."""
+        split: str = json.loads(self.settings).get("split", "")
+        method, _, run = split.partition("/")
+        return (self.record, method, run or f"seed{self.seed}") if split else None
 
     @property
     def name(self) -> str:
@@ -265,13 +277,14 @@ def _entries(values: Any, where: str, key: str) -> list[Entry]:
 def _methods(kind: resources.Kind, entries: Iterable[Entry], where: str) -> tuple[Entry, ...]:
     """Replace `all` by every method, check all names, and read the options.
 
-    The control `none` is not among all attacks. An entry for a single method replaces that by
-    `all`.
+    The control `none` is not among all attacks, and detectors and unlearners are not among all
+    defenses. An entry for a single method replaces that by `all`.
     """
     known = methods.available(kind)
+    every_one = methods.with_role("defense") if kind == "defense" else set(known) - {"none"}
     found: dict[str, Entry] = {}
-    for entry in entries:
-        names = [name for name in known if name != "none"] if entry.name == "all" else [entry.name]
+    for entry in _unpaired(kind, entries, known):
+        names = [n for n in known if n in every_one] if entry.name == "all" else [entry.name]
         for name in names:
             if name not in known:
                 raise UserError(
@@ -287,6 +300,24 @@ def _methods(kind: resources.Kind, entries: Iterable[Entry], where: str) -> tupl
                     label, name, _by_field(kind, name, entry.options, f"{where}: {entry.label}")
                 )
     return tuple(found.values())
+
+
+def _unpaired(
+    kind: resources.Kind, entries: Iterable[Entry], known: Iterable[str]
+) -> Iterator[Entry]:
+    """Replace each pair, such as spectral+scrub, by the detector and the unlearner that forgets its
+    split. An oracle, or nothing, is no method of its own: oracle+scrub, none+scrub."""
+    entries = list(entries)
+    labels = {entry.label for entry in entries}
+    for entry in entries:
+        split, plus, method = entry.name.rpartition("+")
+        if kind != "defense" or not plus or entry.name in known or method not in known:
+            yield entry
+            continue
+        # A line of its own may give the detector options.
+        if split not in ("oracle", "none", *labels):
+            yield Entry(split, split)
+        yield Entry(entry.label, method, {**entry.options, "split": split})
 
 
 def _numbers(number: Any, values: Any, where: str) -> tuple[Any, ...]:
@@ -484,6 +515,8 @@ def _defense_settings(grid: Grid, entry: Entry, trained: Trained) -> _Settings:
         if entry.label == method.name
         else re.sub(rf"^{re.escape(method.name)}[-_]", "", entry.label)
     )
+    # A pair's run is called by its split alone, as without a grid.
+    variant = variant.removesuffix(f"+{method.name}")
     return _Settings(
         method, entry.label, variant, tuple(flags), parsed.config, code_version(method.path)
     )

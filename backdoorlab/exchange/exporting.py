@@ -86,6 +86,11 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
     if options.defense is not None:
         folder = _run_folder(record, options.defense, options.run_name)
         result = read_result(folder)
+        if result["after"] is None:
+            raise UserError(
+                f"--defense {options.defense}: a detector leaves a split and no model: expected a"
+                " defense or an unlearner"
+            )
         scores, precision = result["after"], result.get("precision")
         load_weights(model, folder / "model.safetensors", result["files"], record.model_shapes())
 

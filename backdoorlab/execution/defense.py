@@ -1,5 +1,6 @@
 """Run one defense on a record: prepare, execute, publish."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,17 +14,19 @@ from torch import nn
 from .. import record
 from ..config import DefenseConfig
 from ..data import Dataset, Split
+from ..detection import checked
 from ..device import choose_device, derived_generator, keep_freed_memory, seed_everything
 from ..errors import UserError
 from ..metrics import COLLAPSED, SUMMARY, VERDICT, Evaluator, Scores, collapsed, der, why_no_asr
 from ..record import DefenderView, Record
 from ..run import Run
-from ..settings.methods import Method
+from ..settings.methods import Method, Role
 from ..settings.parse import Trained, parse
 from ..storage import reading, schema, writing
 from .precision import Choice, choose
 from .preview import save_sheet
-from .scores import Row, ScoreLog, describe_split
+from .scores import Row, ScoreLog, describe_ranking, describe_split
+from .splits import Given, is_file, resolve
 from .stage import (
     Job,
     costs_of,
@@ -56,6 +59,8 @@ class Prepared:
     device: torch.device
     choice: Choice
     """The precision of training, and why."""
+    given: Given | None = None
+    """The split that an unlearner is to forget."""
 
     @property
     def method(self) -> Method:
@@ -77,16 +82,21 @@ class Result:
     seed: int
     trusted: Mapping[str, Any] | None
     """Number and SHA-256 of the trusted images."""
-    before: Mapping[str, float | None]
-    """Scores of what the defense is compared with."""
-    after: Mapping[str, float | None]
+    kind: Role
+    record: str
+    """SHA-256 of the record.json that was defended."""
+    given_split: Mapping[str, Any] | None
+    """Name and SHA-256 of the split that an unlearner forgot, and whether an oracle made it."""
+    before: Mapping[str, float | None] | None
+    """Scores of what the defense is compared with. None for a detector, as those that follow."""
+    after: Mapping[str, float | None] | None
     der: float | None
     collapsed: bool
-    per_class: Mapping[str, Any]
+    per_class: Mapping[str, Any] | None
     cross: Mapping[str, float | None] | None
-    triggered_predictions: Sequence[int]
+    triggered_predictions: Sequence[int] | None
     split: Mapping[str, Any] | None
-    """Quality of the split that the defense answers with."""
+    """Quality of the split that the defense answers with, or that an unlearner was given."""
     splits: Mapping[str, Mapping[str, Any]]
     """The same of every split that it reported, by name."""
     notes: Sequence[str]
@@ -164,7 +174,7 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
         found: the record to defend.
         target: the folder of the result to write.
     """
-    config: DefenseConfig = job.config
+    config: Any = job.config
     device = choose_device(config.device)
     dataset = found.dataset(config.dataset_path, config.dataset_config)
 
@@ -176,6 +186,11 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
         trusted, notes = trusted_images(config, found, dataset)
         images = {"images": trusted.images, "labels": trusted.labels}
         inputs["trusted images"] = reading.tensor_hash(images)
+
+    given = None
+    if "split" in job.method.assumes:
+        given = resolve(config.split, found, inputs["record"], config.seed)
+        inputs["split"] = given.sha256
 
     # Where the precision is measured, the record's own network is timed.
     keep_freed_memory(device)
@@ -189,7 +204,7 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
         image_shape=dataset.image_shape,
         stem=architecture.get("stem", "small"),
     )
-    return Prepared(job, found, target, dataset, trusted, notes, inputs, device, choice)
+    return Prepared(job, found, target, dataset, trusted, notes, inputs, device, choice, given)
 
 
 def start(
@@ -222,16 +237,29 @@ def start(
     return run, log
 
 
-def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[nn.Module, Result] | None:
-    """Run the method and score the model that it returns; None where it stops early."""
+def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[nn.Module | None, Result] | None:
+    """Run the method and score the model that it returns; None where it stops early.
+
+    A detector returns no model, and its split is measured in place of one.
+    """
     found, method, dataset = prepared.record, prepared.method, prepared.dataset
     # The evaluator goes to the score log; the run does not keep it.
     evaluator = Evaluator(dataset.test, found.test_poison, dataset.num_classes, prepared.device)
     run.watch_scores(evaluator)
     view = view_of(prepared, run)
+    if method.role == "detector":
+        detection = checked(
+            method.module.detect(view, prepared.job.config, run), len(dataset.train), method.path
+        )
+        # A detector's code may have reported the same before.
+        told = None if run.suspicion is None else run.flagged
+        if told is None or not torch.equal(told, detection.flagged):
+            run.report_split(detection.flagged, suspicion=detection.suspicion)
+        costs = costs_of(run.spent(), log.evaluation_seconds)
+        return None, _result(prepared, None, None, costs, run, log)
     before = _before(found, method)
 
-    model = method.module.defend(view, prepared.job.config, run)
+    model = _defended(prepared, view, run)
     # None is an answer only of a method that announces it: from others it is a forgotten return.
     if model is None and _may_stop_early(method.module.defend):
         return None
@@ -243,16 +271,31 @@ def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[nn.Module, Res
     return model, _result(prepared, before, after, costs, run, log)
 
 
-def publish(prepared: Prepared, model: nn.Module, result: Result, run: Run, log: ScoreLog) -> None:
+def _defended(prepared: Prepared, view: DefenderView, run: Run) -> Any:
+    """Run a defense or an unlearner. A split that flags nothing leaves nothing to forget: the model
+    is then returned as it was."""
+    given, method = prepared.given, prepared.method
+    if given is not None:
+        run.report_split(given.flagged)
+        if not given.flagged.any():
+            run.note(f"the split {given.name} flags nothing, so the model is returned as it was")
+            return prepared.record.model().to(prepared.device)
+    return method.module.defend(view, prepared.job.config, run)
+
+
+def publish(
+    prepared: Prepared, model: nn.Module | None, result: Result, run: Run, log: ScoreLog
+) -> None:
     """Write weights, history, split and result into a folder, and put it in its place."""
     final = fresh(run.folder / "final")
-    writing.write_tensors(final / "model.safetensors", model.state_dict())
+    if model is not None:
+        writing.write_tensors(final / "model.safetensors", model.state_dict())
     log.save_history(final)
 
     # What the method reported on its way.
     for name, images in run.pictures.items():
         save_sheet(final / f"{name}.png", images)
-    if run.flagged is not None:
+    if run.flagged is not None and prepared.given is None:
         decided = {} if run.suspicion is None else {"suspicion": run.suspicion}
         writing.write_tensors(final / "split.safetensors", {"flagged": run.flagged, **decided})
 
@@ -265,11 +308,19 @@ def publish(prepared: Prepared, model: nn.Module, result: Result, run: Run, log:
 
 def _target(found: Record, job: Job) -> Path:
     """Where the result is to lie."""
-    run_name = job.config.run_name or f"seed{job.config.seed}"
+    run_name = job.config.run_name or _usual_name(job.config)
     if not schema.WORD.fullmatch(run_name):
         raise UserError(f"--run_name {run_name}: expected letters, digits, and _ . + - within")
     record.check_name(run_name)
     return found.folder / "defense" / job.method.name / run_name
+
+
+def _usual_name(config: DefenseConfig) -> str:
+    """Name a result by its seed and, for an unlearner, by the split, as it may forget several."""
+    split = getattr(config, "split", "")
+    # A file goes by its own name, without its folder.
+    plain = re.sub(r"[^A-Za-z0-9_.+\-]", "-", Path(split).name if is_file(split) else split)
+    return f"{plain}-seed{config.seed}" if plain else f"seed{config.seed}"
 
 
 def view_of(prepared: Prepared, run: Run) -> DefenderView:
@@ -278,7 +329,10 @@ def view_of(prepared: Prepared, run: Run) -> DefenderView:
     dataset, trusted = prepared.dataset, prepared.trusted
     # What the method does not assume is not drawn.
     seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
-    view = record.defender_view(found, dataset, method.assumes, trusted, prepared.device, seeds)
+    split = None if prepared.given is None else prepared.given.flagged.clone()
+    view = record.defender_view(
+        found, dataset, method.assumes, trusted, prepared.device, seeds, split
+    )
 
     prepared.job.say_settings(run)
     run.say(
@@ -301,16 +355,17 @@ def view_of(prepared: Prepared, run: Run) -> DefenderView:
 
 def _result(
     prepared: Prepared,
-    before: Mapping[str, Any],
-    after: Scores,
+    before: Mapping[str, Any] | None,
+    after: Scores | None,
     costs: Mapping[str, Any],
     run: Run,
     log: ScoreLog,
 ) -> Result:
     info, config, trusted = prepared.record.info, prepared.job.config, prepared.trusted
-    outcome = after.outcome()
-    # Records of older versions lack some of the scores.
-    compared = {key: before[key] for key in (*SUMMARY, *VERDICT) if key in before}
+    # A detector has no scores. Records of older versions lack some of them.
+    outcome = None if after is None else after.outcome()
+    keys = (*SUMMARY, *VERDICT)
+    compared = None if before is None else {key: before[key] for key in keys if key in before}
     # Settings and inputs come first, then scores, then costs and environment.
     return Result(
         schema=schema.SCHEMA,
@@ -327,13 +382,16 @@ def _result(
             if trusted is None
             else {"count": len(trusted), "sha256": prepared.inputs["trusted images"]}
         ),
+        kind=prepared.method.role,
+        record=prepared.inputs["record"],
+        given_split=None if prepared.given is None else prepared.given.to_json(),
         before=compared,
         after=outcome,
-        der=der(before, outcome),
-        collapsed=collapsed(before, outcome),
-        per_class=after.per_class,
-        cross=after.cross,
-        triggered_predictions=after.triggered_predictions,
+        der=None if before is None or outcome is None else der(before, outcome),
+        collapsed=before is not None and outcome is not None and collapsed(before, outcome),
+        per_class=None if after is None else after.per_class,
+        cross=None if after is None else after.cross,
+        triggered_predictions=None if after is None else after.triggered_predictions,
         split=log.splits.get("split"),
         splits=log.splits,
         notes=run.notes,
@@ -347,8 +405,8 @@ def _result(
 def _track(result: Result, run: Run, final: Callable[..., None]) -> None:
     """Send the final scores and costs to the tracker."""
     final(
-        before=result.before,
-        after={**result.after, "der": result.der},
+        before=result.before or {},
+        after={**(result.after or {}), "der": result.der},
         split=result.split or {},
         cost={
             "seconds": run.progress.seconds,
@@ -439,6 +497,8 @@ def _read_record(name: str, root: str | None) -> Record:
 def report(result: Mapping[str, Any]) -> str:
     """Write two or three lines for a person at the end of a defense."""
     before, after = result["before"], result["after"]
+    if after is None:
+        return _report_detection(result)
 
     def change(score: str) -> str:
         return f"{100 * before[score]:.2f} -> {100 * after[score]:.2f} %"
@@ -456,3 +516,13 @@ def report(result: Mapping[str, Any]) -> str:
     if result["collapsed"]:
         lines.append(f"COLLAPSED: {COLLAPSED}; a low ASR means nothing here")
     return "\n".join(lines)
+
+
+def _report_detection(result: Mapping[str, Any]) -> str:
+    """Write two lines for a person at the end of a detector, which left a split and no model."""
+    split = result["split"]
+    if split is None:
+        return f"split kept, nobody knows how right it is, {result['seconds']:.0f} s"
+    # Without poison there is nothing to rank.
+    ranked = [describe_ranking(split)] if split["auroc"] is not None else []
+    return "\n".join([f"{describe_split(split)}, {result['seconds']:.0f} s", *ranked])

@@ -5,7 +5,7 @@ nothing, so that no attribute leads from the method's side to a score.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ class ScoreLog:
         # Lambdas: the attributes of a function do not show what it closes over.
         return Callbacks(
             epoch_ended=lambda epoch: self._end_epoch(epoch),
-            split_reported=lambda name, flagged: self._measure_split(name, flagged),
+            split_reported=lambda name, flagged, suspicion: self._measure_split(
+                name, flagged, suspicion
+            ),
             watch_scores=watch_scores,
             save=lambda meta: self._save(meta),
             restore=lambda meta: self._restore(meta),
@@ -99,12 +101,12 @@ class ScoreLog:
             return False
         return epoch.last or (epoch.row["epoch"] + 1) % self._score_every == 0
 
-    def _measure_split(self, name: str, flagged: Tensor) -> None:
+    def _measure_split(self, name: str, flagged: Tensor, suspicion: Tensor | None) -> None:
         # Of a stranger's data set nobody knows the poison: the split can only be counted.
         if self._train_poison is None:
             say(f"{name}: {int(flagged.sum())} of {len(flagged)} flagged; nobody knows how rightly")
             return
-        self.splits[name] = quality = split_quality(flagged, self._train_poison)
+        self.splits[name] = quality = split_quality(flagged, self._train_poison, suspicion)
         say(f"{name}: {describe_split(quality)}")
 
     def _save(self, meta: dict[str, Any]) -> None:
@@ -119,7 +121,7 @@ class ScoreLog:
         self.evaluation_seconds = meta["evaluation_seconds"]
 
 
-def describe_split(quality: dict[str, Any]) -> str:
+def describe_split(quality: Mapping[str, Any]) -> str:
     """Write in one line how many images were flagged, and how many of them rightly."""
     if quality["tpr"] is None:
         return (
@@ -129,4 +131,13 @@ def describe_split(quality: dict[str, Any]) -> str:
     return (
         f"{quality['flagged']} flagged, precision {short(quality['precision'])}, TPR"
         f" {short(quality['tpr'])}, FPR {short(quality['fpr'])}"
+    )
+
+
+def describe_ranking(quality: Mapping[str, Any]) -> str:
+    """Write in one line how well the suspicion ranks the poison."""
+    return (
+        f"AUROC {short(quality['auroc'])}, average precision {short(quality['average_precision'])},"
+        f" TPR {short(quality['tpr_at_fpr_1'])} at FPR .01, {short(quality['tpr_at_fpr_5'])} at FPR"
+        " .05"
     )

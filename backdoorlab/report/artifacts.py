@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..record import Record
 from ..storage import reading
 from ..tables import rows as measured
-from ..tables.rows import UNDEFENDED, Damaged, Only, Row, refuse
+from ..tables.rows import ORACLE, UNDEFENDED, Damaged, Only, Row, refuse
 
 LARGEST_PART = 16 << 20
 """Largest size in bytes of a picture or a history on a page; ours have a few kilobytes."""
@@ -48,9 +48,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The defense, followed by the run if that is not seed0."""
+        """The defense, followed by the run if that is not seed0, and by the mark of an oracle."""
         defense, run = self.row.defense, self.row.run
-        return defense if run in ("", "seed0") else f"{defense} {run}"
+        return (defense if run in ("", "seed0") else f"{defense} {run}") + ORACLE * self.row.oracle
 
     @property
     def triggered_predictions(self) -> list[int] | None:

@@ -115,6 +115,8 @@ def of_record(cells: Sequence[Cell]) -> list[Chart]:
 def accuracy_against_asr(cells: Sequence[Cell]) -> Chart:
     """Draw clean accuracy against ASR: one mark for each cell, a panel for each data set."""
     look = _looks(cells)
+    # Without a model there is no mark, and an oracle is no competitor.
+    cells = [cell for cell in cells if cell.row.ranked]
 
     # Accuracies of different data sets are not on one scale.
     panels = []

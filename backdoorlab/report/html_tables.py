@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from ..settings import methods
+from ..storage.schema import DETECTOR
 from ..tables import formats, layout
 from ..tables import groups as grouping
 from ..tables.groups import Group
@@ -15,12 +16,13 @@ from .artifacts import Cell, by_record
 
 CONSTANT = ("data", "poison %")
 """Columns that are left out of the table of means if all rows have the same."""
-OPTIONAL = ("TPR %", "FPR %", "TPR", "FPR")
+OPTIONAL = ("split", "TPR %", "FPR %", "AUROC %", "TPR", "FPR", "AUROC")
 """Columns that are left out if no row has a number, as only some defenses have one."""
 MEANS = (
     "attack",
     *CONSTANT,
     "defense",
+    "split",
     "clean acc %",
     "ASR %",
     "RA %",
@@ -29,6 +31,7 @@ MEANS = (
     "assumes",
     "TPR %",
     "FPR %",
+    "AUROC %",
     "seconds",
     "reported",
 )
@@ -149,7 +152,7 @@ def runs_table(cells: Sequence[Cell], damaged: Sequence[Damaged] = ()) -> str:
         # What has no numbers, and why.
         lost = [(one.defense, "damaged") for one in damaged if one.record == own[0].row.record]
         there = {cell.row.defense for cell in own} | {name for name, _ in lost}
-        absent = [(name, "not run") for name in methods.available("defense") if name not in there]
+        absent = [(name, "not run") for name in methods.with_role("defense") if name not in there]
         lines += [
             (_not_run(own[0], name, why), {**filters(own[0].row), "defense": name})
             for name, why in lost + absent
@@ -164,6 +167,7 @@ def _run_columns(cells: Sequence[Cell]) -> list[Column]:
         _word("record", lambda line: line.row.record),
         _word("attack", lambda line: line.row.attack),
         Column("defense", _defense, lambda line: line.name),
+        _word("split", lambda line: line.row.split),
         _number("seed", lambda line: line.row.seed, "{:.0f}"),
         _percent("clean acc", lambda line: line.row.clean_accuracy),
         _percent("ASR", lambda line: line.row.asr),
@@ -171,6 +175,7 @@ def _run_columns(cells: Sequence[Cell]) -> list[Column]:
         _percent("DER", lambda line: line.row.der),
         _percent("TPR", lambda line: line.row.tpr),
         _percent("FPR", lambda line: line.row.fpr),
+        _percent("AUROC", lambda line: line.row.auroc),
         _number("seconds", lambda line: line.row.seconds, "{:,.0f}"),
         _number("GiB", lambda line: line.row.peak_memory_bytes, "{:.2f}", scale=2**-30),
         _number("forward", lambda line: line.row.forward, "{:,.0f}"),
@@ -182,7 +187,11 @@ def _run_columns(cells: Sequence[Cell]) -> list[Column]:
     # A column without a number, or with the same word in each line, says nothing.
     empty: set[str] = set()
     if all(cell.row.tpr is None and cell.row.fpr is None for cell in cells):
-        empty |= set(OPTIONAL)
+        empty |= {"TPR", "FPR"}
+    if all(cell.row.kind != DETECTOR for cell in cells):
+        empty.add("AUROC")
+    if not any(cell.row.split for cell in cells):
+        empty.add("split")
     if len({cell.row.dataset for cell in cells}) == 1:
         empty.add("data set")
     return [column for column in columns if column.title not in empty]

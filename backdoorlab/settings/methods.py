@@ -14,13 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from .. import config
 from ..errors import UserError, suggest
 from ..storage.schema import ASSUMABLE, WORD
 from .resources import Kind, home, inform, named
 
+Role = Literal["defense", "detector", "unlearner"]
+"""What a file in defense/ is. A detector defines `detect` in place of `defend`, and an unlearner
+assumes a split."""
 _MODULE = "backdoorlab_"
 _SOURCE = "__backdoorlab_source__"
 
@@ -54,6 +57,13 @@ class Method:
         """What a defense needs in its view: some of the words in `storage.schema.ASSUMABLE`."""
         return tuple(self.module.ASSUMES)
 
+    @property
+    def role(self) -> Role:
+        """What a file in defense/ is, by what it defines."""
+        if hasattr(self.module, "detect"):
+            return "detector"
+        return "unlearner" if "split" in self.assumes else "defense"
+
     def function(self, name: str) -> Callable[..., Any] | None:
         """Return a function of the file, or None if it does not define it."""
         return getattr(self.module, name, None)
@@ -81,6 +91,11 @@ def load(kind: Kind, name: str) -> Method:
         known = available(kind)
         raise UserError(f"unknown {kind} {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
     return from_file(kind, files[name])
+
+
+def with_role(role: Role) -> list[str]:
+    """List the names of the files in defense/ that have this role."""
+    return [name for name in available("defense") if load("defense", name).role == role]
 
 
 def from_file(kind: Kind, path: Path) -> Method:
@@ -145,6 +160,9 @@ def raised_in(error: BaseException) -> str:
 def _check(kind: Kind, path: Path, module: ModuleType) -> None:
     """Raise a `UserError` if a loaded file is not a method of that kind."""
     wanted = {"attack": ("Config",), "defense": ("Config", "ASSUMES", "defend")}[kind]
+    # A detector answers with a detection in place of a model.
+    if kind == "defense" and hasattr(module, "detect"):
+        wanted = ("Config", "ASSUMES", "detect")
     missing = [name for name in wanted if not hasattr(module, name)]
     # Records store the name, and reading one refuses any other characters.
     if not WORD.fullmatch(path.stem):
@@ -167,6 +185,7 @@ def _check(kind: Kind, path: Path, module: ModuleType) -> None:
         )
     if kind == "defense":
         _check_assumes(path, module.ASSUMES)
+        _check_role(path, module)
     _check_config(kind, path, module)
 
 
@@ -181,6 +200,21 @@ def _check_assumes(path: Path, assumes: Any) -> None:
         )
 
 
+def _check_role(path: Path, module: ModuleType) -> None:
+    """Raise a `UserError` for a file that is two kinds of method, or a detector without images."""
+    if not hasattr(module, "detect"):
+        return
+    if hasattr(module, "defend"):
+        raise UserError(
+            f"{path}: defines detect and defend: expected one of them, so make two files of it"
+        )
+    if "train" not in module.ASSUMES or "split" in module.ASSUMES:
+        raise UserError(
+            f"{path}: a detector looks at the training set and gets no split: expected ASSUMES with"
+            f" 'train' and without 'split', found {module.ASSUMES!r}"
+        )
+
+
 def _check_config(kind: Kind, path: Path, module: ModuleType) -> None:
     """Raise a `UserError` unless Config is a dataclass of the right base, with valid RANGES."""
     bases: tuple[type[Any], ...] = (
@@ -189,17 +223,21 @@ def _check_config(kind: Kind, path: Path, module: ModuleType) -> None:
     # A stamp alone leaves the choice of images to the library, which needs a poison rate.
     if kind == "attack" and not hasattr(module, "attack"):
         bases = (config.AttackConfig, config.CleanLabelConfig)
-    elif kind == "defense" and "seeds" in module.ASSUMES:
-        bases = (config.SeedsConfig,)
+    elif kind == "defense":
+        options = {"seeds": config.SeedsConfig, "split": config.SplitConfig}
+        needed = tuple(base for word, base in options.items() if word in module.ASSUMES)
+        bases = needed or bases
 
+    # An attack has one of several bases, a defense that of each thing that it assumes.
+    fits = any if kind == "attack" else all
     # A subclass without the decorator would inherit the fields of its base, and no more.
     found = module.Config
     if (
         not isinstance(found, type)
-        or not issubclass(found, bases)
+        or not fits(issubclass(found, base) for base in bases)
         or "__dataclass_fields__" not in vars(found)
     ):
-        wanted = " or ".join(base.__name__ for base in bases)
+        wanted = (" or " if fits is any else ", ").join(base.__name__ for base in bases)
         raise UserError(
             f"{path}: expected @dataclass(frozen=True, kw_only=True) above class Config({wanted}),"
             f" found {found!r}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..ranking import RANKS
 from .reading import Check, Shapes, check_entry, damaged, is_count
 
 SCHEMA = 2
@@ -24,8 +25,11 @@ ASSUMABLE = {
     "train": "poisoned training set",
     "trusted": "trusted images",
     "seeds": "clean seeds",
+    "split": "split",
 }
 """What a defense may assume, with the table's words for it."""
+DETECTOR = "detector"
+"""The `kind` of a result that has a split and no model."""
 UNKNOWN = "unknown"
 """Precision of a model that was trained elsewhere, or of a run that did not store it."""
 LARGEST_SIDE = 8192
@@ -148,9 +152,11 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
     _refuse_missing(
         path, result, ("assumes", "after", "der", "split", "seconds", "collapsed", "files")
     )
-    _check_scores(path, _object(path, result, "after"))
-    if "before" in result:
-        _check_scores(path, _object(path, result, "before"))
+    # A detector leaves no model, so nothing was scored.
+    if result.get("kind") != DETECTOR:
+        _check_scores(path, _object(path, result, "after"))
+        if "before" in result:
+            _check_scores(path, _object(path, result, "before"))
 
     # A method that reports no split has None there; one of several stages has more than one.
     split = result["split"]
@@ -173,6 +179,8 @@ def check_result(path: Path, result: Mapping[str, Any]) -> None:
         ),
         "seed": result.get("seed") is None or is_count(result["seed"]),
         "triggered_predictions": _are_counts(result.get("triggered_predictions")),
+        "kind": result.get("kind", "defense") in ("defense", DETECTOR, "unlearner"),
+        "given_split": _is_given_split(result.get("given_split")),
     }
     _refuse_unsound(path, sound | _common_soundness(result))
     _check_manifest(path, result, ())
@@ -335,8 +343,20 @@ def _are_counts(value: Any) -> bool:
 
 def _is_quality(value: Any) -> bool:
     """Return whether a value is the quality of a detection: tpr, fpr and precision."""
-    return isinstance(value, dict) and all(
-        key in value and _is_number(value[key]) for key in ("tpr", "fpr", "precision")
+    return (
+        isinstance(value, dict)
+        and all(key in value and _is_number(value[key]) for key in ("tpr", "fpr", "precision"))
+        and all(_is_number(value.get(key)) for key in RANKS)
+    )
+
+
+def _is_given_split(value: Any) -> bool:
+    """Return whether a value says whose split an unlearner used, or is absent."""
+    return value is None or (
+        isinstance(value, dict)
+        and is_plain(str(value.get("name")).replace("/", "-"))
+        and isinstance(value.get("oracle"), bool)
+        and bool(re.fullmatch("[0-9a-f]{64}", str(value.get("sha256"))))
     )
 
 

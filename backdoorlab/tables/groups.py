@@ -110,7 +110,8 @@ def no_better_than_baseline(groups: Sequence[Group]) -> list[bool | None]:
     """Ask of each group whether its DER is no higher than fine-tuning's on the same records.
 
     Both are DER against the attacked model, averaged over the seeds that both have. The answer is
-    None without a DER, for fine-tuning itself, and where fine-tuning was not run.
+    None without a DER, for fine-tuning itself, where fine-tuning was not run, and for what is not
+    ranked: a detector, and an unlearner with an oracle.
     """
     # Of several runs of fine-tuning the plain one counts. It comes first among the groups, so that
     # it is the last to be set here.
@@ -124,7 +125,8 @@ def no_better_than_baseline(groups: Sequence[Group]) -> list[bool | None]:
     answers: list[bool | None] = []
     for group in groups:
         other = baseline.get(group.first.attack_key)
-        if other is None or group.first.defense in (BASELINE, UNDEFENDED):
+        nobody = group.first.defense in (BASELINE, UNDEFENDED) or not group.first.ranked
+        if other is None or nobody:
             answers.append(None)
             continue
         pairs = _paired(group, other)

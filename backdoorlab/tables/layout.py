@@ -8,14 +8,14 @@ from typing import Any
 from ..errors import one_line
 from ..record import Record
 from ..settings import methods
-from ..storage.schema import ASSUMABLE
+from ..storage.schema import ASSUMABLE, DETECTOR
 from . import formats, notes
 from . import groups as grouping
 from . import rows as measured
 from .formats import EMPTY, Cell, Format, Row, Table
 from .groups import Group, Label
 from .published import Reported, beside
-from .rows import UNDEFENDED, Damaged, Metric
+from .rows import ORACLE, UNDEFENDED, Damaged, Metric
 
 COLUMNS = [
     "record",
@@ -54,6 +54,8 @@ AUDITED: dict[str, Metric] = {
 """The same of audits: columns that a table has where a model was audited."""
 AS_THEY_ARE = ("depth", "t50", "similarity")
 """Metrics that are no percentages."""
+RANKING: dict[str, Metric] = {"AUROC %": "auroc"}
+"""Further columns of numbers, shown beside FPR where there is a detector."""
 MARK = " †"
 """After the DER of a defense that is no better than fine-tuning."""
 COLLAPSED = " COLLAPSED"
@@ -120,8 +122,9 @@ def rows(
             on_damage(one)
 
         # A defense that is not installed here is shown if it has a result.
+        # Detectors and unlearners have a row for each result only.
         known = {
-            *methods.available("defense"),
+            *methods.with_role("defense"),
             *(row.defense for row in every),
             *(one.defense for one in damaged),
         }
@@ -161,25 +164,54 @@ def _of_runs(found: Sequence[Row], of_audits: Sequence[str] = ()) -> Table:
     ]
     # Columns of audits are there where one was made.
     audited = list(AUDITED) if any("depth" in row for row in found) else []
-    columns = [*COLUMNS, *audited]
+    columns = [*_with_extras(COLUMNS, found), *audited]
+    numbers = [*SCORES, *RANKING, *audited]
+    oracles = any(ORACLE in row["defense"].text for row in found)
     return Table(
         columns,
         [{column: row.get(column, EMPTY) for column in columns} for row in found],
-        numbers=[*SCORES, *audited],
+        numbers=[column for column in columns if column in numbers],
         block=["record"],
-        notes=[*notes.without_asr(without), *([notes.DEPTH] if audited else []), *of_audits],
+        notes=[
+            *notes.without_asr(without),
+            *[notes.ABOUT_ORACLE] * oracles,
+            *[notes.DEPTH] * bool(audited),
+            *of_audits,
+        ],
     )
+
+
+def _with_extras(columns: Sequence[str], rows: Iterable[Mapping[str, Cell]]) -> list[str]:
+    """Add the columns that only tables with detectors or unlearners have."""
+    # A cell is there only if its row has something to say in it.
+    there = {column for row in rows for column in row}
+    found = list(columns)
+    if "split" in there:
+        found.insert(found.index("defense") + 1, "split")
+    for column in reversed([column for column in RANKING if column in there]):
+        found.insert(found.index("FPR %") + 1, column)
+    return found
 
 
 def _run(row: measured.Row) -> Row:
     return {
         "record": Cell(row.record),
         "attack": Cell(row.attack),
-        "defense": Cell(_called(row.defense, row.run) + COLLAPSED * row.collapsed),
+        "defense": Cell(
+            _called(row.defense, row.run) + ORACLE * row.oracle + COLLAPSED * row.collapsed
+        ),
         "assumes": _assumes(row),
         **_own_scores(row),
         **(_own_scores(row, AUDITED) if row.audit else {}),
+        **_extras(row),
     }
+
+
+def _extras(row: measured.Row) -> dict[str, Cell]:
+    """Whose split an unlearner forgot, or how well a detector ranks the poison."""
+    if row.kind == DETECTOR:
+        return {column: _number(metric, getattr(row, metric)) for column, metric in RANKING.items()}
+    return {"split": Cell(row.split)} if row.split else {}
 
 
 def _not_run(undefended: measured.Row, defense: str, called: str) -> Row:
@@ -263,13 +295,14 @@ def means(
         scores = [name for column in shown for name in (column, f"{column} sd")]
     count = "seed" if worst else "n"
     columns = ["data", "attack", "poison %", "defense", "assumes", count, *scores]
+    columns = _with_extras(columns, lines)
     if any("reported" in line for line in lines):
         columns.append("reported")
 
     return Table(
         columns,
         [{column: line.get(column, EMPTY) for column in columns} for line in lines],
-        numbers=["poison %", "n", "seed", *scores],
+        numbers=["poison %", "n", "seed", *scores, *RANKING],
         block=["data", "attack", "poison %"],
         notes=notes.below(found, groups, weak, form, worst),
     )
@@ -294,6 +327,7 @@ def _experiment(
         "n": Cell(str(group.n), float(group.n)),
         "seed": _seed(row),
         **(_own_scores(row, EVERY) if worst else _mean_scores(group, form)),
+        **(_extras(row) if row.split or worst else _mean_ranking(group)),
     }
     # A number in a CSV bears no mark.
     if weak and form != "csv":
@@ -322,6 +356,14 @@ def _mean_scores(group: Group, form: Format) -> dict[str, Cell]:
         else:
             cells[column] = mean if spread == EMPTY else _followed(mean, f" ± {spread.text}")
     return cells
+
+
+def _mean_ranking(group: Group) -> dict[str, Cell]:
+    """Mean of how well a detector ranks the poison; nothing for other rows."""
+    if group.first.kind != DETECTOR:
+        return {}
+    means = {column: group.score(metric) for column, metric in RANKING.items()}
+    return {column: _number(RANKING[column], mean and mean.mean) for column, mean in means.items()}
 
 
 def _missing(one: Missing, attack: str) -> dict[str, Cell]:

@@ -6,13 +6,18 @@ from collections.abc import Iterable, Sequence
 from ..errors import UserError
 from ..metrics import why_no_asr
 from ..record import Record, read_result
+from ..storage.schema import DETECTOR
 from . import audits, significance
 from . import groups as grouping
 from .formats import Format
 from .groups import BASELINE, Group
 from .published import beside
-from .rows import Row, result_folders
+from .rows import ORACLE, Row, result_folders
 
+ABOUT_ORACLE = (
+    f"{ORACLE.strip()}: was given the true poison, which no defender knows; not ranked with others."
+)
+"""What the mark of an oracle means."""
 DEPTH = (
     "Depth (audit): 1 is a model that was never poisoned, 0 the undefended one, by the ASR after"
     " fine-tuning on a few clean images and 5 poisoned ones (P-ASR 5). Solved: ASR below 5 %, at"
@@ -116,7 +121,11 @@ def below(
             f" against the attacked model, as {BASELINE}'s, where defenses are compared."
         )
 
-    said += without_asr((row.record, row.attack) for row in rows if row.asr is None)
+    said += without_asr(
+        (row.record, row.attack) for row in rows if row.asr is None and row.kind != DETECTOR
+    )
+    if any(row.oracle for row in rows):
+        said.append(ABOUT_ORACLE)
     if any(row.audit for row in rows):
         said += [DEPTH, *solved(groups)]
 

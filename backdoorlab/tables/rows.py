@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..models import STANDARD_WIDTH
 from ..record import Record, read_result
 from ..record import result_folders as every_result_folder
-from ..storage.schema import UNKNOWN
+from ..storage.schema import DETECTOR, UNKNOWN
 from . import audits
 
 Metric = Literal[
@@ -36,6 +36,7 @@ Metric = Literal[
     "der",
     "tpr",
     "fpr",
+    "auroc",
     "seconds",
     "peak_memory_bytes",
     "forward",
@@ -58,6 +59,8 @@ UNDEFENDED = "none"
 PLAIN = "plain"
 """The `run` of a row of ordinary training on the images of a training-controlled attack: the model
 that training-time defenses are compared with."""
+ORACLE = " ORACLE"
+"""After the name of an unlearner that was given the true poison, or a part of it."""
 NOT_SETTINGS = frozenset(["seed", "score_every", "dataset", "poison_rate", "suspicious", "plain"])
 """Fields of a config that never change a result, or that are fields of a Row."""
 
@@ -109,6 +112,14 @@ class Row:
     the SHA-256 of imported files. Equal texts are equal experiments."""
     defense_settings: str
     """The same for the defense; "" for a record."""
+    auroc: float | None = None
+    """Of the suspicion by which a split was made; None where none was kept."""
+    kind: str = "defense"
+    """defense, detector (a split and no model) or unlearner (a model that forgot a split)."""
+    split: str = ""
+    """Whose split an unlearner forgot; "" for all others."""
+    oracle: bool = False
+    """Whether that split was made from the true poison, which no defender knows."""
     audit: audits.Audit | None = None
     """What an audit found; None where none was made."""
     is_solved: bool | None = None
@@ -180,8 +191,13 @@ class Row:
 
     @property
     def called(self) -> str:
-        """The defense, followed by its variant."""
-        return called(self.defense, self.run)
+        """The defense, followed by its variant, and by the mark of an oracle."""
+        return called(self.defense, self.run) + ORACLE * self.oracle
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the row may be compared with those of defenses: it has a model, and no oracle."""
+        return self.kind != DETECTOR and not self.oracle
 
 
 def variant(run: str) -> str:
@@ -357,13 +373,14 @@ def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
         folder: The result's folder, defense/<method>/<run>.
         result: Content of its result.json.
     """
-    # Only some defenses split the training set.
-    split, collapsed = result["split"] or {}, _collapsed(result)
+    # Only some defenses split the training set, and a detector has no other scores.
+    split, given = result["split"] or {}, result.get("given_split") or {}
+    none: dict[str, Any] = dict.fromkeys(("clean_accuracy", "asr", "robust_accuracy"))
+    after: Mapping[str, Any] = result["after"] or none
+    collapsed = _collapsed(result)
     audit = audits.read(folder / audits.FILE, result)
     before = result.get("before") or record.info["scores"]
-    solved = (
-        None if audit is None else audits.solved(before, result["after"], collapsed, audit.depth)
-    )
+    solved = None if audit is None else audits.solved(before, after, collapsed, audit.depth)
     return Row(
         **_shared(record),
         **_costs(result),
@@ -371,15 +388,19 @@ def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
         defense=folder.parent.name,
         assumes=tuple(result["assumes"]),
         defense_seed=result.get("seed"),
-        **{key: result["after"][key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
+        **{key: after[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
         der=result["der"],
-        comparable_der=metrics.der(record.info["scores"], result["after"]),
+        comparable_der=metrics.der(record.info["scores"], after),
         tpr=split.get("tpr"),
         fpr=split.get("fpr"),
+        auroc=split.get("auroc"),
         collapsed=collapsed,
         defense_settings=_settings(result),
         audit=audit,
         is_solved=solved,
+        kind=result.get("kind", "defense"),
+        split=given.get("name", ""),
+        oracle=given.get("oracle", False),
     )
 
 

@@ -86,7 +86,9 @@ def compare(groups: Sequence[Group]) -> list[Compared]:
     by_dataset: dict[str, list[Row]] = defaultdict(list)
     for group in groups:
         if group.first.attack_key in implanted:
-            scored = [row for row in group.rows if row.comparable_der is not None]
+            # What knew the true poison is no competitor.
+            ranked = [row for row in group.rows if row.ranked]
+            scored = [row for row in ranked if row.comparable_der is not None]
             by_dataset[group.first.dataset] += scored
 
     compared = [_against_baseline(dataset, found) for dataset, found in by_dataset.items()]

@@ -1,0 +1,236 @@
+"""Detectors and unlearners: a row each, their formulas, what --split may be, and who is ranked."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+
+from backdoorlab.__main__ import main
+from backdoorlab.data import Split
+from backdoorlab.detection import highest
+from backdoorlab.exchange.verify import verify
+from backdoorlab.losses import divergence
+from backdoorlab.ranking import rank_quality
+from backdoorlab.record import Record
+from backdoorlab.run import Run
+from backdoorlab.settings import methods
+from backdoorlab.storage import reading
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a detector promises on the digits BadNets record; None where it promises nothing."""
+
+    auroc: float | None = None
+    tpr: float | None = None
+    fpr: float = 1.0
+
+
+DETECTORS = {
+    "activation_clustering": Found(auroc=0.9),
+    "anti_learning": Found(auroc=0.9, tpr=0.8, fpr=0.02),
+    "isolation": Found(),
+    "loss": Found(),
+    "spectral": Found(auroc=0.7, fpr=0.16),
+}
+
+
+def test_every_detector_has_a_row() -> None:
+    assert set(methods.with_role("detector")) == set(DETECTORS)
+
+
+@pytest.mark.parametrize("method", sorted(DETECTORS))
+def test_a_detector_leaves_a_split_and_no_model(
+    method: str, backdoored: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promised, record = DETECTORS[method], helpers.copy(backdoored, tmp_path)
+    flags = () if promised.tpr else helpers.short_flags(method)
+    result = helpers.defend(method, record, *flags)
+    assert result is not None and result["kind"] == "detector"
+    folder, split = record.folder / "defense" / method / "seed0", result["split"]
+    assert not (folder / "model.safetensors").exists() and result["after"] is None
+    saved = reading.read_tensors(folder / "split.safetensors")[0]
+    assert saved["flagged"].dtype == torch.bool and int(saved["flagged"].sum()) == split["flagged"]
+    truth = record.train_poison.mask(len(saved["flagged"]))
+    ranks = rank_quality(saved["suspicion"], truth)
+    assert {name: split[name] for name in ranks} == pytest.approx(ranks)
+    assert promised.auroc is None or split["auroc"] >= promised.auroc
+    assert promised.tpr is None or split["tpr"] >= promised.tpr
+    assert split["fpr"] <= promised.fpr
+
+    # It verifies, and stands in the table without a score of a model.
+    assert verify(record.name, record.folder.parent).wrong == ()
+    assert main(["table", record.name, "--record_root", str(tmp_path), "-f", "csv"]) == 0
+    out = capsys.readouterr().out
+    header, *lines = (line.split(",") for line in out.splitlines() if line.count(",") > 5)
+    (line,) = (dict(zip(header, row, strict=True)) for row in lines if row[2] == method)
+    assert line["clean acc %"] == line["ASR %"] == line["DER %"] == ""
+    assert float(line["AUROC %"]) == pytest.approx(100 * split["auroc"], abs=0.01)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What an unlearner promises with the true poison; None where it promises nothing."""
+
+    asr: float | None = None
+    """Largest ASR after."""
+    drop: float = 0.05
+    """Largest loss of clean accuracy."""
+    flags: tuple[str, ...] = ("--epochs", "2")
+
+
+UNLEARNERS = {
+    "ascent": Left(flags=("--epochs", "1")),
+    "bad_teacher": Left(asr=0.2),
+    "cce": Left(asr=0.2),
+    "finetune_kept": Left(flags=("--epochs", "1")),
+    "random_label": Left(asr=0.2),
+    "relearn": Left(asr=0.3),
+    "retrain": Left(asr=0.1, drop=1.0, flags=("--epochs", "1")),
+    "scrub": Left(flags=("--epochs", "1")),
+    "ssd": Left(flags=()),
+}
+
+
+def test_every_unlearner_has_a_row() -> None:
+    assert set(methods.with_role("unlearner")) == set(UNLEARNERS)
+
+
+@pytest.mark.parametrize("method", sorted(UNLEARNERS))
+def test_an_unlearner_keeps_its_promise(method: str, backdoored: Record, tmp_path: Path) -> None:
+    row, record = UNLEARNERS[method], helpers.copy(backdoored, tmp_path)
+    before = record.info["scores"]
+    assert before["asr"] >= 0.9, "the backdoor is there"
+    flags = ("--split", "oracle", "--score_every", "0", *row.flags)
+    result = helpers.defend(method, record, *flags)
+    assert result is not None and result["kind"] == "unlearner"
+    after = result["after"]
+    assert after["clean_accuracy"] >= before["clean_accuracy"] - row.drop
+    assert row.asr is None or after["asr"] <= row.asr
+    saved, original = (
+        reading.read_tensors(folder / "model.safetensors")[0]
+        for folder in (record.folder / "defense" / method / "oracle-seed0", record.folder)
+    )
+    assert any(not torch.equal(original[name], value) for name, value in saved.items())
+
+
+# --- formulas
+
+
+def brute_force(suspicion: list[float], poisoned: list[bool]) -> dict[str, float]:
+    """Every pair for AUROC, every threshold for the others."""
+    pairs = [
+        (a > b) + (a == b) / 2
+        for a, b in itertools.product(
+            [s for s, bad in zip(suspicion, poisoned, strict=True) if bad],
+            [s for s, bad in zip(suspicion, poisoned, strict=True) if not bad],
+        )
+    ]
+    points, last, precision = [(0.0, 0.0)], 0.0, 0.0
+    for threshold in sorted(set(suspicion), reverse=True):
+        taken = [bad for s, bad in zip(suspicion, poisoned, strict=True) if s >= threshold]
+        tpr = sum(taken) / sum(poisoned)
+        points.append(((len(taken) - sum(taken)) / (len(poisoned) - sum(poisoned)), tpr))
+        precision += (tpr - last) * sum(taken) / len(taken)
+        last = tpr
+    return {
+        "auroc": sum(pairs) / len(pairs),
+        "average_precision": precision,
+        "tpr_at_fpr_1": max(tpr for fpr, tpr in points if fpr <= 0.01),
+        "tpr_at_fpr_5": max(tpr for fpr, tpr in points if fpr <= 0.05),
+    }
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_rank_quality_is_what_counting_every_pair_gives(levels: int) -> None:
+    """With many ties and without."""
+    drawn = torch.Generator().manual_seed(levels)
+    poisoned = torch.rand(120, generator=drawn) < 0.3
+    suspicion = torch.randint(levels, (120,), generator=drawn).float() + 0.3 * levels * poisoned
+    found = rank_quality(suspicion, poisoned)
+    assert found == pytest.approx(brute_force(suspicion.tolist(), poisoned.tolist()))
+    assert found["auroc"] is not None and 0.5 < found["auroc"] < 1
+
+
+def test_rank_quality_of_the_perfect_the_blind_and_the_clean() -> None:
+    poisoned = torch.tensor([False, True, False, True])
+    assert set(rank_quality(poisoned.float(), poisoned).values()) == {1.0}
+    assert rank_quality(-poisoned.float(), poisoned)["auroc"] == 0.0
+    blind = rank_quality(torch.zeros(4), poisoned)
+    assert (blind["auroc"], blind["average_precision"], blind["tpr_at_fpr_5"]) == (0.5, 0.5, 0.0)
+    assert set(rank_quality(torch.rand(4), torch.zeros(4, dtype=torch.bool)).values()) == {None}
+
+
+def test_highest_flags_at_least_one_and_never_all() -> None:
+    suspicion = torch.tensor([0.1, 0.9, 0.5, 0.7])
+    assert highest(suspicion, 0.5).tolist() == [False, True, False, True]
+    assert highest(suspicion, 1e-9).tolist() == [False, True, False, False]
+    assert int(highest(suspicion, 0.999).sum()) == 3
+
+
+def test_activation_clustering_parts_two_gaussian_clusters() -> None:
+    module = methods.load("defense", "activation_clustering").module
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 20, generator=drawn, dtype=torch.float64)
+    x[:30, 3] += 12
+    margin = module.cluster(x, 10)
+    assert (margin > 0).nonzero().squeeze(1).tolist() == list(range(30))
+    assert float(margin.max()) < 1 and float(margin.min()) > -1
+    # A control: one cluster is cut in two halves, which are too large to be flagged.
+    halves = module.cluster(torch.randn(200, 20, generator=drawn, dtype=torch.float64), 10) > 0
+    assert 0.35 < float(halves.double().mean()) <= 0.5
+    assert module.cluster(torch.zeros(5, 3, dtype=torch.float64), 10).tolist() == [0.0] * 5
+
+
+def test_spectral_scores_are_those_of_numpys_svd() -> None:
+    module = methods.load("defense", "spectral").module
+    x = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    centred = x.double().numpy() - x.double().numpy().mean(0)
+    first = np.linalg.svd(centred)[2][0]
+    np.testing.assert_allclose(module.outlyingness(x).numpy(), (centred @ first) ** 2)
+
+
+def test_ssd_dampens_a_linear_model_by_its_closed_form(tmp_path: Path) -> None:
+    """Of softmax regression the gradient of an image is (p - y) x, so importance is known."""
+    module = methods.load("defense", "ssd").module
+    images = torch.randint(256, (6, 1, 2, 2), dtype=torch.uint8)
+    split = Split(images, torch.tensor([0, 1, 2, 0, 1, 2]))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3, bias=False))
+    run = Run(tmp_path, seed=0, device=torch.device("cpu"))
+    found = module.importance(model, split, 1, run)["1.weight"]
+
+    x = (images.float() / 255).flatten(1)
+    residual = model(x).softmax(1) - torch.nn.functional.one_hot(split.labels, 3)
+    by_hand = (residual[:, :, None] * x[:, None]).square().mean(0)
+    torch.testing.assert_close(found, by_hand.detach())
+
+    to_split = torch.tensor([30.0, 9.0, 0.0, 40.0])
+    to_all = torch.tensor([1.0, 1.0, 0.0, 2.0])
+    scale = module.factors(to_split, to_all, alpha=10.0, dampening=1.0)
+    torch.testing.assert_close(scale, torch.tensor([1 / 30, 1.0, 1.0, 1 / 20]))
+    assert module.factors(to_split, to_all, alpha=10.0, dampening=50.0).tolist() == [1.0] * 4
+
+
+def test_a_random_label_is_never_the_old_one() -> None:
+    module = methods.load("defense", "random_label").module
+    labels = torch.arange(3000) % 5
+    forgotten = torch.arange(3000) < 2000
+    drawn = module.relabelled(labels, forgotten, 5, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn[2000:], labels[2000:]) and not (drawn == labels)[:2000].any()
+    steps = torch.bincount((drawn - labels)[:2000] % 5, minlength=5)
+    assert steps[0] == 0 and int(steps[1:].min()) > 400, "all others are equally likely"
+
+
+def test_divergence_is_torchs() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    logits, taught = torch.randn(2, 9, 4, generator=drawn)
+    wanted = torch.nn.functional.kl_div(
+        (logits / 4).log_softmax(1), (taught / 4).softmax(1), reduction="none"
+    ).sum(1)
+    torch.testing.assert_close(divergence(logits, taught, 4.0), 16 * wanted)
+    assert float(divergence(logits, logits).abs().max()) < 1e-6
