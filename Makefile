@@ -17,11 +17,11 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-# What is there already is kept and shown. Detectors and unlearners are run in pairs: docs/methods/split.md.
+# What is there already is kept and shown. The other methods of defense/ run on the same record in the same way.
 demo: $(VENV)/installed
 	[ -f $(RECORDS)/demo/record.json ] || $(RUN) attack/badnet.py --save_folder_name demo
-	for path in $$(grep -L -e '^def detect' -e 'SplitConfig' defense/*.py); do name=$$(basename $$path .py); \
-	    [ -f $(RECORDS)/demo/defense/$$name/seed0/result.json ] || $(RUN) $$path --result_file demo || exit; done
+	for name in asd bu dau ft ibau sau; do \
+	    [ -f $(RECORDS)/demo/defense/$$name/seed0/result.json ] || $(RUN) defense/$$name.py --result_file demo || exit; done
 	$(RUN) -m backdoorlab table demo
 
 # The page's tests drive Chromium (Debian: apt-get install chromium chromium-driver) and are skipped without it.
