@@ -12,6 +12,7 @@ from torch import nn
 from .data import Split, batches
 from .engine import Forward
 from .guard import GuardConfig, guarded_epochs
+from .models import trained_weights
 from .record import DefenderView
 from .run import Run
 
@@ -39,11 +40,6 @@ class FinetuneConfig(GuardConfig):
         "momentum": ">= 0",
         "weight_decay": ">= 0",
     }
-
-
-def trained_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Return the weights that a training changes: some networks have fixed ones."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def make_sgd(model: nn.Module, config: FinetuneConfig) -> torch.optim.SGD:

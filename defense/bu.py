@@ -33,7 +33,7 @@ from backdoorlab.data import Split, batches, to_bytes, to_device
 from backdoorlab.errors import UserError
 from backdoorlab.guard import GuardConfig, guarded_epochs
 from backdoorlab.mesa import RecoveryConfig, hit_rate, recover_triggers, stamp, trigger_shape
-from backdoorlab.models import trained
+from backdoorlab.models import trained_weights
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 
@@ -188,7 +188,7 @@ def unlearn(
         model: trained in place.
         triggers, corners: (m, C, h, w) and (m, 2), of which one is drawn for each image.
     """
-    weights = trained(model)
+    weights = trained_weights(model)
     # No two batches have as many triggered images, and each new size would be tuned anew.
     torch.backends.cudnn.benchmark = False
     before = [weight.detach().clone() for weight in weights]
@@ -246,7 +246,7 @@ def penalty(config: Config) -> float:
 
 def importance(model: nn.Module, search: Split, config: Config, run: Run) -> list[Tensor]:
     """omega: for each weight the mean over batches of |d clean loss / d weight|."""
-    weights = trained(model)
+    weights = trained_weights(model)
     sums, count = [torch.zeros_like(weight) for weight in weights], 0
     for batch in batches(search, config.batch_size, device=run.device):
         with run.autocast():

@@ -33,9 +33,9 @@ from backdoorlab.finetuning import (
     make_cosine,
     make_forward,
     make_sgd,
-    trained_weights,
 )
 from backdoorlab.guard import guarded_epochs
+from backdoorlab.models import trained_weights
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 

@@ -39,7 +39,7 @@ from backdoorlab.config import DefenseConfig
 from backdoorlab.data import NO_AUGMENT, Augment, Batch, Split, batches, to_device
 from backdoorlab.guard import GuardConfig, guarded_epochs
 from backdoorlab.hypergradient import differentiable_twice, hypergradient
-from backdoorlab.models import Classifier, trained
+from backdoorlab.models import Classifier, trained_weights
 from backdoorlab.perturb import frozen, l2, project, same_reach
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
@@ -114,7 +114,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     find, count = (published.find_delta, published.carried) if config.quirks else ours
     solve = published.fixed_point if config.solver == "fixed_point" else None
 
-    weights = trained(model)
+    weights = trained_weights(model)
     optimizer = make_optimizer(weights, config)
     steps = config.n_rounds * math.ceil(len(trusted) / config.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(

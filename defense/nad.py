@@ -31,9 +31,9 @@ from backdoorlab.config import DefenseConfig
 from backdoorlab.data import batches, to_device
 from backdoorlab.errors import UserError
 from backdoorlab.features import maps_of
-from backdoorlab.finetuning import FinetuneConfig, finetune, trained_weights
+from backdoorlab.finetuning import FinetuneConfig, finetune
 from backdoorlab.guard import guarded_epochs
-from backdoorlab.models import Classifier
+from backdoorlab.models import Classifier, trained_weights
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, batches, to_device
-from backdoorlab.finetuning import trained_weights
+from backdoorlab.models import trained_weights
 from backdoorlab.pruning import Masks, masked, prune_by_masks
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import SplitConfig
 from backdoorlab.data import Split, batches, to_device
+from backdoorlab.models import trained_weights
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 
@@ -44,13 +45,13 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     to_split = importance(model, to_device(forget, run.device), config.batch_size, run)
     to_all = importance(model, to_device(train, run.device), config.batch_size, run)
 
-    changed = 0
-    for name, weight in model.named_parameters():
+    changed, weights = 0, trained_weights(model)
+    for weight, of_split, of_all in zip(weights, to_split, to_all, strict=True):
         with torch.no_grad():
-            scale = factors(to_split[name], to_all[name], config.alpha, config.dampening)
+            scale = factors(of_split, of_all, config.alpha, config.dampening)
             weight.mul_(scale)
             changed += int((scale < 1).sum())
-    run.note(f"{changed:,} of {sum(p.numel() for p in model.parameters()):,} weights were dampened")
+    run.note(f"{changed:,} of {sum(w.numel() for w in weights):,} weights were dampened")
     return model
 
 
@@ -60,24 +61,24 @@ def factors(to_split: Tensor, to_all: Tensor, alpha: float, dampening: float) ->
     return torch.where(to_split > alpha * to_all, scale, torch.ones_like(scale))
 
 
-def importance(model: nn.Module, split: Split, batch_size: int, run: Run) -> dict[str, Tensor]:
+def importance(model: nn.Module, split: Split, batch_size: int, run: Run) -> list[Tensor]:
     """Average the squared gradient of the loss over batches, in evaluation mode.
 
     Returns:
-        name of a parameter -> its importance, of its shape.
+        the importance of each parameter that a training moves, of its shape.
     """
-    model.eval()
-    found = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
+    weights = trained_weights(model.eval())
+    found = [torch.zeros_like(weight) for weight in weights]
     count = 0
     for batch in batches(split, batch_size, device=run.device):
         with run.autocast():
             loss = F.cross_entropy(model(batch.images).float(), batch.labels)
-        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
-        for sums, gradient in zip(found.values(), gradients, strict=True):
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for sums, gradient in zip(found, gradients, strict=True):
             if gradient is not None:
                 sums += gradient.square()
         count += 1
-    return {name: sums / count for name, sums in found.items()}
+    return [sums / count for sums in found]
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def test_ssd_dampens_a_linear_model_by_its_closed_form(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3, bias=False))
     run = Run(tmp_path, seed=0, device=torch.device("cpu"))
-    found = module.importance(model, split, 1, run)["1.weight"]
+    found = module.importance(model, split, 1, run)[0]
 
     x = (images.float() / 255).flatten(1)
     residual = model(x).softmax(1) - torch.nn.functional.one_hot(split.labels, 3)

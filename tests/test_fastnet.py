@@ -116,7 +116,9 @@ def test_every_defense_runs_on_it(method: str, fast: Record, tmp_path: Path) -> 
     record = helpers.copy(fast, tmp_path)
     pool = ("--pool", "model_loss") if method == "dau" else ()
     result = helpers.defend(method, record, *helpers.short_flags(method), *pool)
-    assert result is not None and 0 <= result["after"]["clean_accuracy"] <= 1
+    assert result is not None
+    if methods.load("defense", method).role != "detector":
+        assert 0 <= result["after"]["clean_accuracy"] <= 1
 
 
 @pytest.mark.parametrize("method", ["wanet", "bpp", "inputaware", "blind", "lc"])

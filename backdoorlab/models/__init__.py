@@ -209,7 +209,7 @@ def build(
     return Classifier(network, mean, std).to(memory_format=torch.channels_last)
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
+def trained_weights(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that a training moves: all but those that a network keeps as they
     are."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
