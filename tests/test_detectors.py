@@ -1,6 +1,7 @@
 """Detectors and unlearners: a row each, their formulas, what --split may be, and who is ranked."""
 
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +33,13 @@ class Found:
 
 DETECTORS = {
     "activation_clustering": Found(auroc=0.9),
+    "ibd_psc": Found(),  # on eight batch normalisations and digits it tells little apart
     "anti_learning": Found(auroc=0.9, tpr=0.8, fpr=0.02),
     "isolation": Found(),
     "loss": Found(),
+    "scale_up": Found(),  # digits are black and white, and hardly change by scaling
     "spectral": Found(auroc=0.7, fpr=0.16),
+    "strip": Found(auroc=0.9, fpr=0.15),
 }
 
 
@@ -214,6 +218,71 @@ def test_ssd_dampens_a_linear_model_by_its_closed_form(tmp_path: Path) -> None:
     scale = module.factors(to_split, to_all, alpha=10.0, dampening=1.0)
     torch.testing.assert_close(scale, torch.tensor([1 / 30, 1.0, 1.0, 1 / 20]))
     assert module.factors(to_split, to_all, alpha=10.0, dampening=50.0).tolist() == [1.0] * 4
+
+
+class Answers(torch.nn.Module):
+    """Logits `sure` for the class that is the brightest corner pixel's column, 0 for others."""
+
+    def __init__(self, sure: float) -> None:
+        super().__init__()
+        self.sure = sure
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.sure * torch.nn.functional.one_hot(x[:, 0, 0].argmax(1), 4).float()
+
+
+def test_strips_entropy_is_0_of_a_sure_model_and_log_k_of_an_unsure_one(tmp_path: Path) -> None:
+    module = methods.load("defense", "strip").module
+    run = Run(tmp_path, seed=0, device=torch.device("cpu"))
+    split = Split(torch.randint(256, (5, 1, 4, 4), dtype=torch.uint8), torch.zeros(5).long())
+    overlays = torch.rand(3, 1, 4, 4)
+    for sure, expected in ((1e4, 0.0), (0.0, math.log(4))):
+        found = module.entropies(Answers(sure), split, overlays, 1.0, run)
+        assert found.tolist() == pytest.approx([expected] * 5, abs=1e-5)
+
+
+def test_strip_adds_pixels_and_clips_them(tmp_path: Path) -> None:
+    """A dark image takes the overlay's class; a white pixel keeps its own wherever it is first."""
+    module, seen = methods.load("defense", "strip").module, list[torch.Tensor]()
+
+    class Watching(Answers):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return super().forward(x)
+
+    run = Run(tmp_path, seed=0, device=torch.device("cpu"))
+    split = Split(torch.full((1, 1, 4, 4), 204, dtype=torch.uint8), torch.zeros(1).long())
+    module.entropies(Watching(1.0), split, torch.tensor([0.1, 0.6]).view(2, 1, 1, 1), 0.5, run)
+    values = [float(x.mean()) for x in seen]
+    assert values == pytest.approx([0.85, 1.0])
+
+
+def test_scale_up_counts_the_factors_with_which_a_class_stays(tmp_path: Path) -> None:
+    """Of rows .3 and .25 the first is brighter until both are clipped, where the first column of
+    equal ones is the answer."""
+    module = methods.load("defense", "scale_up").module
+    run = Run(tmp_path, seed=0, device=torch.device("cpu"))
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    images[0, 0, 0] = torch.tensor([60, 80, 0, 0], dtype=torch.uint8)
+    images[1, 0, 0] = torch.tensor([80, 60, 0, 0], dtype=torch.uint8)
+    split = Split(images, torch.zeros(2).long())
+    found = module.consistency(Answers(1.0), split, (2.0, 3.0, 5.0, 9.0), run)
+    assert found.tolist() == [0.5, 1.0], "5 and 9 times 60 and 80 are both more than 255"
+
+
+def test_ibd_psc_scales_the_last_layers_of_a_copy() -> None:
+    module = methods.load("defense", "ibd_psc").module
+    norms = [torch.nn.BatchNorm2d(2) for _ in range(3)]
+    model = torch.nn.Sequential(*norms)
+    for norm in norms:
+        torch.nn.init.constant_(norm.bias, 0.5)
+    changed = module.scaled(model, 2, 1.5)
+    assert [norm.weight[0].item() for norm in changed] == [1.0, 1.5, 1.5]
+    assert [norm.bias[0].item() for norm in changed] == [0.5, 0.75, 0.75]
+    assert all(norm.weight[0].item() == 1 for norm in norms), "the model itself stays"
+    errors = {1: 0.1, 2: 0.6, 3: 0.7, 4: 0.2}
+    assert module.first_above(errors.__getitem__, 4, 0.6) == 3
+    assert module.first_above(errors.__getitem__, 2, 0.6) is None
 
 
 def test_a_random_label_is_never_the_old_one() -> None:
