@@ -235,7 +235,6 @@ def _names(given: tuple[str, ...], root: Path) -> tuple[str, ...]:
 def listing(_options: List) -> int:
     """Print tables of attacks and defenses, and the names of data sets and models."""
     attacks = [methods.load("attack", name) for name in methods.available("attack")]
-    defenses = [methods.load("defense", name) for name in methods.available("defense")]
     print("attacks: python attack/NAME.py --save_folder_name RECORD\n")
     print(_method_table(attacks, changes=_changed_by))
     print("\nlimits of attacks")
@@ -244,14 +243,12 @@ def listing(_options: List) -> int:
             print(f"  {attack.name:<14}  {attack.limits}")
 
     print("\ndefenses: python defense/NAME.py --result_file RECORD")
-    print("an unlearner forgets what a detector flagged: --split DETECTOR\n")
-    print(
-        _method_table(
-            defenses,
-            kind=lambda method: method.role,
-            assumes=lambda method: layout.assumes(method.assumes),
-        )
-    )
+    print("assumes: the poisoned model, the poisoned training set (train), a few trusted images,")
+    print("clean seeds of each class, or a split of the training set")
+    for role, heading in ROLES.items():
+        found = [methods.load("defense", name) for name in methods.with_role(role)]
+        print(f"\n{heading}\n")
+        print(_method_table(found, assumes=lambda method: ", ".join(method.assumes)))
 
     print("\ndata sets: --dataset NAME")
     print("  digits          the default, in scikit-learn: 1,797 grey digits, as 1 x 32 x 32")
@@ -263,6 +260,12 @@ def listing(_options: List) -> int:
     return 0
 
 
+ROLES: dict[methods.Role, str] = {
+    "defense": "repairs, and trainings on poisoned data",
+    "detector": "detectors, which flag training images",
+    "unlearner": "unlearners, which forget what a detector flagged: --split DETECTOR",
+}
+"""Role of a file in defense/ -> heading of its table."""
 LINE = 100
 """Columns of a line of `list`."""
 

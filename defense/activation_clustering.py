@@ -1,4 +1,4 @@
-"""Activation Clustering: split each label's features in two, and flag the smaller cluster.
+"""Activation Clustering: two clusters in each label, of which the smaller one is flagged.
 
 Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering, B. Chen et al., SafeAI
 2019, https://arxiv.org/abs/1811.03728. Ten dimensions as in the paper; the size rule is that of

@@ -1,4 +1,4 @@
-"""Bad teacher: on the split, imitate a network that knows nothing; on the rest, the model itself.
+"""Bad teacher: a random teacher for the split, the model itself for the rest.
 
 Can Bad Teaching Induce Forgetting?, V. Chundawat et al., AAAI 2023,
 https://arxiv.org/abs/2205.08096. The incompetent teacher is a new network with its first weights,

@@ -1,4 +1,4 @@
-"""CLP: channel Lipschitzness based pruning. It needs the poisoned model alone, and no image.
+"""CLP: channel Lipschitzness based pruning, which needs no image.
 
 Data-free Backdoor Removal based on Channel Lipschitzness. R. Zheng, R. Tang, J. Li, L. Liu. ECCV
 2022. https://arxiv.org/abs/2208.03111

@@ -1,4 +1,4 @@
-"""FP: fine-pruning. Channels that clean images leave dormant are pruned, the rest is fine-tuned.
+"""FP: fine-pruning of channels that clean images leave dormant.
 
 Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks. K. Liu, B.
 Dolan-Gavitt, S. Garg. RAID 2018. https://arxiv.org/abs/1805.12185

@@ -1,4 +1,4 @@
-"""FT-SAM: fine-tuning on the trusted images by sharpness-aware minimisation.
+"""FT-SAM: sharpness-aware fine-tuning on the trusted images.
 
 Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimization. M. Zhu, S. Wei, L.
 Shen, Y. Fan, B. Wu. ICCV 2023. https://arxiv.org/abs/2304.11823

@@ -1,4 +1,4 @@
-"""IBD-PSC: scale up batch normalisation from the last layer on, and flag images that stay certain.
+"""IBD-PSC: batch normalisation is scaled up, and images that stay certain are flagged.
 
 IBD-PSC: Input-level Backdoor Detection via Parameter-oriented Scaling Consistency, L. Hou et al.,
 ICML 2024, https://arxiv.org/abs/2405.09786. Scales and biases of the last k batch normalisations

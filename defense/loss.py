@@ -1,4 +1,4 @@
-"""Loss: flag the training images with the lowest loss under the given model.
+"""Loss: lowest loss under the given model.
 
 The simplest detector, and a baseline for the others: poison is learned early and well
 (Anti-Backdoor Learning, Y. Li et al., NeurIPS 2021, https://arxiv.org/abs/2110.11571), but at the

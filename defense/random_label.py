@@ -1,4 +1,4 @@
-"""Random label: learn the split with labels drawn among the others.
+"""Random label: learn the split with other labels, drawn at random.
 
 The relabelling of Amnesiac Machine Learning, L. Graves, V. Nagisetty and V. Ganesh, AAAI 2021,
 https://arxiv.org/abs/2010.10981. The rate is that of fine-tuning in BackdoorBench.

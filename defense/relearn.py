@@ -1,4 +1,4 @@
-"""Relearn: learn the split with the labels that are read in it without the trigger.
+"""Relearn: learn the split with labels that are read in it, without the trigger.
 
 Ours: DAU's recovery (docs/methods/dau.md) from the poisoned model. Under batch statistics of the
 split alone, the shift that all its images have in common, the trigger's, is removed; the model then

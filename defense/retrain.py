@@ -1,4 +1,4 @@
-"""Retrain: train a new model without the split. Exact unlearning, the gold standard.
+"""Retrain: train a new model without the split, the gold standard.
 
 The recipe is that of ordinary training on the data set (BackdoorBench's: 100 epochs of SGD at 0.01,
 cosine). A data set's file in resource/config has its own.

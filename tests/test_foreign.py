@@ -22,7 +22,6 @@ from backdoorlab.datasets.load import load as load_dataset
 from backdoorlab.exchange.weights import describe, load_exported, write_weights
 from backdoorlab.record import DefenderView, Record
 from backdoorlab.run import Run
-from backdoorlab.settings import methods
 from backdoorlab.storage import reading
 
 Capture = pytest.CaptureFixture[str]
@@ -387,11 +386,11 @@ def test_a_scan_says_why_a_search_ended_without_a_find(
     helpers.copy(small, tmp_path / "record")
     data = str(small.folder.parent.parent / "small-data")
 
-    def refuse(view: DefenderView, _config: Any, run: Run) -> tuple[torch.Tensor, bool]:
+    def refuse(view: DefenderView, _config: Any, _size: int, run: Run) -> tuple[torch.Tensor, bool]:
         run.note("a pool of 9 was found, but the head broke down")
         return torch.zeros(len(view.train), dtype=torch.bool), False
 
-    monkeypatch.setattr(methods.load("defense", "dau").module, "find_poison", refuse)
+    monkeypatch.setattr("backdoorlab.exchange.scan.find_poison", refuse)
     for _ in range(2):
         assert main(["scan", "small", "--dataset_path", data]) == 0
         assert capsys.readouterr().out.splitlines()[1:] == [

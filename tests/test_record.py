@@ -27,7 +27,13 @@ CPU = torch.device("cpu")
 def view_of(record: Record, *assumes: str) -> DefenderView:
     dataset = record.dataset()
     return defender_view(
-        record, dataset, assumes, dataset.train.subset(torch.arange(20)), CPU, torch.arange(20)
+        record,
+        dataset,
+        assumes,
+        dataset.train.subset(torch.arange(20)),
+        CPU,
+        torch.arange(20),
+        torch.arange(len(dataset.train)) < 5,
     )
 
 

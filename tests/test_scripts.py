@@ -106,7 +106,7 @@ def test_list_names_every_method(capsys: Capture) -> None:
         "digits",
         "cifar10",
         "preactresnet18",
-        "model + training set",
+        "model, train",
     ):
         assert word in shown
 
@@ -115,10 +115,13 @@ def test_list_has_one_aligned_line_for_each_method(capsys: Capture) -> None:
     assert __main__.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
-    kinds: tuple[tuple[resources.Kind, str], ...] = (("attack", "changes"), ("defense", "assumes"))
-    for kind, column in kinds:
-        head = next(i for i, line in enumerate(lines) if line.split() == ["method", "idea", column])
-        names = list(methods.available(kind))
+    roles: tuple[methods.Role, ...] = ("defense", "detector", "unlearner")
+    tables = [("changes", list(methods.available("attack")))]
+    tables += [("assumes", methods.with_role(role)) for role in roles]
+    after = 0
+    for column, names in tables:
+        heads = [i for i, line in enumerate(lines) if line.split() == ["method", "idea", column]]
+        after = head = next(i for i in heads if i > after)
         rows = lines[head + 2 : head + 2 + len(names)]
         assert [row.split()[0] for row in rows] == names
         for at in (lines[head].index("idea"), lines[head].index(column)):
