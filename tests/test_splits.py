@@ -413,8 +413,10 @@ def test_a_new_detector_and_a_new_unlearner_are_one_file_each(
     root = ("--record_root", str(record.folder.parent))
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    kinds = {line.split()[0]: line.split() for line in out.splitlines() if line}
-    assert "detector" in kinds["odd"] and "unlearner" in kinds["zero"] and "defense" in kinds["ft"]
+    repairs, _, others = out.partition("\ndetectors,")
+    detectors, _, unlearners = others.partition("\nunlearners,")
+    for name, listed in (("ft", repairs), ("odd", detectors), ("zero", unlearners)):
+        assert f"\n{name} " in listed and out.count(f"\n{name} ") == 1
     assert main(["defense", "odd", "--result_file", "small", *root]) == 0
     assert "10 flagged" in capsys.readouterr().out
     assert main(["defense", "zero", "--result_file", "small", "--split", "odd", *root]) == 0
