@@ -25,9 +25,10 @@ class FinetuneConfig(GuardConfig):
     """Passes over the trusted images. More remove more of the backdoor, and cost clean accuracy
     where trusted images are few."""
     lr: float = 0.01
-    """Learning rate of SGD at the start of the cosine, which ends at 0."""
+    """Learning rate at the start of the cosine."""
     batch_size: int = 256
-    """Images a step; the last batch of an epoch is smaller. Smaller batches take more steps."""
+    """Images a step; the last batch of an epoch is smaller. Smaller batches take more steps, which
+    remove more of the backdoor."""
     momentum: float = 0.9
     """SGD's momentum."""
     weight_decay: float = 5e-4
@@ -56,7 +57,7 @@ def make_sgd(model: nn.Module, config: FinetuneConfig) -> torch.optim.SGD:
 def make_cosine(
     optimizer: torch.optim.Optimizer, epochs: int
 ) -> torch.optim.lr_scheduler.CosineAnnealingLR:
-    """Make the cosine that ends at the last epoch."""
+    """Make the cosine that falls to 0 in so many epochs."""
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, epochs))
 
 
@@ -88,6 +89,7 @@ def finetune(
     *,
     stage: str = "finetune",
     epochs: int | None = None,
+    schedule_epochs: int | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> nn.Module:
     """Train all weights in place on the trusted images, augmented as in ordinary training.
@@ -100,12 +102,13 @@ def finetune(
         run: the context of the defense.
         stage: name of the stage.
         epochs: in place of the config's.
+        schedule_epochs: in which the cosine falls to 0; None: in all of them.
         after_step: is called after each step, such as to keep what is pruned at 0.
     """
     total = config.epochs if epochs is None else epochs
     # Graphs are captured before the first epoch, for the modes of a training.
     optimizer = make_sgd(model, config)
-    schedule = make_cosine(optimizer, total)
+    schedule = make_cosine(optimizer, schedule_epochs or total)
     forward = make_forward(model, trusted, config.batch_size, total, run)
 
     for _ in guarded_epochs(run, stage, total, trusted, config, model, optimizer, schedule):

@@ -19,7 +19,7 @@ from ..device import choose_device, keep_freed_memory, seed_everything
 from ..errors import UserError, one_line, suggest
 from ..execution.environment import environment
 from ..record import Record, every_name, load_weights, record_root
-from ..storage import locks, reading, writing
+from ..storage import locks, reading, schema, writing
 from ..tables import audits, layout
 from ..tables import rows as measured
 from . import controls, linear_path, reactivate, retune, score, similarity, view
@@ -325,7 +325,7 @@ def _finish(one: Subject, of_controls: Mapping[str, Subject], options: Audit) ->
 def _write(one: Subject, summary: Mapping[str, Any], why: Sequence[str], options: Audit) -> None:
     # A file that says the same already keeps its time and its machine.
     content = {
-        "format": audits.FORMAT,
+        "format": schema.AUDIT_FORMAT,
         "kind": one.kind,
         "model": one.model,
         "settings": _settings(options),

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from ..data import NO_AUGMENT, Split, batches, to_bytes
+from ..tables import audits
 from .tuning import fine_tune
 from .view import AttackerView, too_few
 
-COUNTS = (0, 1, 5, 20)
-"""Numbers n of poisoned images in R."""
+COUNTS = tuple(map(int, audits.COUNTS))
+"""Numbers n of poisoned images in R: those that tables have columns for."""
 DRAWS = range(3)
 """The draws of R whose mean is reported."""
 CHECKS = range(3, 6)

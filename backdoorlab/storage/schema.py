@@ -28,6 +28,8 @@ ASSUMABLE = {
     "split": "split",
 }
 """What a defense may assume, with the table's words for it."""
+AUDIT_FORMAT = 1
+"""Version of an audit's file."""
 DETECTOR = "detector"
 """The `kind` of a result that has a split and no model."""
 UNKNOWN = "unknown"
@@ -192,10 +194,10 @@ def check_audit(path: Path, content: Mapping[str, Any]) -> None:
     _refuse_missing(
         path, content, ("format", "kind", "model", "settings", "tests", "summary", "why")
     )
-    if content["format"] != 1:
+    if content["format"] != AUDIT_FORMAT:
         raise UserError(
             f"{path}: an audit of format {str(content['format'])[:20]}, but this version reads"
-            " format 1: audit the record again with --overwrite True"
+            f" format {AUDIT_FORMAT}: audit the record again with --overwrite True"
         )
     summary = _object(path, content, "summary")
     # Of the tests only the summary is ever shown.

@@ -10,8 +10,6 @@ from ..storage.schema import check_audit
 
 FILE = "depth.json"
 """The file of an audit, beside result.json."""
-FORMAT = 1
-"""Version of that file."""
 COUNTS = ("0", "1", "5", "20")
 """Numbers of poisoned images of the retuning attack."""
 DEEP = 0.8
