@@ -27,8 +27,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Batch, to_device
 from backdoorlab.engine import random_batches
-from backdoorlab.pruning import Masks, masked, prune_by_masks
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pruning import Masks, masked, prune_by_masks
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")

@@ -21,8 +21,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import SplitConfig
 from backdoorlab.losses import cross_entropy
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.unlearning import UnlearningConfig, note_what_stays, train_on
 from backdoorlab.run import Run
-from backdoorlab.unlearning import UnlearningConfig, note_what_stays, train_on
 
 ASSUMES = ("model", "train", "split")
 

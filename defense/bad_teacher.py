@@ -22,8 +22,8 @@ from backdoorlab.config import SplitConfig
 from backdoorlab.data import NO_AUGMENT, batches, to_device
 from backdoorlab.losses import divergence
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.unlearning import UnlearningConfig, descent, note_what_stays
 from backdoorlab.run import Run
-from backdoorlab.unlearning import UnlearningConfig, descent, note_what_stays
 
 ASSUMES = ("model", "train", "split")
 

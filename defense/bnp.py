@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, in_order
-from backdoorlab.pruning import above, batch_norms, prune
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pruning import above, batch_norms, prune
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")

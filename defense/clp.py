@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.errors import UserError
-from backdoorlab.pruning import BatchNorm, above, batch_norms, prune
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pruning import BatchNorm, above, batch_norms, prune
 from backdoorlab.run import Run
 
 ASSUMES = ("model",)

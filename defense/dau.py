@@ -16,7 +16,7 @@ Assumes: the poisoned training set and the model trained on it. No clean image, 
      model reads in it once the trigger's common shift is removed.
 
 Departs from the port, with reasons and effects in docs/methods/dau.md:
-  - The port draws its pool from the true poison. Ours is searched for (poison_search.py).
+  - The port draws its pool from the true poison. Ours is searched for (poison_search/pool.py).
   - Anti-learning runs on cached evaluation-mode features. The median of several heads decides,
     because one is noisy; their gradients are clipped, because at beta = 1000 they overshoot.
   - What anti-learning took is measured against the poisoned model's own probability, not by a fixed
@@ -36,19 +36,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from backdoorlab.anti_learning import AntiLearningConfig, find_poison
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.errors import UserError
 from backdoorlab.losses import cce, cross_entropy
+from backdoorlab.poison_search.anti_learning import AntiLearningConfig, find_poison
 from backdoorlab.record import DefenderView
-from backdoorlab.run import Run
-from backdoorlab.unlearning import (
+from backdoorlab.repair.unlearning import (
     UnlearningConfig,
     labels_without_trigger,
     note_what_stays,
     train_on,
 )
+from backdoorlab.run import Run
 
 ASSUMES = ("model", "train")
 

@@ -17,7 +17,7 @@ Departs: the loss of accuracy is measured on half of the trusted images; Backdoo
 test images, and the network that it keeps is the first beyond the limit, for all its steps are one
 object. All images are fine-tuned on. Pooled features of some networks may be negative
 (pre-activation networks have no ReLU before the pooling): a channel's size is the absolute value.
-A guard undoes epochs that destroy the model (backdoorlab/guard.py).
+A guard undoes epochs that destroy the model (backdoorlab/repair/guard.py).
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import to_device
 from backdoorlab.features import extract
-from backdoorlab.finetuning import FinetuneConfig, finetune
 from backdoorlab.models import Classifier, linear_classifier
-from backdoorlab.pruning import furthest
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.finetuning import FinetuneConfig, finetune
+from backdoorlab.repair.pruning import furthest
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")

@@ -11,8 +11,8 @@ shift: the loss is cross-entropy + alpha <w, w_orig>. After each step w gets the
 back.
 
 Departs: the last layer is the network's own classifier; the published code looks for a name. A
-guard undoes epochs that destroy the model (backdoorlab/guard.py); before the last epoch it lets the
-new layer learn.
+guard undoes epochs that destroy the model (backdoorlab/repair/guard.py); before the last
+epoch it lets the new layer learn.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import batches, to_device
-from backdoorlab.finetuning import FinetuneConfig, make_cosine, make_forward, make_sgd
-from backdoorlab.guard import guarded_epochs
 from backdoorlab.models import linear_classifier
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.finetuning import FinetuneConfig, make_cosine, make_forward, make_sgd
+from backdoorlab.repair.guard import guarded_epochs
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")

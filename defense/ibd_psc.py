@@ -25,8 +25,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, in_order, to_device
 from backdoorlab.detection import Detection
-from backdoorlab.pruning import accuracy_on, batch_norms
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pruning import accuracy_on, batch_norms
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "train", "trusted")

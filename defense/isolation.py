@@ -17,8 +17,8 @@ from backdoorlab.config import DefenseConfig
 from backdoorlab.data import to_device
 from backdoorlab.detection import Detection, highest
 from backdoorlab.features import extract
-from backdoorlab.isolation import isolate
 from backdoorlab.losses import cross_entropy
+from backdoorlab.poison_search.isolation import isolate
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 

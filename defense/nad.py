@@ -14,7 +14,8 @@ Departs: features of the student come from the pass that its loss comes from; Ba
 three further passes in training mode a step, which moves the batch statistics four times. Maps are
 those of the network's last three stages; for PreAct-ResNets BackdoorBench's third is the pooled
 output, whose map is 1 whatever it is. The student's rate is 0.01 throughout, the published code's
-0.1 in the first two epochs. A guard undoes epochs that destroy the model (backdoorlab/guard.py).
+0.1 in the first two epochs. A guard undoes epochs that destroy the model
+(backdoorlab/repair/guard.py).
 """
 
 from collections.abc import Iterator
@@ -31,10 +32,10 @@ from backdoorlab.config import DefenseConfig
 from backdoorlab.data import batches, to_device
 from backdoorlab.errors import UserError
 from backdoorlab.features import maps_of
-from backdoorlab.finetuning import FinetuneConfig, finetune
-from backdoorlab.guard import guarded_epochs
 from backdoorlab.models import Classifier, trained_weights
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.finetuning import FinetuneConfig, finetune
+from backdoorlab.repair.guard import guarded_epochs
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")

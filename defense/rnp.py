@@ -28,8 +28,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, batches, to_device
 from backdoorlab.models import trained_weights
-from backdoorlab.pruning import Masks, masked, prune_by_masks
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pruning import Masks, masked, prune_by_masks
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")

@@ -23,8 +23,8 @@ from backdoorlab.config import SplitConfig
 from backdoorlab.data import NO_AUGMENT, Batch, Split, batches, to_device
 from backdoorlab.losses import cross_entropy, divergence
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.unlearning import note_what_stays
 from backdoorlab.run import Run
-from backdoorlab.unlearning import note_what_stays
 
 ASSUMES = ("model", "train", "split")
 Loss = Callable[[Batch, Tensor, Tensor], Tensor]

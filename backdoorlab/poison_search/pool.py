@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .features import Features
-from .groups.measuring import Group, Measured, measure
-from .run import Run
+from ..features import Features
+from ..groups.measuring import Group, Measured, measure
+from ..run import Run
 
 SPREADS = "robust standard deviations"
 ALIKE = 2

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Split, batches, to_float
-from .perturb import frozen
-from .run import Run
+from ..data import Split, batches, to_float
+from ..perturb import frozen
+from ..run import Run
+from ..triggers import patch_side
 from .stacked import Mine, Stacked, StackedNorm
-from .triggers import patch_side
 
 SLICE = 16
 """Numbers of the latent code that enter each of the generator's four layers."""

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .data import NO_AUGMENT, Split, batches, to_device
-from .engine import Forward
-from .features import adapted, predictions
-from .losses import cross_entropy
-from .models import paused
-from .record import DefenderView
-from .run import Run
+from ..data import NO_AUGMENT, Split, batches, to_device
+from ..engine import Forward
+from ..features import adapted, predictions
+from ..losses import cross_entropy
+from ..models import paused
+from ..record import DefenderView
+from ..run import Run
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Logits (B, K), labels int64 (B,) and which of them to unlearn, bool (B,) -> ()."""

@@ -27,8 +27,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from .data import Split, in_order
-from .run import Run
+from ..data import Split, in_order
+from ..run import Run
 
 ENOUGH = 1000
 """Trusted images that are enough: of more, every second, third and so on is classified. With 1,000
