@@ -1,6 +1,6 @@
 """What the attacker knows of a record: the data, the poison, the trigger and the target label.
 
-No defense ever holds one of these (tests/test_depth.py).
+No defense ever holds one of these (tests/depth/test_depth.py).
 """
 
 from dataclasses import dataclass
