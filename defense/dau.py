@@ -73,6 +73,10 @@ class Config(AntiLearningConfig, UnlearningConfig, DefenseConfig):
 
     RANGES: ClassVar[dict[str, str]] = {"recovery_epochs": ">= 0"}
 
+    @property
+    def only_scores(self) -> bool:
+        return self.subtask == "test"
+
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
     # Steps 1 to 3, which --subtask anti_learning stops after.
