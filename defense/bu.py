@@ -196,6 +196,7 @@ def unlearn(
     for _ in guarded_epochs(run, "unlearn", config.epochs, held_out, config, model, optimizer):
         model.eval()
         if config.penalty == "weighted":
+            # Which weights clean images need now, and not at the start.
             omega = importance(model, search, config, run)
         else:
             omega = [torch.ones_like(weight) for weight in weights]

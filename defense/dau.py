@@ -87,6 +87,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
     if not flagged.any():
         return view.load_model()
 
+    # Step 4, and step 5 where it is asked for.
     model = unlearn(view, flagged, config, run)
     note_what_stays(model, view.train, flagged, run)
     if config.recovery_epochs:
@@ -124,6 +125,7 @@ def unlearning_loss(logits: Tensor, labels: Tensor, poisoned: Tensor, config: Co
     if config.loss == "gga":
         unlearned = -learned
     elif config.loss == "both":
+        # Gradient ascent has no end of its own: it is bounded.
         ascent = learned if config.ascent_cap is None else learned.clamp_max(config.ascent_cap)
         unlearned = cce(logits, labels) - config.tau * ascent
     else:

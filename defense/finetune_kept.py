@@ -26,6 +26,7 @@ class Config(UnlearningConfig, SplitConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
+    # The split is never shown again.
     kept, model = (~view.split).nonzero().squeeze(1), view.load_model()
     train_on(
         "finetune",

@@ -62,6 +62,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         last.weight.mul_(kept)
 
     keep_pruned()
+    # Step 3: fine-tuning would move the pruned columns, so each step ends by clearing them.
     return finetune(model, trusted, view, config, run, after_step=keep_pruned)
 
 
@@ -70,6 +71,8 @@ def dormant(
     model: Classifier, last: nn.Linear, view: DefenderView, config: Config, run: Run
 ) -> Tensor:
     """Choose the channels to prune, bool (D,), by two halves of the trusted images."""
+    # One half of the trusted images ranks the channels (step 1), the other one judges how many may
+    # go (step 2).
     features = extract(model, view.trusted, run)
     order = torch.randperm(len(view.trusted), generator=run.generator).to(run.device)
     ranked_by, held_out = order.chunk(2) if len(order) > 1 else (order, order)

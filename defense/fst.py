@@ -55,6 +55,7 @@ class Config(FinetuneConfig, DefenseConfig):
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, trusted = view.load_model(), to_device(view.trusted, run.device)
     last = linear_classifier(model)
+    # w_orig, which the new layer is pushed away from.
     original = last.weight.detach().clone()
     optimizer = make_sgd(model, config)
     schedule = make_cosine(optimizer, config.epochs)
@@ -75,8 +76,10 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
             augment=view.augment,
         ):
             loss = F.cross_entropy(forward(batch.images).float(), batch.labels)
+            # CE + alpha <w, w_orig>.
             loss = loss + config.alpha * (last.weight * original).sum()
             run.step(optimizer, loss)
+            # Of a free length, w could lower the inner product without end.
             rescale(last.weight, original)
         schedule.step()
     return model

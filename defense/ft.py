@@ -36,6 +36,7 @@ class Config(FinetuneConfig, DefenseConfig):
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, trusted = view.load_model(), to_device(view.trusted, run.device)
+    # A cosine of more epochs than are run ends above 0, as BackdoorBench's may.
     return finetune(model, trusted, view, config, run, schedule_epochs=config.schedule_epochs)
 
 

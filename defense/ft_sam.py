@@ -107,8 +107,10 @@ def sharpness_aware_step(
     # The first pass also moves the batch statistics.
     loss = loss_here()
     gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+    # The gradient at w + e, with the batch statistics that the first pass left.
     with moved(weights, ascent(weights, gradients, config.rho)), still_statistics(model):
         gradients = torch.autograd.grad(loss_here(), weights, materialize_grads=True)
+    # It is applied at w: the weights have come back.
     run.step(optimizer, loss, gradients)
 
 

@@ -134,6 +134,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     ):
         # Step 1: delta raises the loss of all images.
         model.eval()
+        # One delta for all images, from 0 in every round.
         delta = torch.zeros(1, *view.image_shape, device=run.device)
         searched = search_batches(trusted, augment, config, run)
         with frozen(model):
@@ -143,6 +144,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         # Step 2: theta lowers the loss where some images carry delta, along the total derivative.
         for batch in one_pass(trusted, augment, config, run):
             size, seen = len(batch.labels), first or batch
+            # A few images of the batch carry delta, the others keep what is right as it is.
             carrying = carriers(size, count(size, config.patched), run)
             with differentiable_twice():
                 found = hypergradient(
@@ -156,6 +158,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
                     solve,
                 )
 
+            # The gradients are the direct part and the implicit part together.
             run.step(optimizer, found.loss, found.gradients)
             schedule.step()
             if config.K:

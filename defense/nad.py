@@ -66,9 +66,13 @@ class Config(FinetuneConfig, DefenseConfig):
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     trusted = to_device(view.trusted, run.device)
+
+    # Step 1: the teacher.
     teacher = view.load_model()
     finetune(teacher, trusted, view, config, run, stage="teacher", epochs=config.teacher_epochs)
     teacher.eval().requires_grad_(False)
+
+    # Step 2: the student, which starts from the poisoned model and not from the teacher.
     model = view.load_model()
     optimizer = torch.optim.SGD(
         trained_weights(model),
@@ -88,6 +92,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
             generator=run.generator,
             augment=view.augment,
         ):
+            # Attention of the teacher, and of the student in the pass that its loss comes from.
             with torch.no_grad(), run.autocast(), stage_maps(teacher, config) as wanted:
                 teacher(batch.images)
             with run.autocast(), stage_maps(model, config) as found:

@@ -45,6 +45,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     changed = labels != view.train.labels.cpu()
     run.note(f"another label was read in {int(changed.sum()):,} of {int(flagged.sum()):,} images")
 
+    # What still shows its own label may be clean, or poison of the target class: it is left out.
     index = (~flagged | changed).nonzero().squeeze(1)
     train = dataclasses.replace(view.train, labels=labels)
     return train_on(

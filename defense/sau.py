@@ -246,6 +246,7 @@ def training_loss(
     """
     with torch.no_grad(), run.autocast():
         wrong = poisoned(x + delta).argmax(1)
+    # Only where the perturbation fools the poisoned model is there a wrong class to unlearn.
     fooled = (wrong != y) & (wrong != believed)
 
     model.train(config.train_bn)

@@ -106,12 +106,14 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
             with run.autocast():
                 logits = model(batch.images).float()
                 with torch.no_grad():
+                    # The teacher is the model as it came, in both kinds of pass.
                     taught = teacher(batch.images).float()
             run.step(optimizer, loss(batch, logits, taught))
 
     for epoch in run.epochs(
         "scrub", config.epochs, model=model, optimizer=optimizer, scheduler=scheduler
     ):
+        # Max-steps on the split in the first epochs, min-steps on the rest in all of them.
         if epoch < config.max_epochs:
             one_pass(forget, away)
         one_pass(kept, near)

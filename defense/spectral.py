@@ -50,6 +50,7 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
             continue
         scores = outlyingness(features.pooled[members])
         suspicion[members] = scores.float()
+        # In every label, because nobody knows which one is the target.
         flagged[members] = highest(scores, min(0.5, config.factor * config.assumed_rate))
     return Detection(suspicion, flagged)
 

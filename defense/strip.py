@@ -58,6 +58,7 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
     run.note(
         f"entropy below {threshold:.3f} nats is flagged; trusted images have {known.mean():.3f}"
     )
+    # Low entropy is suspicious: the trigger decides whatever else is in the image.
     return Detection(-found, found < threshold)
 
 
