@@ -149,6 +149,7 @@ def infer_target(
     best = scores.amax(1)
     target = int(best.argmax())
     others = best.clone()
+    # Lower than any share, so that the maximum is that of another class.
     others[target] = -1
     margin = best[target] - others.max()
     order = best.argsort(descending=True).tolist()

@@ -87,9 +87,11 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.decay_epochs))
 
     def away(batch: Batch, logits: Tensor, taught: Tensor) -> Tensor:
+        # The max-step: away from the teacher.
         return -divergence(logits, taught, config.temperature).mean()
 
     def near(batch: Batch, logits: Tensor, taught: Tensor) -> Tensor:
+        # The min-step: gamma CE + alpha KL.
         kept = config.gamma * cross_entropy(logits, batch.labels)
         return (kept + config.alpha * divergence(logits, taught, config.temperature)).mean()
 

@@ -58,6 +58,7 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
 def outlyingness(x: Tensor) -> Tensor:
     """Squared coordinate of centred features along their first right singular vector:
     (n, D) -> float64 (n,)."""
+    # Centred, as in the paper; BackdoorBench's features are not.
     centred = (x.double() - x.double().mean(0)).T
     return (main_directions(centred, 1) @ centred).squeeze(0).square()
 

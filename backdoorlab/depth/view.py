@@ -45,6 +45,7 @@ class AttackerView:
     def untouched(self) -> Tensor:
         """Positions of the training images that the attack left alone, int64 (N,)."""
         touched = torch.zeros(len(self.dataset.train), dtype=torch.bool)
+        # Cover samples, too: they carry the trigger.
         touched[self.record.train_poison.index] = True
         return (~touched).nonzero().squeeze(1)
 

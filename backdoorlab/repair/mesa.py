@@ -96,6 +96,7 @@ class Generators(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         *codes, last = z.split(SLICE, dim=2)
+        # Nothing but its part of the code enters the first layer.
         h = z[:, :, :0]
         for code, layer, norm in zip(codes, self.layers, self.norms, strict=True):
             h = F.leaky_relu(norm(layer(torch.cat([h, code], 2))), 0.2)
