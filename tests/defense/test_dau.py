@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab import anti_learning as detection
-from backdoorlab import poison_search as search
-from backdoorlab import unlearning
 from backdoorlab.data import NO_AUGMENT, Split, to_float
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, predictions
 from backdoorlab.groups import content, splitting
+from backdoorlab.poison_search import anti_learning as detection
+from backdoorlab.poison_search import pool as search
 from backdoorlab.record import Record
+from backdoorlab.repair import unlearning
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
 
