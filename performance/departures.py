@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -170,12 +171,15 @@ def ordinary_passes(asd: ModuleType) -> AbstractContextManager[None]:
     return replaced(asd, "statistics_of", lambda _ours: lambda _model, _passes: nullcontext())
 
 
-def first_step_only(bu: ModuleType) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def first_step_only(bu: ModuleType) -> Iterator[None]:
     """BU, with --train_bn True: batch statistics end with the first step of an epoch."""
+    ended = itertools.count()
 
     def end(model: nn.Module, _images: Any, _logits: Any) -> None:
         if model.training:
             model.eval()
+            next(ended)
 
     def make(ours: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         def unlearn(model: nn.Module, *rest: Any) -> nn.Module:
@@ -187,7 +191,9 @@ def first_step_only(bu: ModuleType) -> AbstractContextManager[None]:
 
         return unlearn
 
-    return replaced(bu, "unlearn", make)
+    with replaced(bu, "unlearn", make):
+        yield
+    assert next(ended), "no step of unlearning had batch statistics"
 
 
 def fresh_triggers(bu: ModuleType) -> AbstractContextManager[None]:
@@ -447,6 +453,8 @@ def defended(side: Side, name: str, record: Record, seed: int, *flags: str) -> d
         which = ("--seed", str(seed), "--run_name", folder.name)
         argv = [*place, *which, *EXACT, *side.flags, *flags]
         job = defense_job(method, argv, "departures.py")
+        # What is replaced may have a state that no checkpoint knows: never continued.
+        shutil.rmtree(folder.with_name(f"{folder.name}.partial"), ignore_errors=True)
         with contextlib.redirect_stdout(sys.stderr), side.change(method.module):
             run_defense(job)
     return read_result(folder)
