@@ -29,6 +29,9 @@ CHECKS = range(3, 6)
 """Other draws, by which a control is compared with itself."""
 SHARE, LEAST = 0.02, 144
 """Size of R as a share of the training set, and its least size."""
+MEASURED = 2000
+"""Test images by which a tuned model is measured, at most: a share of them is within .02 of that
+of all in 95 of 100 draws, and most of an audit's time on a large set would go into them."""
 EPOCHS, LR, BATCH_SIZE = 5, 0.01, 128
 """Of the published fine-tuning."""
 
@@ -53,8 +56,8 @@ def retune(
         draws: the draws of R; equal ones are equal images for each model and n.
 
     Returns:
-        `p_asr` and `clean_accuracy`: n as text -> one value in [0, 1] for each draw; `o_asr` and
-        `o_clean_accuracy`: the same before any fine-tuning.
+        `p_asr` and `clean_accuracy`: n as text -> one value in [0, 1] for each draw, by MEASURED
+        images; `o_asr` and `o_clean_accuracy`: before any fine-tuning, by all images.
     """
     found: dict[str, Any] = {
         "o_asr": view.asr(model),
@@ -66,8 +69,8 @@ def retune(
     chosen = list(draws)
     for count in counts:
         tuned = [_tuned(view, model, count, draw) for draw in chosen]
-        found["p_asr"][str(count)] = [view.asr(one) for one in tuned]
-        found["clean_accuracy"][str(count)] = [view.clean_accuracy(one) for one in tuned]
+        found["p_asr"][str(count)] = [view.asr(one, MEASURED) for one in tuned]
+        found["clean_accuracy"][str(count)] = [view.clean_accuracy(one, MEASURED) for one in tuned]
     return found
 
 

@@ -66,18 +66,27 @@ class AttackerView:
         order = torch.randperm(len(self.untouched), generator=generator)
         return self.dataset.train.subset(self.untouched[order[:count]])
 
-    def asr(self, model: nn.Module) -> float:
-        """Return the share of triggered test images that are classified as the target."""
-        return self.share(model, self._triggered_split)
+    def asr(self, model: nn.Module, most: int | None = None) -> float:
+        """Return the share of triggered test images, or of `most` of them, that are classified as
+        the target."""
+        return self.share(model, self._some("triggered", self._triggered_split, most))
 
-    def clean_accuracy(self, model: nn.Module) -> float:
-        """Return the share of clean test images that are classified correctly."""
-        return self.share(model, self._test)
+    def clean_accuracy(self, model: nn.Module, most: int | None = None) -> float:
+        """Return the share of clean test images, or of `most` of them, that are classified
+        correctly."""
+        return self.share(model, self._some("clean", self._test, most))
 
     def share(self, model: nn.Module, split: Split) -> float:
         """Return the share of images that get the label beside them."""
         answers = predict(model, split, self.device)
         return (answers == split.labels.cpu()).double().mean().item()
+
+    def _some(self, name: str, split: Split, most: int | None) -> Split:
+        """Draw at most so many images, the same ones for each model."""
+        if most is None or len(split) <= most:
+            return split
+        order = torch.randperm(len(split), generator=self.generator(f"measured {name}"))
+        return split.subset(order[:most])
 
     @cached_property
     def _triggered_split(self) -> Split:

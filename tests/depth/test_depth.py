@@ -463,3 +463,15 @@ def test_a_page_draws_what_came_back_of_audited_results_alone(
     assert set(marks) == {"none", "ft"}
     names = [c.name for c in charts.overview(artifacts.gather([poisoned]))]
     assert names == ["accuracy_asr", "costs"], "a control: nothing was audited"
+
+
+def test_a_large_test_set_is_measured_by_the_same_part_for_each_model(poisoned: Record) -> None:
+    view, model = attacker(poisoned), poisoned.model()
+    whole = view._triggered_split
+    assert len(whole) > 10 and view.asr(model, len(whole)) == view.asr(model)
+    part, again, other = (
+        v._some("triggered", whole, 10) for v in (view, view, attacker(poisoned, 1))
+    )
+    assert len(part) == 10 and torch.equal(part.images, again.images)
+    assert not torch.equal(part.images, other.images), "a control: another seed, another part"
+    assert view.asr(model, 10) == view.share(model, part)
