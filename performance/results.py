@@ -25,7 +25,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +110,20 @@ def block(command: str, path: Path, root: Path) -> tuple[str, dict[Path, bytes]]
             case ["python", "performance/results.py", "about", store]:
                 return about(Path(store)), {}
             case ["python", "performance/results.py", "heat_map", file, *stores] if stores:
+                boards = [one for store in stores for one in board.boards(_rows(Path(store)))]
                 picture = root / file
-                drawn = heat_map.svg(
-                    [one for store in stores for one in board.boards(_rows(Path(store)))]
-                )
                 link = os.path.relpath(picture, path.parent).replace(os.sep, "/")
-                return f"![{_said(stores)}]({link})\n", {picture: drawn.encode()}
+                return f"![{_said(boards)}]({link})\n", {picture: heat_map.svg(boards).encode()}
     raise UserError(f"{path}: no block is made by {command!r}: see performance/results.py")
 
 
 def _table(argv: Sequence[str], command: str) -> str:
     """Return what a command prints, in a fence where it is plain text."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        if commands.main(list(argv)) != 0:
-            raise UserError(f"{command}: failed")
+    printed, complaints = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
+        code = commands.main(list(argv))
+    if code != 0:
+        raise UserError(f"{command}: {complaints.getvalue().strip()}")
     text = printed.getvalue()
     return f"\n{text}\n" if "markdown" in argv else f"```\n{text}```\n"
 
@@ -133,14 +132,13 @@ def _rows(store: Path) -> list[rows.Row]:
     return rows.rows(stored.readable(every_name(store), store))
 
 
-def _said(stores: Sequence[str]) -> str:
+def _said(boards: Iterable[board.Board]) -> str:
     """Describe the heat map for those who do not see it."""
-    names = ", ".join(
+    sizes = "; ".join(
         f"{len(one.attacks)} attacks and {len(one.defenses) - 1} defenses on {one.dataset}"
-        for store in stores
-        for one in board.boards(_rows(Path(store)))
+        for one in boards
     )
-    return f"ASR and depth of {names}: the numbers are in the tables of docs/results"
+    return f"ASR and depth of {sizes}: the tables of docs/results have the numbers"
 
 
 # --- what measured a store
@@ -165,13 +163,10 @@ def about(store: Path) -> str:
 
 def _infos(store: Path) -> list[Mapping[str, Any]]:
     """Read record.json and every result.json of a store."""
-    records = stored.readable(every_name(store), store)
-    results_of: Callable[[Path], Iterable[Path]] = rows.result_folders
-    return [
-        info
-        for record in records
-        for info in (record.info, *(read_result(folder) for folder in results_of(record.folder)))
-    ]
+    found: list[Mapping[str, Any]] = []
+    for record in stored.readable(every_name(store), store):
+        found += [record.info, *map(read_result, rows.result_folders(record.folder))]
+    return found
 
 
 def _seeds(infos: Iterable[Mapping[str, Any]]) -> list[str]:
