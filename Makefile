@@ -6,7 +6,7 @@ RECORDS := $(or $(BACKDOORLAB_RECORDS),record)
 # Two waiting threads that spin slow each other down many times over on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test coverage test-processors docs tutorial gpu bench clean
+.PHONY: demo test coverage test-processors docs tutorial gpu bench results clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 	[ -f $(RECORDS)/demo/record.json ] || $(RUN) attack/badnet.py --save_folder_name demo
 	for name in asd bu dau ft ibau sau; do \
 	    [ -f $(RECORDS)/demo/defense/$$name/seed0/result.json ] || $(RUN) defense/$$name.py --result_file demo || exit; done
-	$(RUN) -m backdoorlab table demo
+	$(RUN) -m backdoorlab table demo --missing False
 
 # The page's tests drive Chromium (Debian: apt-get install chromium chromium-driver) and are skipped without it.
 test: $(VENV)/installed-dev
@@ -57,6 +57,10 @@ gpu:
 
 bench: $(VENV)/installed
 	$(RUN) -m performance
+
+# Tables, pictures and numbers of README.md and docs/ from docs/results/stored: seconds, and nothing is trained.
+results: $(VENV)/installed
+	$(RUN) performance/results.py
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .coverage

@@ -17,7 +17,7 @@ from .execution.output import lasting_output
 from .record import Record, every_name, record_root
 from .settings import methods
 from .settings.parse import as_flags
-from .tables import formats, layout
+from .tables import formats, layout, stored
 from .tables import rows as measured
 
 
@@ -79,7 +79,7 @@ def table(
         format: how the table is written.
         mean: show means over seeds.
         worst: show the worst seed of each defense.
-        root: folder of records, as --record_root.
+        root: folder of records, as --record_root, or a store of results.
     """
     if format not in get_args(formats.Format):
         raise UserError(
@@ -90,8 +90,9 @@ def table(
     # With no name given, a damaged record must not hide the others.
     place = record_root(root)
     damaged: list[measured.Damaged] = []
+    found: Sequence[measured.Measured]
     if records is None:
-        found = measured.readable(every_name(place), place, damaged.append)
+        found = stored.readable(every_name(place), place, damaged.append)
     else:
         named = [records] if isinstance(records, (str, Record)) else records
         found = [

@@ -14,7 +14,7 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGE = CHECKOUT / "backdoorlab"
-NAMED = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+NAMED = ("README.md", "README_zh.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 PAGES = sorted([*(CHECKOUT / name for name in NAMED), *(CHECKOUT / "docs").rglob("*.md")])
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
 PROSE, LENGTH = 1200, 1600

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import one_line
-from ..record import Record
 from ..settings import methods
 from ..storage.schema import ASSUMABLE, DETECTOR
 from . import formats, notes
@@ -63,11 +62,12 @@ COLLAPSED = " COLLAPSED"
 
 
 def table(
-    records: Iterable[Record],
+    records: Iterable[measured.Measured],
     form: Format = "text",
     *,
     mean: bool = False,
     worst: bool = False,
+    missing: bool = True,
     on_damage: Callable[[Damaged], None] = measured.refuse,
 ) -> Table:
     """Make the table of `python -m backdoorlab table`.
@@ -77,6 +77,7 @@ def table(
         form: Format that it will be written in.
         mean: Show the mean over seeds of each experiment in place of each run.
         worst: As `mean`, but show the worst seed's own numbers.
+        missing: Show each known defense that was not run as a row without numbers.
         on_damage: Called with each damaged result, which is then left out. The default raises.
 
     Returns:
@@ -85,7 +86,7 @@ def table(
     if mean or worst:
         return means(measured.rows(records, on_damage=on_damage), form, worst=worst)
     every = list(records)
-    return _of_runs(rows(every, on_damage), notes.of_controls(every))
+    return _of_runs(rows(every, on_damage, missing), notes.of_controls(every))
 
 
 def show(table: Table, form: Format) -> None:
@@ -106,12 +107,15 @@ def complain(damaged: Sequence[Damaged]) -> int:
 
 
 def rows(
-    records: Iterable[Record], on_damage: Callable[[Damaged], None] = measured.refuse
+    records: Iterable[measured.Measured],
+    on_damage: Callable[[Damaged], None] = measured.refuse,
+    missing: bool = True,
 ) -> list[Row]:
     """List each record as it was attacked, then each known defense on it.
 
-    A defense that was not run, or whose result is damaged, is a row without numbers. `on_damage`
-    is called with each damaged result; the default raises.
+    A defense that was not run, or whose result is damaged, is a row without numbers; without
+    `missing`, only those that are damaged are. `on_damage` is called with each damaged result; the
+    default raises.
     """
     found = []
     for record in records:
@@ -124,7 +128,7 @@ def rows(
         # A defense that is not installed here is shown if it has a result.
         # Detectors and unlearners have a row for each result only.
         known = {
-            *methods.with_role("defense"),
+            *(methods.with_role("defense") if missing else ()),
             *(row.defense for row in every),
             *(one.defense for one in damaged),
         }

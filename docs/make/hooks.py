@@ -39,7 +39,7 @@ def methods_navigation() -> list[Any]:
     """Return the pages of methods by role, each after the pages that belong to it."""
     overviews = {
         "attack": ["attacks", "attacks_poisoning", "attacks_optimised", "attacks_training"],
-        "defense": ["repairs"],
+        "defense": ["defenses", "repairs"],
     }
     sections: list[Any] = ["methods/index.md"]
     for role, heading in pages.ROLES.items():
