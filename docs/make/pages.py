@@ -56,7 +56,8 @@ def every_method() -> dict[str, list[methods.Method]]:
 
 def title(method: methods.Method) -> str:
     """Return the title of a method's page, which begins with its name."""
-    said = method.title.rstrip(".")
+    said = inspect.cleandoc(method.module.__doc__ or method.name).partition("\n\n")[0]
+    said = " ".join(said.split()).rstrip(".")
     letters = re.sub(r"[\W_]", "", said).lower()
     named = letters.startswith(method.name.replace("_", ""))
     return said if named else f"{method.name}: {said}"
@@ -156,8 +157,8 @@ def escaped(text: str) -> str:
 
 
 def prose(docstring: str) -> str:
-    """Return the docstring of a method's file, without its first line, as Markdown."""
-    _, _, body = inspect.cleandoc(docstring).partition("\n")
+    """Return the docstring of a method's file, without its title, as Markdown."""
+    _, _, body = inspect.cleandoc(docstring).partition("\n\n")
     blocks: list[str] = []
     kind = ""
     for line in body.splitlines():
