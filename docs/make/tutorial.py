@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def run(command: str, folder: Path) -> str:
     Raises:
         RuntimeError: if it fails, with its last lines.
     """
-    words = command.split()
+    words = shlex.split(command)
     assert words[0] == "python", command
     for name in ("attack", "defense"):
         if not (folder / name).exists():
@@ -116,7 +117,7 @@ def machine(seconds: float) -> str:
     versions = here["versions"]
     return (
         f"The output on this page was made by `make tutorial` on {date.today():%-d %B %Y}, on one"
-        f" thread of a {here['name']} with other work beside it, in fp32, with Python"
+        f" thread ({here['name']}), in fp32, with Python"
         f" {versions['python']} and torch {versions['torch']}, at commit {here['commit']}. All"
         f" commands together took {seconds / 60:.0f} minutes.\n"
     )
