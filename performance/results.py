@@ -113,7 +113,7 @@ def block(command: str, path: Path, root: Path) -> tuple[str, dict[Path, bytes]]
                 boards = [one for store in stores for one in board.boards(_rows(Path(store)))]
                 picture = root / file
                 link = os.path.relpath(picture, path.parent).replace(os.sep, "/")
-                return f"![{_said(boards)}]({link})\n", {picture: heat_map.svg(boards).encode()}
+                return f"![{_said(boards)}]({link})\n", {picture: heat_map.drawn(boards)}
     raise UserError(f"{path}: no block is made by {command!r}: see performance/results.py")
 
 
