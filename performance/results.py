@@ -135,10 +135,15 @@ def _rows(store: Path) -> list[rows.Row]:
 def _said(boards: Iterable[board.Board]) -> str:
     """Describe the heat map for those who do not see it."""
     sizes = "; ".join(
-        f"{len(one.attacks)} attacks and {len(one.defenses) - 1} defenses on {one.dataset}"
+        f"{_count(len(one.attacks), 'attack')} and {_count(len(one.defenses) - 1, 'defense')} on"
+        f" {one.dataset}"
         for one in boards
     )
     return f"ASR and depth of {sizes}: the tables of docs/results have the numbers"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 # --- what measured a store

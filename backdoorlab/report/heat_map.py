@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Literal
 
-from ..tables.board import Board
+from ..tables.board import Board, ordered
 from ..tables.groups import Group
 from ..tables.rows import UNDEFENDED
 from . import looks
@@ -28,9 +28,9 @@ Scheme = Literal["light", "dark"]
 def svg(every: Sequence[Board]) -> str:
     """Draw boards below each other."""
     names = [name for board in every for name in board.attacks]
-    left = MARGIN + LETTER * max(map(len, [*names, "attack"]))
+    left = MARGIN + GAP + LETTER * max(map(len, [*names, "attack"]))
     # The columns of all boards are the same ones, so that a defense is read from top to bottom.
-    defenses = list(dict.fromkeys(name for board in every for name in board.defenses))
+    defenses = ordered({name for board in every for name in board.defenses})
     width = max(left + len(defenses) * CELL + MARGIN, NARROWEST)
 
     parts, y = [], MARGIN
