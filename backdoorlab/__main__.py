@@ -56,6 +56,8 @@ class Table:
     the depth where it was audited."""
     missing: bool = True
     """Show each defense that was not run as a row without numbers."""
+    columns: str | None = None
+    """Columns to show, separated by commas, such as "defense,clean acc,ASR". None: all."""
     record_root: str | None = None
     """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
     ./record."""
@@ -172,6 +174,7 @@ def table(options: Table) -> int:
             mean=options.mean,
             worst=options.worst,
             missing=options.missing,
+            columns=options.columns,
             on_damage=on_damage,
         )
     layout.show(shown, options.format)

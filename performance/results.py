@@ -113,7 +113,7 @@ def block(command: str, path: Path, root: Path) -> tuple[str, dict[Path, bytes]]
                 boards = [one for store in stores for one in board.boards(_rows(Path(store)))]
                 picture = root / file
                 link = os.path.relpath(picture, path.parent).replace(os.sep, "/")
-                return f"![{_said(boards)}]({link})\n", {picture: heat_map.svg(boards).encode()}
+                return f"![{_said(boards)}]({link})\n", {picture: heat_map.drawn(boards)}
     raise UserError(f"{path}: no block is made by {command!r}: see performance/results.py")
 
 
@@ -135,10 +135,15 @@ def _rows(store: Path) -> list[rows.Row]:
 def _said(boards: Iterable[board.Board]) -> str:
     """Describe the heat map for those who do not see it."""
     sizes = "; ".join(
-        f"{len(one.attacks)} attacks and {len(one.defenses) - 1} defenses on {one.dataset}"
+        f"{_count(len(one.attacks), 'attack')} and {_count(len(one.defenses) - 1, 'defense')} on"
+        f" {one.dataset}"
         for one in boards
     )
     return f"ASR and depth of {sizes}: the tables of docs/results have the numbers"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
 
 
 # --- what measured a store

@@ -123,12 +123,17 @@ def test_what_is_not_as_the_list_says_is_refused(kept: Path, tmp_path: Path) -> 
 
 
 def test_a_record_without_weights_is_damaged_and_no_store(
-    kept: Path, small: Record, tmp_path: Path
+    kept: Path, small: Record, tmp_path: Path, capsys: Capture
 ) -> None:
     with pytest.raises(UserError, match=r"no 'smal' in the store .* Did you mean 'small'\?"):
         stored.readable(["smal"], kept)
-    for command in (["verify"], ["report", "--html", str(tmp_path / "page.html")]):
+    capsys.readouterr()
+    for command, said in (
+        (["verify"], "model.safetensors: missing"),
+        (["report", "--html", str(tmp_path / "page.html")], "report reads records"),
+    ):
         assert main([*command, "--record_root", str(kept)]) == 2
+        assert said in capsys.readouterr().err
 
     # The same files without the list are a record that has lost its weights.
     (kept / stored.STORED).unlink()
@@ -344,7 +349,7 @@ def test_both_languages_say_the_same() -> None:
         ("--save_folder_name demo\n", "--save_folder_name demo2\n", "blocks"),
         ("docs/howto/choose.md", "docs/depth.md", "links"),
         ("`make demo`", "`make demos`", "code"),
-        ("8 ", "9 ", "numbers"),
+        ("8 种检测", "9 种检测", "numbers"),
         ("## ", "### ", "headings"),
     ],
 )

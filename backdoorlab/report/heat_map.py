@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import Literal
 
-from ..tables.board import Board
+from ..tables.board import Board, ordered
 from ..tables.groups import Group
 from ..tables.rows import UNDEFENDED
 from . import looks
+from .figures import MAKER
 
 CELL, ROW, GAP = 66, 34, 2
 """Width and height of a cell, and the space between cells, in pixels."""
@@ -27,9 +28,9 @@ Scheme = Literal["light", "dark"]
 def svg(every: Sequence[Board]) -> str:
     """Draw boards below each other."""
     names = [name for board in every for name in board.attacks]
-    left = MARGIN + LETTER * max(map(len, [*names, "attack"]))
+    left = MARGIN + GAP + LETTER * max(map(len, [*names, "attack"]))
     # The columns of all boards are the same ones, so that a defense is read from top to bottom.
-    defenses = list(dict.fromkeys(name for board in every for name in board.defenses))
+    defenses = ordered({name for board in every for name in board.defenses})
     width = max(left + len(defenses) * CELL + MARGIN, NARROWEST)
 
     parts, y = [], MARGIN
@@ -39,13 +40,22 @@ def svg(every: Sequence[Board]) -> str:
     parts += _legend(left, y)
     height = y + 64
 
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}"'
-        f' height="{height}" role="img" font-family="Helvetica, Arial, sans-serif" font-size="12">'
-    )
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    letters = 'font-family="Helvetica, Arial, sans-serif" font-size="12"'
+    head = [
+        '<?xml version="1.0" encoding="UTF-8"?>',
+        f"<!-- {MAKER} -->",
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" {letters}>',
+    ]
     title = "<title>ASR and depth of each defense against each attack</title>"
     ground = f'<rect class="paper" width="{width}" height="{height}"/>'
-    return "\n".join([head, title, _style(), ground, *parts, "</svg>"]) + "\n"
+    return "\n".join([*head, title, _style(), ground, *parts, "</svg>"]) + "\n"
+
+
+def drawn(every: Sequence[Board]) -> bytes:
+    """Draw boards as the content of a file."""
+    # A name need not be UTF-8.
+    return svg(every).encode(errors="backslashreplace")
 
 
 def _board(board: Board, defenses: Sequence[str], left: int, top: int) -> list[str]:
@@ -62,11 +72,11 @@ def _board(board: Board, defenses: Sequence[str], left: int, top: int) -> list[s
         parts.append(_text(left - 6, y + ROW / 2 + 4, attack, "ink", "end"))
         for column, defense in enumerate(defenses):
             group = board.cells.get((attack, defense))
-            parts += _cell(group, left + column * CELL, y, f"{attack}, {defense}")
+            parts += _cell(group, left + column * CELL, y)
     return parts
 
 
-def _cell(group: Group | None, x: float, y: float, name: str) -> list[str]:
+def _cell(group: Group | None, x: float, y: float) -> list[str]:
     """Draw one cell: its colour, the ASR in percent, and the depth or a dash below it."""
     middle, size = x + CELL / 2, f'width="{CELL - GAP}" height="{ROW - GAP}"'
     if group is None:
@@ -82,7 +92,7 @@ def _cell(group: Group | None, x: float, y: float, name: str) -> list[str]:
     if group.first.defense == UNDEFENDED:
         below = ""
     return [
-        f'<rect class="c{step}" x="{x}" y="{y}" {size}><title>{escape(name)}</title></rect>',
+        f'<rect class="c{step}" x="{x}" y="{y}" {size}/>',
         _text(middle, y + (20 if not below else 15), shown + mark, f"t{step} bold", "middle"),
         *([_text(middle, y + 28, below, f"t{step} small", "middle")] if below else []),
     ]
@@ -121,7 +131,9 @@ def _text(
     wide = most is not None and LETTER * len(words) > most
     squeezed = f' textLength="{most}" lengthAdjust="spacingAndGlyphs"' if wide else ""
     place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}"{squeezed}'
-    return f'<text class="{style}" {place}>{escape(words)}</text>'
+    # A stranger's setting may hold what no XML may.
+    printable = "".join(letter if letter.isprintable() else " " for letter in words)
+    return f'<text class="{style}" {place}>{escape(printable)}</text>'
 
 
 def _style() -> str:

@@ -5,7 +5,7 @@ A cell has clean accuracy / ASR / RA, and the depth where it was audited. The he
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from . import groups as grouping
@@ -57,14 +57,20 @@ def _board(
     rates = Counter(group.first.poison_rate for group, _ in members if _attacked(group))
     usual = max(rates, key=lambda rate: rates[rate], default=None)
     cells = {(label.attack + _rate(group, usual), label.defense): group for group, label in members}
-    defenses = {defense for _, defense in cells} - {UNDEFENDED}
     return Board(
         dataset=dataset,
         architecture=architecture,
         attacks=tuple(dict.fromkeys(attack for attack, _ in cells)),
-        defenses=(UNDEFENDED, *sorted(defenses, key=lambda name: (name != BASELINE, name))),
+        defenses=ordered(defense for _, defense in cells),
         cells=cells,
         rate=usual,
+    )
+
+
+def ordered(defenses: Iterable[str]) -> tuple[str, ...]:
+    """Put UNDEFENDED first, then fine-tuning, then the others in alphabetical order."""
+    return tuple(
+        sorted(set(defenses), key=lambda name: (name != UNDEFENDED, name != BASELINE, name))
     )
 
 
@@ -81,7 +87,7 @@ def _rate(group: Group, usual: float | None) -> str:
 def table(found: Sequence[Row]) -> Table:
     """Make the table of `python -m backdoorlab table --wide True`."""
     every = boards(found)
-    defenses = list(dict.fromkeys(name for board in every for name in board.defenses))
+    defenses = ordered(name for board in every for name in board.defenses)
     lines = [
         {
             "data": Cell(board.dataset),

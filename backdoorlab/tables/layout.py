@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import one_line
+from ..errors import UserError, one_line, suggest
 from ..settings import methods
 from ..storage.schema import ASSUMABLE, DETECTOR
 from . import formats, notes
@@ -68,6 +68,7 @@ def table(
     mean: bool = False,
     worst: bool = False,
     missing: bool = True,
+    columns: str | None = None,
     on_damage: Callable[[Damaged], None] = measured.refuse,
 ) -> Table:
     """Make the table of `python -m backdoorlab table`.
@@ -78,15 +79,50 @@ def table(
         mean: Show the mean over seeds of each experiment in place of each run.
         worst: As `mean`, but show the worst seed's own numbers.
         missing: Show each known defense that was not run as a row without numbers.
+        columns: The columns to show, separated by commas; None for all.
         on_damage: Called with each damaged result, which is then left out. The default raises.
 
     Returns:
         A row for each run, or for each experiment.
     """
     if mean or worst:
-        return means(measured.rows(records, on_damage=on_damage), form, worst=worst)
+        made = means(measured.rows(records, on_damage=on_damage), form, worst=worst)
+        return only(made, columns)
+
     every = list(records)
-    return _of_runs(rows(every, on_damage, missing), notes.of_controls(every))
+    controls = notes.of_controls(every)
+    made = only(_of_runs(rows(every, on_damage, missing), controls), columns)
+    # What explains the columns of audits goes with them.
+    if not any(name in AUDITED for name in made.columns):
+        left = [note for note in made.notes if note not in (notes.DEPTH, *controls)]
+        made = replace(made, notes=left)
+    return made
+
+
+def only(table: Table, columns: str | None) -> Table:
+    """Keep some columns of a table, in the order given.
+
+    Args:
+        table: the whole table.
+        columns: headings, separated by commas; the sign % and capitals may be left out. None keeps
+            all.
+
+    Raises:
+        UserError: the table has no such column.
+    """
+    if columns is None:
+        return table
+    known = {_heading(name): name for name in table.columns}
+    wanted = [_heading(name) for name in columns.split(",")]
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"no column {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
+    kept = [known[name] for name in dict.fromkeys(wanted)]
+    return replace(table, columns=kept, numbers=[name for name in table.numbers if name in kept])
+
+
+def _heading(name: str) -> str:
+    return name.strip().lower().removesuffix("%").strip()
 
 
 def show(table: Table, form: Format) -> None:
