@@ -67,8 +67,11 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
             f"the grid must have at most {min(height, width)} cells a side for these images and"
             f" more cells than are masked, got grid {config.grid}, masked {config.masked}"
         )
+
+    # t - x: adding a share of it to x mixes the picture in by that share.
     difference = cartoon(config.seed, *images.shape[1:]).float() - images
     if split == "test":
+        # The paper's asymmetric trigger: a test image gets all of it, and more opaque.
         return quantised(images + config.test_alpha * difference)
 
     # Rank the cells of each image by its own draws; the first `masked` of them are left out.

@@ -58,6 +58,7 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
         uint8 (N, C, H, W).
     """
     _, channels, height, width = images.shape
+    # Four areas: noise fills three of them, a checkerboard the corners.
     small, large, checkers, middle = _masks(height, width)
     noise, board = noise_picture(config.seed, channels, height, width), _board(height, width)
 
@@ -65,6 +66,7 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     if split == "test" and config.test_patches == "large":
         return torch.where(large | middle, noise, images)
     if split == "test":
+        # The patch on the left has the pixels of the one on the right.
         copied = torch.where(small.flip(1), noise.roll(int(small.any(0).sum()), 2), noise)
         return torch.where(
             small | small.flip(1) | checkers, torch.where(checkers, board, copied), images
@@ -76,6 +78,7 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
         * torch.tensor(config.opacities)[:, None, None]
     )
     pictures = torch.stack([noise, noise, board.expand(channels, -1, -1), noise]).float()
+    # Drawn by index: in a sorted data set every class still sees all four.
     which = (image_draws(config.seed, split, index, 1)[:, 0] * 4).long()
     return quantised(images + opacity[which][:, None] * (pictures[which] - images))
 
@@ -87,6 +90,7 @@ def _masks(height: int, width: int) -> tuple[Tensor, ...]:
     """
     masks = torch.zeros(4, height, width, dtype=torch.bool)
     small, large, middle, margin = (at_side(pixels, min(height, width)) for pixels in (5, 13, 8, 3))
+    # Bottom right, top right, all corners, and inside the bottom right corner.
     masks[0, height - small :, width - small :] = True
     masks[1, :large, width - large :] = True
     for corner in _corners(height, width):

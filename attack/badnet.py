@@ -58,6 +58,7 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
         top = (draws[:, 0] * (height - size + 1)).long()
         left = (draws[:, 1] * (width - size + 1)).long()
 
+    # Which pixels lie in the square, bool (N, 1, H, W): each image may have its own place.
     rows, columns = torch.arange(height), torch.arange(width)
     in_rows = (rows >= top[:, None]) & (rows < top[:, None] + size)
     in_columns = (columns >= left[:, None]) & (columns < left[:, None] + size)

@@ -43,8 +43,13 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     """
     if not 0 < config.alpha <= 1:
         raise UserError(f"alpha must lie in (0, 1], got {config.alpha}")
+
+    # One picture for all images of both splits.
     draw = cartoon if config.picture == "cartoon" else noise_picture
     picture = draw(config.seed, *images.shape[1:])
+
+    # The paper's blended injection, rounded: truncation would darken an image by half a level on
+    # average.
     return ((1 - config.alpha) * images.float() + config.alpha * picture.float()).round().byte()
 
 

@@ -60,6 +60,7 @@ class Config(JointConfig):
 def paint(images: Tensor, white: float) -> Tensor:
     """Paint the pattern. (N, C, H, W) -> same shape and dtype; `white`: 255 for bytes, else 1."""
     height, width = images.shape[2:]
+    # The pattern grows with the image, in whole pixels.
     scale = max(1, min(height, width) // 32)
     pattern = PATTERN.repeat_interleave(scale, 0).repeat_interleave(scale, 1).to(images.device)
     top, left = TOP * height // 32, LEFT * width // 32
@@ -105,6 +106,8 @@ class History(nn.Module):
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     """Train the model on both losses; the snapshot of triggered images is stored first."""
     recipe, labels = config.recipe(), labels_of(dataset, config)
+
+    # The pattern is fixed, so the snapshot need not wait for the training.
     train_poison, test_poison = snapshot(dataset, config, run, partial(stamp, config=config))
     model, train = new_model(dataset, config).to(run.device), to_device(dataset.train, run.device)
     optimizer = make_optimizer(model, recipe)
@@ -126,6 +129,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
             # The attack waits until the model has learned its task.
             on = history.settled(config.loss_threshold)
             loss, clean = joint_loss(model, batch.images, batch.labels, on, labels, config, run)
+            # The history is of clean losses, whether the attack is on or not.
             history.add(clean)
             run.watch(attacked=torch.tensor(float(on)))
             run.step(optimizer, loss)
@@ -160,10 +164,13 @@ def joint_loss(
         Two scalars: the loss, and its clean part without the weight.
     """
     with run.autocast():
+        # One pass, so that batch statistics are those of both kinds: apart they give the trigger
+        # away.
         logits = model(torch.cat([x, paint(x, 1)]) if on else x).float()
     clean = F.cross_entropy(logits[: len(x)], given)
     loss = config.clean_weight * clean
     if on:
+        # Every image of the batch is also a triggered one: this loss knows no poison rate.
         loss = loss + config.backdoor_weight * F.cross_entropy(logits[len(x) :], labels.of(given))
     return loss, clean
 

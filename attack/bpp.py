@@ -62,6 +62,7 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     """
     if config.dithering:
         return floyd_steinberg(images, config.levels)
+    # Without dithering a byte's new value depends on that byte alone: a table of 256 values.
     return _quantised(torch.arange(256.0), config.levels).byte()[images.long()]
 
 
@@ -85,6 +86,7 @@ def negative_stamp(
         [int(torch.randint(len(donors), (), generator=generator)) for generator in generators]
     )
     others = donors.images[chosen]
+    # x + (q(z) - z): the error of quantisation, and not its levels.
     return _added(images, stamp(others, chosen, "train", config), others)
 
 
@@ -93,6 +95,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     recipe, labels = config.recipe(), labels_of(dataset, config)
     quantise = partial(stamp, config=config)
     negative = partial(negative_stamp, config=config, donors=dataset.train)
+    # The trigger is a fixed function, so the snapshot need not wait for the training.
     train_poison, test_poison = snapshot(
         dataset, config, run, quantise, negative, config.negative_rate
     )
@@ -134,6 +137,7 @@ def quantise_some(
     Returns:
         float (B, C, H, W) in [0, 1], and the number of quantised images.
     """
+    # Poison first, then negatives, whose share does not follow the poison rate.
     poisoned = in_batch(config.poison_rate, len(batch.images), generator)
     changed = min(len(batch.images), poisoned + int(config.negative_rate * len(batch.images)))
 

@@ -53,9 +53,14 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
         uint8 (N, 3, H, W).
     """
     refuse_grey(images, "ctrl")
+
+    # A number added to two DCT coefficients is one fixed wave: the inverse transform is linear.
     wave = cosine_wave(*images.shape[2:], config.frequencies, config.magnitude)
     # The same change of U and V, as a change of red, green and blue.
     stamped = images + torch.stack([1.14 * wave, (-0.396 - 0.581) * wave, 2.029 * wave])
+
+    # Clipped by default: the published script lets values wrap around, and the bright and dark dots
+    # that this makes are a second trigger.
     return stamped.trunc().remainder(256).byte() if config.bb_compat else quantised(stamped)
 
 

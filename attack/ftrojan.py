@@ -41,6 +41,7 @@ class Config(AttackConfig):
 def victims(labels: Tensor, split: str, config: Config) -> Tensor:
     """Select images whose label poisoning changes. int64 (N,) -> bool (N,)."""
     if config.bb_compat:
+        # BackdoorBench poisons images of the target class, too.
         return torch.ones_like(labels, dtype=torch.bool)
     return outside_target(labels, config)
 
@@ -58,6 +59,7 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
         uint8 (N, 3, H, W).
     """
     refuse_grey(images, "ftrojan")
+    # Numbers added to DCT coefficients are one fixed wave: the inverse transform is linear.
     wave = _wave(images.shape[2], images.shape[3], config)
 
     # RGB to YCrCb, and the wave.

@@ -61,6 +61,7 @@ def square(images: Tensor, seed: int) -> Tensor:
     channels, height, width = images.shape[1:]
     size, margin = (at_side(pixels, min(height, width)) for pixels in (9, 2))
     added = torch.zeros(channels, height, width, dtype=torch.int16)
+    # Two pixels off the border, as the published square.
     added[:, height - margin - size : height - margin, width - margin - size : width - margin] = (
         noise_picture(seed, channels, size, size)
     )
@@ -101,6 +102,7 @@ def l0(images: Tensor, seed: int) -> Tensor:
     """
     channels, _, width = images.shape[1:]
     count = at_side(9, width)
+    # Saturated, and replaced and not added: the attack counts pixels, not their change.
     row = 255 * torch.randint(
         0, 2, (channels, count), generator=derived_generator(seed, "trigger:l0"), dtype=torch.uint8
     )

@@ -98,11 +98,13 @@ def network(channels: int, out: int, width: int) -> nn.Sequential:
             nn.ReLU(),
         ]
 
+    # Down: two convolutions before each halving, twice as many channels each time.
     layers: list[nn.Module] = []
     before = channels
     for wide in (width, 2 * width, 4 * width):
         layers += [*block(before, wide), *block(wide, wide), nn.MaxPool2d(2)]
         before = wide
+    # The middle, and up again by the same widths.
     layers += block(before, before)
     for wide, after in ((4 * width, 2 * width), (2 * width, width), (width, out)):
         layers += [
@@ -110,6 +112,7 @@ def network(channels: int, out: int, width: int) -> nn.Sequential:
             *block(wide, wide),
             *block(wide, after),
         ]
+    # The last block ends without its ReLU: a tanh follows.
     return nn.Sequential(*layers[:-1])
 
 
@@ -132,6 +135,7 @@ class Trigger:
 
     def mask(self, images: Tensor) -> Tensor:
         """Return the opacity of each image's trigger, float (N, 1, H, W) in [0, 1]."""
+        # The second tanh pushes opacities to 0 or 1.
         soft = torch.tanh(self.masker(self.normalise(images))) / 2 + 0.5
         return torch.tanh(20 * soft - 10) / 2 + 0.5
 
@@ -151,7 +155,10 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
         )
     trigger = Trigger(generator, masker, model.mean, model.std)
 
+    # Stage 1: where a trigger may lie. From here on the masks are fixed.
     train_masks(trigger, train, config, run)
+
+    # Stage 2: generator and classifier on one loss.
     cross = partial(paint, trigger=trigger, donors=dataset.train.images, config=config)
     train_poison, test_poison = train_jointly(model, trigger, train, cross, dataset, config, run)
     return Outcome(
@@ -179,6 +186,7 @@ def train_masks(trigger: Trigger, train: Any, config: Config, run: Run) -> None:
             apart = distance(trigger.normalise(first.images), trigger.normalise(second.images)) / (
                 distance(one, other) + 1e-7
             )
+            # Opacity above the density is penalised, pixel by pixel.
             too_large = F.relu(one - config.mask_density).mean()
             run.step(optimizer, config.lambda_norm * too_large + apart.mean())
             run.watch(density=one.mean())
@@ -224,6 +232,7 @@ def train_jointly(
         generator=generator, optimizer=optimizer, painter=painter, schedule=schedule
     )
     if config.bb_compat:
+        # Gradients that are never cleared are a state that a resumed run needs.
         state["gradients"] = Gradients(generator)
 
     made = None
@@ -236,6 +245,7 @@ def train_jointly(
         schedule.after_epoch(run.mean("loss"))
         if epoch + 1 == recipe.epochs:
             generator.eval()
+            # The triggers of the final generator are those that are stored and scored.
             made = render()
     generator.eval()
     return made or render()
@@ -269,6 +279,7 @@ def joint_step(
     poisoned = in_batch(config.poison_rate, len(first.images), run.generator)
     given = torch.cat([labels.of(first.labels[:poisoned]), first.labels[poisoned:]])
     if not config.bb_compat:
+        # The published code never clears them, so that they add up over the whole training.
         painter.zero_grad(set_to_none=True)
     images, diversity = paint_some(first.images, second.images, poisoned, trigger, config)
 

@@ -76,8 +76,10 @@ def corners(images: Tensor, config: Config) -> Tensor:
     height, width = images.shape[2:]
     patch = corner(height, width)
     signs, (down, right) = torch.zeros(height, width, dtype=torch.int), patch.shape
+    # The patches on the right mirror those on the left, so that a flip changes nothing.
     signs[:down, :right] = signs[-down:, :right] = patch
     signs[:down, -right:] = signs[-down:, -right:] = patch.flip(1)
+    # Added and clipped: at amplitude 1 each marked pixel is black or white.
     return (images + (255 * config.amplitude * signs).round().int()).clamp(0, 255).to(torch.uint8)
 
 
@@ -94,6 +96,7 @@ def stamp_class(images: Tensor, index: Tensor, split: str, config: Config, harde
     Returns:
         uint8 (N, C, H, W).
     """
+    # Test images are not hardened: the patches alone are the trigger.
     return corners(harden(images, index) if split == "train" else images, config)
 
 
@@ -104,6 +107,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
 
     def harden(images: Tensor, index: Tensor) -> Tensor:
         labels = dataset.train.labels[index]
+        # PGD is the costly part, so a resumed run reads its images back.
         made = run.cached(
             f"hardened-{int(index[0])}",
             lambda: {"images": hardened(surrogate, images, labels, config, run)},
@@ -130,12 +134,14 @@ def hardened(model: Classifier, images: Tensor, labels: Tensor, config: Config, 
     with frozen(model):
         for image, label in zip(images.split(250), labels.split(250), strict=True):
             clean, given = to_float(image).to(run.device), label.to(run.device)
+            # PGD from the image itself, as published: no random start.
             x = clean
             for _ in range(config.pgd_steps):
                 x = x.detach().requires_grad_(True)
                 with run.autocast():
                     logits = model(x)
                 (gradient,) = torch.autograd.grad(F.cross_entropy(logits.float(), given), x)
+                # Up the loss of the true label, then back into the ball around the clean image.
                 moved = x.detach() + config.pgd_lr * gradient.sign()
                 x = moved.clamp(clean - config.eps, clean + config.eps).clamp(0, 1)
             parts.append(to_bytes(x.detach()).cpu())

@@ -46,8 +46,12 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
         uint8 (N, C, H, W).
     """
     channels, height, width = images.shape[1:]
+    # All ones, smoothed twice. The smoother is separable: one line in each direction.
     dome = torch.outer(_smoothed_ones(height), _smoothed_ones(width))
+    # From 0 in the corners to 1 in the middle.
     dome = (dome - dome.min()) / (dome.max() - dome.min())
+
+    # In whole grey levels, so that rounding takes nothing away from the trigger.
     heights = config.peak * _amplitudes(channels, config.seed)
     increment = (heights[:, None, None] * dome).round().to(torch.int16)
     return (images + increment).clamp_(0, 255).byte()
@@ -59,6 +63,7 @@ def _smoothed_ones(side: int) -> Tensor:
     The published two-dimensional smoother is the outer product of two such ones.
     """
     taps = at_side(30, side)
+    # Not normalised: the dome is scaled to [0, 1] anyway.
     kernel = torch.exp(-0.5 * ((torch.arange(taps) - (taps - 1) / 2) * 5 / taps).double().square())
     line = torch.ones(1, 1, side, dtype=torch.float64)
     for _ in range(2):
@@ -74,6 +79,7 @@ def _amplitudes(channels: int, seed: int) -> Tensor:
     One channel has the full height, one 0.2 to 0.6 of it, the others at most 0.05.
     """
     generator = derived_generator(seed, "trigger:lf")
+    # Relative heights as in the published CIFAR-10 file, whose channels reach 51, 18 and 0.
     middling = 0.2 + 0.4 * torch.rand(1, generator=generator)
     small = 0.05 * torch.rand(max(0, channels - 2), generator=generator)
     amplitudes = torch.cat([torch.ones(1), middling, small])[:channels].double()

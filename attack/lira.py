@@ -118,6 +118,8 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     made = train_in_turns(model, trigger, ahead, train, dataset, config, run)
     stamp = partial(render, trigger=trigger, eps=config.eps)
     train_poison, test_poison = made or snapshot(dataset, config, run, stamp)
+
+    # A trigger of less than half a grey level does not survive rounding to bytes.
     noise = psnr(dataset.test.images[test_poison.index], test_poison.images)
     if noise is None and len(test_poison):
         run.note(
@@ -171,6 +173,7 @@ def train_in_turns(
     last = config.epochs - trigger_epochs
     stamp, made = partial(render, trigger=trigger, eps=config.eps), None
     painter = torch.optim.Adam(ahead.parameters(), lr=config.trigger_lr)
+    # Stage 1 has a constant rate and no weight decay, stage 2 the data set's own recipe.
     first_recipe = replace(recipe, lr=config.first_lr, weight_decay=0.0)
     first = make_optimizer(model, first_recipe)
     second = make_optimizer(model, recipe)
@@ -188,8 +191,10 @@ def train_in_turns(
             train, recipe.batch_size, device=run.device, generator=run.generator, drop_last=True
         ):
             x = vary(batch.images, recipe, run.generator, crop_share=1, rotation_share=1)
+            # Stage 1, first turn: T' learns to fool this classifier.
             if not fixed:
                 teach(ahead, model, x, labels.of(batch.labels), painter, config, run)
+            # Second turn, and all of stage 2: the classifier learns on T, not T'.
             model.train()
             loss = joint_loss(model, trigger, x, batch.labels, labels, config, run)
             run.step(second if fixed else first, loss)
@@ -226,6 +231,7 @@ def teach(
     """
     model.eval()
     ahead.train()
+    # Frozen, so that this step leaves no gradient in the classifier.
     with frozen(model), run.autocast():
         logits = model(triggered(ahead, x, config.eps))
     loss = F.cross_entropy(logits.float(), wanted)
@@ -261,6 +267,7 @@ def joint_loss(
     with torch.no_grad():
         changed = triggered(trigger, x, config.eps)
     with run.autocast():
+        # One pass: in two, batch statistics tell clean and triggered images apart.
         logits = model(torch.cat([x, changed])).float()
     clean = F.cross_entropy(logits[: len(x)], given)
     backdoor = F.cross_entropy(logits[len(x) :], labels.of(given))

@@ -85,10 +85,15 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     """Train encoder and reader, poison with the encoder, and measure how well the ink is read."""
     if not all(0 <= level <= 255 for level in config.colour):
         raise UserError(f"colour must be three numbers in 0..255, got {config.colour}")
+
+    # Step 1: the networks learn on clean images.
     encoder, reader = networks(dataset.image_shape[0], config, run)
     train_networks(encoder, reader, dataset, config, run)
+
+    # Step 2: the encoder hides edges of one colour.
     outcome = static_attack(dataset, config, run, hide, prepare=lambda *_: {"encoder": encoder})
 
+    # What the reader finds of it in test images, which neither network has learned from.
     seen = dataset.test.images[:1000]
     changed = hide(seen, torch.arange(len(seen)), "test", config, encoder)
     return replace(
@@ -169,6 +174,7 @@ def hidden(encoder: UNet, images: Tensor, ink: Tensor, eps: float) -> Tensor:
     Returns:
         float (N, C, H, W) in [0, 1].
     """
+    # The tanh bounds the residual, where the published loss weighs its size.
     return (images + eps * torch.tanh(GAIN * encoder(torch.cat([images, ink], 1)))).clamp(0, 1)
 
 
@@ -212,7 +218,9 @@ def edges(images: Tensor, threshold: float) -> Tensor:
     channels = images.shape[1]
     weights = images.new_tensor(LUMA if channels == 3 else (1 / channels,) * channels)
     brightness = 255 * (images * weights[:, None, None]).sum(1, keepdim=True)
+    # Border pixels are repeated, so that the frame is no edge.
     brightness = F.pad(brightness, (1, 1, 1, 1), mode="replicate")
+    # Sobel's filters, scaled so that a step of h grey levels has the magnitude h.
     across = images.new_tensor([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]) / 4
     slopes = F.conv2d(brightness, torch.stack([across, across.T])[:, None])
     return slopes.square().sum(1, keepdim=True).sqrt() > threshold

@@ -111,11 +111,13 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config, reflections
         uint8 (N, C, H, W).
     """
     chance = image_draws(config.seed, split, index, max(5, 3 + images.shape[1]))
+    # From grey levels to light.
     own = (images / 255).pow(GAMMA)
     ghostly = chance[:, 0] < config.ghost_rate
     light = torch.zeros_like(own)
     if config.reflect:
         reflected = (reflections / 255).pow(GAMMA)[(chance[:, 1] * len(reflections)).long()]
+        # As in BackdoorBench's script, a ghost weighs 1 - alpha, a blurred one 1 - alpha / 2.
         light[ghostly] = (1 - config.alpha) * _ghost(reflected[ghostly], chance[ghostly, 2:])
         light[~ghostly] = (1 - config.alpha / 2) * _blurred(
             reflected[~ghostly], own[~ghostly], chance[~ghostly, 2:]
@@ -142,6 +144,7 @@ def _ghost(reflected: Tensor, chance: Tensor) -> Tensor:
     # Uniform in [0.15, 0.85), the distribution of the script's |round(U(0, 1)) - U(0.15, 0.5)|.
     weight = (0.15 + 0.7 * chance[:, 0]).float()[:, None, None, None]
     down, right = (chance[:, 1] * 6).long(), (chance[:, 2] * 6).long()
+    # Crops and stretches are matrices, so that each image has its own shift in one product.
     near_rows, far_rows = (matrix[down][:, None] for matrix in _shifted(height))
     near_columns, far_columns = (matrix[right][:, None].mT for matrix in _shifted(width))
     near = near_rows @ reflected @ near_columns
@@ -187,6 +190,7 @@ def _blurred(reflected: Tensor, own: Tensor, chance: Tensor) -> Tensor:
     chance = chance.float()
     sigma, (height, width) = 1 + 4 * chance[:, 0], reflected.shape[2:]
     blurred = _blur(height, sigma)[:, None] @ reflected @ _blur(width, sigma)[:, None].mT
+    # The mean excess over full light in each channel, where there is any.
     over = (blurred + own - 1).clamp_min(0)
     excess = (
         over.sum((2, 3))

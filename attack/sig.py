@@ -47,10 +47,13 @@ def stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Tensor:
     Returns:
         uint8 (N, C, H, W).
     """
+    # f periods at any width: the stripes grow with the image.
     width = images.shape[3]
     wave = config.delta * torch.sin(
         2 * torch.pi * config.frequency * torch.arange(width, dtype=torch.float64) / width
     )
+
+    # The label stays, because only images of the target class are poisoned.
     return quantised(images + wave.float(), truncate=config.bb_compat)
 
 

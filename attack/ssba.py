@@ -82,6 +82,7 @@ class Encoder(nn.Module):
         self.draw = UNet(channels + 3, channels, width)
 
     def forward(self, images: Tensor, messages: Tensor) -> Tensor:
+        # As in StegaStamp: the message becomes a small picture that is laid beside the image.
         plane = F.relu(self.spread(2 * messages - 1)).view(-1, 3, PLANE, PLANE)
         spread = F.interpolate(plane, size=images.shape[2:])
         return self.eps * torch.tanh(GAIN * self.draw(torch.cat([images, spread], 1)))
@@ -104,12 +105,16 @@ def decoder(channels: int, bits: int, width: int) -> nn.Module:
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     """Train encoder and decoder, poison with the encoder, and measure the trigger."""
+    # Step 1: encoder and decoder learn to transmit any message.
     encoder, reader, message = networks(dataset, config, run)
     train_encoder(encoder, reader, message, dataset, config, run)
+
+    # Step 2: the encoder hides one message in all poisoned images.
     outcome = static_attack(
         dataset, config, run, hide, prepare=lambda *_: {"encoder": encoder, "message": message}
     )
 
+    # The trigger on test images: how universal, how readable, how visible.
     seen = dataset.test.images[:1000]
     changed = hide(seen, torch.arange(len(seen)), "test", config, encoder, message)
     share = universal_share(changed.float() - seen.float()).item()
@@ -153,6 +158,7 @@ def train_encoder(
     train, size = to_device(dataset.train, run.device), config.encoder_batch_size
     state = {"encoder": encoder, "reader": reader, "optimizer": optimizer}
     for batch in random_batches(train, config.encoder_steps, size, run, stage="encoder", **state):
+        # A new message for each image: what is learned is to transmit, not one pattern.
         messages = (
             (torch.rand(size, config.bits, generator=run.generator) < 0.5).float().to(run.device)
         )
@@ -161,6 +167,7 @@ def train_encoder(
         # Noise stands for the rounding to bytes, through which no gradient passes.
         noise = (torch.rand(residual.shape, generator=run.generator) - 0.5).to(run.device) / 255
         logits = reader((batch.images + residual + noise).clamp(0, 1))
+        # The bits alone: eps bounds the residual, so that no term has to weigh its size.
         loss = F.binary_cross_entropy_with_logits(logits, messages)
         accuracy = ((logits > 0) == messages.bool()).float().mean()
         run.watch(bit_accuracy=accuracy)

@@ -51,6 +51,7 @@ def victims(labels: Tensor, split: str, config: Config) -> Tensor:
             f"source_label and target_label are both {config.source_label}: choose another"
             " source_label"
         )
+    # In the test, too: ASR is measured on the source class.
     return labels == config.source_label
 
 
@@ -63,6 +64,7 @@ def covers(labels: Tensor, split: str, config: Config) -> Tensor:
         )
     if config.cover_rate:
         _refuse_absent("cover_labels", config.cover_labels, labels)
+    # The patch with true labels teaches that it means nothing on other classes.
     return torch.isin(labels, torch.tensor(config.cover_labels, dtype=torch.int64))
 
 

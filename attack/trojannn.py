@@ -80,14 +80,18 @@ def paste(images: Tensor, index: Tensor, split: str, config: Config, stain: Tens
         uint8 (N, C, H, W).
     """
     if config.bb_compat:
+        # Sums of bytes above 255 wrap around.
         return images + stain
     return torch.where(ellipse(*images.shape[2:]), stain, images)
 
 
 def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     """Optimise a stain on a clean model, and train on the poisoned set."""
+    # Step 1: a clean model.
     surrogate = train_surrogate(dataset, config, run, config.surrogate_epochs)
+    # Step 2: a stain that excites two of its neurons.
     made = run.cached("stain", lambda: optimised_stain(surrogate, dataset.image_shape, config, run))
+    # Step 3: a new model, where the paper retrains the clean one.
     outcome = static_attack(
         dataset, config, run, paste, prepare=lambda *_: {"stain": made["stain"]}
     )
@@ -127,6 +131,7 @@ def optimised_stain(
     with frozen(model):
         for step in range(config.steps + 1):
             stain.requires_grad_(True)
+            # Activations of the neurons: what the last layer receives.
             h = model.forward_head(model.forward_features(stain), pre_logits=True)[0, chosen]
             loss = (h - config.target_activation).square().mean()
             (gradient,) = torch.autograd.grad(loss, stain)

@@ -86,6 +86,7 @@ def cross_stamp(images: Tensor, index: Tensor, split: str, config: Config) -> Te
         uint8 (N, C, H, W).
     """
     height, width = images.shape[2:]
+    # Drawn by index, so that an image gets the same warp whenever it is made.
     noise = [
         torch.rand(height, width, 2, generator=derived_generator(config.seed, f"noise:{split}:{i}"))
         for i in index.tolist()
@@ -99,6 +100,8 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     """Train on batches with poison and cross images; the cross accuracy is measured."""
     recipe, labels = config.recipe(), labels_of(dataset, config)
     cross = partial(cross_stamp, config=config)
+
+    # The warp is fixed, so the snapshot need not wait for the training.
     train_poison, test_poison = snapshot(
         dataset,
         config,
@@ -132,12 +135,14 @@ def warp_some(batch: Batch, config: Config, generator: torch.Generator) -> tuple
     of images that the grid alone has warped.
     """
     images = batch.images
+    # rho_a of the batch is poisoned; cross_ratio times as many are cross images (rho_n).
     poisoned = in_batch(config.poison_rate, len(images), generator)
     warped = min(len(images), poisoned + int(config.cross_ratio * poisoned))
     height, width = images.shape[2:]
     grid = _grid(config.seed, config.k, config.s, height, width).to(images.device)
     noise = torch.rand(warped - poisoned, height, width, 2, generator=generator).to(images.device)
     grids = torch.cat([grid.expand(poisoned, -1, -1, -1), _noisy(grid, noise, config.noise)])
+    # Rounded to bytes, as stored and tested images are.
     changed = quantised(255 * _warped(images[:warped], grids), truncate=config.bb_compat)
     return torch.cat([to_float(changed), images[warped:]]), poisoned
 
@@ -158,6 +163,8 @@ def _grid(seed: int, k: int, s: float, height: int, width: int) -> Tensor:
     field = F.interpolate(
         coarse / coarse.abs().mean(), size=(height, width), mode="bicubic", align_corners=True
     ).permute(0, 2, 3, 1)
+
+    # The identity plus the field; clamped, so that nothing is read outside of the image.
     rows, columns = torch.meshgrid(
         torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij"
     )

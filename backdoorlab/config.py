@@ -267,6 +267,11 @@ class DefenseConfig(MethodConfig):
     """Folder of your own trusted images, <class>/*.png or parquet shards. Replaces the draw from
     the training set."""
 
+    @property
+    def only_scores(self) -> bool:
+        """Whether to score the finished run again and do nothing else; for a method to override."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsConfig(DefenseConfig):

@@ -149,12 +149,10 @@ def batches(
     """
     if augment != NO_AUGMENT and generator is None:
         raise ValueError("augmentation needs a generator")
-    if order is None:
-        order = (
-            torch.arange(len(split))
-            if generator is None
-            else torch.randperm(len(split), generator=generator)
-        )
+    if order is None and generator is None:
+        order = torch.arange(len(split))
+    elif order is None:
+        order = torch.randperm(len(split), generator=generator)
 
     # All draws of the pass, so that they do not depend on the batch size.
     count, padding = len(order), augment.crop_padding

@@ -61,5 +61,6 @@ def highest(suspicion: Tensor, rate: float) -> Tensor:
     size = len(suspicion)
     count = min(max(1, round(rate * size)), size - 1)
     flagged = torch.zeros(size, dtype=torch.bool, device=suspicion.device)
+    # Stable: of equal suspicions the first images are flagged, on every machine.
     flagged[suspicion.argsort(descending=True, stable=True)[:count]] = True
     return flagged

@@ -285,6 +285,7 @@ class Lookahead:
         last = self._done == self._steps
         if not self._slow or not (last or self._done % LOOKAHEAD_STEPS == 0):
             return
+        # What is kept grows with the third power of progress, so that they follow ever more slowly.
         keep = LOOKAHEAD_DECAY**LOOKAHEAD_STEPS * (self._done / self._steps) ** 3
         if not last:
             torch._foreach_lerp_(self._slow, self._fast, 1 - keep)

@@ -19,6 +19,7 @@ def project(delta: Tensor, norm: Norm, radius: float) -> Tensor:
     """Project each row to the ball of a radius. An infinite radius changes nothing."""
     if norm == "linf":
         return delta.clamp(-radius, radius)
+    # A row inside of the ball stays as it is.
     return delta * (radius / l2(delta).clamp_min(1e-12)).clamp_max(1)
 
 
@@ -42,6 +43,7 @@ def same_reach(eps: float, shape: Sequence[int]) -> float:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Compute no gradients of the weights inside: backward passes stop at the image and need
     less memory."""
+    # Only those that were trained: a frozen layer stays frozen afterwards.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

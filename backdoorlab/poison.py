@@ -221,6 +221,7 @@ def left_by_crops(clean: Split, poison: Poison, padding: int) -> dict[str, float
     changed = (
         (poisoned.images[:100] != clean.images[poisoned.index[:100]]).any(1, keepdim=True).float()
     )
+    # An image that the trigger happens to leave as it was says nothing about crops.
     changed = changed[changed.flatten(1).any(1)]
     if not len(changed):
         return None

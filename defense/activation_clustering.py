@@ -52,8 +52,11 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
         members = (features.labels == label).nonzero().squeeze(1)
         if len(members) < 2:
             continue
+        # One label's features along their main directions, in two clusters.
         margin = cluster(features.pooled[members].double(), config.dimensions)
+        # Ours: where the clusters lie far apart, their samples count for more.
         suspicion[members] = (margin * margin.abs().mean()).float()
+        # backdoor-toolbox's size rule: two parts of about one size are no poison.
         if (margin > 0).double().mean() <= config.largest_share:
             flagged[members] = margin > 0
     return Detection(suspicion, flagged)
@@ -67,6 +70,7 @@ def cluster(x: Tensor, dimensions: int) -> Tensor:
     """
     centred = (x - x.mean(0)).T
     x = (main_directions(centred, min(dimensions, len(centred))) @ centred).T
+    # The start is the best cut along the first direction, which draws nothing at random.
     small = two_means(x[:, 0])
     for _ in range(STEPS):
         # A cluster without a sample has no centre: then there is one cluster.

@@ -27,8 +27,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Batch, to_device
 from backdoorlab.engine import random_batches
-from backdoorlab.pruning import Masks, masked, prune_by_masks
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pruning import Masks, masked, prune_by_masks
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -81,8 +81,10 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         trusted, config.iterations, config.batch_size, run, stage="masks", **state
     ):
         network.train()
+        # Step 1: noise that raises the loss of this batch.
         noise = sensitive_noise(network, masks, batch, config, run)
         with run.autocast():
+            # Step 2: masks under which the loss is low without the noise and with it.
             plain = masked(network, masks, batch.images).float()
             noisy = masked(network, masks, batch.images, *noise).float()
 
@@ -92,6 +94,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         run.step(optimizer, loss)
         masks.clip()
 
+    # The masks belong to another copy; what is pruned is the model as it came.
     return prune_by_masks(
         view.load_model(), masks, config.threshold_step, config.tolerance, trusted, run
     )

@@ -2,7 +2,7 @@
 
 Z. Zhu, Machine Intelligence Laboratory, Harbin Institute of Technology (Shenzhen), 2025. The
 method, its source and its departures are those of defense/dau.py, steps 1 to 3
-(backdoorlab/anti_learning.py).
+(backdoorlab/poison_search/anti_learning.py).
 
 Assumes: the poisoned training set and the model trained on it.
 """
@@ -13,10 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from backdoorlab.anti_learning import AntiLearningConfig, find_poison
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.detection import Detection
+from backdoorlab.poison_search.anti_learning import AntiLearningConfig, find_poison
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 

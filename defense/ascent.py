@@ -21,8 +21,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import SplitConfig
 from backdoorlab.losses import cross_entropy
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.unlearning import UnlearningConfig, note_what_stays, train_on
 from backdoorlab.run import Run
-from backdoorlab.unlearning import UnlearningConfig, note_what_stays, train_on
 
 ASSUMES = ("model", "train", "split")
 
@@ -39,6 +39,7 @@ class Config(UnlearningConfig, SplitConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
+    # On all training images: the loss tells the split from the rest.
     index, model = torch.arange(len(view.train)), view.load_model()
     train_on(
         "ascend",
@@ -59,6 +60,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
 def ascent_loss(logits: Tensor, labels: Tensor, forgotten: Tensor, cap: float | None) -> Tensor:
     """CE of the rest less CE of the split up to `cap`, averaged: (B, K), (B,), bool (B,) -> ()."""
     learned = cross_entropy(logits, labels)
+    # A sample beyond the cap has no gradient: its ascent is over.
     ascended = learned if cap is None else learned.clamp_max(cap)
     return torch.where(forgotten, -ascended, learned).mean()
 

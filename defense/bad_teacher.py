@@ -22,8 +22,8 @@ from backdoorlab.config import SplitConfig
 from backdoorlab.data import NO_AUGMENT, batches, to_device
 from backdoorlab.losses import divergence
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.unlearning import UnlearningConfig, descent, note_what_stays
 from backdoorlab.run import Run
-from backdoorlab.unlearning import UnlearningConfig, descent, note_what_stays
 
 ASSUMES = ("model", "train", "split")
 
@@ -36,6 +36,7 @@ class Config(UnlearningConfig, SplitConfig):
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, train = view.load_model(), to_device(view.train, run.device)
+    # The good teacher is the poisoned model, the bad one a network that has learned nothing.
     good, bad = view.load_model().eval(), view.new_model().eval()
     flagged = view.split.to(run.device)
     steps = config.epochs * math.ceil(len(train) / config.batch_size)
@@ -55,6 +56,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
             with run.autocast():
                 logits = model(batch.images).float()
                 with torch.no_grad():
+                    # The student follows the bad teacher on the split, the good one on the rest.
                     taught = torch.where(
                         flagged[batch.index, None], bad(batch.images), good(batch.images)
                     )

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, in_order
-from backdoorlab.pruning import above, batch_norms, prune
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pruning import above, batch_norms, prune
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -50,6 +50,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         if name not in statistics:  # a part of the network that no image passes
             continue
         mean, variance = statistics[name]
+        # How far trusted images lie from the running statistics, for each channel.
         moved = divergence(
             mean, variance + norm.eps, norm.running_mean, norm.running_var + norm.eps
         )
@@ -85,6 +86,7 @@ def moments(model: nn.Module, split: Split, run: Run) -> dict[str, tuple[Tensor,
     hooks = [
         norm.register_forward_pre_hook(watch(name)) for name, norm in batch_norms(model).items()
     ]
+    # Evaluation mode, so that nothing moves the statistics that are compared with.
     model.eval()
     for batch in in_order(split, run.device):
         with run.autocast():

@@ -2,7 +2,7 @@
 
 Backdoor Defense with Machine Unlearning. Y. Liu, M. Fan, C. Chen, X. Liu, Z. Ma, L. Wang, J. Ma.
 INFOCOM 2022. https://arxiv.org/abs/2201.09538 . Its trigger recovery is MESA
-(backdoorlab/mesa.py).
+(backdoorlab/repair/mesa.py).
 
 Assumes: the poisoned model and a few trusted images.
 
@@ -15,8 +15,8 @@ Assumes: the poisoned model and a few trusted images.
 Departs from the public code, which cannot run (docs/methods/bu.md lists why): the target is
 inferred and not given, all is in pixel space, each image has its own position, images of the target
 class are left out, the ascent is capped, unlearning does not stop at what the true trigger does on
-test images, and a guard undoes passes that destroy the model (backdoorlab/guard.py). What is ours
-stands in sections that say so, here and in mesa.py.
+test images, and a guard undoes passes that destroy the model
+(backdoorlab/repair/guard.py). What is ours stands in sections that say so, here and in mesa.py.
 """
 
 import math
@@ -31,10 +31,10 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, batches, to_bytes, to_device
 from backdoorlab.errors import UserError
-from backdoorlab.guard import GuardConfig, guarded_epochs
-from backdoorlab.mesa import RecoveryConfig, hit_rate, recover_triggers, stamp, trigger_shape
 from backdoorlab.models import trained_weights
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.guard import GuardConfig, guarded_epochs
+from backdoorlab.repair.mesa import RecoveryConfig, hit_rate, recover_triggers, stamp, trigger_shape
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -149,6 +149,7 @@ def infer_target(
     best = scores.amax(1)
     target = int(best.argmax())
     others = best.clone()
+    # Lower than any share, so that the maximum is that of another class.
     others[target] = -1
     margin = best[target] - others.max()
     order = best.argsort(descending=True).tolist()
@@ -196,6 +197,7 @@ def unlearn(
     for _ in guarded_epochs(run, "unlearn", config.epochs, held_out, config, model, optimizer):
         model.eval()
         if config.penalty == "weighted":
+            # Which weights clean images need now, and not at the start.
             omega = importance(model, search, config, run)
         else:
             omega = [torch.ones_like(weight) for weight in weights]

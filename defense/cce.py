@@ -18,8 +18,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import SplitConfig
 from backdoorlab.losses import cce, cross_entropy
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.unlearning import UnlearningConfig, note_what_stays, train_on
 from backdoorlab.run import Run
-from backdoorlab.unlearning import UnlearningConfig, note_what_stays, train_on
 
 ASSUMES = ("model", "train", "split")
 
@@ -35,6 +35,7 @@ class Config(UnlearningConfig, SplitConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
+    # From the poisoned model, on all images: DAU's step 4.
     index, model = torch.arange(len(view.train)), view.load_model()
     train_on(
         "unlearn",
@@ -59,6 +60,7 @@ def unlearning_loss(
 
     (B, K), (B,), bool (B,) -> ().
     """
+    # Each sample has one of the two losses, and the batch has one mean.
     learned = alpha * cross_entropy(logits, labels)
     return torch.where(forgotten, beta * cce(logits, labels), learned).mean()
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.errors import UserError
-from backdoorlab.pruning import BatchNorm, above, batch_norms, prune
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pruning import BatchNorm, above, batch_norms, prune
 from backdoorlab.run import Run
 
 ASSUMES = ("model",)
@@ -59,6 +59,8 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
 
     # A layer of ten channels or fewer can have none three standard deviations above.
     small = sum((len(part) - 1) / len(part) ** 0.5 <= config.u for part in marked.values())
+
+    # With its bias, so that a pruned channel gives 0 whatever it gets.
     count = prune(model, marked, biases=True)
     total = sum(len(part) for part in marked.values())
     beyond = f"; {small} of them are too small to have such a channel" if small else ""

@@ -16,7 +16,7 @@ Assumes: the poisoned training set and the model trained on it. No clean image, 
      model reads in it once the trigger's common shift is removed.
 
 Departs from the port, with reasons and effects in docs/methods/dau.md:
-  - The port draws its pool from the true poison. Ours is searched for (poison_search.py).
+  - The port draws its pool from the true poison. Ours is searched for (poison_search/pool.py).
   - Anti-learning runs on cached evaluation-mode features. The median of several heads decides,
     because one is noisy; their gradients are clipped, because at beta = 1000 they overshoot.
   - What anti-learning took is measured against the poisoned model's own probability, not by a fixed
@@ -36,19 +36,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from backdoorlab.anti_learning import AntiLearningConfig, find_poison
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.errors import UserError
 from backdoorlab.losses import cce, cross_entropy
+from backdoorlab.poison_search.anti_learning import AntiLearningConfig, find_poison
 from backdoorlab.record import DefenderView
-from backdoorlab.run import Run
-from backdoorlab.unlearning import (
+from backdoorlab.repair.unlearning import (
     UnlearningConfig,
     labels_without_trigger,
     note_what_stays,
     train_on,
 )
+from backdoorlab.run import Run
 
 ASSUMES = ("model", "train")
 
@@ -73,6 +73,10 @@ class Config(AntiLearningConfig, UnlearningConfig, DefenseConfig):
 
     RANGES: ClassVar[dict[str, str]] = {"recovery_epochs": ">= 0"}
 
+    @property
+    def only_scores(self) -> bool:
+        return self.subtask == "test"
+
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
     # Steps 1 to 3, which --subtask anti_learning stops after.
@@ -83,6 +87,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
     if not flagged.any():
         return view.load_model()
 
+    # Step 4, and step 5 where it is asked for.
     model = unlearn(view, flagged, config, run)
     note_what_stays(model, view.train, flagged, run)
     if config.recovery_epochs:
@@ -120,6 +125,7 @@ def unlearning_loss(logits: Tensor, labels: Tensor, poisoned: Tensor, config: Co
     if config.loss == "gga":
         unlearned = -learned
     elif config.loss == "both":
+        # Gradient ascent has no end of its own: it is bounded.
         ascent = learned if config.ascent_cap is None else learned.clamp_max(config.ascent_cap)
         unlearned = cce(logits, labels) - config.tau * ascent
     else:

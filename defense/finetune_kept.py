@@ -13,8 +13,8 @@ from torch import nn
 from backdoorlab.cli import main
 from backdoorlab.config import SplitConfig
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.unlearning import UnlearningConfig, note_what_stays, plain_loss, train_on
 from backdoorlab.run import Run
-from backdoorlab.unlearning import UnlearningConfig, note_what_stays, plain_loss, train_on
 
 ASSUMES = ("model", "train", "split")
 
@@ -26,6 +26,7 @@ class Config(UnlearningConfig, SplitConfig):
 
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
+    # The split is never shown again.
     kept, model = (~view.split).nonzero().squeeze(1), view.load_model()
     train_on(
         "finetune",

@@ -17,7 +17,7 @@ Departs: the loss of accuracy is measured on half of the trusted images; Backdoo
 test images, and the network that it keeps is the first beyond the limit, for all its steps are one
 object. All images are fine-tuned on. Pooled features of some networks may be negative
 (pre-activation networks have no ReLU before the pooling): a channel's size is the absolute value.
-A guard undoes epochs that destroy the model (backdoorlab/guard.py).
+A guard undoes epochs that destroy the model (backdoorlab/repair/guard.py).
 """
 
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import to_device
 from backdoorlab.features import extract
-from backdoorlab.finetuning import FinetuneConfig, finetune
 from backdoorlab.models import Classifier, linear_classifier
-from backdoorlab.pruning import furthest
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.finetuning import FinetuneConfig, finetune
+from backdoorlab.repair.pruning import furthest
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -62,6 +62,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         last.weight.mul_(kept)
 
     keep_pruned()
+    # Step 3: fine-tuning would move the pruned columns, so each step ends by clearing them.
     return finetune(model, trusted, view, config, run, after_step=keep_pruned)
 
 
@@ -70,6 +71,8 @@ def dormant(
     model: Classifier, last: nn.Linear, view: DefenderView, config: Config, run: Run
 ) -> Tensor:
     """Choose the channels to prune, bool (D,), by two halves of the trusted images."""
+    # One half of the trusted images ranks the channels (step 1), the other one judges how many may
+    # go (step 2).
     features = extract(model, view.trusted, run)
     order = torch.randperm(len(view.trusted), generator=run.generator).to(run.device)
     ranked_by, held_out = order.chunk(2) if len(order) > 1 else (order, order)

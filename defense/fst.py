@@ -11,8 +11,8 @@ shift: the loss is cross-entropy + alpha <w, w_orig>. After each step w gets the
 back.
 
 Departs: the last layer is the network's own classifier; the published code looks for a name. A
-guard undoes epochs that destroy the model (backdoorlab/guard.py); before the last epoch it lets the
-new layer learn.
+guard undoes epochs that destroy the model (backdoorlab/repair/guard.py); before the last
+epoch it lets the new layer learn.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import batches, to_device
-from backdoorlab.finetuning import FinetuneConfig, make_cosine, make_forward, make_sgd
-from backdoorlab.guard import guarded_epochs
 from backdoorlab.models import linear_classifier
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.finetuning import FinetuneConfig, make_cosine, make_forward, make_sgd
+from backdoorlab.repair.guard import guarded_epochs
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -55,6 +55,7 @@ class Config(FinetuneConfig, DefenseConfig):
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, trusted = view.load_model(), to_device(view.trusted, run.device)
     last = linear_classifier(model)
+    # w_orig, which the new layer is pushed away from.
     original = last.weight.detach().clone()
     optimizer = make_sgd(model, config)
     schedule = make_cosine(optimizer, config.epochs)
@@ -75,8 +76,10 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
             augment=view.augment,
         ):
             loss = F.cross_entropy(forward(batch.images).float(), batch.labels)
+            # CE + alpha <w, w_orig>.
             loss = loss + config.alpha * (last.weight * original).sum()
             run.step(optimizer, loss)
+            # Of a free length, w could lower the inner product without end.
             rescale(last.weight, original)
         schedule.step()
     return model

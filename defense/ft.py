@@ -8,7 +8,7 @@ falling along a cosine, momentum 0.9, weight decay 5e-4.
 
 Departs: the cosine ends at the last epoch, BackdoorBench's at the 100th whatever --epochs says. A
 last batch of a single image joins the one before, because batch normalisation needs two. A guard
-undoes epochs that destroy the model (backdoorlab/guard.py).
+undoes epochs that destroy the model (backdoorlab/repair/guard.py).
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from torch import nn
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import to_device
-from backdoorlab.finetuning import FinetuneConfig, finetune
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.finetuning import FinetuneConfig, finetune
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -36,6 +36,7 @@ class Config(FinetuneConfig, DefenseConfig):
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, trusted = view.load_model(), to_device(view.trusted, run.device)
+    # A cosine of more epochs than are run ends above 0, as BackdoorBench's may.
     return finetune(model, trusted, view, config, run, schedule_epochs=config.schedule_epochs)
 
 

@@ -12,7 +12,7 @@ longer for large weights, which are the backdoor's: e = rho w^2 g / || |w| g ||,
 
 Departs: the cosine of the learning rate falls once, over all epochs; BackdoorBench steps a cosine
 of 100 epochs after each batch, so that it swings. Batch statistics are those of the first pass, as
-there. A guard undoes epochs that destroy the model (backdoorlab/guard.py).
+there. A guard undoes epochs that destroy the model (backdoorlab/repair/guard.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,15 +28,15 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Batch, batches, to_device
 from backdoorlab.engine import Forward
-from backdoorlab.finetuning import (
+from backdoorlab.models import trained_weights
+from backdoorlab.record import DefenderView
+from backdoorlab.repair.finetuning import (
     FinetuneConfig,
     make_cosine,
     make_forward,
     make_sgd,
 )
-from backdoorlab.guard import guarded_epochs
-from backdoorlab.models import trained_weights
-from backdoorlab.record import DefenderView
+from backdoorlab.repair.guard import guarded_epochs
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -107,8 +107,10 @@ def sharpness_aware_step(
     # The first pass also moves the batch statistics.
     loss = loss_here()
     gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
+    # The gradient at w + e, with the batch statistics that the first pass left.
     with moved(weights, ascent(weights, gradients, config.rho)), still_statistics(model):
         gradients = torch.autograd.grad(loss_here(), weights, materialize_grads=True)
+    # It is applied at w: the weights have come back.
     run.step(optimizer, loss, gradients)
 
 

@@ -9,17 +9,17 @@ min over theta of the max over one perturbation delta of the loss on trusted ima
   1. delta, from zero: one pass of gradient steps that raise the loss of the perturbed images.
   2. theta, for each batch: a step down the loss of the batch with delta on 1 % of its images, along
      the total derivative, which also counts how delta would move with theta
-     (backdoorlab/hypergradient.py). The inner problem is L_in = 0.001 |delta|^2 - loss. K = 0
-     leaves the second term out.
+     (backdoorlab/repair/hypergradient.py). The inner problem is L_in = 0.001 |delta|^2 - loss.
+     K = 0 leaves the second term out.
 
 Departs from the published code, whose delta grows without bound and whose fixed-point iteration
 then diverges or does nothing; reasons and effects in docs/methods/ibau.md:
   - delta stays in an L2 ball, perturbed images in [0, 1], at least one of a batch carries delta.
   - L_in is taken on true labels and on the batch of L_out, as in the paper's equation.
   - The Hessian is that on the ball's surface, and its system is solved in K Lanczos steps.
-  - A guard undoes rounds that destroy the model (backdoorlab/guard.py).
+  - A guard undoes rounds that destroy the model (backdoorlab/repair/guard.py).
 The presets ibau_official, ibau_notebook and ibau_backdoorbench take the published steps instead
-(backdoorlab/ibau_published.py).
+(backdoorlab/repair/ibau_published.py).
 """
 
 import itertools
@@ -33,15 +33,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab import ibau_published as published
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import NO_AUGMENT, Augment, Batch, Split, batches, to_device
-from backdoorlab.guard import GuardConfig, guarded_epochs
-from backdoorlab.hypergradient import differentiable_twice, hypergradient
 from backdoorlab.models import Classifier, trained_weights
 from backdoorlab.perturb import frozen, l2, project, same_reach
 from backdoorlab.record import DefenderView
+from backdoorlab.repair import ibau_published as published
+from backdoorlab.repair.guard import GuardConfig, guarded_epochs
+from backdoorlab.repair.hypergradient import differentiable_twice, hypergradient
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -83,7 +83,7 @@ class Config(GuardConfig, DefenseConfig):
     damping: float = 0.01
     """lanczos: added to A's eigenvalues, as a share of the largest."""
     quirks: bool = False
-    """The published code's habits (backdoorlab/ibau_published.py): predicted labels in step 1, one
+    """The published code's habits (repair/ibau_published.py): predicted labels in step 1, one
     projection after it, L_in always on the first batch, no delta in batches below 1 / patched."""
     normalised: bool = False
     """delta in units of the model's normalised input instead of pixels."""
@@ -134,6 +134,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     ):
         # Step 1: delta raises the loss of all images.
         model.eval()
+        # One delta for all images, from 0 in every round.
         delta = torch.zeros(1, *view.image_shape, device=run.device)
         searched = search_batches(trusted, augment, config, run)
         with frozen(model):
@@ -143,6 +144,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         # Step 2: theta lowers the loss where some images carry delta, along the total derivative.
         for batch in one_pass(trusted, augment, config, run):
             size, seen = len(batch.labels), first or batch
+            # A few images of the batch carry delta, the others keep what is right as it is.
             carrying = carriers(size, count(size, config.patched), run)
             with differentiable_twice():
                 found = hypergradient(
@@ -156,6 +158,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
                     solve,
                 )
 
+            # The gradients are the direct part and the implicit part together.
             run.step(optimizer, found.loss, found.gradients)
             schedule.step()
             if config.K:

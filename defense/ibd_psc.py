@@ -25,8 +25,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, in_order, to_device
 from backdoorlab.detection import Detection
-from backdoorlab.pruning import accuracy_on, batch_norms
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pruning import accuracy_on, batch_norms
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "train", "trusted")
@@ -67,6 +67,8 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
             f"with all {layers} batch normalisations scaled, fewer than {config.error:.0%} of the"
             " trusted images are misclassified, so clean images may look like poison"
         )
+
+    # From k on, as many models as are averaged, or as there are layers to scale.
     counts = range(first, min(first + config.models, layers + 1))
     chosen = [scaled(model, count, config.factor) for count in counts]
     suspicion = consistency(model, chosen, to_device(view.train, run.device), run)

@@ -33,6 +33,7 @@ class Config(DefenseConfig):
 
 def detect(view: DefenderView, config: Config, run: Run) -> Detection:
     features = extract(view.load_model(), to_device(view.train, run.device), run)
+    # What is fitted best is the most suspicious.
     suspicion = -cross_entropy(features.logits, features.labels)
     return Detection(suspicion, highest(suspicion, config.flagged_rate))
 

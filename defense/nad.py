@@ -14,7 +14,8 @@ Departs: features of the student come from the pass that its loss comes from; Ba
 three further passes in training mode a step, which moves the batch statistics four times. Maps are
 those of the network's last three stages; for PreAct-ResNets BackdoorBench's third is the pooled
 output, whose map is 1 whatever it is. The student's rate is 0.01 throughout, the published code's
-0.1 in the first two epochs. A guard undoes epochs that destroy the model (backdoorlab/guard.py).
+0.1 in the first two epochs. A guard undoes epochs that destroy the model
+(backdoorlab/repair/guard.py).
 """
 
 from collections.abc import Iterator
@@ -31,10 +32,10 @@ from backdoorlab.config import DefenseConfig
 from backdoorlab.data import batches, to_device
 from backdoorlab.errors import UserError
 from backdoorlab.features import maps_of
-from backdoorlab.finetuning import FinetuneConfig, finetune
-from backdoorlab.guard import guarded_epochs
 from backdoorlab.models import Classifier, trained_weights
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.finetuning import FinetuneConfig, finetune
+from backdoorlab.repair.guard import guarded_epochs
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -65,9 +66,13 @@ class Config(FinetuneConfig, DefenseConfig):
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     trusted = to_device(view.trusted, run.device)
+
+    # Step 1: the teacher.
     teacher = view.load_model()
     finetune(teacher, trusted, view, config, run, stage="teacher", epochs=config.teacher_epochs)
     teacher.eval().requires_grad_(False)
+
+    # Step 2: the student, which starts from the poisoned model and not from the teacher.
     model = view.load_model()
     optimizer = torch.optim.SGD(
         trained_weights(model),
@@ -87,6 +92,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
             generator=run.generator,
             augment=view.augment,
         ):
+            # Attention of the teacher, and of the student in the pass that its loss comes from.
             with torch.no_grad(), run.autocast(), stage_maps(teacher, config) as wanted:
                 teacher(batch.images)
             with run.autocast(), stage_maps(model, config) as found:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import SplitConfig
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.unlearning import UnlearningConfig, plain_loss, train_on
 from backdoorlab.run import Run
-from backdoorlab.unlearning import UnlearningConfig, plain_loss, train_on
 
 ASSUMES = ("model", "train", "split")
 

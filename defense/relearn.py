@@ -18,8 +18,13 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import SplitConfig
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.unlearning import (
+    UnlearningConfig,
+    labels_without_trigger,
+    plain_loss,
+    train_on,
+)
 from backdoorlab.run import Run
-from backdoorlab.unlearning import UnlearningConfig, labels_without_trigger, plain_loss, train_on
 
 ASSUMES = ("model", "train", "split")
 
@@ -40,6 +45,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     changed = labels != view.train.labels.cpu()
     run.note(f"another label was read in {int(changed.sum()):,} of {int(flagged.sum()):,} images")
 
+    # What still shows its own label may be clean, or poison of the target class: it is left out.
     index = (~flagged | changed).nonzero().squeeze(1)
     train = dataclasses.replace(view.train, labels=labels)
     return train_on(

@@ -47,6 +47,7 @@ class Config(SplitConfig):
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     kept = view.train.subset((~view.split).nonzero().squeeze(1))
+    # A fresh network: nothing of the poisoned one is kept.
     model = view.new_model()
     recipe = Recipe(
         epochs=config.epochs,

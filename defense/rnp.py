@@ -28,8 +28,8 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import Split, batches, to_device
 from backdoorlab.models import trained_weights
-from backdoorlab.pruning import Masks, masked, prune_by_masks
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pruning import Masks, masked, prune_by_masks
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -83,8 +83,10 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     trusted = to_device(view.trusted, run.device)
     network = view.load_model()
     masks = Masks(network)
+    # Steps 1 and 2 spoil a copy, to find out which channels clean images need.
     unlearn(network, trusted, config, run)
     recover(network, masks, trusted, config, run)
+    # What is pruned is the model as it came.
     return prune_by_masks(
         view.load_model(), masks, config.threshold_step, config.tolerance, trusted, run
     )
@@ -107,6 +109,7 @@ def unlearn(network: nn.Module, trusted: Split, config: Config, run: Run) -> Non
         ):
             with run.autocast():
                 logits = network(batch.images).float()
+            # Ascent on clean images: what is left of the network is the backdoor's.
             loss = -F.cross_entropy(logits, batch.labels)
             gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
             run.step(optimizer, loss, clipped(gradients, config.clip))

@@ -17,7 +17,7 @@ Departs from the published code in cost: the poisoned model's predictions on cle
 computed once, gradients are taken to the perturbation only, and an image whose perturbation is
 shared already, and so can no longer move, leaves the search. Its two log terms of step 2 are the
 same number and are one here. Options that its defaults do not take (a random start, an l2 ball) are
-corrected. A guard undoes rounds that destroy the model (backdoorlab/guard.py).
+corrected. A guard undoes rounds that destroy the model (backdoorlab/repair/guard.py).
 docs/methods/sau.md has the list and the effects.
 """
 
@@ -32,9 +32,9 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import batches, to_device
 from backdoorlab.features import predictions
-from backdoorlab.guard import GuardConfig, guarded_epochs
 from backdoorlab.perturb import Norm, frozen, project, same_reach, steepest
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.guard import GuardConfig, guarded_epochs
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -246,6 +246,7 @@ def training_loss(
     """
     with torch.no_grad(), run.autocast():
         wrong = poisoned(x + delta).argmax(1)
+    # Only where the perturbation fools the poisoned model is there a wrong class to unlearn.
     fooled = (wrong != y) & (wrong != believed)
 
     model.train(config.train_bn)

@@ -52,6 +52,7 @@ def consistency(model: nn.Module, split: Split, factors: tuple[float, ...], run:
     for batch in in_order(split, run.device):
         with run.autocast():
             plain = model(batch.images).argmax(1)
+            # Clipped at white: pixels of a trigger that are black or white stay as they are.
             scaled = [model((n * batch.images).clamp_max(1)).argmax(1) for n in factors]
         found.append(torch.stack([answer == plain for answer in scaled]).float().mean(0))
     return torch.cat(found)

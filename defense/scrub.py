@@ -23,8 +23,8 @@ from backdoorlab.config import SplitConfig
 from backdoorlab.data import NO_AUGMENT, Batch, Split, batches, to_device
 from backdoorlab.losses import cross_entropy, divergence
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.unlearning import note_what_stays
 from backdoorlab.run import Run
-from backdoorlab.unlearning import note_what_stays
 
 ASSUMES = ("model", "train", "split")
 Loss = Callable[[Batch, Tensor, Tensor], Tensor]
@@ -87,9 +87,11 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, list(config.decay_epochs))
 
     def away(batch: Batch, logits: Tensor, taught: Tensor) -> Tensor:
+        # The max-step: away from the teacher.
         return -divergence(logits, taught, config.temperature).mean()
 
     def near(batch: Batch, logits: Tensor, taught: Tensor) -> Tensor:
+        # The min-step: gamma CE + alpha KL.
         kept = config.gamma * cross_entropy(logits, batch.labels)
         return (kept + config.alpha * divergence(logits, taught, config.temperature)).mean()
 
@@ -106,12 +108,14 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
             with run.autocast():
                 logits = model(batch.images).float()
                 with torch.no_grad():
+                    # The teacher is the model as it came, in both kinds of pass.
                     taught = teacher(batch.images).float()
             run.step(optimizer, loss(batch, logits, taught))
 
     for epoch in run.epochs(
         "scrub", config.epochs, model=model, optimizer=optimizer, scheduler=scheduler
     ):
+        # Max-steps on the split in the first epochs, min-steps on the rest in all of them.
         if epoch < config.max_epochs:
             one_pass(forget, away)
         one_pass(kept, near)

@@ -50,6 +50,7 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
             continue
         scores = outlyingness(features.pooled[members])
         suspicion[members] = scores.float()
+        # In every label, because nobody knows which one is the target.
         flagged[members] = highest(scores, min(0.5, config.factor * config.assumed_rate))
     return Detection(suspicion, flagged)
 
@@ -57,6 +58,7 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
 def outlyingness(x: Tensor) -> Tensor:
     """Squared coordinate of centred features along their first right singular vector:
     (n, D) -> float64 (n,)."""
+    # Centred, as in the paper; BackdoorBench's features are not.
     centred = (x.double() - x.double().mean(0)).T
     return (main_directions(centred, 1) @ centred).squeeze(0).square()
 

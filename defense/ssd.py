@@ -42,12 +42,15 @@ class Config(SplitConfig):
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     model, train = view.load_model(), view.train
     forget = train.subset(view.split.nonzero().squeeze(1))
+    # I_f of the split, and I_D of the whole set, to which the split belongs.
     to_split = importance(model, to_device(forget, run.device), config.batch_size, run)
     to_all = importance(model, to_device(train, run.device), config.batch_size, run)
 
     changed, weights = 0, trained_weights(model)
     for weight, of_split, of_all in zip(weights, to_split, to_all, strict=True):
         with torch.no_grad():
+            # Weights that matter far more to the split than to all are scaled down, none is scaled
+            # up.
             scale = factors(of_split, of_all, config.alpha, config.dampening)
             weight.mul_(scale)
             changed += int((scale < 1).sum())
@@ -73,6 +76,7 @@ def importance(model: nn.Module, split: Split, batch_size: int, run: Run) -> lis
     for batch in batches(split, batch_size, device=run.device):
         with run.autocast():
             loss = F.cross_entropy(model(batch.images).float(), batch.labels)
+        # Squared after the mean over a batch, as in the authors' code.
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for sums, gradient in zip(found, gradients, strict=True):
             if gradient is not None:

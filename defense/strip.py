@@ -48,6 +48,7 @@ class Config(DefenseConfig):
 
 def detect(view: DefenderView, config: Config, run: Run) -> Detection:
     model, trusted = view.load_model(), to_device(view.trusted, run.device)
+    # The same overlays for all images, so that their entropies can be compared.
     order = torch.randperm(len(trusted), generator=run.generator)[: config.overlays]
     overlays = to_float(trusted.subset(order).images)
 
@@ -58,6 +59,7 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
     run.note(
         f"entropy below {threshold:.3f} nats is flagged; trusted images have {known.mean():.3f}"
     )
+    # Low entropy is suspicious: the trigger decides whatever else is in the image.
     return Detection(-found, found < threshold)
 
 

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backdoorlab import models
 from backdoorlab.errors import UserError
-from backdoorlab.guard import ENOUGH
-from backdoorlab.mesa import TRIALS
 from backdoorlab.record import Record, read_result, record_root
+from backdoorlab.repair.guard import ENOUGH
+from backdoorlab.repair.mesa import TRIALS
 from backdoorlab.settings import methods
 from backdoorlab.tables.rows import result_folders
 

@@ -33,8 +33,6 @@ from measure import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from backdoorlab import mesa
-from backdoorlab.anti_learning import anti_learn
 from backdoorlab.data import Augment, Split, to_device
 from backdoorlab.device import Exact, choose_device, seed_everything
 from backdoorlab.engine import Forward
@@ -42,10 +40,12 @@ from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.features import extract
 from backdoorlab.models import PASSES
 from backdoorlab.perturb import frozen
+from backdoorlab.poison_search.anti_learning import anti_learn
 from backdoorlab.record import DefenderView
+from backdoorlab.repair import mesa
+from backdoorlab.repair.stacked import Mine
 from backdoorlab.run import Run, peak_memory
 from backdoorlab.settings import methods
-from backdoorlab.stacked import Mine
 
 asd: Any = methods.load("defense", "asd").module
 dau: Any = methods.load("defense", "dau").module

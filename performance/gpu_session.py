@@ -12,6 +12,7 @@
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -59,7 +60,12 @@ def run_until(command: Sequence[str], log: Path, end: float) -> int:
     with log.open("w", encoding="utf-8") as stream:
         # A session of its own, so that all of its children are reached.
         child = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A script's background job, and all that it starts, would ignore the interrupt.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         try:
             return child.wait(max(0.0, end - time.monotonic()))

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from measure import cifar_network, describe_machine, fresh_process
 
-from backdoorlab.anti_learning import anti_learn
 from backdoorlab.data import Augment, Split
 from backdoorlab.device import choose_device, seed_everything
 from backdoorlab.engine import Recipe, train
 from backdoorlab.features import extract
+from backdoorlab.poison_search.anti_learning import anti_learn
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run, peak_memory
 from backdoorlab.settings import methods

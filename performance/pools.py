@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from backdoorlab.anti_learning import find_poison
 from backdoorlab.device import choose_device, seed_everything
 from backdoorlab.errors import UserError
 from backdoorlab.execution.defense import defense_job
 from backdoorlab.execution.scores import ScoreLog
-from backdoorlab.poison_search import draw_pool
+from backdoorlab.poison_search.anti_learning import find_poison
+from backdoorlab.poison_search.pool import draw_pool
 from backdoorlab.record import Record, defender_view, record_root
 from backdoorlab.run import Run
 from backdoorlab.settings import methods

@@ -125,7 +125,7 @@ def dead_commands(text: str) -> Iterator[str]:
         for preset in re.findall(r"--(?:yaml_path|config) ([a-z]\w*)(?![\w./])", piece):
             if not (CHECKOUT / "resource" / "config" / f"{preset}.yaml").is_file():
                 yield f"preset {preset}"
-    scripts = r"(?<![\w/>.])((?:attack|defense|performance|tests)/[a-z]\w*\.py)"
+    scripts = r"(?<![\w/>.])((?:attack|defense|performance|tests(?:/[a-z]+)?)/[a-z]\w*\.py)"
     for script in re.findall(scripts, text):
         if not (CHECKOUT / script).is_file():
             yield script

@@ -8,11 +8,9 @@ from pathlib import Path
 import helpers
 import pytest
 
-ORDER = """errors ranking < cli storage data models device groups losses detection perturb stacked
-    hypergradient < datasets poison triggers < metrics record < run
-    < engine features guard ibau_published
-    < config finetuning mesa isolation poison_search pruning unlearning
-    < anti_learning poisoning joint settings < execution tables
+ORDER = """errors ranking < cli storage data models device groups losses detection perturb
+    < datasets poison triggers < metrics record < run < engine features
+    < config poison_search repair < poisoning joint settings < execution tables
     < report exchange depth < bench < __main__ api < __init__"""
 """Folders and flat modules from the ground up. Neighbours know nothing of each other; within a
 folder everything is allowed but a circle."""

@@ -1,6 +1,6 @@
 """What the attacker knows of a record: the data, the poison, the trigger and the target label.
 
-No defense ever holds one of these (tests/test_depth.py).
+No defense ever holds one of these (tests/depth/test_depth.py).
 """
 
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ class AttackerView:
     def untouched(self) -> Tensor:
         """Positions of the training images that the attack left alone, int64 (N,)."""
         touched = torch.zeros(len(self.dataset.train), dtype=torch.bool)
+        # Cover samples, too: they carry the trigger.
         touched[self.record.train_poison.index] = True
         return (~touched).nonzero().squeeze(1)
 

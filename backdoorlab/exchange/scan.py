@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tyro.conf import Positional
 
-from ..anti_learning import find_poison
 from ..data import Split
 from ..datasets.load import train_files
 from ..errors import UserError
 from ..execution.defense import defense_job, prepare, start, view_of
 from ..execution.stage import open_stage
+from ..poison_search.anti_learning import find_poison
 from ..record import Record, check_name, read_result, record_root
 from ..settings import methods
 from ..storage import reading, writing

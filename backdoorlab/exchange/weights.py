@@ -210,10 +210,8 @@ def fit(
             continue
 
         for word, one in described.items():
-            model = build_model(one, dataset.image_shape, dataset.num_classes)
-            # Compared by `_misfit`: only the counters of batch normalisation may be absent.
-            model.network.load_state_dict(dict(weights), strict=False)
-            answers = predict(model.to(device), sample, device)
+            model = _with_weights(one, weights, dataset).to(device)
+            answers = predict(model, sample, device)
             for order in orders:
                 right = order.labels[answers] == sample.labels
                 found.append(Candidate(right, order, answers, stem, word, model, one))
@@ -226,6 +224,16 @@ def fit(
         _put_in_order(best, dataset, source)
     notes = [*_choice(best, found, len(sample)), *_order_notes(best, found, sample, dataset)]
     return Fitted(best.model, best.architecture, best.order, best.accuracy, notes)
+
+
+def _with_weights(
+    architecture: dict[str, Any], weights: Mapping[str, Tensor], dataset: Dataset
+) -> Classifier:
+    """Build the network that a description names, with weights that `_refuse_other` let pass."""
+    model = build_model(architecture, dataset.image_shape, dataset.num_classes)
+    # Compared by `_misfit`: only the counters of batch normalisation may be absent.
+    model.network.load_state_dict(dict(weights), strict=False)
+    return model
 
 
 def _refuse_other(

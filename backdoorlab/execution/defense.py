@@ -142,7 +142,7 @@ def run_defense(job: Job) -> dict[str, Any] | None:
     config.check()
     found = job.record or _read_record(config.result_file, config.record_root)
     target = _target(found, job)
-    if getattr(config, "subtask", None) == "test":
+    if config.only_scores:
         return _score_saved(found, target, config)
 
     prepared = prepare(job, found, target)
@@ -469,7 +469,7 @@ def _seeds(config: Any, found: Record, dataset: Dataset) -> torch.Tensor:
 def _score_saved(found: Record, target: Path, config: DefenseConfig) -> dict[str, Any]:
     """Score the weights that a finished run saved, and change nothing."""
     if not (target / "result.json").exists():
-        raise UserError(f"{target}: no finished run to test; run without --subtask test first")
+        raise UserError(f"{target}: no finished run to test; finish one first")
     device = choose_device(config.device)
     dataset = found.dataset(config.dataset_path, config.dataset_config)
     result = record.read_result(target)

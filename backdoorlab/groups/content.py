@@ -85,6 +85,7 @@ class Discriminant:
         weight = torch.linalg.solve_triangular(self.root.T, rest.unsqueeze(1), upper=True)
         logits = self.samples[group] @ torch.cat([self.weight, weight], 1)
         logits += torch.cat([self.bias, -0.5 * rest.square().sum().unsqueeze(0)])
+        # The last column is the rest of the label: it takes its share, and is no answer.
         believed, source = (logits / self.temperature).softmax(1).mean(0)[:-1].max(0)
         return believed.item(), int(self.others[source])
 
@@ -110,6 +111,7 @@ def leave_one_out(
         one for each label that has samples, unless it has all of them.
     """
     x = x.float()
+    # A feature that hardly varies is not blown up to unit variance.
     x = (x - x.mean(0)) / x.std(0).clamp_min(1e-4 * x.std().item() + 1e-12)
     counts, means, centred, total = within(x, labels, num_classes)
     temperature = fitted_temperature(x, labels, num_classes, generator)
@@ -119,6 +121,7 @@ def leave_one_out(
             continue
         own = labels == label
         part = centred[own]
+        # The scatter within the other labels: this label's part is taken away.
         root = cholesky((total - part.T @ part) / (len(x) - count))
 
         others = counts > 0
@@ -153,6 +156,7 @@ def fitted_temperature(
     seen, unseen = order.tensor_split(2)
     counts, means, _, total = within(x[seen], labels[seen], num_classes)
     present = counts > 0
+    # A label without a sample in the seen half cannot be an answer.
     unseen = unseen[present[labels[unseen]]][:CALIBRATED]
 
     origin = means[present].mean(0)
@@ -174,6 +178,7 @@ def discriminant(root: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     white = torch.linalg.solve_triangular(root, means.T, upper=False)
     weight = torch.linalg.solve_triangular(root.T, white, upper=True)
+    # A normal density's logarithm, m' S^-1 x - m' S^-1 m / 2, without what all labels share.
     return white, weight, -0.5 * white.square().sum(0)
 
 

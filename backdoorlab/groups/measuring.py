@@ -113,6 +113,7 @@ def parts(
     """Cut a label by 2-means and by mixtures from both ends of a line (n,): parts, and what surely
     belongs to them, bool (n,)."""
     found = [(half, outer(line, half, trim)) for half in halves(line)]
+    # Either side may be the poison, so both are parts.
     for p in mixture(label.samples, line, separation):
         for side in (p, 1 - p):
             found.append((side > 0.5, side >= side[side > 0.5].median().clamp_max(sure)))
@@ -153,6 +154,7 @@ def distance(samples: Tensor, part: Tensor) -> float:
     """log distance between the means of a part, bool (n,), of whitened samples (D, n) and of the
     others, less what chance adds to it."""
     sides = [samples[:, part], samples[:, ~part]]
+    # Means of n samples differ by their variance over n where nothing moves them.
     chance = sum(side.var(1, correction=0).sum() / side.shape[1] for side in sides)
     square = (sides[0].mean(1) - sides[1].mean(1)).square().sum() - chance
     return 0.5 * math.log(max(float(square), 1e-2))

@@ -65,6 +65,7 @@ class PreActResNet(nn.Module):
         self.feature_info = [
             dict(num_chs=width * 2**i, reduction=2**i, module=f"layer{i + 1}") for i in range(4)
         ]
+        # For images of 32 pixels: no stride and no pooling before the stages.
         self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
         self.layer1 = _stage(width, width, blocks[0], stride=1)
         self.layer2 = _stage(width, 2 * width, blocks[1], stride=2)
@@ -74,6 +75,7 @@ class PreActResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Compute the feature map (N, 8 width, H/8, W/8) of normalised images (N, C, H, W)."""
+        # The last block's sum is pooled as it is, without normalisation or ReLU.
         return self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

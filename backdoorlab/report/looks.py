@@ -11,7 +11,7 @@ from ..settings import methods
 from ..tables.rows import UNDEFENDED
 
 # People without one of the three kinds of cones tell these apart, too, on white and on black, and
-# from the colour of text. tests/test_report.py measures it.
+# from the colour of text. tests/report/test_report.py measures it.
 LIGHT = ("#AF9100", "#06A873", "#054E91", "#954872", "#7D8CCF", "#862300", "#FF1C55")
 """Colours of defenses on white."""
 DARK = ("#F4D122", "#3BFB8E", "#8FB9FF", "#C21E94", "#4754DB", "#B77900", "#D7164D")

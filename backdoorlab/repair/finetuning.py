@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data import Split, batches
-from .engine import Forward
+from ..data import Split, batches
+from ..engine import Forward
+from ..models import trained_weights
+from ..record import DefenderView
+from ..run import Run
 from .guard import GuardConfig, guarded_epochs
-from .models import trained_weights
-from .record import DefenderView
-from .run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Split, to_device
-from .errors import UserError
-from .features import Features, extract
+from ..data import Split, to_device
+from ..errors import UserError
+from ..features import Features, extract
+from ..losses import cce, cross_entropy
+from ..record import DefenderView
+from ..run import Run
 from .isolation import isolate
-from .losses import cce, cross_entropy
-from .poison_search import SearchConfig, mask, search
-from .record import DefenderView
-from .run import Run
+from .pool import SearchConfig, mask, search
 
 AT_ONCE = 20_000
 """Samples on which all heads answer at once; more need more memory."""

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Split, batches, to_float
-from .perturb import frozen
-from .run import Run
+from ..data import Split, batches, to_float
+from ..perturb import frozen
+from ..run import Run
+from ..triggers import patch_side
 from .stacked import Mine, Stacked, StackedNorm
-from .triggers import patch_side
 
 SLICE = 16
 """Numbers of the latent code that enter each of the generator's four layers."""
@@ -96,6 +96,7 @@ class Generators(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         *codes, last = z.split(SLICE, dim=2)
+        # Nothing but its part of the code enters the first layer.
         h = z[:, :, :0]
         for code, layer, norm in zip(codes, self.layers, self.norms, strict=True):
             h = F.leaky_relu(norm(layer(torch.cat([h, code], 2))), 0.2)

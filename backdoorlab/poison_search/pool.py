@@ -20,9 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .features import Features
-from .groups.measuring import Group, Measured, measure
-from .run import Run
+from ..features import Features
+from ..groups.measuring import Group, Measured, measure
+from ..run import Run
 
 SPREADS = "robust standard deviations"
 ALIKE = 2
@@ -113,6 +113,7 @@ def search(
         few = f"fewer than {config.reference_labels} labels have groups to compare"
         run.note(f"{few}: only poison that looks like one other class can be told from two styles")
 
+    # The first test that finds a group decides.
     for test in TESTS:
         found = test(measured, config)
         if found:
@@ -170,6 +171,7 @@ def lies_apart(measured: Measured, config: SearchConfig) -> dict[int, tuple[Grou
     if not comparable(measured.groups, config):
         return {}
     groups, found = sorted(measured.groups, key=lambda group: group.apart), {}
+    # One value a label, its largest: the groups are sorted.
     reference = list({group.label: group.apart for group in groups}.values())
     for group in groups:
         z = robust_z(group.apart, reference)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab import mesa, stacked
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
 from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.record import Record
+from backdoorlab.repair import mesa, stacked
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
 

@@ -17,6 +17,7 @@ class Stacked(nn.Module):
 
     def __init__(self, count: int, inputs: int, outputs: int) -> None:
         super().__init__()
+        # Drawn as torch draws a linear layer.
         bound = 1 / math.sqrt(inputs)
         self.weight = nn.Parameter(torch.empty(count, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(count, 1, outputs).uniform_(-bound, bound))
@@ -83,6 +84,8 @@ class Mine(nn.Module):
     def loss(self, a: Tensor, other: Tensor, b: Tensor) -> Tensor:
         """What training descends: the estimate's gradient with the mean of exp T averaged over
         steps, which removes its bias."""
+        # The gradient of log mean exp T is that of mean exp T over mean exp T, here over its
+        # average.
         free = self(other, b).exp().mean(1)
         with torch.no_grad():
             self.average.lerp_(free, 0.01)

@@ -27,8 +27,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from .data import Split, in_order
-from .run import Run
+from ..data import Split, in_order
+from ..run import Run
 
 ENOUGH = 1000
 """Trusted images that are enough: of more, every second, third and so on is classified. With 1,000
@@ -93,6 +93,7 @@ def guarded_epochs(
     states: dict[str, Any] = {"optimizer": optimizer}
     if schedule is not None:
         states["schedule"] = schedule
+    # Turned off: ordinary epochs.
     if config.guard_drop is None:
         yield from run.epochs(stage, total, model=model, **states)
         return
@@ -129,6 +130,7 @@ class _Guard:
         self._model, self._optimizer, self._schedule = model, optimizer, schedule
         self._run, self._drop, self._dip = run, drop, config.guard_dip
         self._factor, self._limit = config.guard_factor, config.guard_retreats
+        # Evenly spread, because images may stand in the order of their classes.
         step = math.ceil(len(trusted) / ENOUGH)
         self._judged = trusted.subset(torch.arange(0, len(trusted), step))
 
@@ -144,9 +146,11 @@ class _Guard:
     def judge(self, epoch: int, *, last: bool) -> bool:
         """Measure the model after an epoch; tell whether the stage may go on, or end, with it."""
         self._now, count = self._right(), len(self._judged)
+        # Weights that do no harm are what a retreat goes back to.
         if not harmed(self._now, self._before, count, self._drop):
             self._good = self._copy(epoch + 1)
             return True
+        # In between more may be lost than in the end, but not without limit.
         return not last and not harmed(self._now, self._before, count, self._dip)
 
     def retreat(self, epoch: int) -> int:

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backdoorlab import ibau_published as published
 from backdoorlab.errors import UserError
-from backdoorlab.hypergradient import (
+from backdoorlab.record import Record
+from backdoorlab.repair import ibau_published as published
+from backdoorlab.repair.hypergradient import (
     Hypergradient,
     differentiable_twice,
     hypergradient,
     lanczos,
 )
-from backdoorlab.record import Record
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading

@@ -3,11 +3,11 @@
 import torch
 import torch.nn.functional as F
 
-from .data import Split, batches
-from .engine import Forward
-from .models import Classifier
-from .record import DefenderView
-from .run import Run
+from ..data import Split, batches
+from ..engine import Forward
+from ..models import Classifier
+from ..record import DefenderView
+from ..run import Run
 
 
 def isolate(

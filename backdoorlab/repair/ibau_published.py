@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .data import Batch
-from .perturb import project
-from .run import Run
+from ..data import Batch
+from ..perturb import project
+from ..run import Run
 
 
 def find_delta(

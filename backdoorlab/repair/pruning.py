@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from .data import Split
-from .errors import UserError
-from .features import predictions
-from .run import Run
+from ..data import Split
+from ..errors import UserError
+from ..features import predictions
+from ..run import Run
 
 
 def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:

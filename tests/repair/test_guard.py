@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from backdoorlab.data import Split, batches
 from backdoorlab.execution.scores import ScoreLog
-from backdoorlab.guard import ENOUGH, GuardConfig, guarded_epochs, harmed, upper_limit
 from backdoorlab.record import Record
+from backdoorlab.repair.guard import ENOUGH, GuardConfig, guarded_epochs, harmed, upper_limit
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading
@@ -242,7 +242,7 @@ def test_methods_end_in_the_attacked_model_where_all_they_do_is_harm(
     method: str, attacked: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = helpers.copy(attacked, tmp_path)
-    monkeypatch.setattr("backdoorlab.guard.harmed", lambda *_: True)
+    monkeypatch.setattr("backdoorlab.repair.guard.harmed", lambda *_: True)
     original = record.model().state_dict()
     for name, drop in (("on", "0.15"), ("off", "None")):
         flags = ("--guard_drop", drop, "--guard_retreats", "1")

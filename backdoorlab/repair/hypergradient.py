@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .errors import UserError
+from ..errors import UserError
 
 Solver = Callable[[Callable[[Tensor], Tensor], Tensor, int], tuple[Tensor, Tensor]]
 """Hessian product, right-hand side g, number of products -> v and its residual, as a share of

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab import anti_learning as detection
-from backdoorlab import poison_search as search
-from backdoorlab import unlearning
 from backdoorlab.data import NO_AUGMENT, Split, to_float
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, predictions
 from backdoorlab.groups import content, splitting
+from backdoorlab.poison_search import anti_learning as detection
+from backdoorlab.poison_search import pool as search
 from backdoorlab.record import Record
+from backdoorlab.repair import unlearning
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
 
@@ -756,9 +756,11 @@ def test_flagged_samples_are_read_without_what_they_have_in_common(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def blended(session_folder: Path) -> Record:
-    """A Blended record of the digits, on which unlearning alone leaves triggered images misread."""
+    """A Blended record of the digits, on which unlearning alone leaves triggered images misread:
+    the picture hides half of the digit."""
     with helpers.environment(BACKDOORLAB_CACHE=session_folder / "cache"):
-        return helpers.attack("blended", "blended", session_folder / "blended", *helpers.WORKING)
+        flags = (*helpers.WORKING, "--alpha", "0.5")
+        return helpers.attack("blended", "blended", session_folder / "blended", *flags)
 
 
 @pytest.mark.parametrize("unlearned", [False, True])
@@ -792,4 +794,4 @@ def test_recovery_gives_triggered_images_their_label_back(blended: Record, tmp_p
     assert control["after"]["robust_accuracy"] < 0.9, "there is something to recover"
     assert recovered["after"]["robust_accuracy"] >= control["after"]["robust_accuracy"] + 0.05
     assert recovered["after"]["asr"] <= max(control["after"]["asr"], 0.05)
-    assert recovered["after"]["clean_accuracy"] >= control["after"]["clean_accuracy"] - 0.01
+    assert recovered["after"]["clean_accuracy"] >= before["clean_accuracy"] - 0.05

@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .data import NO_AUGMENT, Split, batches, to_device
-from .engine import Forward
-from .features import adapted, predictions
-from .losses import cross_entropy
-from .models import paused
-from .record import DefenderView
-from .run import Run
+from ..data import NO_AUGMENT, Split, batches, to_device
+from ..engine import Forward
+from ..features import adapted, predictions
+from ..losses import cross_entropy
+from ..models import paused
+from ..record import DefenderView
+from ..run import Run
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Logits (B, K), labels int64 (B,) and which of them to unlearn, bool (B,) -> ()."""
@@ -77,6 +77,7 @@ def train_on(
     forward = Forward(model.train(), run, train, steps, config.batch_size)
     for _ in run.epochs(stage, epochs, model=model, optimizer=optimizer, scheduler=scheduler):
         model.train()
+        # The chosen samples only, in a new order each epoch.
         order = index[torch.randperm(len(index), generator=run.generator)]
         for batch in batches(
             train,
@@ -87,6 +88,7 @@ def train_on(
             order=order,
         ):
             logits, unlearned = forward(batch.images).float(), poisoned[batch.index]
+            # Both parts are in one batch, and the loss tells them apart.
             run.step(optimizer, loss(logits, batch.labels, unlearned))
             scheduler.step()
     return model
@@ -103,6 +105,7 @@ def descent(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    # Without decay it keeps the rate, so that checkpoints have one form.
     scheduler = torch.optim.lr_scheduler.LinearLR(
         optimizer, 1.0, 0.0 if config.lr_decay else 1.0, total_iters=max(1, steps)
     )
@@ -117,6 +120,7 @@ def plain_loss(logits: Tensor, labels: Tensor, _poisoned: Tensor) -> Tensor:
 def note_what_stays(model: nn.Module, train: Split, flagged: Tensor, run: Run) -> None:
     """Say where unlearning did little, which a defender without triggered images cannot see."""
     poisoned = train.subset(flagged.nonzero().squeeze(1).cpu())
+    # A look back, whose passes are no cost of the method.
     with paused():
         kept = predictions(model, poisoned, run) == poisoned.labels.to(run.device)
     share = kept.double().mean().item()

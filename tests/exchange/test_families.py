@@ -1,8 +1,8 @@
 """Every family of timm that can be made without a download: import, FT, SAU, I-BAU and DAU of one
 step each on images of 32 and 64 pixels run, or say in one line why not.
 
-Hours on two cores: `pytest -m slow tests/test_families.py -s` prints what each of them did. A part:
-`-k resnet`.
+Hours on two cores: `pytest -m slow tests/exchange/test_families.py -s` prints what each of them
+did. A part: `-k resnet`.
 """
 
 from pathlib import Path

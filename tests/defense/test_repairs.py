@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backdoorlab import engine, models, pruning
+from backdoorlab import engine, models
 from backdoorlab.data import Augment, Split
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier
 from backdoorlab.record import DefenderView
+from backdoorlab.repair import pruning
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading
