@@ -22,7 +22,7 @@ from .tables import rows as measured
 
 
 def attack(method: str, **options: Any) -> Record:
-    """Run attack/<method>.py and return its record.
+    """Run `attack/<method>.py` and return its record.
 
     Args:
         method: name of the attack.
@@ -39,7 +39,7 @@ def attack(method: str, **options: Any) -> Record:
 
 
 def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] | None:
-    """Run defense/<method>.py on a record.
+    """Run `defense/<method>.py` on a record.
 
     Args:
         method: name of the defense.
@@ -47,8 +47,8 @@ def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] 
         options: flags of the defense by name.
 
     Returns:
-        The content of result.json; scores are in [0, 1], as result["after"]["asr"], and of a
-        detector as result["split"]["auroc"]. None if a `subtask` stops before there is a result.
+        The content of result.json; scores are in [0, 1], as `result["after"]["asr"]`, and of a
+        detector as `result["split"]["auroc"]`. None if a `subtask` stops before there is a result.
     """
     found = methods.load("defense", method)
     # A record knows its folder, so it is found again whatever the root is.

@@ -384,7 +384,7 @@ def test_both_languages_say_the_same() -> None:
     ("old", "new", "name"),
     [
         ("--save_folder_name demo\n", "--save_folder_name demo2\n", "blocks"),
-        ("docs/compare.md", "docs/depth.md", "links"),
+        ("docs/howto/choose.md", "docs/depth.md", "links"),
         ("`make demo`", "`make demos`", "code"),
         ("8 种检测", "9 种检测", "numbers"),
         ("## ", "### ", "headings"),
