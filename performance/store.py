@@ -10,6 +10,7 @@ weights and histories are left out. Tables read a store as they read records:
 """
 
 import argparse
+import fnmatch
 import getpass
 import json
 import re
@@ -41,9 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("records", type=Path)
     parser.add_argument("store", type=Path)
     parser.add_argument("--command", required=True, help="what measured the records")
+    parser.add_argument("--only", default="*", help="records of such names, as in a shell")
     options = parser.parse_args(argv)
     try:
-        kept = keep(options.records, options.store, options.command)
+        kept = keep(options.records, options.store, options.command, options.only)
     except UserError as error:
         print(one_line(error), file=sys.stderr)
         return 2
@@ -53,18 +55,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def keep(records: Path, store: Path, command: str) -> dict[str, str]:
+def keep(records: Path, store: Path, command: str, only: str = "*") -> dict[str, str]:
     """Copy what tables need of every finished record.
 
     Args:
         records: the folder of records.
         store: where to; made if it is missing.
         command: what measured the records.
+        only: a pattern of names, as in a shell.
 
     Returns:
         Every file of the store, and its SHA-256.
     """
-    for name in every_name(records):
+    names = fnmatch.filter(every_name(records), only)
+    if not names:
+        raise UserError(f"no record in {records} has a name like {only}")
+    for name in names:
         # What is damaged is refused here, and not found out when a page is made.
         record = Record.load(name, records)
         # Results on an earlier record of that name are no results on this one.

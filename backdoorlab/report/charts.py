@@ -101,7 +101,10 @@ class Chart:
 
 def overview(cells: Sequence[Cell]) -> list[Chart]:
     """Make the charts over all records."""
-    return [accuracy_against_asr(cells), costs(cells)] if cells else []
+    if not cells:
+        return []
+    audited = any(cell.row.p_asr_5 is not None for cell in cells)
+    return [accuracy_against_asr(cells), *([comeback(cells)] if audited else []), costs(cells)]
 
 
 def of_record(cells: Sequence[Cell]) -> list[Chart]:
@@ -155,6 +158,40 @@ def accuracy_against_asr(cells: Sequence[Cell]) -> Chart:
     return Chart(
         "accuracy_asr", "Clean accuracy against attack success rate", caption, tuple(panels)
     )
+
+
+def comeback(cells: Sequence[Cell]) -> Chart:
+    """Draw the ASR after fine-tuning with five poisoned images against the reported ASR: one mark
+    for each audited cell, a panel for each data set."""
+    look = _looks(cells)
+    audited = [cell for cell in cells if cell.row.ranked and cell.row.p_asr_5 is not None]
+
+    panels = []
+    for dataset in sorted({cell.row.dataset for cell in audited}):
+        series = _by_defense(
+            [cell for cell in audited if cell.row.dataset == dataset],
+            look,
+            x=lambda c: _percent(c.row.asr),
+            y=lambda c: _percent(c.row.p_asr_5),
+        )
+        panels.append(
+            Panel(
+                dataset,
+                "ASR %, as reported",
+                "ASR % after five poisoned images",
+                series,
+                x_range=(-3, 103),
+                y_range=(-3, 103),
+                large=True,
+            )
+        )
+
+    caption = (
+        "One mark for each audited model. A mark on the left is a low ASR; the higher it stands,"
+        " the more of the backdoor comes back when the model is fine-tuned on a few images, of"
+        " which five are poisoned. Removed is the lower left corner; the upper left is only quiet."
+    )
+    return Chart("comeback", "Is the backdoor gone, or only quiet?", caption, tuple(panels))
 
 
 def costs(cells: Sequence[Cell]) -> Chart:

@@ -30,6 +30,7 @@ from backdoorlab.depth.view import AttackerView
 from backdoorlab.errors import UserError
 from backdoorlab.execution.defense import defense_job, run_defense
 from backdoorlab.record import DefenderView, Record
+from backdoorlab.report import artifacts, charts
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading
@@ -448,3 +449,17 @@ def test_controls_and_defenses_of_the_digits_stand_in_order(demo: Record, tmp_pa
     assert abs(depth["undefended"]) <= 0.05 and abs(depth["clean"] - 1) <= 0.05
     assert depth["exact"] >= 0.9
     assert depth["dau"] > max(depth["sau"], depth["bu"])
+
+
+def test_a_page_draws_what_came_back_of_audited_results_alone(
+    audited: Record, poisoned: Record
+) -> None:
+    (chart,) = (c for c in charts.overview(artifacts.gather([audited])) if c.name == "comeback")
+    marks = {s.name: (s.x, s.y) for panel in chart.panels for s in panel.series}
+    rows = measured.rows([audited])
+    assert marks == {
+        row.defense: ([100 * (row.asr or 0)], [100 * (row.p_asr_5 or 0)]) for row in rows
+    }
+    assert set(marks) == {"none", "ft"}
+    names = [c.name for c in charts.overview(artifacts.gather([poisoned]))]
+    assert names == ["accuracy_asr", "costs"], "a control: nothing was audited"

@@ -19,7 +19,8 @@ from backdoorlab.errors import UserError
 from backdoorlab.record import Record
 from backdoorlab.report import heat_map
 from backdoorlab.storage import reading, writing
-from backdoorlab.tables import board, rows, stored
+from backdoorlab.storage.schema import AUDIT_FORMAT
+from backdoorlab.tables import audits, board, rows, stored
 
 Capture = pytest.CaptureFixture[str]
 STORES = helpers.CHECKOUT / "docs" / "results" / "stored"
@@ -177,8 +178,44 @@ def test_a_record_that_is_kept_again_has_no_results_of_the_earlier_one(
     performance: ModuleType, kept: Path, small: Record, tmp_path: Path
 ) -> None:
     helpers.copy(small, tmp_path / "again")
-    performance.keep(tmp_path / "again", kept, "x")
-    assert list(stored.files(kept)) == ["small/record.json"]
+    helpers.copy(small, tmp_path / "again", "other")
+    performance.keep(tmp_path / "again", kept, "x", "oth*")
+    assert stored.records(kept) == ["other", "small"] and result_of(kept).is_file()
+    performance.keep(tmp_path / "again", kept, "x", "sm*")
+    assert list(stored.files(kept)) == ["other/record.json", "small/record.json"]
+    with pytest.raises(UserError, match=r"no record in .* has a name like x\*"):
+        performance.keep(tmp_path / "again", kept, "x", "x*")
+
+
+def test_an_audit_is_kept_without_its_details(
+    performance: ModuleType, small: Record, tmp_path: Path, capsys: Capture
+) -> None:
+    root = tmp_path / "records"
+    shutil.copytree(small.folder, root / "small")
+    result = result_of(root)
+    audit = {
+        "format": AUDIT_FORMAT,
+        "kind": "result",
+        "model": audits.weights(reading.read_sealed(result)),
+        "settings": {"seed": 0},
+        "tests": {"retune": {"draws": [0.1] * 1000}},
+        "summary": {"depth": 0.95, "p_asr": {"0": 0.01, "5": 0.07}},
+        "why": [],
+    }
+    writing.write_sealed(result.with_name(audits.FILE), audit)
+    performance.keep(root, tmp_path / "store", "x")
+    kept = reading.read_sealed(result_of(tmp_path / "store").with_name(audits.FILE))
+    assert kept["tests"] == {} and kept["summary"] == audit["summary"]
+    assert shown(tmp_path / "store", capsys) == shown(root, capsys)
+    wide = shown(tmp_path / "store", capsys, "--wide", "True")
+    assert "(0.95)" in wide
+    found = rows.rows(stored.readable(["small"], tmp_path / "store"))
+    assert ">0.95<" in heat_map.svg(board.boards(found))
+
+    # An audit of other weights is not shown, as of a record.
+    writing.write_sealed(result.with_name(audits.FILE), audit | {"model": "0" * 64})
+    performance.keep(root, tmp_path / "store", "x")
+    assert "(0.95)" not in shown(tmp_path / "store", capsys, "--wide", "True")
 
 
 @pytest.mark.parametrize("store", sorted(STORES.iterdir()), ids=lambda store: store.name)
