@@ -149,7 +149,7 @@ def notebook(text: str) -> str:
     """Return the notebook of the page: its prose, and its commands as cells without output."""
     text = MACHINE.sub("", SHOWN.sub("", text))
     text = re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", r"](../docs/\1)", text)
-    cells = [code("import os\n\nif not os.path.isdir('attack'):\n    os.chdir('..')")]
+    cells = [code(START)]
     for number, part in enumerate(re.split(COMMANDS, text)):
         part = part.strip()
         if number % 2:
