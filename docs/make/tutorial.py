@@ -32,6 +32,12 @@ SHOWN = re.compile(
 )
 MACHINE = re.compile(r"^(<!-- machine -->\n).*?^(<!-- end -->\n)", re.M | re.S)
 PICTURE = re.compile(r"!\[[^\]]*\]\(images/(tutorial_\w+)\.png\)")
+START = """import os
+from pathlib import Path
+
+if not Path("attack").is_dir():
+    os.chdir("..")"""
+"""First cell of the notebook: it runs in the checkout."""
 MADE = {
     "tutorial_preview": "record/tutorial/preview.png",
     "tutorial_flagged": "record/tutorial/scan/flagged.png",
