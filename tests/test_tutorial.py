@@ -17,7 +17,7 @@ SHORT = {
     "defense/ft.py": ("--epochs", "1"),
     "defense/fst.py": ("--epochs", "1"),
     "defense/dau.py": ("--head_epochs", "5", "--epochs", "1", "--score_every", "0"),
-    "audit": ("--clean", "clean"),
+    "audit": ("--clean", "clean", "--defense", "ft"),
 }
 """Script or command -> flags that make it short."""
 
@@ -62,6 +62,8 @@ def test_output_is_cut_in_the_middle(tutorial: ModuleType) -> None:
     assert len(tutorial.trimmed("x" * 500, 1, 1)) < 130
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_command_runs(tutorial: ModuleType, tmp_path: Path) -> None:
     """With settings that make them short, so that the scores say nothing."""
     clean = "python attack/none.py --save_folder_name clean " + " ".join(helpers.WORKING)

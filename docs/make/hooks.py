@@ -1,6 +1,5 @@
 """What mkdocs does besides reading docs/: it adds the pages that are made from the code."""
 
-import logging
 import os
 import posixpath
 import re
@@ -13,7 +12,6 @@ from mkdocs.structure.files import File, Files
 sys.path.insert(0, os.fspath(Path(__file__).parent))
 import pages
 
-log = logging.getLogger("mkdocs.hooks")
 CHECKOUT = Path(__file__).resolve().parents[2]
 PROJECT = {
     "CONTRIBUTING.md": "project/contributing.md",
@@ -21,6 +19,8 @@ PROJECT = {
     "CHANGELOG.md": "project/changelog.md",
 }
 """Pages at the root of the checkout -> where they are on the site."""
+ALONE = ("index.md", "tutorial.md", "glossary.md")
+"""Pages that are a section of their own: they get the room of its navigation."""
 ELSEWHERE = {**PROJECT, "README.md": "index.md"}
 """Files outside docs/ that a page may link to -> page of the site."""
 
@@ -76,6 +76,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Lead links to where a file is on the site; add the generated part to a method's own page."""
     source = page.file.src_uri
+    if source in ALONE:
+        page.meta["hide"] = ["navigation"]
     stem = Path(source).stem
     for found in pages.every_method().values():
         for method in found:
