@@ -110,7 +110,10 @@ def block(command: str, path: Path, root: Path) -> tuple[str, dict[Path, bytes]]
             case ["python", "performance/results.py", "about", store]:
                 return about(Path(store)), {}
             case ["python", "performance/results.py", "heat_map", file, *stores] if stores:
-                boards = [one for store in stores for one in board.boards(_rows(Path(store)))]
+                rows_of = (_rows(Path(store)) for store in stores)
+                boards = heat_map.with_asr(
+                    [one for found in rows_of for one in board.boards(found)]
+                )
                 picture = root / file
                 link = os.path.relpath(picture, path.parent).replace(os.sep, "/")
                 return f"![{_said(boards)}]({link})\n", {picture: heat_map.drawn(boards)}

@@ -5,6 +5,7 @@ colours, and equal boards give equal bytes whatever is installed.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from typing import Literal
 
@@ -25,8 +26,18 @@ NARROWEST = 480
 Scheme = Literal["light", "dark"]
 
 
+def with_asr(every: Sequence[Board]) -> list[Board]:
+    """Leave out what has no ASR: the clean control, and attacks without triggered images."""
+    found = []
+    for board in every:
+        scored = {place[0] for place, group in board.cells.items() if group.score("asr")}
+        attacks = tuple(name for name in board.attacks if name in scored)
+        found.append(replace(board, attacks=attacks))
+    return [board for board in found if board.attacks]
+
+
 def svg(every: Sequence[Board]) -> str:
-    """Draw boards below each other."""
+    """Draw boards below each other; those of `with_asr` have no empty row."""
     names = [name for board in every for name in board.attacks]
     left = MARGIN + GAP + LETTER * max(map(len, [*names, "attack"]))
     # The columns of all boards are the same ones, so that a defense is read from top to bottom.

@@ -109,7 +109,7 @@ def report(options: Report, only: Only | None = None, say: Callable[[str], None]
     if options.figures is not None:
         folder = Path(options.figures)
         say(f"{save_figures(folder, overall, by_name)} figures, each as .png and .svg: {folder}")
-        if boards := board.boards([cell.row for cell in cells]):
+        if boards := heat_map.with_asr(board.boards([cell.row for cell in cells])):
             _refuse_foreign(folder / "heat_map.svg", figures.MAKER)
             writing.write_bytes(folder / "heat_map.svg", heat_map.drawn(boards))
             say(f"attacks x defenses: {folder / 'heat_map.svg'}")

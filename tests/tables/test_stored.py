@@ -332,6 +332,14 @@ def test_a_heat_map_has_every_number_and_says_what_is_missing(found: list[rows.R
     assert "100.0 ×" in heat_map.svg(board.boards(other))
 
 
+def test_a_heat_map_has_no_row_of_the_clean_control(found: list[rows.Row]) -> None:
+    clean = dataclasses.replace(found[0], attack="none", record="clean", asr=None)
+    every = board.boards([*found, clean])
+    assert [one.attacks for one in every] == [("badnet", "blended", "sig, 5 %", "none")]
+    assert [one.attacks for one in heat_map.with_asr(every)] == [("badnet", "blended", "sig, 5 %")]
+    assert heat_map.with_asr(board.boards([clean])) == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_heat_map_can_be_read_by_everybody(scheme: heat_map.Scheme) -> None:
     """Letters stand out, and the scale is one of lightness, which needs no colour vision."""
