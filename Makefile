@@ -6,7 +6,7 @@ RECORDS := $(or $(BACKDOORLAB_RECORDS),record)
 # Two waiting threads that spin slow each other down many times over on a busy machine.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test coverage test-processors gpu bench clean
+.PHONY: demo test coverage test-processors docs tutorial gpu bench results clean
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 	[ -f $(RECORDS)/demo/record.json ] || $(RUN) attack/badnet.py --save_folder_name demo
 	for name in asd bu dau ft ibau sau; do \
 	    [ -f $(RECORDS)/demo/defense/$$name/seed0/result.json ] || $(RUN) defense/$$name.py --result_file demo || exit; done
-	$(RUN) -m backdoorlab table demo
+	$(RUN) -m backdoorlab table demo --missing False
 
 # The page's tests drive Chromium (Debian: apt-get install chromium chromium-driver) and are skipped without it.
 test: $(VENV)/installed-dev
@@ -30,6 +30,18 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+# The site, in site/: open site/index.html. Any warning is an error.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(RUN) -m mkdocs build --strict
+
+# Runs every command of the tutorial, and writes their output into its page; makes the notebook.
+tutorial: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) docs/make/tutorial.py
 
 # Nearly twice the processor time of the tests alone, so `make test` does without.
 coverage: $(VENV)/installed-dev
@@ -46,5 +58,9 @@ gpu:
 bench: $(VENV)/installed
 	$(RUN) -m performance
 
+# Tables, pictures and numbers of README.md and docs/ from docs/results/stored: seconds, and nothing is trained.
+results: $(VENV)/installed
+	$(RUN) performance/results.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage
+	rm -rf $(VENV) build dist site *.egg-info .coverage

@@ -34,7 +34,7 @@ from .record import every_name, record_names, record_root
 from .report import page
 from .settings import methods, resources
 from .settings.parse import parse_plain
-from .tables import formats, layout, matrix
+from .tables import board, formats, layout, matrix, stored
 from .tables import rows as measured
 
 
@@ -51,6 +51,13 @@ class Table:
     numbers and a significance test over attacks."""
     worst: bool = False
     """As --mean, but with the scores of the worst seed instead of the mean."""
+    wide: bool = False
+    """Show one row per attack and one column per defense: means of clean accuracy / ASR / RA, and
+    the depth where it was audited."""
+    missing: bool = True
+    """Show each defense that was not run as a row without numbers."""
+    columns: str | None = None
+    """Columns to show, separated by commas, such as "defense,clean acc,ASR". None: all."""
     record_root: str | None = None
     """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
     ./record."""
@@ -155,12 +162,21 @@ def table(options: Table) -> int:
     root = record_root(options.record_root)
     damaged: list[measured.Damaged] = []
     on_damage = measured.refuse if options.debug else damaged.append
-    records = measured.readable(
+    records = stored.readable(
         _names(options.names, root), root, measured.refuse if options.names else on_damage
     )
-    shown = layout.table(
-        records, options.format, mean=options.mean, worst=options.worst, on_damage=on_damage
-    )
+    if options.wide:
+        shown = board.table(measured.rows(records, on_damage=on_damage))
+    else:
+        shown = layout.table(
+            records,
+            options.format,
+            mean=options.mean,
+            worst=options.worst,
+            missing=options.missing,
+            columns=options.columns,
+            on_damage=on_damage,
+        )
     layout.show(shown, options.format)
     return layout.complain(damaged)
 
@@ -168,7 +184,7 @@ def table(options: Table) -> int:
 def showing_matrix(options: Matrix) -> int:
     """Print detectors against unlearners for each record."""
     root = record_root(options.record_root)
-    records = measured.readable(_names(options.names, root), root)
+    records = stored.readable(_names(options.names, root), root)
     layout.show(matrix.table(records), options.format)
     return 0
 

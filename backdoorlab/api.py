@@ -17,12 +17,12 @@ from .execution.output import lasting_output
 from .record import Record, every_name, record_root
 from .settings import methods
 from .settings.parse import as_flags
-from .tables import formats, layout
+from .tables import formats, layout, stored
 from .tables import rows as measured
 
 
 def attack(method: str, **options: Any) -> Record:
-    """Run attack/<method>.py and return its record.
+    """Run `attack/<method>.py` and return its record.
 
     Args:
         method: name of the attack.
@@ -39,7 +39,7 @@ def attack(method: str, **options: Any) -> Record:
 
 
 def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] | None:
-    """Run defense/<method>.py on a record.
+    """Run `defense/<method>.py` on a record.
 
     Args:
         method: name of the defense.
@@ -47,8 +47,8 @@ def defend(method: str, record: Record | str, **options: Any) -> dict[str, Any] 
         options: flags of the defense by name.
 
     Returns:
-        The content of result.json; scores are in [0, 1], as result["after"]["asr"], and of a
-        detector as result["split"]["auroc"]. None if a `subtask` stops before there is a result.
+        The content of result.json; scores are in [0, 1], as `result["after"]["asr"]`, and of a
+        detector as `result["split"]["auroc"]`. None if a `subtask` stops before there is a result.
     """
     found = methods.load("defense", method)
     # A record knows its folder, so it is found again whatever the root is.
@@ -79,7 +79,7 @@ def table(
         format: how the table is written.
         mean: show means over seeds.
         worst: show the worst seed of each defense.
-        root: folder of records, as --record_root.
+        root: folder of records, as --record_root, or a store of results.
     """
     if format not in get_args(formats.Format):
         raise UserError(
@@ -90,8 +90,9 @@ def table(
     # With no name given, a damaged record must not hide the others.
     place = record_root(root)
     damaged: list[measured.Damaged] = []
+    found: Sequence[measured.Measured]
     if records is None:
-        found = measured.readable(every_name(place), place, damaged.append)
+        found = stored.readable(every_name(place), place, damaged.append)
     else:
         named = [records] if isinstance(records, (str, Record)) else records
         found = [

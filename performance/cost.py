@@ -3,7 +3,7 @@
     python performance/cost.py [RECORD ...] [--record_root FOLDER] [--tflops 50]
 
 With records, it prints the passes counted in their results beside those of the formulas below. Then
-it prints the table of docs/scaling.md. A forward pass of an image counts once, a backward pass
+it prints the table of docs/results/cost.md. A forward pass of an image counts once, a backward pass
 twice (gradients of activations and of weights). torch counts the operations of a forward pass on
 the network itself. --tflops is the rate that the GPU is assumed to achieve; hours scale with its
 inverse.

@@ -1,4 +1,4 @@
-"""The documentation leads somewhere: its links, commands and names are those of this tree.
+"""The documentation leads somewhere, and its pages are short.
 
 It needs the standard library and pytest only, so that `pytest --noconftest tests/test_docs.py` runs
 without torch.
@@ -14,9 +14,12 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGE = CHECKOUT / "backdoorlab"
-NAMED = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+NAMED = ("README.md", "README_zh.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 PAGES = sorted([*(CHECKOUT / name for name in NAMED), *(CHECKOUT / "docs").rglob("*.md")])
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
+PROSE, LENGTH = 1200, 1600
+"""Most words of a page without and with its tables; code counts in neither. Scrolling through more
+takes a minute."""
 SUFFIXES = (".json", ".csv", ".safetensors", ".yaml", ".png", ".md", ".txt", ".html", ".npy")
 """What a code span of a file ends with, where it looks like a name in a module."""
 
@@ -177,6 +180,49 @@ def test_every_page_of_the_documentation_is_linked() -> None:
     assert set((CHECKOUT / "docs").rglob("*.md")) <= reached
 
 
+def words(text: str) -> tuple[int, int]:
+    """Return the words of a page without and with its tables."""
+    text = FENCED.sub("", text)
+    prose = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("|"))
+    return len(prose.split()), len(text.split())
+
+
+def too_long(text: str, page: str) -> bool:
+    """Whether a page below docs/ is too long: notes may be, and tables of results."""
+    prose, everything = words(text)
+    looked_up = page.startswith(("results/", "glossary"))
+    whole = everything > LENGTH and not looked_up
+    return not page.startswith("lab/") and (prose > PROSE or whole)
+
+
+def test_no_page_is_too_long() -> None:
+    folder = CHECKOUT / "docs"
+    pages = {page.relative_to(folder).as_posix(): page.read_text() for page in folder.rglob("*.md")}
+    assert len(pages) > 30
+    assert not {page: words(text) for page, text in pages.items() if too_long(text, page)}
+
+    # Controls: of words, of rows, of code.
+    assert too_long("word " * (PROSE + 1), "howto/x.md")
+    assert too_long("| word | word |\n" * 400, "howto/x.md")
+    assert not too_long("| word | word |\n" * 400, "results/x.md")
+    assert not too_long("```\n" + "word " * 2000 + "\n```\n", "howto/x.md")
+
+
+def named_pages(text: str) -> list[str]:
+    """Return the pages of docs/ that a source file names and that are not there."""
+    found = re.findall(r"docs/[\w/]+\.md", text)
+    return [page for page in found if not (CHECKOUT / page).is_file()]
+
+
+def test_pages_that_the_code_names_are_there() -> None:
+    folders = ("backdoorlab", "attack", "defense", "performance", "resource")
+    sources = [p for name in folders for p in (CHECKOUT / name).rglob("*.*") if p.suffix != ".pyc"]
+    texts = {p: p.read_text() for p in sources if p.suffix in (".py", ".yaml")}
+    assert sum("docs/" in text for text in texts.values()) > 10
+    assert not {str(p): dead for p, text in texts.items() if (dead := named_pages(text))}
+    assert named_pages("as docs/nowhere.md says, and docs/glossary.md") == ["docs/nowhere.md"]
+
+
 DEAD = """# A page
 
 [file](docs/nowhere.md), [heading](README.md#nowhere), [own](#nowhere)
@@ -191,7 +237,7 @@ make tests
 """
 ALIVE = """# A page
 
-[file](docs/architecture.md), [heading](README.md#install), [own](#a-page), [web](https://x.org/y)
+[file](docs/glossary.md), [heading](README.md#install), [own](#a-page), [web](https://x.org/y)
 `python -m backdoorlab table`, `make demo`, `python attack/badnet.py`, `python attack/NAME.py`
 `--yaml_path sau_lite`, `--yaml_path mine.yaml`, `backdoorlab/exchange/pickles.py`
 `data.to_device(split)`, `storage/staging`, `run.cached`, `record.json`, `[link](nowhere.md)`

@@ -61,7 +61,7 @@ class Bench:
     """Seeds: 0,1,2. The attack and the defenses of a record have the same one."""
     launcher: Literal["local", "ray", "slurm"] = "local"
     """Where the commands run: processes of this machine, a Ray cluster, or Slurm jobs. See
-    docs/scaling.md."""
+    docs/howto/cluster.md."""
     jobs: int | None = None
     """Commands that run at once; None is 1 for local, and all of them for ray and slurm."""
     ray_address: str | None = None

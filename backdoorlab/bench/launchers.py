@@ -365,7 +365,8 @@ class OnSlurm:
             self.executor.update_parameters(name="backdoorlab", **given)
         except Exception as error:  # submitit raises RuntimeError, TypeError, NameError, ...
             raise UserError(
-                f"Slurm cannot be used here ({_first_line(error)}): see docs/scaling.md for --slurm"
+                f"Slurm cannot be used here ({_first_line(error)}): see docs/howto/cluster.md for"
+                " --slurm"
                 " key=value"
             ) from error
 

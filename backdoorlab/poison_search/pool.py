@@ -9,7 +9,7 @@ A label given to two kinds of images has features in two groups.
   3. Compare the numbers with those of the data set's own labels. Three tests decide, each run
      only where those before it find nothing.
 
-docs/methods/dau.md gives the reasons, docs/methods/dau_experiments.md the numbers.
+docs/methods/dau.md gives the reasons, docs/lab/dau.md the numbers.
 """
 
 import math

@@ -24,10 +24,10 @@ from ..errors import UserError
 from ..record import record_names, record_root
 from ..settings import methods, resources
 from ..storage import writing
-from ..tables import formats, layout
+from ..tables import board, formats, layout, stored
 from ..tables import rows as measured
 from ..tables.rows import Damaged, Only, Row, refuse
-from . import charts, html_charts, html_tables
+from . import charts, figures, heat_map, html_charts, html_tables
 from .artifacts import Cell, by_record, gather
 from .charts import Chart
 from .html_record import article, chart_key
@@ -83,6 +83,12 @@ def report(options: Report, only: Only | None = None, say: Callable[[str], None]
             f"no records in {root}: run python attack/badnet.py --save_folder_name NAME first"
         )
 
+    if (root / stored.STORED).is_file():
+        raise UserError(
+            f"{root} has results without histories and pictures: report reads records; table and"
+            " matrix read stored results"
+        )
+
     # A page that cannot be written is refused before the work begins.
     plotly = check(options.html) if options.html is not None else ""
     damaged: list[Damaged] = []
@@ -103,6 +109,10 @@ def report(options: Report, only: Only | None = None, say: Callable[[str], None]
     if options.figures is not None:
         folder = Path(options.figures)
         say(f"{save_figures(folder, overall, by_name)} figures, each as .png and .svg: {folder}")
+        if boards := heat_map.with_asr(board.boards([cell.row for cell in cells])):
+            _refuse_foreign(folder / "heat_map.svg", figures.MAKER)
+            writing.write_bytes(folder / "heat_map.svg", heat_map.drawn(boards))
+            say(f"attacks x defenses: {folder / 'heat_map.svg'}")
     if options.html is not None:
         target = Path(options.html)
         content = page(cells, overall, by_name, plotly, damaged)
@@ -148,8 +158,6 @@ def save_figures(
     Returns:
         How many charts were written.
     """
-    from . import figures
-
     # A chart without a panel has nothing to draw.
     drawn = {chart.name: chart for chart in overall if chart.panels}
     drawn |= {

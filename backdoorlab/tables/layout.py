@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import one_line
-from ..record import Record
+from ..errors import UserError, one_line, suggest
 from ..settings import methods
 from ..storage.schema import ASSUMABLE, DETECTOR
 from . import formats, notes
@@ -63,11 +62,13 @@ COLLAPSED = " COLLAPSED"
 
 
 def table(
-    records: Iterable[Record],
+    records: Iterable[measured.Measured],
     form: Format = "text",
     *,
     mean: bool = False,
     worst: bool = False,
+    missing: bool = True,
+    columns: str | None = None,
     on_damage: Callable[[Damaged], None] = measured.refuse,
 ) -> Table:
     """Make the table of `python -m backdoorlab table`.
@@ -77,15 +78,51 @@ def table(
         form: Format that it will be written in.
         mean: Show the mean over seeds of each experiment in place of each run.
         worst: As `mean`, but show the worst seed's own numbers.
+        missing: Show each known defense that was not run as a row without numbers.
+        columns: The columns to show, separated by commas; None for all.
         on_damage: Called with each damaged result, which is then left out. The default raises.
 
     Returns:
         A row for each run, or for each experiment.
     """
     if mean or worst:
-        return means(measured.rows(records, on_damage=on_damage), form, worst=worst)
+        made = means(measured.rows(records, on_damage=on_damage), form, worst=worst)
+        return only(made, columns)
+
     every = list(records)
-    return _of_runs(rows(every, on_damage), notes.of_controls(every))
+    controls = notes.of_controls(every)
+    made = only(_of_runs(rows(every, on_damage, missing), controls), columns)
+    # What explains the columns of audits goes with them.
+    if not any(name in AUDITED for name in made.columns):
+        left = [note for note in made.notes if note not in (notes.DEPTH, *controls)]
+        made = replace(made, notes=left)
+    return made
+
+
+def only(table: Table, columns: str | None) -> Table:
+    """Keep some columns of a table, in the order given.
+
+    Args:
+        table: the whole table.
+        columns: headings, separated by commas; the sign % and capitals may be left out. None keeps
+            all.
+
+    Raises:
+        UserError: the table has no such column.
+    """
+    if columns is None:
+        return table
+    known = {_heading(name): name for name in table.columns}
+    wanted = [_heading(name) for name in columns.split(",")]
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"no column {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
+    kept = [known[name] for name in dict.fromkeys(wanted)]
+    return replace(table, columns=kept, numbers=[name for name in table.numbers if name in kept])
+
+
+def _heading(name: str) -> str:
+    return name.strip().lower().removesuffix("%").strip()
 
 
 def show(table: Table, form: Format) -> None:
@@ -106,12 +143,15 @@ def complain(damaged: Sequence[Damaged]) -> int:
 
 
 def rows(
-    records: Iterable[Record], on_damage: Callable[[Damaged], None] = measured.refuse
+    records: Iterable[measured.Measured],
+    on_damage: Callable[[Damaged], None] = measured.refuse,
+    missing: bool = True,
 ) -> list[Row]:
     """List each record as it was attacked, then each known defense on it.
 
-    A defense that was not run, or whose result is damaged, is a row without numbers. `on_damage`
-    is called with each damaged result; the default raises.
+    A defense that was not run, or whose result is damaged, is a row without numbers; without
+    `missing`, only those that are damaged are. `on_damage` is called with each damaged result; the
+    default raises.
     """
     found = []
     for record in records:
@@ -124,7 +164,7 @@ def rows(
         # A defense that is not installed here is shown if it has a result.
         # Detectors and unlearners have a row for each result only.
         known = {
-            *methods.with_role("defense"),
+            *(methods.with_role("defense") if missing else ()),
             *(row.defense for row in every),
             *(one.defense for one in damaged),
         }

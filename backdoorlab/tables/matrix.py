@@ -7,18 +7,17 @@ it. A cell has clean accuracy / ASR / RA.
 import re
 from collections.abc import Iterable, Sequence
 
-from ..record import Record
 from ..storage.schema import DETECTOR
 from . import notes
 from . import rows as measured
 from .formats import EMPTY, Cell, Table
-from .rows import ORACLE, UNDEFENDED, Row
+from .rows import ORACLE, UNDEFENDED, Measured, Row
 
 QUALITY = {"TPR %": "tpr", "FPR %": "fpr", "AUROC %": "auroc"}
 """Columns of numbers on a split, and the field of a row that each shows."""
 
 
-def table(records: Iterable[Record]) -> Table:
+def table(records: Iterable[Measured]) -> Table:
     """Make the table of `python -m backdoorlab matrix`.
 
     Returns:

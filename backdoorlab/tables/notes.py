@@ -5,14 +5,14 @@ from collections.abc import Iterable, Sequence
 
 from ..errors import UserError
 from ..metrics import why_no_asr
-from ..record import Record, read_result
+from ..record import read_result
 from ..storage.schema import DETECTOR
 from . import audits, significance
 from . import groups as grouping
 from .formats import Format
 from .groups import BASELINE, Group
 from .published import beside
-from .rows import ORACLE, Row, result_folders
+from .rows import ORACLE, Measured, Row, result_folders
 
 ABOUT_ORACLE = (
     f"{ORACLE.strip()}: was given the true poison, which no defender knows; not ranked with others."
@@ -26,7 +26,7 @@ DEPTH = (
 """Explains the columns of audits."""
 
 
-def of_controls(records: Iterable[Record]) -> list[str]:
+def of_controls(records: Iterable[Measured]) -> list[str]:
     """Say what the controls of audited records give, and why numbers of an audit are missing."""
     said = []
     for record in records:
@@ -53,7 +53,7 @@ def _p_asr(found: audits.Audit) -> str:
     return " ".join("-" if value is None else f"{100 * value:.0f}" for value in found.p_asr)
 
 
-def _missing(record: Record) -> list[str]:
+def _missing(record: Measured) -> list[str]:
     """Say once for each reason why audited results of a record lack a number."""
     reasons: dict[str, list[str]] = {}
     for folder in result_folders(record.folder):

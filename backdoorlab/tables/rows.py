@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from .. import metrics
 from ..errors import UserError
@@ -63,6 +63,20 @@ ORACLE = " ORACLE"
 """After the name of an unlearner that was given the true poison, or a part of it."""
 NOT_SETTINGS = frozenset(["seed", "score_every", "dataset", "poison_rate", "suspicious", "plain"])
 """Fields of a config that never change a result, or that are fields of a Row."""
+
+
+class Measured(Protocol):
+    """What a table needs of a record: a `Record` has it, and so has what a store keeps of one."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """record.json."""
+
+    @property
+    def name(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +277,7 @@ def readable(
 
 
 def rows(
-    records: Iterable[Record],
+    records: Iterable[Measured],
     only: Only | None = None,
     on_damage: Callable[[Damaged], None] = refuse,
 ) -> list[Row]:
@@ -292,7 +306,7 @@ def rows(
 
 
 def finished(
-    record: Record, only: Only | None, on_damage: Callable[[Damaged], None]
+    record: Measured, only: Only | None, on_damage: Callable[[Damaged], None]
 ) -> list[tuple[Path, dict[str, Any]]]:
     """Read the finished results of a record: (folder, content of result.json).
 
@@ -322,14 +336,14 @@ def result_folders(folder: Path) -> list[Path]:
     )
 
 
-def undefended(record: Record) -> list[Row]:
+def undefended(record: Measured) -> list[Row]:
     """Make the row of the attacked model, and that of plain training if the attack controls the
     training."""
     plain = record.info.get("plain_scores") is not None
     return [_undefended(record), *([_plain(record)] if plain else [])]
 
 
-def _undefended(record: Record) -> Row:
+def _undefended(record: Measured) -> Row:
     info = record.info
     return Row(
         **_shared(record),
@@ -349,7 +363,7 @@ def _undefended(record: Record) -> Row:
     )
 
 
-def _plain(record: Record) -> Row:
+def _plain(record: Measured) -> Row:
     plain = record.info["plain_scores"]
     scores = {key: plain[key] for key in ("clean_accuracy", "asr", "robust_accuracy")}
     # Of plain training nothing but its time was measured.
@@ -365,7 +379,7 @@ def _plain(record: Record) -> Row:
     )
 
 
-def defended(record: Record, folder: Path, result: Mapping[str, Any]) -> Row:
+def defended(record: Measured, folder: Path, result: Mapping[str, Any]) -> Row:
     """Make the row of one finished result.
 
     Args:
@@ -412,7 +426,7 @@ def _collapsed(result: Mapping[str, Any]) -> bool:
     return bool(result["collapsed"])
 
 
-def _shared(record: Record) -> dict[str, Any]:
+def _shared(record: Measured) -> dict[str, Any]:
     """The fields that all rows of a record have in common."""
     info = record.info
     name, width = info["architecture"]["name"], info["architecture"]["width"]

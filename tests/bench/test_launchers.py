@@ -374,7 +374,7 @@ def test_a_job_that_slurm_ended_without_an_answer_is_one_line(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_slurm_itself_gives_the_local_results(tmp_path: Path, small_flags: tuple[str, ...]) -> None:
-    """Needs Slurm; docs/scaling.md says how to start one on one node."""
+    """Needs Slurm; docs/howto/cluster.md says how to start one on one node."""
     pytest.importorskip("submitit")
     if (
         shutil.which("sbatch") is None

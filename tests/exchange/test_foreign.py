@@ -424,11 +424,12 @@ def from_photos(photos: Path, *flags: str, architecture: str = "resnet18") -> in
     return main([*start, "--dataset_path", str(photos / "photos"), *flags])
 
 
-def test_the_readme_loads_what_was_exported(
+def test_the_documentation_loads_what_was_exported(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Run the README's own lines, on weights after a defense."""
-    blocks = re.findall(r"```python\n(.*?)```", (helpers.CHECKOUT / "README.md").read_text(), re.S)
+    """Run the lines of docs/import.md, on weights after a defense."""
+    text = (helpers.CHECKOUT / "docs" / "import.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     example = next(block for block in blocks if "load_file" in block)
     assert (
         len(

@@ -1,4 +1,4 @@
-"""The cost model of docs/scaling.md against counted passes."""
+"""The cost model of docs/results/cost.md against counted passes."""
 
 import importlib.util
 import sys

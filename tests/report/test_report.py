@@ -673,6 +673,7 @@ def test_figures_are_png_and_svg_and_replace_only_their_own(
         "destinations-small.svg",
         "scores-small.png",
         "split-small.png",
+        "heat_map.svg",
     } <= names
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert all(

@@ -1,6 +1,7 @@
 """Hostile and damaged files: what is loaded equals what was written, or is refused in one line.
 
-Nothing in them runs, and none of them fills the memory. docs/reliability.md lists these promises.
+Nothing in them runs, and none of them fills the memory. docs/reference/reliability.md lists these
+promises.
 """
 
 import json

@@ -332,3 +332,16 @@ def test_a_line_break_in_a_name_splits_no_row(form: formats.Format) -> None:
 def test_latex_escapes() -> None:
     line = layout.render([named("a_b&c%d#e")], "latex").splitlines()[4]
     assert line.startswith(r"a\_b\&c\%d\#e &")
+
+
+def test_some_columns_and_no_rows_of_what_was_not_run(two_records: list[Record]) -> None:
+    chosen = layout.table(two_records, missing=False, columns="defense, ASR,der %")
+    assert chosen.columns == ["defense", "ASR %", "DER %"] == ["defense", *chosen.numbers]
+    shown = formats.render(chosen, "text").splitlines()
+    assert shown[3].split() == ["dau", "1.00", "95.48"]
+    names = [row["defense"].text for row in chosen.rows if row["record"].text == "clean"]
+    assert names == ["none", "dau COLLAPSED"], "ft was not run"
+    whole = layout.table(two_records)
+    assert [row["defense"].text for row in whole.rows][-1] == "ft", "a control"
+    with pytest.raises(UserError, match=r"no column 'asrr'\. Did you mean 'asr'\? Known: record"):
+        layout.table(two_records, columns="asrr")
