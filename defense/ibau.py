@@ -109,7 +109,6 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     augment = view.augment if config.augment else NO_AUGMENT
     radius = config.radius or same_reach(10 / math.sqrt(3 * 32 * 32), view.image_shape)
     radius = radius if config.projected else math.inf
-    # Our steps, or the published ones.
     ours = (find_delta, carried)
     find, count = (published.find_delta, published.carried) if config.quirks else ours
     solve = published.fixed_point if config.solver == "fixed_point" else None
@@ -132,9 +131,8 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     for _ in guarded_epochs(
         run, "unlearn", config.n_rounds, trusted, config, model, optimizer, schedule
     ):
-        # Step 1: delta raises the loss of all images.
+        # Step 1: one delta, from 0 in every round, raises the loss of all images.
         model.eval()
-        # One delta for all images, from 0 in every round.
         delta = torch.zeros(1, *view.image_shape, device=run.device)
         searched = search_batches(trusted, augment, config, run)
         with frozen(model):

@@ -44,6 +44,7 @@ def svg(every: Sequence[Board]) -> str:
     defenses = ordered({name for board in every for name in board.defenses})
     width = max(left + len(defenses) * CELL + MARGIN, NARROWEST)
 
+    # Boards stand below each other, the scale under the last one.
     parts, y = [], MARGIN
     for board in every:
         parts += _board(board, defenses, left, y)
@@ -78,6 +79,7 @@ def _board(board: Board, defenses: Sequence[str], left: int, top: int) -> list[s
         shown = "no defense" if name == UNDEFENDED else name
         parts.append(_text(x, top + 38, shown, "ink", "middle", CELL - GAP))
 
+    # A row for each attack; what was not run keeps its place.
     for row, attack in enumerate(board.attacks):
         y = top + TITLE + row * ROW
         parts.append(_text(left - 6, y + ROW / 2 + 4, attack, "ink", "end"))
@@ -99,6 +101,7 @@ def _cell(group: Group | None, x: float, y: float) -> list[str]:
     shown = "-" if asr is None else f"{100 * asr.mean:.1f}"
     # A destroyed model has a low ASR, too, which must not look like a success.
     mark = " ×" if group.collapsed else ""
+    # The undefended model is what depth is measured from.
     below = "-" if depth is None else f"{depth.mean:.2f}"
     if group.first.defense == UNDEFENDED:
         below = ""

@@ -87,6 +87,7 @@ def _rate(group: Group, usual: float | None) -> str:
 def table(found: Sequence[Row]) -> Table:
     """Make the table of `python -m backdoorlab table --wide True`."""
     every = boards(found)
+    # All boards share the columns, so that they are one table.
     defenses = ordered(name for board in every for name in board.defenses)
     lines = [
         {
@@ -105,6 +106,7 @@ def _cell(group: Group | None) -> Cell:
     """Write "98.3 / 0.0 / 98.1", the depth, and the mark of a destroyed model."""
     if group is None:
         return EMPTY
+    # One cell holds what is compared: what the defense costs, stops, and gives back.
     numbers = [group.score(metric) for metric in SCORES]
     text = " / ".join("-" if one is None else f"{100 * one.mean:.1f}" for one in numbers)
     depth = group.score("depth")
