@@ -427,8 +427,8 @@ def from_photos(photos: Path, *flags: str, architecture: str = "resnet18") -> in
 def test_the_documentation_loads_what_was_exported(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    """Run the lines of docs/import.md, on weights after a defense."""
-    text = (helpers.CHECKOUT / "docs" / "import.md").read_text()
+    """Run the lines of docs/howto/suspicious_model.md, on weights after a defense."""
+    text = (helpers.CHECKOUT / "docs" / "howto" / "suspicious_model.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     example = next(block for block in blocks if "load_file" in block)
     assert (
