@@ -15,6 +15,7 @@ from ..datasets.load import train_files
 from ..errors import UserError
 from ..execution.defense import defense_job, prepare, start, view_of
 from ..execution.stage import open_stage
+from ..metrics import CHANCE, CHANCE_OF_TWO
 from ..poison_search.anti_learning import find_poison
 from ..record import Record, check_name, read_result, record_root
 from ..settings import methods
@@ -60,6 +61,7 @@ def scan(options: Scan) -> int:
     record = Record.load(options.name, record_root(options.record_root))
     dataset = record.dataset(options.dataset_path, options.dataset_config)
     flagged, notes = _found(record, options)
+    _say_if_nothing_was_learned(record)
     train = record.train_poison.apply(dataset.train)
     names = None if options.dataset_path is None else train_files(options.dataset_path)
     if not flagged.any():
@@ -89,6 +91,16 @@ def scan(options: Scan) -> int:
         _write(target, contents, options.overwrite)
     print(f"list: {target / 'flagged.csv'}\ncontact sheet: {target / 'flagged.png'}")
     return 0
+
+
+def _say_if_nothing_was_learned(record: Record) -> None:
+    """Print a line where the model guesses: what it groups, or does not, tells nothing."""
+    accuracy = record.info["scores"].get("clean_accuracy")
+    if accuracy is not None and accuracy < min(CHANCE / record.info["num_classes"], CHANCE_OF_TWO):
+        print(
+            f"this scan tells nothing: the model classifies {accuracy:.1%} of the clean test images"
+            " right, which is little better than guessing. Train it longer"
+        )
 
 
 def _print_classes(

@@ -393,9 +393,13 @@ def test_a_scan_says_why_a_search_ended_without_a_find(
     monkeypatch.setattr("backdoorlab.exchange.scan.find_poison", refuse)
     for _ in range(2):
         assert main(["scan", "small", "--dataset_path", data]) == 0
-        assert capsys.readouterr().out.splitlines()[1:] == [
-            "  a pool of 9 was found, but the head broke down"
-        ], "now, and from the earlier search"
+        guesses, _, *why = capsys.readouterr().out.splitlines()
+        assert why == ["  a pool of 9 was found, but the head broke down"], (
+            "now, and from the earlier search"
+        )
+        assert (
+            guesses.startswith("this scan tells nothing") and "train it longer" in guesses.lower()
+        )
 
 
 @pytest.fixture(scope="module")
