@@ -139,10 +139,14 @@ def is_constant(scores: Mapping[str, Any]) -> bool:
 
 def learned_nothing(scores: Scores, num_classes: int) -> bool:
     """Whether a model does little better than guessing, or than a constant answer."""
-    least = min(CHANCE / num_classes, CHANCE_OF_TWO)
     accuracies = (scores.clean_accuracy, scores.balanced_accuracy)
-    guesses = any(accuracy is not None and accuracy < least for accuracy in accuracies)
-    return guesses or is_constant(scores.outcome())
+    guessing = any(guesses(accuracy, num_classes) for accuracy in accuracies)
+    return guessing or is_constant(scores.outcome())
+
+
+def guesses(accuracy: float | None, num_classes: int) -> bool:
+    """Whether an accuracy is little better than that of guessing; False where it is not known."""
+    return accuracy is not None and accuracy < min(CHANCE / num_classes, CHANCE_OF_TWO)
 
 
 def _is_lost(had: float, left: float) -> bool:

@@ -15,7 +15,7 @@ from ..datasets.load import train_files
 from ..errors import UserError
 from ..execution.defense import defense_job, prepare, start, view_of
 from ..execution.stage import open_stage
-from ..metrics import CHANCE, CHANCE_OF_TWO
+from ..metrics import guesses
 from ..poison_search.anti_learning import find_poison
 from ..record import Record, check_name, read_result, record_root
 from ..settings import methods
@@ -96,7 +96,7 @@ def scan(options: Scan) -> int:
 def _say_if_nothing_was_learned(record: Record) -> None:
     """Print a line where the model guesses: what it groups, or does not, tells nothing."""
     accuracy = record.info["scores"].get("clean_accuracy")
-    if accuracy is not None and accuracy < min(CHANCE / record.info["num_classes"], CHANCE_OF_TWO):
+    if guesses(accuracy, record.info["num_classes"]):
         print(
             f"this scan tells nothing: the model classifies {accuracy:.1%} of the clean test images"
             " right, which is little better than guessing. Train it longer"
