@@ -78,11 +78,7 @@ class MethodConfig:
 
     def check(self) -> None:
         """Raise a `UserError` for a value outside its range. None is always accepted."""
-        # Every class has RANGES of its own, which do not replace those of its bases.
-        rules = [
-            rule for owner in type(self).__mro__ for rule in vars(owner).get("RANGES", {}).items()
-        ]
-        for name, rule in rules:
+        for name, rule in rules(type(self)):
             value = getattr(self, name)
             for number in value if isinstance(value, (tuple, list)) else (value,):
                 if number is not None and not _within(number, rule):
@@ -96,6 +92,13 @@ class MethodConfig:
             for f in dataclasses.fields(self)
             if f.name not in RUN_OPTIONS
         }
+
+
+def rules(config_class: type[Any]) -> list[tuple[str, str]]:
+    """List field and allowed values of all RANGES of a class and its bases."""
+    # Every class has RANGES of its own, which do not replace those of its bases.
+    owners = (vars(owner) for owner in config_class.__mro__)
+    return [rule for owner in owners for rule in owner.get("RANGES", {}).items()]
 
 
 @dataclass(frozen=True, kw_only=True)

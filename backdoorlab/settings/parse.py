@@ -380,16 +380,19 @@ def _words(value: Any) -> list[str]:
 
 def flag_names(config_class: type[Any]) -> dict[str, str]:
     """Map every flag and alias, without dashes, to its field."""
-    # Aliases are in the annotations, as arg(aliases=[...]).
     known = {}
     hints = get_type_hints(config_class, include_extras=True)
     for name in (f.name for f in dataclasses.fields(config_class)):
         known[name] = name
-        extras = get_args(hints[name])[1:] if get_origin(hints[name]) is Annotated else ()
-        for extra in extras:
-            for alias in getattr(extra, "aliases", None) or ():
-                known[alias.lstrip("-")] = name
+        known |= {alias.lstrip("-"): name for alias in aliases(hints[name])}
     return known
+
+
+def aliases(hint: Any) -> list[str]:
+    """Return the other spellings of a flag, which stand in its field's annotation as
+    arg(aliases=[...])."""
+    extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return [alias for extra in extras for alias in getattr(extra, "aliases", None) or ()]
 
 
 def _origins(config_class: type[Any], layers: list[Layer]) -> dict[str, str]:

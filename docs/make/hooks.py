@@ -1,5 +1,6 @@
 """What mkdocs does besides reading docs/: it adds the pages that are made from the code."""
 
+import itertools
 import os
 import posixpath
 import re
@@ -78,12 +79,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     source = page.file.src_uri
     if source in ALONE:
         page.meta["hide"] = ["navigation"]
-    stem = Path(source).stem
-    for found in pages.every_method().values():
-        for method in found:
-            own = source == f"methods/{stem}.md" and method.name == stem
-            if own and source in pages.committed():
-                markdown += f"\n\n{pages.generated(method)}\n"
+    for method in itertools.chain.from_iterable(pages.every_method().values()):
+        if source == f"methods/{method.name}.md" and source in pages.committed():
+            markdown += f"\n\n{pages.generated(method)}\n"
     return relinked(markdown, source)
 
 

@@ -17,6 +17,7 @@ from backdoorlab import config
 from backdoorlab.__main__ import COMMANDS, METHODS
 from backdoorlab.settings import help as option_help
 from backdoorlab.settings import methods
+from backdoorlab.settings.parse import aliases
 from backdoorlab.settings.resources import Kind, home
 
 DOCS = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def rows_of_options(config_class: type[Any], names: Iterable[str]) -> Iterator[l
     """Yield flag, default, allowed values and meaning of each field, as Markdown cells."""
     hints = get_type_hints(config_class, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(config_class)}
-    texts = option_help.texts(config_class)
+    texts, ranges = option_help.texts(config_class), dict(config.rules(config_class))
     for name in names:
         # The field's own name first, then short forms and what BackdoorBench calls it.
         spellings = [f"--{name}", *aliases(hints[name])]
@@ -82,23 +83,9 @@ def rows_of_options(config_class: type[Any], names: Iterable[str]) -> Iterator[l
         yield [
             ", ".join(f"`{word}`" for word in spellings),
             f"`{spelt(default)}`",
-            allowed(hints[name], ranges(config_class).get(name)),
+            allowed(hints[name], ranges.get(name)),
             escaped(texts.get(name, "")),
         ]
-
-
-def aliases(hint: Any) -> list[str]:
-    """Return the other spellings of a flag, which stand in the annotation of its field."""
-    extras = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    return [word for extra in extras for word in getattr(extra, "aliases", None) or ()]
-
-
-def ranges(config_class: type[Any]) -> dict[str, str]:
-    """Return the allowed range of each field that has one; a subclass's replaces its base's."""
-    found: dict[str, str] = {}
-    for owner in reversed(config_class.__mro__):
-        found |= vars(owner).get("RANGES", {})
-    return found
 
 
 def allowed(hint: Any, rule: str | None) -> str:
