@@ -4,7 +4,8 @@
 
 RECORDS is a folder of records. Each record in it is verified, and its JSON, with that of its
 defenses and audits, replaces what STORE has of a record of that name; other records stay. Data,
-weights and histories are left out. Tables read a store as they read records:
+weights and histories are left out, and of audits the tests that their summary is made of. Tables
+read a store as they read records:
 
     python -m backdoorlab table --record_root STORE
 """
@@ -17,6 +18,8 @@ import re
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,6 @@ from backdoorlab.tables.stored import STORED, files
 
 PATH = re.compile(r"(?<![\w./:~])(?:~|/[\w.\-]+|[A-Za-z]:\\[\w.\-]+)[/\\][\w.\-/\\]*")
 """An absolute path of some machine, as far as it can be told from a fraction or a web address."""
-DETAILS = ("tests",)
-"""Parts of an audit that are left out: the numbers of its summary are made of them."""
 SHORTEST = 4
 """Letters of a name of a machine or a user from which on it is looked for; `root` is no secret."""
 
@@ -75,34 +76,39 @@ def keep(records: Path, store: Path, command: str, only: str = "*") -> dict[str,
         record = Record.load(name, records)
         # Results on an earlier record of that name are no results on this one.
         shutil.rmtree(store / name, ignore_errors=True)
-        _copy(record.folder, store / name, Path("record.json"))
-        for control in sorted((record.folder / "controls").glob("*.json")):
-            audits.read_file(control)
-            _copy(record.folder, store / name, control.relative_to(record.folder))
-
+        copied = partial(_copy, record.folder, store / name)
+        copied(record.folder / "record.json")
+        audited = sorted((record.folder / "controls").glob("*.json"))
         for folder in result_folders(record.folder):
             read_result(folder)
-            _copy(record.folder, store / name, (folder / "result.json").relative_to(record.folder))
-            if (folder / audits.FILE).is_file():
-                audits.read_file(folder / audits.FILE)
-                _copy(
-                    record.folder, store / name, (folder / audits.FILE).relative_to(record.folder)
-                )
+            copied(folder / "result.json")
+            audited += sorted(folder.glob(audits.FILE))
+
+        for file in audited:
+            audits.read_file(file)
+            copied(file, details=("tests",))
 
     found = files(store)
     writing.write_sealed(store / STORED, {"command": command, "files": found})
     return found
 
 
-def _copy(source: Path, target: Path, name: Path) -> None:
-    """Copy one JSON file byte for byte, or sealed anew without what is left out."""
-    content = reading.read_sealed(source / name)
+def _copy(record: Path, store: Path, file: Path, details: Sequence[str] = ()) -> None:
+    """Copy one JSON file of a record byte for byte, or sealed anew without what is left out.
+
+    Args:
+        record: its folder.
+        store: what becomes of that folder.
+        file: the file.
+        details: keys whose content is emptied.
+    """
+    content = reading.read_sealed(file)
     shorter = without_paths({key: value for key, value in content.items() if key != "checksum"})
-    if name.name != "record.json" and "summary" in shorter:
-        shorter["tests"] = {}
-    _refuse_names(source / name, shorter)
-    writing.make_folder((target / name).parent)
-    writing.write_sealed(target / name, shorter)
+    shorter |= {key: {} for key in details}
+    _refuse_names(file, shorter)
+    target = store / file.relative_to(record)
+    writing.make_folder(target.parent)
+    writing.write_sealed(target, shorter)
 
 
 def without_paths(value: Any) -> Any:
