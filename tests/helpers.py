@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -142,6 +144,19 @@ def short_flags(method: str) -> tuple[str, ...]:
     told = ("--split", "oracle:0.5") if methods.load("defense", method).role == "unlearner" else ()
     common = (*common, *told)
     return (*common, *small.get(method, ()), *(x for name in long for x in (f"--{name}", "2")))
+
+
+def script(path: str) -> Any:
+    """Import a file of the checkout that is in no package, such as performance/cost.py, with what
+    lies beside it."""
+    file = CHECKOUT / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    with mock.patch.object(sys, "path", [str(file.parent), *sys.path]):
+        spec.loader.exec_module(module)
+    return module
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -1,7 +1,5 @@
 """The pages of the site that are made from the code: complete, and readable as Markdown."""
 
-import importlib.util
-import sys
 from types import ModuleType
 from typing import Literal
 
@@ -14,13 +12,7 @@ from backdoorlab.settings.help import groups
 
 @pytest.fixture(scope="module")
 def pages() -> ModuleType:
-    path = helpers.CHECKOUT / "docs" / "make" / "pages.py"
-    spec = importlib.util.spec_from_file_location("pages", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pages"] = module
-    spec.loader.exec_module(module)
-    return module
+    return helpers.script("docs/make/pages.py")
 
 
 def test_every_method_has_a_page_with_its_options_and_its_code(pages: ModuleType) -> None:

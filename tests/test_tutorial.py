@@ -1,6 +1,5 @@
 """The tutorial's commands run, and its notebook is what the page gives."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -24,13 +23,7 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def tutorial() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "tutorial", helpers.CHECKOUT / "docs" / "make" / "tutorial.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return helpers.script("docs/make/tutorial.py")
 
 
 def test_the_notebook_is_that_of_the_page(tutorial: ModuleType) -> None:

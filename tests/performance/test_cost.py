@@ -1,7 +1,5 @@
 """The cost model of docs/results/cost.md against counted passes."""
 
-import importlib.util
-import sys
 from typing import Any
 
 import helpers
@@ -12,14 +10,7 @@ from backdoorlab.record import Record
 
 @pytest.fixture(scope="module")
 def cost() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "cost", helpers.CHECKOUT / "performance" / "cost.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cost"] = module
-    spec.loader.exec_module(module)
-    return module
+    return helpers.script("performance/cost.py")
 
 
 def test_formulas_are_what_is_counted(cost: Any, small: Record, tmp_path: Any) -> None:

@@ -1,7 +1,6 @@
 """What performance/departures.py compares with ours is what it says, and it cannot do nothing."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,8 @@ from backdoorlab.settings import methods
 
 
 @pytest.fixture
-def departures(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", [str(helpers.CHECKOUT / "performance"), *sys.path])
-    import departures  # type: ignore[import-not-found, unused-ignore]
-
-    return departures
+def departures() -> Any:
+    return helpers.script("performance/departures.py")
 
 
 def module(name: str) -> Any:

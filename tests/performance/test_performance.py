@@ -22,8 +22,7 @@ def test_the_published_round_of_ibau_and_ours_find_the_same_delta_and_weights(
 ) -> None:
     """The image that carries delta is drawn, each side by its own draw: with one image a hundred
     times over, both are free of chance."""
-    monkeypatch.setattr(sys, "path", [str(PERFORMANCE), *sys.path])
-    import published  # type: ignore[import-not-found, unused-ignore]
+    published = helpers.script("performance/published.py")
 
     from backdoorlab.data import Augment, Split
     from backdoorlab.execution.scores import ScoreLog
@@ -71,11 +70,10 @@ def test_the_published_round_of_ibau_and_ours_find_the_same_delta_and_weights(
     assert largest > 1e-5 and all(torch.allclose(a, b, atol=1e-3 * largest) for a, b in moved)
 
 
-def test_every_convolution_of_a_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_convolution_of_a_step_is_counted() -> None:
     """PreAct-ResNet18 on CIFAR-10 takes .56 billion multiply-adds an image (He et al. and its CIFAR
     ports), nearly all in convolutions."""
-    monkeypatch.setattr(sys, "path", [str(PERFORMANCE), *sys.path])
-    import convolutions  # type: ignore[import-not-found, unused-ignore]
+    convolutions = helpers.script("performance/convolutions.py")
 
     shapes = convolutions._convolutions(convolutions.cifar_network(64, torch.device("cpu")))
     assert sum(shapes.values()) == 20 and [shape.first for shape in shapes] == [True] + [False] * (
@@ -103,11 +101,8 @@ def test_a_whole_attack_and_defense_are_compared(tmp_path: Path) -> None:
     assert [len(row["ratios"]) for row in rows] == [1, 1] and all(row["median"] > 0 for row in rows)
 
 
-def test_a_gpu_session_ends_in_time_and_packs_what_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", [str(PERFORMANCE), *sys.path])
-    import gpu_session  # type: ignore[import-not-found, unused-ignore]
+def test_a_gpu_session_ends_in_time_and_packs_what_is_there(tmp_path: Path) -> None:
+    gpu_session = helpers.script("performance/gpu_session.py")
 
     # Interrupted as by Ctrl-C, so that a bench can end by itself.
     log = tmp_path / "log.txt"

@@ -6,7 +6,6 @@ import getpass
 import re
 import shutil
 import socket
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,21 +28,13 @@ LARGEST = 10_000
 
 
 @pytest.fixture
-def performance(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """performance/store.py."""
-    monkeypatch.setattr(sys, "path", [str(helpers.CHECKOUT / "performance"), *sys.path])
-    import store  # type: ignore[import-not-found, unused-ignore]
-
-    return store
+def performance() -> Any:
+    return helpers.script("performance/store.py")
 
 
 @pytest.fixture
-def results(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """performance/results.py."""
-    monkeypatch.setattr(sys, "path", [str(helpers.CHECKOUT / "performance"), *sys.path])
-    import results  # type: ignore[import-not-found, unused-ignore]
-
-    return results
+def results() -> Any:
+    return helpers.script("performance/results.py")
 
 
 @pytest.fixture
