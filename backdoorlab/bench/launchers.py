@@ -366,8 +366,7 @@ class OnSlurm:
         except Exception as error:  # submitit raises RuntimeError, TypeError, NameError, ...
             raise UserError(
                 f"Slurm cannot be used here ({_first_line(error)}): see docs/howto/cluster.md for"
-                " --slurm"
-                " key=value"
+                " --slurm key=value"
             ) from error
 
     def start(self, task: Task, slot: int) -> Running:

@@ -10,6 +10,7 @@ from tyro.conf import Positional
 
 from .. import models
 from ..errors import UserError
+from ..metrics import SUMMARY
 from ..poison import POISON
 from ..record import Record, check_name, load_weights, read_result, record_root
 from ..settings.parse import published
@@ -102,7 +103,7 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
         "image_shape": record.info["dataset"]["image_shape"],
         "num_classes": record.info["num_classes"],
         "class_names": record.info["dataset"]["class_names"],
-        "scores": {key: scores[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
+        "scores": {key: scores[key] for key in SUMMARY},
         "precision": precision,  # of the scores; the weights are float32
     }
 

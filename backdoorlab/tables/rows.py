@@ -352,7 +352,7 @@ def _undefended(record: Measured) -> Row:
         defense=UNDEFENDED,
         assumes=(),
         defense_seed=None,
-        **{key: info["scores"][key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
+        **{key: info["scores"][key] for key in metrics.SUMMARY},
         der=None,
         comparable_der=None,
         tpr=None,
@@ -365,7 +365,7 @@ def _undefended(record: Measured) -> Row:
 
 def _plain(record: Measured) -> Row:
     plain = record.info["plain_scores"]
-    scores = {key: plain[key] for key in ("clean_accuracy", "asr", "robust_accuracy")}
+    scores = {key: plain[key] for key in metrics.SUMMARY}
     # Of plain training nothing but its time was measured.
     costs = dict(seconds=plain["seconds"], forward=None, backward=None, peak_memory_bytes=None)
     return replace(
@@ -389,7 +389,7 @@ def defended(record: Measured, folder: Path, result: Mapping[str, Any]) -> Row:
     """
     # Only some defenses split the training set, and a detector has no other scores.
     split, given = result["split"] or {}, result.get("given_split") or {}
-    none: dict[str, Any] = dict.fromkeys(("clean_accuracy", "asr", "robust_accuracy"))
+    none: dict[str, Any] = dict.fromkeys(metrics.SUMMARY)
     after: Mapping[str, Any] = result["after"] or none
     collapsed = _collapsed(result)
     audit = audits.read(folder / audits.FILE, result)
@@ -402,7 +402,7 @@ def defended(record: Measured, folder: Path, result: Mapping[str, Any]) -> Row:
         defense=folder.parent.name,
         assumes=tuple(result["assumes"]),
         defense_seed=result.get("seed"),
-        **{key: after[key] for key in ("clean_accuracy", "asr", "robust_accuracy")},
+        **{key: after[key] for key in metrics.SUMMARY},
         der=result["der"],
         comparable_der=metrics.der(record.info["scores"], after),
         tpr=split.get("tpr"),
