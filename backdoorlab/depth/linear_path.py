@@ -8,6 +8,7 @@ Batch statistics are re-estimated on clean training images at each of them: inte
 no network in between.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,19 +39,8 @@ def linear_path(view: AttackerView, model: nn.Module, undefended: nn.Module) -> 
         BACKDOORED, None where it never is; `area`: the mean of 1 - ASR.
     """
     clean = view.draw_clean(IMAGES, view.generator("path"))
-    between = view.record.new_model().to(view.device)
-    start, end = undefended.state_dict(), model.state_dict()
-
-    asr = []
-    for t in POINTS:
-        # Counters of batch normalisation are whole numbers, and stay.
-        state = {
-            name: torch.lerp(start[name], end[name], t) if end[name].is_floating_point() else value
-            for name, value in start.items()
-        }
-        between.load_state_dict(state)
-        _estimate_statistics(between, clean, view.device)
-        asr.append(view.asr(between))
+    blank = view.record.new_model().to(view.device)
+    asr = [view.asr(model) for model in between(blank, undefended, model, clean, view.device)]
 
     backdoored = [t for t, value in zip(POINTS, asr, strict=True) if value >= BACKDOORED]
     return {
@@ -58,6 +48,30 @@ def linear_path(view: AttackerView, model: nn.Module, undefended: nn.Module) -> 
         "t50": max(backdoored, default=None),
         "area": 1 - sum(asr) / len(asr),
     }
+
+
+def between(
+    blank: nn.Module, start: nn.Module, end: nn.Module, clean: Split, device: torch.device
+) -> Iterator[nn.Module]:
+    """Yield the model at each of POINTS, in evaluation mode: the same module each time.
+
+    Args:
+        blank: a model of the architecture, whose weights are overwritten.
+        start: the model at 0.
+        end: the model at 1.
+        clean: images from which batch statistics are estimated anew.
+        device: where the models are.
+    """
+    first, last = start.state_dict(), end.state_dict()
+    for t in POINTS:
+        # Counters of batch normalisation are whole numbers, and stay.
+        state = {
+            name: torch.lerp(value, last[name], t) if value.is_floating_point() else value
+            for name, value in first.items()
+        }
+        blank.load_state_dict(state)
+        _estimate_statistics(blank, clean, device)
+        yield blank
 
 
 def _estimate_statistics(model: nn.Module, clean: Split, device: torch.device) -> None:

@@ -33,7 +33,7 @@ def save_preview(path: Path, clean: Split, triggered: Poison) -> None:
     # One image of each class shows more than the first eight.
     triggered = triggered.of_kind(POISON)
     index = (
-        _one_per_class(triggered.original_labels)
+        one_per_class(triggered.original_labels)
         if len(triggered)
         else torch.arange(min(COLUMNS, len(clean)))
     )
@@ -49,12 +49,17 @@ def save_preview(path: Path, clean: Split, triggered: Poison) -> None:
 
 
 def save_sheet(path: Path, rows: Sequence[torch.Tensor]) -> None:
-    """Write a PNG with rows of enlarged images, each uint8 (n, C, H, W) of one size."""
+    """Write the `sheet` of these rows."""
+    writing.write_bytes(path, sheet(rows))
+
+
+def sheet(rows: Sequence[torch.Tensor]) -> bytes:
+    """Draw rows of enlarged images, each uint8 (n, C, H, W) of one size, as a PNG."""
     # All images are enlarged alike.
     channels, height, width = rows[0].shape[1:]
     scale = max(SCALE, LEAST_SIDE // height)
     down, right = scale * height + GAP, scale * width + GAP
-    sheet = torch.full(
+    drawn = torch.full(
         (channels, len(rows) * down - GAP, max(map(len, rows)) * right - GAP),
         GROUND,
         dtype=torch.uint8,
@@ -63,18 +68,23 @@ def save_sheet(path: Path, rows: Sequence[torch.Tensor]) -> None:
     # Rows from above, images from the left; shorter rows end in the ground.
     for r, images in enumerate(rows):
         for c, image in enumerate(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)):
-            sheet[
+            drawn[
                 :, r * down : r * down + scale * height, c * right : c * right + scale * width
             ] = image
 
-    picture = Image.fromarray(sheet[0].numpy() if channels == 1 else sheet.permute(1, 2, 0).numpy())
+    picture = Image.fromarray(drawn[0].numpy() if channels == 1 else drawn.permute(1, 2, 0).numpy())
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    writing.write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _one_per_class(labels: torch.Tensor) -> torch.Tensor:
-    """Return positions of the first image of each class, filled up to a row with further images."""
+def one_per_class(labels: torch.Tensor) -> torch.Tensor:
+    """Return positions of the first image of each class, filled up to a row of COLUMNS with
+    further images.
+
+    Args:
+        labels: int64 (N,).
+    """
     first = [int((labels == label).nonzero()[0]) for label in labels.unique()][:COLUMNS]
     rest = [i for i in range(len(labels)) if i not in first][: COLUMNS - len(first)]
     return torch.tensor(first + rest, dtype=torch.int64)

@@ -1,14 +1,15 @@
 """What is drawn of the measured models, as plain values. The page and the figures for papers draw
 the same charts.
 
-A chart has panels, a panel has series or a grid, and the caption under a chart says what to look
-for. Scores are in percent here. A chart that cannot be drawn has no panel, and `missing` says why.
+A chart has panels, a panel has series, a grid or a picture, and the caption under a chart says what
+to look for. Scores are in percent here. A chart that cannot be drawn has no panel, and `missing`
+says why.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -66,13 +67,15 @@ class Grid:
 
 @dataclass(frozen=True)
 class Panel:
-    """A pair of axes with series, or a grid."""
+    """A pair of axes with series, a grid, or a picture."""
 
     title: str
     x_label: str = ""
     y_label: str = ""
     series: tuple[Series, ...] = ()
     grid: Grid | None = None
+    picture: bytes | None = field(default=None, repr=False)
+    """A PNG."""
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     log_x: bool = False
@@ -97,6 +100,11 @@ class Chart:
     panels: tuple[Panel, ...] = ()
     missing: str = ""
     """Why there is no panel."""
+
+    @property
+    def pictured(self) -> bool:
+        """Whether its panels are pictures."""
+        return any(panel.picture is not None for panel in self.panels)
 
 
 def overview(cells: Sequence[Cell]) -> list[Chart]:

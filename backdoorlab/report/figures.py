@@ -94,10 +94,13 @@ def _across(names: Sequence[str], inches: float) -> int:
 
 
 def _panel(ax: Any, panel: Panel) -> None:
-    """Draw a panel: its titles, and a grid or series with their axes."""
+    """Draw a panel: its titles, and a picture, a grid or series with their axes."""
     ax.set_title(_plain(panel.title), fontsize=8, wrap=True)
     ax.set_xlabel(_plain(panel.x_label))
     ax.set_ylabel(_plain(panel.y_label))
+    if panel.picture is not None:
+        _picture(ax, panel.picture)
+        return
     if panel.grid is not None:
         _grid(ax, panel.grid)
         return
@@ -114,6 +117,14 @@ def _panel(ax: Any, panel: Panel) -> None:
     if panel.cut is not None:
         _threshold(ax, panel.cut)
     _axes(ax, panel)
+
+
+def _picture(ax: Any, content: bytes) -> None:
+    """Draw a PNG pixel by pixel, without axes."""
+    from PIL import Image
+
+    ax.imshow(Image.open(io.BytesIO(content)), interpolation="nearest")
+    ax.set_axis_off()
 
 
 def _bars(ax: Any, series: Series, y: Sequence[float | None], number: int, count: int) -> None:

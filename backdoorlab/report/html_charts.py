@@ -1,8 +1,10 @@
 """Charts as HTML: the figure with its heading, legend and caption, and the values that the page's
 script draws into it."""
 
+import base64
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
 from typing import Any, Literal
@@ -46,6 +48,14 @@ def figure(chart: Chart, key: str, level: int) -> str:
         missing = f'<p class="missing">{escape(chart.missing)}</p>'
         return f'<figure id="{escape(key)}">{heading}{missing}</figure>'
 
+    # A picture needs no script.
+    if chart.pictured:
+        shown = "".join(picture(panel.picture or b"", panel.title) for panel in chart.panels)
+        return (
+            f'<figure id="{escape(key)}">{heading}<div class="pictures pair">{shown}</div>'
+            f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
+        )
+
     # A grid takes the whole width, and up to three panels share it.
     few = "few" if len(chart.panels) <= 3 else ""
     form = "wide" if any(panel.grid for panel in chart.panels) else few
@@ -57,7 +67,11 @@ def figure(chart: Chart, key: str, level: int) -> str:
 
 
 def values(chart: Chart) -> list[dict[str, Any]]:
-    """List a chart's panels for JSON, each series with its colour and shape, NaN as None."""
+    """List a chart's panels for JSON, each series with its colour and shape, NaN as None; no
+    pictures."""
+    if chart.pictured:
+        return []
+
     # The script knows colours by their names, as they differ in light and dark.
     found = []
     for panel in chart.panels:
@@ -70,8 +84,26 @@ def values(chart: Chart) -> list[dict[str, Any]]:
             }
             for one in panel.series
         ]
-        found.append({**asdict(panel), "series": series})
+        found.append({**asdict(panel), "series": series, "picture": None})
     return _finite(found)
+
+
+def picture(content: bytes, caption: str, rows: Sequence[str] = ()) -> str:
+    """Write a sheet of images.
+
+    Args:
+        content: A PNG.
+        caption: What it shows.
+        rows: A name for each of its rows, from above, or nothing.
+    """
+    # The policy of the page allows pictures that are part of it, and no others.
+    data = base64.b64encode(content).decode()
+    names = f"<ol>{''.join(f'<li>{escape(name)}</li>' for name in rows)}</ol>" if rows else ""
+    image = (
+        f'<div class="sheet">{names}<img alt="{escape(caption)}"'
+        f' src="data:image/png;base64,{data}"></div>'
+    )
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """One record on the page as HTML: its facts, notes, pictures and charts."""
 
-import base64
 from collections.abc import Sequence
 from html import escape
 
@@ -8,7 +7,7 @@ from ..execution.preview import GAIN
 from . import charts
 from .artifacts import Cell
 from .charts import Chart
-from .html_charts import figure
+from .html_charts import figure, picture
 
 MEANINGS = {
     "unknown": "unknown: a stranger's model or data",
@@ -101,7 +100,7 @@ def _pictures(cells: Sequence[Cell]) -> str:
         for name, content in cell.pictures.items():
             # Recovered triggers have a row for each class.
             rows = charts.class_names(cell) if name == "triggers" and not cell.undefended else ()
-            sheets.append(_picture(content, _caption(cell, name), rows))
+            sheets.append(picture(content, _caption(cell, name), rows))
     if not sheets:
         return '<p class="missing">This record has no picture of its trigger.</p>'
     return f'<div class="pictures">{"".join(sheets)}</div>\n'
@@ -125,21 +124,3 @@ def _caption(cell: Cell, name: str) -> str:
 
 def _by(cell: Cell) -> str:
     return "the attack" if cell.undefended else cell.name
-
-
-def _picture(content: bytes, caption: str, rows: Sequence[str] = ()) -> str:
-    """Write a sheet of images.
-
-    Args:
-        content: A PNG.
-        caption: What it shows.
-        rows: A name for each of its rows, from above, or nothing.
-    """
-    # The policy of the page allows pictures that are part of it, and no others.
-    data = base64.b64encode(content).decode()
-    names = f"<ol>{''.join(f'<li>{escape(name)}</li>' for name in rows)}</ol>" if rows else ""
-    image = (
-        f'<div class="sheet">{names}<img alt="{escape(caption)}"'
-        f' src="data:image/png;base64,{data}"></div>'
-    )
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"

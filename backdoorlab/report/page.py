@@ -8,6 +8,7 @@ two, which the policy knows by their hashes, so no text of a stranger's record c
 
 import base64
 import hashlib
+import importlib
 import os
 import re
 import zlib
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -28,6 +30,7 @@ from ..tables import board, formats, layout, stored
 from ..tables import rows as measured
 from ..tables.rows import Damaged, Only, Row, refuse
 from . import charts, figures, heat_map, html_charts, html_tables
+from .analysis.subject import Subject
 from .artifacts import Cell, by_record, gather
 from .charts import Chart
 from .html_record import article, chart_key
@@ -36,6 +39,9 @@ MAKER = "a page of backdoorlab"
 """Stands in each page, so that a file without it is not replaced."""
 LONGEST_NAME = 180
 """Bytes of a record's name that go into the name of a figure; file systems allow 255 in all."""
+
+
+Analysis = Literal["tsne", "gradcam", "tac", "confusion", "path"]
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,14 @@ class Report:
     """File to write the page to. An existing page is replaced, any other file is not."""
     figures: str | None = None
     """Folder for every chart as PNG and SVG. Existing figures are replaced, other files are not."""
-    tsne: bool = False
-    """Add a t-SNE of each model's features. Needs the data set, and some seconds for each model."""
+    analysis: tuple[Analysis, ...] = ()
+    """Charts that run every model, some seconds each: tsne (features), gradcam (where it looks),
+    tac (channels that the trigger moves), confusion (clean images), path (loss between the attacked
+    and the defended weights)."""
     dataset_path: str | None = None
-    """For --tsne, folder of the data set, if it is no longer in the cache."""
+    """For --analysis, folder of the data set, if it is no longer in the cache."""
     device: str = "auto"
-    """For --tsne: auto, cpu, cuda or cuda:N."""
+    """For --analysis: auto, cpu, cuda or cuda:N."""
     record_root: str | None = None
     """Folder of records."""
     debug: bool = False
@@ -98,13 +106,12 @@ def report(options: Report, only: Only | None = None, say: Callable[[str], None]
 
     overall = charts.overview(cells)
     by_name = {name: charts.of_record(own) for name, own in by_record(cells).items()}
-    # scikit-learn and every model are loaded only for this.
-    if options.tsne:
-        from . import tsne
-
+    # Data and every model are loaded only for this.
+    if options.analysis:
         device = choose_device(options.device)
         for name, own in by_record(cells).items():
-            by_name[name].append(tsne.chart(own, options.dataset_path, device))
+            subject = Subject(own, own[0].record.dataset(options.dataset_path), device)
+            by_name[name] += [_analysis(kind)(subject) for kind in dict.fromkeys(options.analysis)]
 
     if options.figures is not None:
         folder = Path(options.figures)
@@ -121,6 +128,14 @@ def report(options: Report, only: Only | None = None, say: Callable[[str], None]
         writing.write_bytes(target, encoded)
         say(f"page of {len(cells)} models, {len(encoded) / 2**20:.1f} MiB, works offline: {target}")
     return layout.complain(damaged)
+
+
+def _analysis(name: Analysis) -> Callable[[Subject], Chart]:
+    """The function that draws an analysis, whose file has its name."""
+    found: Callable[[Subject], Chart] = importlib.import_module(
+        f".analysis.{name}", __package__
+    ).chart
+    return found
 
 
 def check(html: str) -> str:

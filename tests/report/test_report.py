@@ -2,7 +2,6 @@
 a stranger becomes code."""
 
 import base64
-import dataclasses
 import html
 import itertools
 import json
@@ -20,7 +19,6 @@ import pytest
 import torch
 
 from backdoorlab.__main__ import main
-from backdoorlab.poison import CROSS
 from backdoorlab.record import Record
 from backdoorlab.report import artifacts, charts, figures, looks
 from backdoorlab.report.html_charts import OUTLINES
@@ -753,44 +751,3 @@ def test_a_dollar_sign_begins_no_formula(tmp_path: Path) -> None:
     )
     drawn = figures.drawn(charts.Chart("x", "x", "x", (panel,)))
     assert b"cost in $ of x^2_$" in drawn["svg"] and b"a$b_$&lt;b&gt;" in drawn["svg"]
-
-
-def test_tsne_draws_what_is_meant_to_be_misread(backdoored: Record) -> None:
-    """Of test images that wear the trigger with their true label (kind CROSS) none is among the
-    triggered ones."""
-    from backdoorlab.report import tsne
-
-    poison = backdoored.test_poison
-    kind = torch.where(poison.original_labels == 7, poison.kind, CROSS)
-    spared = dataclasses.replace(backdoored, test_poison=dataclasses.replace(poison, kind=kind))
-    _, triggered = tsne.sample(backdoored.dataset(), spared)
-    sevens = poison.images[poison.original_labels == 7]
-    assert len(triggered) == min(tsne.TRIGGERED, len(sevens)) and all(
-        (image == sevens).flatten(1).all(1).any() for image in triggered.images
-    )
-    assert len(tsne.sample(backdoored.dataset(), backdoored)[1]) == tsne.TRIGGERED > len(sevens)
-
-
-def test_tsne_separates_what_the_backdoor_separates(backdoored: Record, tmp_path: Path) -> None:
-    """In the attacked model triggered images are an island: their nearest neighbours are triggered,
-    too."""
-    from backdoorlab.report import tsne
-
-    own = artifacts.gather([backdoored])[:1]
-    chart = tsne.chart(own, None, torch.device("cpu"))
-    (panel,) = chart.panels
-    cloud = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(tsne.embed(cloud), tsne.embed(cloud)), "the same at each call"
-    points = {
-        series.name: np.stack([np.array(series.x, float), np.array(series.y, float)], 1)
-        for series in panel.series
-    }
-    triggered, clean = points.pop("triggered"), np.concatenate(list(points.values()))
-    assert len(points) == 10 and len(triggered) == tsne.TRIGGERED
-
-    def nearest(among: np.ndarray) -> np.ndarray:
-        distances = np.linalg.norm(triggered[:, None] - among[None], axis=2)
-        distances[distances == 0] = np.inf
-        return distances.min(1)
-
-    assert (nearest(triggered) < nearest(clean)).mean() > 0.8

@@ -1,0 +1,1 @@
+"""Pictures of what models compute of test images, for `report --analysis`: one file each."""
