@@ -22,12 +22,13 @@ from ..record import Record, every_name, load_weights, record_root
 from ..storage import locks, reading, schema, writing
 from ..tables import audits, layout
 from ..tables import rows as measured
-from . import controls, linear_path, reactivate, retune, score, similarity, view
+from . import batch_statistics, controls, linear_path, reactivate, retune, score, similarity, view
 from .controls import CONTROLS
 from .view import AttackerView
 
 TESTS = {
     "retune": "P-ASR",
+    "statistics": "ASR with new batch statistics",
     "reactivate": "excess re-activation",
     "path": "t50",
     "similarity": "similarity",
@@ -272,6 +273,9 @@ def _run(model: nn.Module, attacker: AttackerView, name: str) -> dict[str, Any]:
             return retune.retune(attacker, model, [int(score.COUNT)], retune.CHECKS)
         case "reactivate":
             return reactivate.reactivate(attacker, model)
+        case "statistics":
+            why = batch_statistics.refusal(model)
+            return {"why": why} if why else batch_statistics.batch_statistics(attacker, model)
     # The other two compare with the poisoned model.
     undefended = attacker.record.model().to(attacker.device).eval()
     if name == "path":
@@ -356,6 +360,7 @@ def _line(title: str, one: Subject) -> str:
     words += [
         f"{name} {_number(value)}"
         for name, value in (
+            ("BN-ASR", found.bn_asr),
             ("excess", found.excess),
             ("t50", found.t50),
             ("similarity", found.similarity),

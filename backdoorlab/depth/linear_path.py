@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import Split, in_order
-from ..models import paused
+from ..data import Split
+from .batch_statistics import estimate
 from .view import AttackerView
 
 POINTS = tuple(number / 10 for number in range(11))
@@ -70,26 +70,5 @@ def between(
             for name, value in first.items()
         }
         blank.load_state_dict(state)
-        _estimate_statistics(blank, clean, device)
+        estimate(blank, clean, device)
         yield blank
-
-
-def _estimate_statistics(model: nn.Module, clean: Split, device: torch.device) -> None:
-    """Set the running statistics of batch normalisation to those of the images."""
-    model.eval()
-    normalisations = [
-        module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    # Without a momentum, the running statistics are the mean over all batches.
-    before = [module.momentum for module in normalisations]
-    for module in normalisations:
-        module.reset_running_stats()
-        module.momentum = None
-        module.train()
-    if normalisations:
-        with torch.inference_mode(), paused():
-            for batch in in_order(clean, device):
-                model(batch.images)
-    for module, momentum in zip(normalisations, before, strict=True):
-        module.momentum = momentum
-    model.eval()

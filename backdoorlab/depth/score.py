@@ -46,7 +46,8 @@ def summarise(tests: Tests, clean: Tests, undefended: Tests) -> dict[str, Any]:
         undefended: of the undefended model.
 
     Returns:
-        depth, p_asr (n -> mean over draws), excess, t50, similarity; None for what does not exist.
+        depth, p_asr (n -> mean over draws), bn_asr (mean over draws), excess, t50, similarity;
+        None for what does not exist.
     """
     # A control is compared with itself by other draws: with the same ones it would be exact.
     key = "check" if "check" in tests else "retune"
@@ -54,10 +55,13 @@ def summarise(tests: Tests, clean: Tests, undefended: Tests) -> dict[str, Any]:
     found = {
         "depth": None if None in parts else depth(*parts),  # type: ignore[arg-type]
         "p_asr": {count: p_asr(tests, count) for count in tests.get("retune", {}).get("p_asr", {})},
+        "bn_asr": None,
         "t50": tests.get("path", {}).get("t50"),
         "excess": None,
         "similarity": None,
     }
+    if _made("statistics", tests):
+        found["bn_asr"] = fmean(tests["statistics"]["asr"])
     if _made("reactivate", tests, clean):
         found["excess"] = reactivate.excess(tests["reactivate"], clean["reactivate"])
     if _made("similarity", tests, clean):
@@ -81,7 +85,7 @@ def reasons(tests: Tests, clean: Tests, undefended: Tests, names: Mapping[str, s
         control = clean.get(test, {}).get("why")
         if own:
             said.append(f"no {called}: {own}")
-        elif test in tests and control and test != "path":
+        elif test in tests and control and test not in ("path", "statistics"):
             said.append(f"no {called} against a clean model: {control}")
 
     floor, ceiling = p_asr(clean), p_asr(undefended)

@@ -203,7 +203,7 @@ def check_audit(path: Path, content: Mapping[str, Any]) -> None:
     # Of the tests only the summary is ever shown.
     _object(path, content, "tests")
     _object(path, content, "settings")
-    names = ("depth", "excess", "t50", "similarity")
+    names = ("depth", "bn_asr", "excess", "t50", "similarity")
     p_asr = summary.get("p_asr", {})
     sound = {
         "kind": _is_word(content["kind"]),

@@ -27,6 +27,8 @@ class Audit:
     """1 is a model that was never poisoned, 0 the undefended one."""
     p_asr: tuple[float | None, ...]
     """ASR after fine-tuning on as many poisoned images as COUNTS says, mean over draws."""
+    bn_asr: float | None
+    """ASR after the batch statistics were estimated anew on clean images, mean over draws."""
     excess: float | None
     """ASR under a small universal perturbation, beyond that of both controls."""
     t50: float | None
@@ -43,6 +45,7 @@ class Audit:
         return cls(
             depth=summary.get("depth"),
             p_asr=tuple(summary.get("p_asr", {}).get(count) for count in COUNTS),
+            bn_asr=summary.get("bn_asr"),
             excess=summary.get("excess"),
             t50=summary.get("t50"),
             similarity=summary.get("similarity"),
@@ -50,7 +53,7 @@ class Audit:
         )
 
 
-NOTHING = Audit(None, (None,) * len(COUNTS), None, None, None)
+NOTHING = Audit(None, (None,) * len(COUNTS), None, None, None, None)
 """Of a model that was not audited."""
 
 

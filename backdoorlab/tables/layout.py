@@ -46,6 +46,7 @@ AUDITED: dict[str, Metric] = {
     "P-ASR 1 %": "p_asr_1",
     "P-ASR 5 %": "p_asr_5",
     "P-ASR 20 %": "p_asr_20",
+    "BN-ASR %": "bn_asr",
     "excess %": "excess",
     "t50": "t50",
     "similarity": "similarity",

@@ -47,6 +47,7 @@ Metric = Literal[
     "p_asr_1",
     "p_asr_5",
     "p_asr_20",
+    "bn_asr",
     "excess",
     "t50",
     "similarity",
@@ -168,6 +169,10 @@ class Row:
     @property
     def p_asr_20(self) -> float | None:
         return self._audited.p_asr[3]
+
+    @property
+    def bn_asr(self) -> float | None:
+        return self._audited.bn_asr
 
     @property
     def excess(self) -> float | None:

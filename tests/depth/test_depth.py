@@ -18,6 +18,7 @@ from torch import nn
 from backdoorlab.__main__ import main
 from backdoorlab.depth import (
     audit,
+    batch_statistics,
     controls,
     linear_path,
     reactivate,
@@ -191,6 +192,31 @@ def test_re_activation_finds_a_backdoor_that_is_only_quiet(poisoned: Record) -> 
     assert reactivate.excess(clean, clean) <= 0
 
 
+def test_new_batch_statistics_bring_back_a_backdoor_that_only_they_hid(
+    backdoored: Record, clean: Record
+) -> None:
+    """The weights of an attacked model under wrong statistics, beside a model that never saw the
+    trigger."""
+    attack, hidden = attacker(backdoored), backdoored.model().eval()
+    norms = [module for module in hidden.modules() if isinstance(module, nn.BatchNorm2d)]
+    generator = torch.Generator().manual_seed(0)
+    right = [norm.running_mean.clone() for norm in norms]  # type: ignore[union-attr]
+    for scale in range(1, 50):
+        for norm, mean in zip(norms, right, strict=True):
+            noise = torch.randn(mean.shape, generator=generator)
+            norm.running_mean = mean + 0.1 * scale * noise * norm.running_var.sqrt()  # type: ignore[union-attr]
+        if attack.asr(hidden) < 0.2:
+            break
+    before = copy.deepcopy(hidden.state_dict())
+    found = batch_statistics.batch_statistics(attack, hidden)
+    never = batch_statistics.batch_statistics(attack, clean.model().eval())
+    assert attack.asr(hidden) < 0.2 and min(found["asr"]) > 0.8 and max(never["asr"]) < 0.2
+    assert len(found["asr"]) == 3 and min(found["clean_accuracy"]) > 0.8
+    after = hidden.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before), "it stays as it is"
+    assert batch_statistics.refusal(nn.Linear(2, 2)) and not batch_statistics.refusal(hidden)
+
+
 def test_the_path_from_a_model_to_itself_is_flat(poisoned: Record) -> None:
     attack, model = attacker(poisoned), poisoned.model().eval()
     torch.manual_seed(1)
@@ -246,13 +272,13 @@ def test_a_killed_audit_goes_on_to_the_same_values(
     monkeypatch.setattr(audit, "_run", killed)
     with pytest.raises(KeyboardInterrupt):
         audit.audit(audit.Audit(names=(record.name,), record_root=str(tmp_path)))
-    # Of 18 in all, 7 were kept, and the eighth is made again.
-    assert run_audit(record) == 0 and len(calls) == 8 + 11
+    # Of 22 in all, 7 were kept, and the eighth is made again.
+    assert run_audit(record) == 0 and len(calls) == 8 + 15
     assert kept(record) == kept(audited)
 
     # A third start has nothing to do, and leaves the files alone.
     times = {file: file.stat().st_mtime_ns for file in record.folder.rglob("*.json")}
-    assert run_audit(record) == 0 and len(calls) == 8 + 11
+    assert run_audit(record) == 0 and len(calls) == 8 + 15
     assert times == {file: file.stat().st_mtime_ns for file in record.folder.rglob("*.json")}
 
 
