@@ -203,8 +203,12 @@ def _of_runs(found: Sequence[Row], of_audits: Sequence[str] = ()) -> Table:
         for row in found
         if row["ASR %"] == EMPTY != row["clean acc %"]
     ]
-    # Columns of audits are there where one was made.
-    audited = list(AUDITED) if any("depth" in row for row in found) else []
+    # Columns of audits are there where one was made: depth, and whatever has a number.
+    audited = [
+        name
+        for name in AUDITED
+        if any(name in row and (name == "depth" or row[name] != EMPTY) for row in found)
+    ]
     columns = [*_with_extras(COLUMNS, found), *audited]
     numbers = [*SCORES, *RANKING, *audited]
     oracles = any(ORACLE in row["defense"].text for row in found)

@@ -21,7 +21,8 @@ ABOUT_ORACLE = (
 DEPTH = (
     "Depth (audit): 1 is a model that was never poisoned, 0 the undefended one, by the ASR after"
     " fine-tuning on a few clean images and 5 poisoned ones (P-ASR 5). Solved: ASR below 5 %, at"
-    " most 3 points of clean accuracy lost, RA within 10 points of it, depth at least .8."
+    " most 3 points of clean accuracy lost, RA within 10 points of it, depth at least .8. BN-ASR:"
+    " the ASR after the batch statistics were estimated anew on clean images."
 )
 """Explains the columns of audits."""
 
