@@ -6,8 +6,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from .config import DefenseConfig
 
 TORCH_FLOOR = (2, 10)
 """Oldest version of torch that reads files of strangers safely."""
@@ -45,7 +49,7 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
     """
     # Imported here, as torch takes seconds, and as this file stands below all others.
     from .execution.attack import attack_job, run_attack
-    from .execution.defense import defense_job, report, run_defense
+    from .execution.defense import defense_job, report, run_defense, usual_name
     from .settings import methods
     from .tables import layout
 
@@ -61,6 +65,10 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
         result = run_defense(job)
         if result is not None:
             print(report(result))
+            # A detector leaves no model, and a collapsed one is of no use.
+            if result["after"] is not None and not result["collapsed"]:
+                run = job.config.run_name or usual_name(job.config)
+                print(f"to use the model: {_export(job.config, job.method.name, run)}")
     else:
         raise UserError(f"{path}: a method file lies in a folder named attack or defense")
     return 0
@@ -73,6 +81,17 @@ def _next(prog: str, name: str, root: str | None) -> str:
     )
     return f"{defense} --result_file {shlex.quote(name)}" + (
         f" --record_root {shlex.quote(root)}" if root else ""
+    )
+
+
+def _export(config: "DefenseConfig", defense: str, run: str) -> str:
+    """Write the command that makes a file of a defended model."""
+    root = config.record_root
+    return (
+        f"python -m backdoorlab export {shlex.quote(config.result_file)} --defense {defense}"
+        + (f" --run_name {shlex.quote(run)}" if run != "seed0" else "")
+        + (f" --record_root {shlex.quote(root)}" if root else "")
+        + " --weights FILE.safetensors"
     )
 
 

@@ -77,6 +77,15 @@ def test_attack_defense_and_table_in_processes_of_their_own(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert "clean accuracy" in done.stdout and "ASR" in done.stdout
+    # The last line is a command that works, if the model does.
+    following = done.stdout.splitlines()[-1]
+    if "COLLAPSED" not in done.stdout:
+        said, _, typed = following.partition(": python -m backdoorlab ")
+        assert said == "to use the model"
+        words = typed.replace("FILE", str(tmp_path / "repaired")).split()
+        with helpers.environment(BACKDOORLAB_RECORDS=tmp_path / "record"):
+            assert __main__.main(words) == 0
+        assert (tmp_path / "repaired.safetensors").is_file()
 
     done = helpers.command("-m", "backdoorlab", "table", cwd=here, env=env)
     assert done.returncode == 0, done.stderr
@@ -280,7 +289,7 @@ def test_what_to_do_next_is_typed_as_the_attack_was(
 def test_a_model_that_learned_nothing_is_noted(
     backdoored: Record, small_flags: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """The controls: one that learned, and one without a trigger."""
+    """With a trigger and without one; the control: one that learned."""
     first = small_flags.index("--patch_size")
     without = small_flags[:first] + small_flags[first + 4 :]
     assert cli.main(str(BADNET), ["--save_folder_name", "x", *small_flags, "--epochs", "0"]) == 0
@@ -290,7 +299,7 @@ def test_a_model_that_learned_nothing_is_noted(
         any("the model learned nothing" in note for note in record.info["notes"])
         for record in (*records, backdoored)
     ]
-    assert noted == [True, False, False], records[0].info["scores"]
+    assert noted == [True, True, False], records[0].info["scores"]
 
 
 def test_table_of_some_records_in_every_form(tiny: Record, tmp_path: Path, capsys: Capture) -> None:

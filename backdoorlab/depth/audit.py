@@ -5,6 +5,8 @@ purification, and the undefended model. Values are kept after each test, in dept
 result and in record/<name>/controls/, so that a killed audit goes on.
 """
 
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -78,6 +80,8 @@ class Subject:
     """Returns the model in evaluation mode, on the device."""
     model: str
     """SHA-256 of the audited weights; of the poisoned model's for a control."""
+    title: str = ""
+    """What lines on it begin with."""
     why: str | None = None
     """Why no test is made of it; None where it can be."""
     tests: dict[str, Any] = field(default_factory=dict)
@@ -133,7 +137,7 @@ def audit_record(
             _test(one, attacker, wanted, options)
         for one in of_controls.values():
             _finish(one, of_controls, options)
-            say(_line(f"{record.name} ({one.kind})", one))
+            say(_line(one.title, one))
 
         for target, result in results:
             one = _subject(record, target, result, device)
@@ -194,7 +198,10 @@ def _control_subjects(attacker: AttackerView, folder: Path, options: Audit) -> l
     }
     model = record.info["files"]["model.safetensors"]["sha256"]
     return [
-        Subject(folder / f"{kind}.json", kind, cache(sources[kind]), model) for kind in CONTROLS
+        Subject(
+            folder / f"{kind}.json", kind, cache(sources[kind]), model, f"{record.name} ({kind})"
+        )
+        for kind in CONTROLS
     ]
 
 
@@ -211,14 +218,15 @@ def _subject(
         load_weights(model, path, result["files"], record.model_shapes())
         return model.to(device).eval()
 
-    return Subject(folder / audits.FILE, "result", cache(load), audits.weights(result))
+    title = f"{record.name} {folder.parent.name} {folder.name}"
+    return Subject(folder / audits.FILE, "result", cache(load), audits.weights(result), title)
 
 
 def _refused(folder: Path, result: Mapping[str, Any], why: str) -> Subject:
     def nothing() -> nn.Module:
         raise AssertionError("a refused model is not loaded")
 
-    return Subject(folder / audits.FILE, "result", nothing, audits.weights(result), why)
+    return Subject(folder / audits.FILE, "result", nothing, audits.weights(result), why=why)
 
 
 # --- tests
@@ -231,8 +239,12 @@ def _test(one: Subject, attacker: AttackerView, wanted: Sequence[str], options: 
         return
     for name in wanted:
         if name not in one.tests:
+            began = time.perf_counter()
             one.tests[name] = _made(one, attacker, name)
             _write(one, {}, [], options)
+            # Of large data a test takes minutes.
+            seconds = time.perf_counter() - began
+            print(f"  {one.title}: {name}  seconds {seconds:.1f}", file=sys.stderr, flush=True)
 
     # A control is compared with itself by other draws, at the one n that depth uses.
     if one.kind in ("undefended", "clean") and "retune" in wanted and "check" not in one.tests:

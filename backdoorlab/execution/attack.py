@@ -304,7 +304,7 @@ def _attack_function(method: Method) -> Callable[[Dataset, Any, Run], Outcome]:
 
 def _note_nothing_learned(scores: Scores, dataset: Dataset, run: Run) -> None:
     """Note a model that does little better than guessing, or than a constant answer."""
-    if scores.asr is not None and learned_nothing(scores, dataset.num_classes):
+    if learned_nothing(scores, dataset.num_classes):
         balanced, share = scores.balanced_accuracy or 0.0, scores.largest_share or 0.0
         run.note(
             f"the model learned nothing (clean accuracy {100 * scores.clean_accuracy:.2f} %, mean"

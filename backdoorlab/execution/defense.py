@@ -308,14 +308,14 @@ def publish(
 
 def _target(found: Record, job: Job) -> Path:
     """Where the result is to lie."""
-    run_name = job.config.run_name or _usual_name(job.config)
+    run_name = job.config.run_name or usual_name(job.config)
     if not schema.WORD.fullmatch(run_name):
         raise UserError(f"--run_name {run_name}: expected letters, digits, and _ . + - within")
     record.check_name(run_name)
     return found.folder / "defense" / job.method.name / run_name
 
 
-def _usual_name(config: DefenseConfig) -> str:
+def usual_name(config: DefenseConfig) -> str:
     """Name a result by its seed and, for an unlearner, by the split, as it may forget several."""
     split = getattr(config, "split", "")
     # A file goes by its own name, without its folder.
