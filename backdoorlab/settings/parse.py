@@ -46,6 +46,15 @@ class Trained(NamedTuple):
     """Length of its training; None if unknown."""
 
 
+PARTS = {
+    "epochs": ("n_rounds", "unlearn_epochs", "stage1_epochs"),
+    "n_rounds": ("epochs",),
+    "learning_rate": ("lr",),
+    "target": ("target_label",),
+}
+"""Flag that people type -> what plays its part in methods that lack it."""
+
+
 @dataclass(frozen=True)
 class Parsed:
     """A config, and the origin of each value that is not a default."""
@@ -407,7 +416,11 @@ def _origins(config_class: type[Any], layers: list[Layer]) -> dict[str, str]:
 
 
 def _suggest_flag(key: str, known: dict[str, str]) -> str:
-    """Return `suggest`'s answer with dashes in front of the name."""
+    """Return `suggest`'s answer with dashes in front of the name; what plays the flag's part in
+    this method comes before what is spelt like it."""
+    for word in PARTS.get(key, ()):
+        if word in known:
+            return f" Did you mean --{word}?"
     return re.sub(r"'(\w+)'", r"--\1", suggest(key, known))
 
 

@@ -86,8 +86,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Mark the flag at the start of a code span, which the style sheet keeps on one line."""
-    return re.sub(r"<code>(--\w+)", r'<code><span class="flag">\1</span>', html)
+    """Mark the flag at the start of a code span, which the style sheet keeps on one line, and keep
+    scores such as 98.6 / 0.0 / 97.2 on one."""
+    html = re.sub(r"<code>(--\w+)", r'<code><span class="flag">\1</span>', html)
+    return re.sub(r"(?<=\d) / (?=[\d<])", "\u00a0/\u00a0", html)
 
 
 def relinked(markdown: str, source: str) -> str:

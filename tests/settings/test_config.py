@@ -303,6 +303,7 @@ def test_every_preset_that_ships_is_read_by_some_method(preset: str) -> None:
     ("argv", "message"),
     [
         (("--epoch", "3"), r"unknown flag --epoch. Did you mean --epochs"),
+        (("--learning_rate", "0.1"), r"unknown flag --learning_rate. Did you mean --lr\?"),
         (("--poison_rat=0.1",), r"unknown flag --poison_rat. Did you mean --poison_rate"),
         (("--epochs", "three"), "^--epochs takes a whole number, got 'three'. See --help$"),
         (
