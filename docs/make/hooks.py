@@ -54,10 +54,14 @@ def methods_navigation() -> list[Any]:
     return sections
 
 
-def results_navigation() -> list[str]:
-    """Return the pages of results, their index first."""
+def results_navigation() -> list[Any]:
+    """Return the pages of results, their index first and the archive last."""
     found = [page for page in pages.committed() if page.startswith("results/")]
-    return sorted(found, key=lambda page: (not page.endswith(("README.md", "index.md")), page))
+    old = [page for page in found if page.startswith("results/archive/")]
+    new = sorted(
+        set(found) - set(old), key=lambda page: (not page.endswith(("README.md", "index.md")), page)
+    )
+    return [*new, {"Archive": sorted(old)}]
 
 
 def on_files(files: Files, config: Any) -> Files:
