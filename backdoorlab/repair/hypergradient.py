@@ -65,10 +65,12 @@ def hypergradient(
     loss = outer(delta)
     nothing = torch.zeros((), device=delta.device)
     if steps == 0:
-        return Hypergradient(list(torch.autograd.grad(loss, weights)), loss, nothing, nothing)
+        first_order = torch.autograd.grad(loss, weights, materialize_grads=True)
+        return Hypergradient(list(first_order), loss, nothing, nothing)
 
     # g = grad_delta L_out and grad_theta L_out, and the inner gradient, to be differentiated again.
-    g, *direct = torch.autograd.grad(loss, [delta, *weights])
+    # A weight that no pass uses, such as a cached bias of LeViT, has a gradient of zeros.
+    g, *direct = torch.autograd.grad(loss, [delta, *weights], materialize_grads=True)
     (slope,) = torch.autograd.grad(inner(delta), delta, create_graph=True)
 
     def hessian(v: Tensor) -> Tensor:

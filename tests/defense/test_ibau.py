@@ -102,6 +102,18 @@ def test_the_hypergradient_is_the_total_derivative(radius: float) -> None:
     assert torch.isclose(first_order.loss, result.loss)
 
 
+@pytest.mark.parametrize("steps", [0, N])
+def test_a_weight_that_no_pass_uses_stays(steps: int) -> None:
+    """As the biases that LeViT keeps in a cache; the gradient of the other weights is as without
+    it."""
+    theta, unused = nn.Parameter(randn(WEIGHTS)), nn.Parameter(randn(2))
+    outer, inner = problem(theta)
+    delta = best_delta(theta.detach(), 0.5).view(1, 1, 2, 3)
+    both = hypergradient(outer, inner, delta, [theta, unused], 0.5, steps, damping=0.0)
+    assert torch.equal(both.gradients[0], found(theta, 0.5, steps).gradients[0])
+    assert torch.equal(both.gradients[1], torch.zeros_like(unused))
+
+
 def test_on_the_surface_the_bare_hessian_is_wrong() -> None:
     theta = nn.Parameter(randn(WEIGHTS))
     outer, inner = problem(theta)
