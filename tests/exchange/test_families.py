@@ -5,6 +5,8 @@ Hours on two cores: `pytest -m slow tests/exchange/test_families.py -s` prints w
 did. A part: `-k resnet`.
 """
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,10 +65,17 @@ def photos(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return root
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is emptied at once: all records together would take tens of gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", FAMILIES.split())
-def test_a_family_runs_or_says_why_not(name: str, photos: Path, tmp_path: Path) -> None:
+def test_a_family_runs_or_says_why_not(name: str, photos: Path, folder: Path) -> None:
     side = int(photos.name)
     done = []
     try:
@@ -81,15 +90,15 @@ def test_a_family_runs_or_says_why_not(name: str, photos: Path, tmp_path: Path) 
             image_size=side,
             stem=stem,
         )
-        torch.save(model.network.state_dict(), tmp_path / "model.pt")
+        torch.save(model.network.state_dict(), folder / "model.pt")
         options = Import(
-            weights=str(tmp_path / "model.pt"),
+            weights=str(folder / "model.pt"),
             architecture=name,
             dataset_path=str(photos),
             save_folder_name="own",
             mean=(0.5,) * 3,
             std=(0.5,) * 3,
-            record_root=str(tmp_path),
+            record_root=str(folder),
         )
         import_record(options)
         done.append("import")
@@ -98,7 +107,7 @@ def test_a_family_runs_or_says_why_not(name: str, photos: Path, tmp_path: Path) 
         return
 
     for method, flags in STEPS.items():
-        argv = ["--result_file", "own", "--record_root", str(tmp_path), "--trusted_ratio", "1"]
+        argv = ["--result_file", "own", "--record_root", str(folder), "--trusted_ratio", "1"]
         argv = [*argv, "--dataset_path", str(photos), "--score_every", "0", *flags]
         try:
             run_defense(defense_job(methods.load("defense", method), argv, "test"))
