@@ -288,7 +288,8 @@ class SeedsConfig(DefenseConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig(DefenseConfig):
-    """Options of an unlearner, which forgets a given split ("split" in its ASSUMES)."""
+    """Options of a method that forgets a given split: an unlearner ("split" in its ASSUMES) needs
+    one, and a defense without that word may have one."""
 
     split: str = ""
     """What is to be forgotten. Required. METHOD or METHOD/RUN: what that method flagged on the same

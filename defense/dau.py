@@ -5,7 +5,8 @@ body is public: the losses, the split rule and the constants are those of the au
 port, examples/community/DAU in https://github.com/mindspore-ai/mindarmour;
 https://github.com/MiLab-HITSZ/DAU holds a README.
 
-Assumes: the poisoned training set and the model trained on it. No clean image, no oracle.
+Assumes: the poisoned training set and the model trained on it. No clean image, no oracle. With
+`--split` another method's split, or a file's, takes the place of steps 1 to 3.
 
   1. Pool: find a small set that is almost pure poison.
   2. Anti-learning: with the features fixed, the last layer learns all samples but unlearns the
@@ -37,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from backdoorlab.cli import main
-from backdoorlab.config import DefenseConfig
+from backdoorlab.config import SplitConfig
 from backdoorlab.errors import UserError
 from backdoorlab.losses import cce, cross_entropy
 from backdoorlab.poison_search.anti_learning import AntiLearningConfig, find_poison
@@ -54,7 +55,10 @@ ASSUMES = ("model", "train")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(AntiLearningConfig, UnlearningConfig, DefenseConfig):
+class Config(AntiLearningConfig, UnlearningConfig, SplitConfig):
+    split: str = ""
+    """What to unlearn in place of what DAU finds: METHOD, METHOD/RUN, FILE, oracle or none, as for
+    unlearners (cce --help). Then nothing is searched for, and no head is trained."""
     subtask: Literal["all", "anti_learning", "unlearning", "test"] = "all"
     """anti_learning ends with the split, unlearning starts at it, test scores the saved model."""
     loss: Literal["cce", "both", "gga"] = "cce"
@@ -77,11 +81,22 @@ class Config(AntiLearningConfig, UnlearningConfig, DefenseConfig):
     def only_scores(self) -> bool:
         return self.subtask == "test"
 
+    def check(self) -> None:
+        super().check()
+        if self.split and self.subtask == "anti_learning":
+            raise UserError(
+                f"--split {self.split} takes the place of --subtask anti_learning: leave one of"
+                " them out"
+            )
+
 
 def defend(view: DefenderView, config: Config, run: Run) -> nn.Module | None:
-    # Steps 1 to 3, which --subtask anti_learning stops after.
-    found = run.cached("split", lambda: split(view, config, run))
-    flagged, one_class = found["flagged"], bool(found["one_class"])
+    # Steps 1 to 3, which --subtask anti_learning stops after, or a split that was given.
+    if config.split:
+        flagged, one_class = view.split, False
+    else:
+        found = run.cached("split", lambda: split(view, config, run))
+        flagged, one_class = found["flagged"], bool(found["one_class"])
     if config.subtask == "anti_learning":
         return None
     if not flagged.any():

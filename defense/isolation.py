@@ -16,9 +16,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import to_device
 from backdoorlab.detection import Detection, highest
-from backdoorlab.features import extract
-from backdoorlab.losses import cross_entropy
-from backdoorlab.poison_search.isolation import isolate
+from backdoorlab.poison_search.isolation import isolate, low_loss
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 
@@ -52,10 +50,8 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
     train = to_device(view.train, run.device)
     model = isolate(view, train, config.epochs, config.batch_size, config.lr, config.gamma, run)
 
-    # Each image as it is, without crops and flips.
-    features = extract(model, train, run)
     # Poison is learned first, so that the lowest loss is the most suspicious.
-    suspicion = -cross_entropy(features.logits, features.labels)
+    suspicion = low_loss(model, train, run)
     return Detection(suspicion, highest(suspicion, config.flagged_rate))
 
 

@@ -134,6 +134,7 @@ def short_flags(method: str) -> tuple[str, ...]:
         if field.type in (int, "int") and ("epochs" in field.name or "rounds" in field.name)
     ]
     small = {
+        "abl": ("--isolated_rate", "0.1"),
         "anp": ("--iterations", "5", "--batch_size", "8"),
         "asd": ("--iterations", "3", "--batch_size", "8", "--seeds_per_class", "2"),
         "bu": ("--levels", "0.9", "--hidden", "16", "--accept", "0"),

@@ -142,6 +142,10 @@ def test_a_killed_dau_continues_to_the_same_bytes(backdoored: Record, tmp_path: 
 ROUNDS = ("--n_rounds", "4", "--batch_size", "24")
 FORGET = ("--split", "oracle", "--epochs", "2", "--batch_size", "256")
 INTERRUPTED = {
+    "abl": (
+        *("--isolation_epochs", "1", "--finetune_epochs", "2", "--unlearn_epochs", "2"),
+        *("--batch_size", "256"),
+    ),
     "asd": (
         "--stage1_epochs",
         "2",
@@ -167,6 +171,10 @@ INTERRUPTED = {
         "2",
         "--batch_size",
         "24",
+    ),
+    "dbr": (
+        *("--train_epochs", "1", "--separate_epochs", "1", "--epochs", "2"),
+        *("--batch_size", "256"),
     ),
     "ibau": ROUNDS,
     "sau": ROUNDS,
@@ -1102,6 +1110,7 @@ ATTACK_VARIANTS: dict[str, list[tuple[str, ...]]] = {
     "trojannn": [("--surrogate_epochs", "1", "--steps", "5")],
 }
 DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
+    "abl": [("--isolation_epochs", "1", "--finetune_epochs", "1", "--unlearn_epochs", "1")],
     "anp": [("--iterations", "1")],
     "asd": [
         (
@@ -1137,6 +1146,7 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
         ),
         ("--many_classes", "1e9", "--subtask", "anti_learning"),  # so that the other tests run
     ],
+    "dbr": [("--train_epochs", "1", "--separate_epochs", "1", "--epochs", "1")],
     "fp": [("--epochs", "1")],
     "fst": [("--epochs", "1")],
     "anti_learning": [

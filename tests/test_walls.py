@@ -10,7 +10,7 @@ import pytest
 
 ORDER = """errors ranking < cli storage data models device groups losses detection perturb
     < datasets poison triggers < metrics record < run < engine features
-    < config poison_search repair < poisoning joint settings < execution tables
+    < config consistency poison_search repair < poisoning joint settings < execution tables
     < exchange depth < report < bench < __main__ api < __init__"""
 """Folders and flat modules from the ground up. Neighbours know nothing of each other; within a
 folder everything is allowed but a circle."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import record
-from ..config import DefenseConfig
+from ..config import DefenseConfig, SplitConfig
 from ..data import Dataset, Split
 from ..detection import checked
 from ..device import choose_device, derived_generator, keep_freed_memory, seed_everything
@@ -60,11 +60,17 @@ class Prepared:
     choice: Choice
     """The precision of training, and why."""
     given: Given | None = None
-    """The split that an unlearner is to forget."""
+    """The split that is to be forgotten, where the user gave one."""
 
     @property
     def method(self) -> Method:
         return self.job.method
+
+    @property
+    def assumes(self) -> tuple[str, ...]:
+        """What the method gets: all that it assumes, and a split where it may have one."""
+        own = self.method.assumes
+        return own if self.given is None or "split" in own else (*own, "split")
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Result:
     record: str
     """SHA-256 of the record.json that was defended."""
     given_split: Mapping[str, Any] | None
-    """Name and SHA-256 of the split that an unlearner forgot, and whether an oracle made it."""
+    """Name and SHA-256 of the split that was to be forgotten, and whether an oracle made it."""
     before: Mapping[str, float | None] | None
     """Scores of what the defense is compared with. None for a detector, as those that follow."""
     after: Mapping[str, float | None] | None
@@ -96,7 +102,7 @@ class Result:
     cross: Mapping[str, float | None] | None
     triggered_predictions: Sequence[int] | None
     split: Mapping[str, Any] | None
-    """Quality of the split that the defense answers with, or that an unlearner was given."""
+    """Quality of the split that the defense answers with, or that it was given."""
     splits: Mapping[str, Mapping[str, Any]]
     """The same of every split that it reported, by name."""
     notes: Sequence[str]
@@ -187,8 +193,9 @@ def prepare(job: Job, found: Record, target: Path) -> Prepared:
         images = {"images": trusted.images, "labels": trusted.labels}
         inputs["trusted images"] = reading.tensor_hash(images)
 
+    # An unlearner needs a split; a defense with the option may have one.
     given = None
-    if "split" in job.method.assumes:
+    if "split" in job.method.assumes or (isinstance(config, SplitConfig) and config.split):
         given = resolve(config.split, found, inputs["record"], config.seed)
         inputs["split"] = given.sha256
 
@@ -272,8 +279,8 @@ def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[nn.Module | No
 
 
 def _defended(prepared: Prepared, view: DefenderView, run: Run) -> Any:
-    """Run a defense or an unlearner. A split that flags nothing leaves nothing to forget: the model
-    is then returned as it was."""
+    """Run a defense or an unlearner. A given split that flags nothing leaves nothing to forget: the
+    model is then returned as it was."""
     given, method = prepared.given, prepared.method
     if given is not None:
         run.report_split(given.flagged)
@@ -316,7 +323,7 @@ def _target(found: Record, job: Job) -> Path:
 
 
 def usual_name(config: DefenseConfig) -> str:
-    """Name a result by its seed and, for an unlearner, by the split, as it may forget several."""
+    """Name a result by its seed and by the given split, as several may be forgotten."""
     split = getattr(config, "split", "")
     # A file goes by its own name, without its folder.
     plain = re.sub(r"[^A-Za-z0-9_.+\-]", "-", Path(split).name if is_file(split) else split)
@@ -331,7 +338,7 @@ def view_of(prepared: Prepared, run: Run) -> DefenderView:
     seeds = _seeds(config, found, dataset) if "seeds" in method.assumes else None
     split = None if prepared.given is None else prepared.given.flagged.clone()
     view = record.defender_view(
-        found, dataset, method.assumes, trusted, prepared.device, seeds, split
+        found, dataset, prepared.assumes, trusted, prepared.device, seeds, split
     )
 
     prepared.job.say_settings(run)
@@ -374,7 +381,7 @@ def _result(
         dataset=info["dataset"]["name"],
         fingerprint=info["dataset"]["fingerprint"],
         architecture=info["architecture"]["name"],
-        assumes=list(prepared.method.assumes),
+        assumes=list(prepared.assumes),
         config=config.science(),
         seed=config.seed,
         trusted=(

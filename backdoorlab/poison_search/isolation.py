@@ -2,9 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..data import Split, batches
 from ..engine import Forward
+from ..features import extract
+from ..losses import cross_entropy
 from ..models import Classifier
 from ..record import DefenderView
 from ..run import Run
@@ -46,3 +49,13 @@ def isolate(
             loss = F.cross_entropy(forward(batch.images).float(), batch.labels)
             run.step(optimizer, (loss.detach() - gamma).sign() * loss)
     return model
+
+
+def low_loss(model: Classifier, train: Split, run: Run) -> Tensor:
+    """Suspect each of N images the more the lower its loss is, without crops and flips.
+
+    Returns:
+        float (N,) on the run's device: minus the cross-entropy.
+    """
+    features = extract(model, train, run)
+    return -cross_entropy(features.logits, features.labels)

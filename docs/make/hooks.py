@@ -40,7 +40,7 @@ def methods_navigation() -> list[Any]:
     """Return the pages of methods by role, each after the pages that belong to it."""
     overviews = {
         "attack": ["attacks", "attacks_poisoning", "attacks_optimised", "attacks_training"],
-        "defense": ["defenses", "repairs"],
+        "defense": ["defenses", "repairs", "training_time"],
     }
     sections: list[Any] = ["methods/index.md"]
     for role, heading in pages.ROLES.items():

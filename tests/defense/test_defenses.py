@@ -30,11 +30,14 @@ class Row:
 
 
 ROWS = {
+    # On the digits poison is not learned first, so that its first stage isolates clean images.
+    "abl": Row(("--isolation_epochs", "2", "--finetune_epochs", "10", "--unlearn_epochs", "1")),
     "anp": Row(asr=0.5, drop=0.1),  # .01 to .30, as the processor rounds
     "asd": Row(asr=0.1, drop=0.05),
     "bnp": Row(),
     "bu": Row(asr=0.1, drop=0.05),
     "clp": Row(),  # layers of 16 channels have few that stand out
+    "dbr": Row(("--train_epochs", "2", "--separate_epochs", "2", "--epochs", "2")),
     "dau": Row(asr=0.05, precision=0.9, tpr=0.8),
     "ibau": Row(asr=0.1),
     "sau": Row(asr=0.1),

@@ -306,6 +306,56 @@ def test_a_split_that_flags_nothing_returns_the_model(record: Record) -> None:
     assert all(torch.equal(original[name], value) for name, value in saved.items())
 
 
+def test_dau_with_a_split_is_its_second_half_on_that_split(
+    record: Record, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CCE of the split, weight by weight; nothing is searched for."""
+    helpers.defend("loss", record, "--flagged_rate", "0.2")
+    helpers.defend("loss", record, "--flagged_rate", "0.3", "--run_name", "other")
+    dau, flags = methods.load("defense", "dau").module, ("--epochs", "2", "--score_every", "0")
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the first half ran")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dau, "find_poison", never)
+        found = {
+            word: helpers.defend("dau", record, *flags, "--split", word)
+            for word in ("loss", "loss/other", "oracle")
+        }
+        with pytest.raises(AssertionError, match="the first half ran"):
+            helpers.defend("dau", record, *flags, "--run_name", "alone")
+    helpers.defend("cce", record, *flags, "--split", "loss")
+    weights = {
+        run: reading.read_tensors(record.folder / "defense" / run / "model.safetensors")[0]
+        for run in ("cce/loss-seed0", "dau/loss-seed0", "dau/loss-other-seed0")
+    }
+    halves = weights.pop("cce/loss-seed0")
+    same = [
+        all(torch.equal(halves[name], value) for name, value in each.items())
+        for each in weights.values()
+    ]
+    assert same == [True, False], "another split gives another model"
+
+    # Whose split it was, and an oracle's mark, as of an unlearner.
+    for word, result in found.items():
+        assert result is not None and "split" in result["assumes"]
+        assert result["given_split"]["name"] == word
+        assert result["given_split"]["oracle"] == (word == "oracle")
+        assert result["split"]["flagged"] == int(given(record, word).sum())
+    assert found["oracle"] is not None and found["oracle"]["split"]["tpr"] == 1.0
+    ranked = {row.split: row.ranked for row in rows.rows([record]) if row.defense == "dau"}
+    assert ranked == {"loss": True, "loss/other": True, "oracle": False}
+    root = ("--record_root", str(record.folder.parent))
+    assert main(["table", "small", *root]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  dau " in line]
+    assert [" ORACLE" in line for line in lines] == ["  oracle  " in line for line in lines]
+    assert sum(" ORACLE" in line for line in lines) == 1
+
+    with pytest.raises(UserError, match="--split loss takes the place of --subtask anti_learning"):
+        helpers.defend("dau", record, "--subtask", "anti_learning", "--split", "loss")
+
+
 def test_an_unfinished_run_is_continued_with_the_same_split_only(
     record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
