@@ -40,6 +40,7 @@ DETECTORS = {
     "anti_learning": Found(auroc=0.9, tpr=0.8, fpr=0.02),
     "isolation": Found(),
     "loss": Found(),
+    "scan": Found(auroc=0.9, tpr=0.8, fpr=0.1),
     "scale_up": Found(),  # digits are black and white, and hardly change by scaling
     "spectral": Found(auroc=0.7, fpr=0.16),
     "strip": Found(auroc=0.9, fpr=0.15),
