@@ -43,6 +43,7 @@ DETECTORS = {
     "scan": Found(auroc=0.9, tpr=0.8, fpr=0.1),
     "scale_up": Found(),  # digits are black and white, and hardly change by scaling
     "spectral": Found(auroc=0.7, fpr=0.16),
+    "spectre": Found(fpr=0.05),  # half of the target label is poison, which no trimming survives
     "strip": Found(auroc=0.9, fpr=0.15),
 }
 
