@@ -67,7 +67,7 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
     try:
         for batch in in_order(split, run.device):
             with run.autocast():
-                features = model.forward_head(model.forward_features(batch.images), pre_logits=True)
+                features = last_features(model, batch.images)
             pooled.append(features.float())
             logits.append(_logits(classifier, pooled[-1]))
 
@@ -90,6 +90,11 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
         torch.cat(logits),
         split.labels.to(run.device),
     )
+
+
+def last_features(model: Classifier, images: Tensor) -> Tensor:
+    """Compute the last layer's input, (B, D), of images (B, C, H, W) in [0, 1]."""
+    return model.forward_head(model.forward_features(images), pre_logits=True)
 
 
 def _last_layer(model: Classifier) -> nn.Module:

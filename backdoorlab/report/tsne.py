@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import record
 from ..data import Dataset, Split, batches
 from ..errors import UserError
+from ..features import last_features
 from ..models import Classifier
 from ..poison import POISON
 from .artifacts import Cell
@@ -106,9 +107,7 @@ def features(model: Classifier, parts: Sequence[Split], device: torch.device) ->
     model.to(device).eval()
     assert isinstance(model, nn.Module)
     found = [
-        model.forward_head(model.forward_features(b.images), pre_logits=True)
-        for part in parts
-        for b in batches(part, 250, device=device)
+        last_features(model, b.images) for part in parts for b in batches(part, 250, device=device)
     ]
     return torch.cat(found).float().cpu()
 
