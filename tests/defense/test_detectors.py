@@ -36,6 +36,9 @@ class Found:
 DETECTORS = {
     # With 10 % poison half of the target label is poison, and which half is smaller is chance.
     "activation_clustering": Found(auroc=0.65, tpr=0.5, fpr=0.15, record="sparse"),
+    "beatrix": Found(),
+    "cognitive_distillation": Found(),
+    "fct": Found(),  # turned digits are other digits, so that clean features move, too
     "ibd_psc": Found(),  # on eight batch normalisations and digits it tells little apart
     "anti_learning": Found(auroc=0.9, tpr=0.8, fpr=0.02),
     "isolation": Found(),
