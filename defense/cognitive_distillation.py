@@ -16,6 +16,7 @@ are summed before the step, not averaged, so that no image's step depends on the
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -61,13 +62,13 @@ class Config(DefenseConfig):
 
 def detect(view: DefenderView, config: Config, run: Run) -> Detection:
     model = view.load_model()
+
+    def measured(split: Split) -> dict[str, Tensor]:
+        return {"sizes": mask_sizes(model, split, config, run)}
+
     # Read back if the run was killed on its long way.
-    parts = {"known": view.trusted, "found": view.train}
-    sizes = {
-        name: run.cached(name, lambda split=split: {"sizes": mask_sizes(model, split, config, run)})
-        for name, split in parts.items()
-    }
-    known, found = (sizes[name]["sizes"] for name in parts)
+    known = run.cached("trusted", partial(measured, view.trusted))["sizes"]
+    found = run.cached("train", partial(measured, view.train))["sizes"]
     threshold = known.quantile(config.trusted_fpr)
     run.note(
         f"masks smaller than {threshold:.1f} pixels are flagged; those of trusted images have"
