@@ -10,9 +10,9 @@ README).
 
 Assumes: the poisoned training set, the model trained on it and a few trusted images.
 
-Departs: the threshold is a quantile of the trusted images' masks; the paper takes their mean less a
-multiple of their deviation. The total variation is averaged over pixels as there. Masks of a batch
-are summed before the step, not averaged, so that no image's step depends on the batch.
+Departs: the threshold is a quantile of the trusted images' masks; how the paper chooses its own was
+not read. The losses of a batch are summed, not averaged, so that no image's step depends on how
+many there are.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class Config(DefenseConfig):
     trusted_fpr: float = 0.05
     """Share of the trusted images with a mask below the threshold, the false alarms to expect;
     higher flags more."""
-    batch_size: int = 256
+    at_once: int = 256
     """Masks that are learned at once; more are faster and take more memory, and change nothing
     else but the colours that are drawn."""
 
@@ -56,7 +56,7 @@ class Config(DefenseConfig):
         "size_weight": ">= 0",
         "smooth_weight": ">= 0",
         "trusted_fpr": "(0, 1)",
-        "batch_size": ">= 1",
+        "at_once": ">= 1",
     }
 
 
@@ -86,7 +86,7 @@ def mask_sizes(model: nn.Module, split: Split, config: Config, run: Run) -> Tens
         return torch.cat(
             [
                 distilled(model, batch.images, config, run).sum((1, 2, 3))
-                for batch in batches(split, config.batch_size, device=run.device)
+                for batch in batches(split, config.at_once, device=run.device)
             ]
         )
 

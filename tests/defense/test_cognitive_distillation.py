@@ -60,7 +60,7 @@ def test_an_images_mask_does_not_depend_on_its_batch(tmp_path: Path) -> None:
             return 0 * x.flatten(1)[:, :3]
 
     small, large = (
-        CD.mask_sizes(Constant(), split, replace(CD.Config(), batch_size=size), run_in(tmp_path))
+        CD.mask_sizes(Constant(), split, replace(CD.Config(), at_once=size), run_in(tmp_path))
         for size in (5, 12)
     )
     torch.testing.assert_close(small, large)
