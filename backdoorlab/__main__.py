@@ -464,7 +464,8 @@ USAGE = """usage: python -m backdoorlab COMMAND ...
                                           before, doctor --weights FILE)
   export RECORD ...                       to BackdoorBench (--to backdoorbench PATH),
                                           or as a model (--weights FILE)
-  scan RECORD                             the training images that DAU classifies as poisoned
+  scan RECORD [--detector NAME]           the training images that DAU, or another detector,
+                                          classifies as poisoned
   audit [RECORD ...] [--defense NAME]     the depth of each finished result: does the backdoor
                                           come back after a little fine-tuning?
   verify [RECORD ...]                     check the hashes of records and results

@@ -1,5 +1,7 @@
-"""What a detector answers with: a suspicion and a flag for each training image."""
+"""What a detector answers with, a suspicion and a flag for each training image, and how it goes
+through them."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +55,17 @@ def _is_column(value: Any, size: int, kind: str) -> bool:
     if not isinstance(value, Tensor) or value.shape != (size,):
         return False
     return value.is_floating_point() if kind == "float" else value.dtype == torch.bool
+
+
+def by_label(labels: Tensor, num_classes: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield each label with the positions of its images, int64 (n,).
+
+    Labels of fewer than two images are left out: nothing in them can be compared.
+    """
+    for label in range(num_classes):
+        members = (labels == label).nonzero().squeeze(1)
+        if len(members) > 1:
+            yield label, members
 
 
 def highest(suspicion: Tensor, rate: float) -> Tensor:

@@ -1,7 +1,9 @@
 """Features and predictions of a frozen model on a whole set of images, computed once."""
 
+import contextlib
 import copy
 import math
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -48,6 +50,36 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
     model.eval()
     if not len(split):
         return _no_features(split, run)
+    pooled, early, spatial, logits = [], [], [], []
+    with last_stage_input(model) as read:
+        classifier = _last_layer(model)
+        for batch in in_order(split, run.device):
+            with run.autocast():
+                features = last_features(model, batch.images)
+            pooled.append(features.float())
+            logits.append(_logits(classifier, pooled[-1]))
+
+            # Two summaries of its feature maps: over all positions, and coarsely by position.
+            maps = read()
+            early.append(torch.cat([maps.mean((2, 3)), maps.std((2, 3), correction=0)], 1))
+            side = next((side for side in (4, 2) if maps.shape[1] * side**2 <= 1024), 1)
+            spatial.append(F.adaptive_avg_pool2d(maps, side).flatten(1).half())
+    return Features(
+        torch.cat(pooled),
+        torch.cat(early),
+        torch.cat(spatial),
+        torch.cat(logits),
+        split.labels.to(run.device),
+    )
+
+
+@contextlib.contextmanager
+def last_stage_input(model: Classifier) -> Iterator[Callable[[], Tensor]]:
+    """Watch the last stage's input: inside, the function that is given returns that of the latest
+    forward pass, float32 (B, C, H, W).
+
+    UserError where the last stage but one gives no single tensor, or is not passed by itself.
+    """
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, _inputs: object, output: object) -> None:
@@ -59,37 +91,28 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
         seen.append(output.float())
 
     # The last stage's input is the output of the one before.
-    stages, classifier = model.stages(), _last_layer(model)
+    stages = model.stages()
     before = max(0, len(stages) - 2)
     channels = model.network.feature_info[before].get("num_chs")
-    hook = stages[before].register_forward_hook(keep)
-    pooled, early, spatial, logits = [], [], [], []
-    try:
-        for batch in in_order(split, run.device):
-            with run.autocast():
-                features = model.forward_head(model.forward_features(batch.images), pre_logits=True)
-            pooled.append(features.float())
-            logits.append(_logits(classifier, pooled[-1]))
 
-            # Two summaries of its feature maps: over all positions, and coarsely by position.
-            if not seen:
-                raise UserError(
-                    "the features of this network cannot be read: its last but one stage is not"
-                    " passed by itself"
-                )
-            maps = maps_of(seen.pop(), channels)
-            early.append(torch.cat([maps.mean((2, 3)), maps.std((2, 3), correction=0)], 1))
-            side = next((side for side in (4, 2) if maps.shape[1] * side**2 <= 1024), 1)
-            spatial.append(F.adaptive_avg_pool2d(maps, side).flatten(1).half())
+    def read() -> Tensor:
+        if not seen:
+            raise UserError(
+                "the features of this network cannot be read: its last but one stage is not"
+                " passed by itself"
+            )
+        return maps_of(seen.pop(), channels)
+
+    hook = stages[before].register_forward_hook(keep)
+    try:
+        yield read
     finally:
         hook.remove()
-    return Features(
-        torch.cat(pooled),
-        torch.cat(early),
-        torch.cat(spatial),
-        torch.cat(logits),
-        split.labels.to(run.device),
-    )
+
+
+def last_features(model: Classifier, images: Tensor) -> Tensor:
+    """Compute the last layer's input, (B, D), of images (B, C, H, W) in [0, 1]."""
+    return model.forward_head(model.forward_features(images), pre_logits=True)
 
 
 def _last_layer(model: Classifier) -> nn.Module:

@@ -20,15 +20,13 @@ from torch import Tensor
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import to_device
-from backdoorlab.detection import Detection
+from backdoorlab.detection import Detection, by_label
 from backdoorlab.features import extract
-from backdoorlab.groups.splitting import main_directions, two_means
+from backdoorlab.groups.splitting import clusters, main_directions, two_means
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "train")
-STEPS = 100
-"""Steps of 2-means at the most; it settles long before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +46,7 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
     suspicion = torch.zeros(len(features.labels), device=run.device)
     flagged = torch.zeros_like(suspicion, dtype=torch.bool)
 
-    for label in range(view.num_classes):
-        members = (features.labels == label).nonzero().squeeze(1)
-        if len(members) < 2:
-            continue
+    for _, members in by_label(features.labels, view.num_classes):
         # One label's features along their main directions, in two clusters.
         margin = cluster(features.pooled[members].double(), config.dimensions)
         # Ours: where the clusters lie far apart, their samples count for more.
@@ -71,16 +66,10 @@ def cluster(x: Tensor, dimensions: int) -> Tensor:
     centred = (x - x.mean(0)).T
     x = (main_directions(centred, min(dimensions, len(centred))) @ centred).T
     # The start is the best cut along the first direction, which draws nothing at random.
-    small = two_means(x[:, 0])
-    for _ in range(STEPS):
-        # A cluster without a sample has no centre: then there is one cluster.
-        if small.all() or not small.any():
-            return torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        near, far = ((x - x[part].mean(0)).norm(dim=1) for part in (small, ~small))
-        before, small = small, near < far
-        if torch.equal(before, small):
-            break
-
+    small = clusters(x, two_means(x[:, 0]))
+    if not small.any():
+        return torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    near, far = ((x - x[part].mean(0)).norm(dim=1) for part in (small, ~small))
     margin = (far - near) / torch.maximum(far, near).clamp_min(1e-12)
     return margin if small.sum() * 2 <= len(x) else -margin
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import to_device
-from backdoorlab.detection import Detection, highest
+from backdoorlab.detection import Detection, by_label, highest
 from backdoorlab.features import extract
 from backdoorlab.groups.splitting import main_directions
 from backdoorlab.record import DefenderView
@@ -44,10 +44,7 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
     suspicion = torch.zeros(len(features.labels), device=run.device)
     flagged = torch.zeros_like(suspicion, dtype=torch.bool)
 
-    for label in range(view.num_classes):
-        members = (features.labels == label).nonzero().squeeze(1)
-        if len(members) < 2:
-            continue
+    for _, members in by_label(features.labels, view.num_classes):
         scores = outlyingness(features.pooled[members])
         suspicion[members] = scores.float()
         # In every label, because nobody knows which one is the target.

@@ -1,4 +1,5 @@
-"""scan: the training images that DAU classifies as poison, for a person to look at."""
+"""scan: the training images that DAU, or another detector, classifies as poison, for a person to
+look at."""
 
 import csv
 import io
@@ -12,8 +13,8 @@ from tyro.conf import Positional
 
 from ..data import Split
 from ..datasets.load import train_files
-from ..errors import UserError
-from ..execution.defense import defense_job, prepare, start, view_of
+from ..errors import UserError, suggest
+from ..execution.defense import defense_job, prepare, run_defense, start, view_of
 from ..execution.stage import open_stage
 from ..metrics import guesses
 from ..poison_search.anti_learning import find_poison
@@ -27,15 +28,24 @@ SHOWN, COLUMNS, LABELS, SIDE, GAP, TITLE = 10, 16, 40, 48, 3, 14
 pictures, of a heading."""
 
 
+DEFAULT = "dau"
+"""Whose search it is, unless a detector is named. DAU also unlearns, which a scan does not."""
+
+
 @dataclass(frozen=True)
 class Scan:
-    """Which training images DAU takes for poison: a count for each class, a list, and a contact
-    sheet. Nothing is unlearned."""
+    """Which training images DAU, or another detector, takes for poison: a count for each class, a
+    list, and a contact sheet. Nothing is unlearned."""
 
     name: Positional[str | None] = None
     """The record."""
+    detector: str = DEFAULT
+    """Whose search: dau, or the name of any detector."""
+    trusted_path: str | None = None
+    """Folder of a few clean images with true labels, <class>/*.png, for a detector that assumes
+    trusted images."""
     run_name: str | None = None
-    """Which finished run of DAU to read; None is seed0, and where there is none, the search is done
+    """Which finished run of it to read; None is seed0, and where there is none, the search is done
     now (and kept for the next scan)."""
     dataset_path: str | None = None
     """Folder of the data, train/<class>/*.png: the list then names files."""
@@ -43,7 +53,7 @@ class Scan:
     """Configuration of parquet shards to read, where that folder has several. None: the only one,
     or the default."""
     out: str | None = None
-    """Folder for flagged.csv and flagged.png; default record/NAME/scan/."""
+    """Folder for flagged.csv and flagged.png; default record/NAME/scan/, or scan-DETECTOR/."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     record_root: str | None = None
@@ -55,9 +65,17 @@ class Scan:
 
 
 def scan(options: Scan) -> int:
-    """Print what DAU flags, and write the list and the contact sheet; 0 is success."""
+    """Print what is flagged, and write the list and the contact sheet; 0 is success."""
     if options.name is None:
         raise UserError("NAME is missing: which record to scan")
+    known = [DEFAULT, *methods.with_role("detector")]
+    if options.detector not in known:
+        raise UserError(
+            f"--detector {options.detector}: expected one of {', '.join(known)}."
+            f"{suggest(options.detector, known)}"
+        )
+    plain = options.detector == DEFAULT
+    title, place = ("DAU", "scan") if plain else (options.detector, f"scan-{options.detector}")
     record = Record.load(options.name, record_root(options.record_root))
     dataset = record.dataset(options.dataset_path, options.dataset_config)
     flagged, notes = _found(record, options)
@@ -66,18 +84,19 @@ def scan(options: Scan) -> int:
     names = None if options.dataset_path is None else train_files(options.dataset_path)
     if not flagged.any():
         print(
-            f"nothing found: DAU flags none of the {len(train):,} training images of {record.name}"
+            f"nothing found: {title} flags none of the {len(train):,} training images of"
+            f" {record.name}"
         )
         for note in notes:
             print(f"  {note}")
         return 0
 
     print(
-        f"DAU flags {int(flagged.sum()):,} of the {len(train):,} training images of {record.name}"
-        f" ({flagged.double().mean():.1%})"
+        f"{title} flags {int(flagged.sum()):,} of the {len(train):,} training images of"
+        f" {record.name} ({flagged.double().mean():.1%})"
     )
     _print_classes(flagged, train.labels, dataset.class_names, names)
-    target = Path(options.out) if options.out else record.folder / "scan"
+    target = Path(options.out) if options.out else record.folder / place
     contents = {
         "flagged.csv": as_csv(flagged, train.labels, dataset.class_names, names),
         "flagged.png": sheet(train, flagged, dataset.class_names),
@@ -206,22 +225,49 @@ def sheet(train: Split, flagged: Tensor, class_names: tuple[str, ...]) -> bytes:
 
 
 def _found(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
-    """What is flagged, bool (N,), and DAU's notes: from a finished run, else from a search."""
-    folder, run_name = record.folder / "defense" / "dau", options.run_name or "seed0"
+    """What is flagged, bool (N,), and the method's notes: from a finished run, else from a
+    search."""
+    folder, run_name = record.folder / "defense" / options.detector, options.run_name or "seed0"
     check_name(run_name)
 
     # A finished run, whatever its settings.
-    if (folder / run_name / "result.json").is_file():
-        result = read_result(folder / run_name)
-        entry = result["files"]["split.safetensors"]
-        split = reading.read_tensors(folder / run_name / "split.safetensors", entry=entry)[0]
-        return split["flagged"], result.get("notes", [])
-    if options.run_name is not None:
+    if not (folder / run_name / "result.json").is_file():
+        if options.run_name is not None:
+            raise UserError(
+                f"record {record.name!r} has no finished run {run_name!r} of {options.detector}:"
+                " leave --run_name out to search now"
+            )
+        if options.detector == DEFAULT:
+            return _searched(record, options)
+        _detect(record, options)
+    result = read_result(folder / run_name)
+    entry = result["files"]["split.safetensors"]
+    split = reading.read_tensors(folder / run_name / "split.safetensors", entry=entry)[0]
+    return split["flagged"], result.get("notes", [])
+
+
+def _detect(record: Record, options: Scan) -> None:
+    """Run a detector with its default settings, as its own command does; its result is kept."""
+    method = methods.load("defense", options.detector)
+    # Of one's own data a draw may be poisoned, too, and a threshold from it would say nothing.
+    drawn = "trusted" in method.assumes and options.trusted_path is None
+    if drawn and not record.known_poison:
         raise UserError(
-            f"record {record.name!r} has no finished run {run_name!r} of dau: leave --run_name out"
-            " to search now"
+            f"{method.name} assumes trusted images, and nobody vouches for those of {record.name}:"
+            " give --trusted_path FOLDER, a few clean images with true labels, or choose a detector"
+            " that assumes none"
         )
-    return _searched(record, options)
+    run_defense(defense_job(method, _flags(record, options), "backdoorlab scan"))
+
+
+def _flags(record: Record, options: Scan) -> list[str]:
+    """Flags of a defense on the record that a scan passes on."""
+    argv = ["--result_file", record.name, "--record_root", str(record.folder.parent)]
+    argv += ["--device", options.device]
+    for flag in ("dataset_path", "dataset_config", "trusted_path"):
+        value = getattr(options, flag)
+        argv += [f"--{flag}", value] if value else []
+    return argv
 
 
 def _searched(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
@@ -231,11 +277,7 @@ def _searched(record: Record, options: Scan) -> tuple[Tensor, list[str]]:
     bound to these settings.
     """
     dau = methods.load("defense", "dau")
-    argv = ["--result_file", record.name, "--record_root", str(record.folder.parent)]
-    argv += ["--run_name", "scan", "--device", options.device]
-    for flag in ("dataset_path", "dataset_config"):
-        value = getattr(options, flag)
-        argv += [f"--{flag}", value] if value else []
+    argv = [*_flags(record, options), "--run_name", "scan"]
     job = defense_job(dau, argv, "backdoorlab scan")
 
     # The same device, precision and random numbers as in a run of the defense.

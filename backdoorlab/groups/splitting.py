@@ -12,6 +12,8 @@ OUTERMOST = 0.05
 """Share of a label from which a mixture starts."""
 SETTLED = 1e-4
 """Change of a probability at which a mixture is fitted."""
+STEPS = 100
+"""Steps of 2-means at the most; it settles long before."""
 
 
 class Whitened(NamedTuple):
@@ -89,6 +91,27 @@ def two_means(x: Tensor) -> Tensor:
     sums = ordered.cumsum(0)
     between = sums[:-1].square() / below + (sums[-1] - sums[:-1]).square() / (n - below)
     return x > ordered[between.argmax()]
+
+
+def clusters(x: Tensor, part: Tensor) -> Tensor:
+    """Move two clusters of samples (n, D) until each sample is nearest to its own (2-means).
+
+    Args:
+        x: the samples.
+        part: bool (n,), the first cluster at the start, such as the best cut along a direction.
+
+    Returns:
+        bool (n,), the first cluster; none where the samples are a single one.
+    """
+    for _ in range(STEPS):
+        # A cluster without a sample has no centre: then there is one cluster.
+        if part.all() or not part.any():
+            return torch.zeros_like(part)
+        near, far = ((x - x[side].mean(0)).norm(dim=1) for side in (part, ~part))
+        before, part = part, near < far
+        if torch.equal(before, part):
+            break
+    return part
 
 
 def mixture(samples: Tensor, x: Tensor, separation: float) -> list[Tensor]:

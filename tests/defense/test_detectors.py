@@ -36,12 +36,17 @@ class Found:
 DETECTORS = {
     # With 10 % poison half of the target label is poison, and which half is smaller is chance.
     "activation_clustering": Found(auroc=0.65, tpr=0.5, fpr=0.15, record="sparse"),
+    "beatrix": Found(),
+    "cognitive_distillation": Found(),
+    "fct": Found(),  # turned digits are other digits, so that clean features move, too
     "ibd_psc": Found(),  # on eight batch normalisations and digits it tells little apart
     "anti_learning": Found(auroc=0.9, tpr=0.8, fpr=0.02),
     "isolation": Found(),
     "loss": Found(),
+    "scan": Found(auroc=0.9, tpr=0.8, fpr=0.1),
     "scale_up": Found(),  # digits are black and white, and hardly change by scaling
     "spectral": Found(auroc=0.7, fpr=0.16),
+    "spectre": Found(fpr=0.05),  # half of the target label is poison, which no trimming survives
     "strip": Found(auroc=0.9, fpr=0.15),
 }
 

@@ -981,6 +981,9 @@ def test_the_undamaged_record_is_read(whole: Path) -> None:
         ),
         (["scan"], "NAME is missing"),
         (["scan", "tiny", "--run_name", "long"], "has no finished run 'long' of dau"),
+        (["scan", "tiny", "--detector", "los"], "Did you mean 'loss'?"),
+        (["scan", "tiny", "--detector", "ft"], "--detector ft: expected one of dau, activation_"),
+        (["scan", "tiny", "--detector", "loss", "--run_name", "x"], "finished run 'x' of loss"),
     ],
 )
 def test_a_mistake_in_a_command_is_one_line(

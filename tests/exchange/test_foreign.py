@@ -364,6 +364,39 @@ def test_a_suspicious_data_set_alone_is_searched(disk: Path, tmp_path: Path) -> 
     assert odd >= 0.8 * 144 and odd >= 0.9 * len(rows)
 
 
+def test_a_scan_by_another_detector_shows_what_its_own_command_flags(
+    tiny: Record, tmp_path: Path, capsys: Capture
+) -> None:
+    record = helpers.copy(tiny, tmp_path / "record")
+    assert main(["scan", "tiny", "--detector", "loss", "--out", str(tmp_path / "seen")]) == 0
+    assert "loss flags 14 of the 1,442 training images of tiny" in capsys.readouterr().out
+    run = record.folder / "defense" / "loss" / "seed0"
+    split = reading.read_tensors(run / "split.safetensors")[0]
+    listed = [int(row["index"]) for row in flagged(tmp_path / "seen")]
+    assert listed == split["flagged"].nonzero().squeeze(1).tolist() and len(listed) == 14
+
+    # The next scan reads that run, and has a folder beside that of DAU's.
+    before = (run / "result.json").stat().st_mtime_ns
+    assert main(["scan", "tiny", "--detector", "loss"]) == 0
+    assert (run / "result.json").stat().st_mtime_ns == before
+    assert (record.folder / "scan-loss" / "flagged.png").exists()
+    assert not (record.folder / "scan").exists() and not (record.folder / "defense/dau").exists()
+
+
+def test_a_scan_asks_for_what_a_detector_lacks(disk: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert bring(disk) == 0
+    capsys.readouterr()
+    wanted = ["scan", "own", "--detector", "scan"]
+    assert main(wanted) == 2
+    line = complaint(capsys.readouterr().err)
+    assert line.startswith("error: scan assumes trusted images, and nobody vouches for those of")
+    assert "--trusted_path FOLDER" in line
+    assert not (got(tmp_path).folder / "defense").exists()
+    # Controls: with them it runs, and a detector that assumes none runs without.
+    assert main([*wanted, "--trusted_path", str(disk / "trusted")]) == 0
+    assert main(["scan", "own", "--detector", "spectral"]) == 0
+
+
 def test_a_scan_says_when_nothing_was_found(tiny: Record, tmp_path: Path, capsys: Capture) -> None:
     record = helpers.copy(tiny, tmp_path / "record")
     blind = ("--many_classes", "1e9", "--apart", "1e9", "--nearer", "1e9")

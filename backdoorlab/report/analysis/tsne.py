@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...data import Split, batches
+from ...features import last_features
 from ...models import Classifier
 from ..charts import Chart, Panel, Series
 from ..looks import TEXT
@@ -44,9 +45,7 @@ def chart(subject: Subject) -> Chart:
 def features(model: Classifier, parts: Sequence[Split], device: torch.device) -> Tensor:
     """Compute the input of the last layer in evaluation mode: float32 (N, D) on the CPU."""
     found = [
-        model.forward_head(model.forward_features(b.images), pre_logits=True)
-        for part in parts
-        for b in batches(part, 250, device=device)
+        last_features(model, b.images) for part in parts for b in batches(part, 250, device=device)
     ]
     return torch.cat(found).float().cpu()
 
