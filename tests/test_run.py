@@ -1160,6 +1160,10 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
         ("--n_rounds", "1", "--K", "2", "--solver", "fixed_point", "--augment", "True"),
     ],
     "nad": [("--teacher_epochs", "1", "--epochs", "1")],
+    # Every trigger works, and each mask below the median is too small.
+    "nc": [
+        ("--search_epochs", "1", "--works", "0", "--index", "0", "--epochs", "1"),
+    ],
     "rnp": [("--unlearn_epochs", "1", "--recover_epochs", "1")],
     "sau": [("--n_rounds", "1")],
 }

@@ -34,6 +34,7 @@ ROWS = {
     "asd": Row(asr=0.1, drop=0.05),
     "bnp": Row(),
     "bu": Row(asr=0.1, drop=0.05),
+    "ep": Row(),
     "clp": Row(),  # layers of 16 channels have few that stand out
     "dau": Row(asr=0.05, precision=0.9, tpr=0.8),
     "ibau": Row(asr=0.1),
@@ -42,6 +43,7 @@ ROWS = {
     "fst": Row(),  # its ASR is 0, and its RA too near to the limit for other processors
     "ft_sam": Row(("--epochs", "10")),
     "nad": Row(("--teacher_epochs", "5", "--epochs", "10")),
+    "nc": Row(),
     "rnp": Row(drop=0.05),
     "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
 }
