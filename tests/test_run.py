@@ -1164,6 +1164,7 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
     "nc": [
         ("--search_epochs", "1", "--works", "0", "--index", "0", "--epochs", "1"),
     ],
+    "npd": [("--epochs", "1")],
     "rnp": [("--unlearn_epochs", "1", "--recover_epochs", "1")],
     "sau": [("--n_rounds", "1")],
 }

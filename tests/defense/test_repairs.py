@@ -16,7 +16,7 @@ from backdoorlab.data import Augment, Split
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier
 from backdoorlab.record import DefenderView
-from backdoorlab.repair import masked_triggers, pruning
+from backdoorlab.repair import inserted_layer, masked_triggers, pruning
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading
@@ -24,7 +24,7 @@ from backdoorlab.storage import reading
 CPU = torch.device("cpu")
 METHOD: dict[str, Any] = {
     name: methods.load("defense", name).module
-    for name in ("anp", "bnp", "clp", "ep", "fp", "fst", "ft_sam", "nad", "nc", "rnp")
+    for name in ("anp", "bnp", "clp", "ep", "fp", "fst", "ft_sam", "nad", "nc", "npd", "rnp")
 }
 
 
@@ -160,7 +160,7 @@ def test_a_channel_is_above_by_standard_deviations() -> None:
     assert pruning.above(torch.ones(1), 0.0).tolist() == [False]
 
 
-@pytest.mark.parametrize("name", ["anp", "bnp", "clp", "ep", "rnp"])
+@pytest.mark.parametrize("name", ["anp", "bnp", "clp", "ep", "npd", "rnp"])
 def test_a_network_without_batch_normalisation_is_one_line(name: str, tmp_path: Path) -> None:
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), [0.5], [0.5])
     module, run = METHOD[name], Run(tmp_path, seed=0, device=CPU)
@@ -434,6 +434,111 @@ def test_nc_returns_the_model_where_no_class_stands_out(tmp_path: Path) -> None:
     assert same == {1e9: True, 0.0: False}, "the second is a control"
 
 
+# --- NPD
+
+
+@pytest.mark.parametrize(
+    ("architecture", "place"),
+    [("preactresnet18", "layer4.1.conv1"), ("preactresnet10", "layer4.0.conv1")],
+)
+def test_the_layer_stands_before_the_last_convolution_that_is_normalised(
+    architecture: str, place: str
+) -> None:
+    """Of PreAct-ResNet18 it is the published place."""
+    model = network(architecture)
+    convolution, norm = inserted_layer.place(model, torch.zeros(1, 1, 8, 8))
+    block = model.network.get_submodule(place.removesuffix(".conv1"))
+    assert convolution is block.conv1 and norm is block.bn2
+
+
+def randomised(layer: inserted_layer.Layer) -> None:
+    """Make a layer anything but the identity."""
+    assert layer.norm.running_mean is not None and layer.norm.running_var is not None
+    with torch.no_grad():
+        layer.mix.weight.add_(0.3 * torch.randn(layer.mix.weight.shape, generator=generator(1)))
+        for tensor in (layer.norm.weight, layer.norm.running_var):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator(2)) + 0.5)
+        for tensor in (layer.norm.bias, layer.norm.running_mean):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator(3)))
+
+
+@pytest.mark.parametrize("architecture", ["preactresnet10", "preactresnet18", "fastnet"])
+def test_a_folded_layer_answers_as_the_layer_did(architecture: str, tmp_path: Path) -> None:
+    run, split = Run(tmp_path, seed=0, device=CPU), images()
+    model, x = network(architecture, 4).eval(), split.images.float() / 255
+    original = model(x)
+    convolution, norm = inserted_layer.place(model, x[:1])
+    padding = convolution.padding
+    with inserted_layer.inserted(model, convolution, split, run) as extended:
+        begun = extended.eval()(x)
+        randomised(extended.layer)
+        answered = extended.eval()(x)
+    torch.testing.assert_close(begun, original, rtol=1e-4, atol=1e-5)
+    assert (answered - original).abs().max() > 0.01, "a control: the layer does something"
+    assert convolution.padding == padding and torch.equal(model(x), original), "taken out again"
+    inserted_layer.fold(extended.layer, convolution, norm)
+    torch.testing.assert_close(model(x), answered, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fold_needs_the_padding_to_pass_the_layer(tmp_path: Path) -> None:
+    """Control: of a layer that sees no padding, the fold is wrong at the border, and only there."""
+    layer = inserted_layer.Layer(3).eval()
+    randomised(layer)
+    convolution, norm = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5).eval()
+    x = torch.randn(2, 3, 6, 6, generator=generator())
+    bare = nn.Conv2d(3, 5, 3)
+    bare.load_state_dict(convolution.state_dict())
+    through = norm(bare(layer(F.pad(x, [1] * 4))))
+    beside = norm(convolution(layer(x)))
+    inserted_layer.fold(layer, convolution, norm)
+    folded = norm(convolution(x))
+    torch.testing.assert_close(folded, through, rtol=1e-4, atol=1e-5)
+    wrong = (folded - beside).abs().amax((0, 1)) > 1e-4
+    assert not wrong[1:-1, 1:-1].any() and wrong[0].all() and wrong[:, -1].all()
+
+
+def test_the_layer_is_the_identity_in_training_mode_too(tmp_path: Path) -> None:
+    run, split = Run(tmp_path, seed=0, device=CPU), images()
+    model, x = network(width=4).eval(), split.images.float() / 255
+    convolution, _ = inserted_layer.place(model, x[:1])
+    original = model(x)
+    with inserted_layer.inserted(model, convolution, split, run) as extended:
+        extended.layer.train()
+        trained = extended(x)
+        extended.layer.norm.reset_parameters()
+        fresh = extended(x)
+    # The running variance is the unbiased one, and so not quite the batch's.
+    apart, control = ((out - original).abs().max() for out in (trained, fresh))
+    assert apart < 0.1 * control, "a control: a fresh normalisation is none"
+
+
+def test_npds_images_move_to_the_second_class_and_stay_in_the_ball(tmp_path: Path) -> None:
+    npd, run, split = METHOD["npd"], Run(tmp_path, seed=0, device=CPU), images()
+    model, x = network(width=4).eval(), split.images.float() / 255
+    std, config = torch.full((1, 1, 1, 1), 0.5), METHOD["npd"].Config(radius=1.0, fooled=1.0)
+    seen, second = npd.perturbed(model, std, x, config, run)
+    before, after = (model(images).softmax(1).gather(1, second[:, None]) for images in (x, seen))
+    assert torch.equal(second, model(x).argsort(1)[:, 1])
+    assert after.mean() > before.mean()
+    assert ((seen - x) / std).flatten(1).norm(dim=1).max() <= 1.0001
+    assert seen.min() >= 0 and seen.max() <= 1
+    still, _ = npd.perturbed(model, std, x, npd.Config(fooled=0.0), run)
+    assert torch.equal(still, x), "a control: all are fooled enough"
+
+
+def test_npd_changes_one_convolution_and_the_mean_behind_it(tmp_path: Path) -> None:
+    npd, run = METHOD["npd"], Run(tmp_path, seed=0, device=CPU)
+    model, before = network(width=4), network(width=4).state_dict()
+    config = npd.Config(epochs=3, batch_size=9, guard_drop=None)
+    after = npd.defend(view_of(model, images()), config, run).state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(before[name], value)}
+    assert after.keys() == before.keys()
+    assert changed == {
+        "network.layer4.0.conv1.weight",
+        "network.layer4.0.bn2.running_mean",
+    }
+
+
 # --- ANP, RNP
 
 
@@ -604,6 +709,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "ft_sam": dict(epochs=4, batch_size=9),
     "nad": dict(teacher_epochs=2, epochs=2, batch_size=9),
     "nc": dict(search_epochs=2, search_batch_size=9, works=0, index=0, epochs=2, batch_size=9),
+    "npd": dict(epochs=4, batch_size=9),
     "rnp": dict(unlearn_epochs=2, unlearn_until=0.0, recover_epochs=2, batch_size=9),
 }
 

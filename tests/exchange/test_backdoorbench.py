@@ -591,6 +591,7 @@ QUICK = {
     "ibau": ("--n_rounds", "1"),
     "nad": ("--teacher_epochs", "1", "--epochs", "1"),
     "nc": ("--search_epochs", "2", "--epochs", "1"),
+    "npd": ("--epochs", "1"),
     "rnp": ("--unlearn_epochs", "2", "--recover_epochs", "2"),
     "sau": ("--n_rounds", "2"),
 }
