@@ -43,7 +43,10 @@ ROWS = {
     "fst": Row(),  # its ASR is 0, and its RA too near to the limit for other processors
     "ft_sam": Row(("--epochs", "10")),
     "nad": Row(("--teacher_epochs", "5", "--epochs", "10")),
-    "nc": Row(("--trusted_count", "40", "--search_epochs", "30", "--patience", "2")),
+    # Few passes are enough to find so small a patch.
+    "nc": Row(
+        ("--trusted_count", "40", "--search_epochs", "30", "--patience", "2"), asr=0.3, drop=0.08
+    ),
     "npd": Row(),
     "rnp": Row(drop=0.05),
     "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
