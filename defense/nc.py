@@ -43,7 +43,7 @@ class Config(SearchConfig, FinetuneConfig, DefenseConfig):
     index: float = 2.0
     """MAD index above which a small mask is a backdoor's. Less flags more classes."""
     stamped: float = 0.2
-    """Share of the images that are fine-tuned with a trigger."""
+    """Share of the images that are fine-tuned with a trigger. More unlearn it sooner."""
 
     RANGES: ClassVar[dict[str, str]] = {"index": ">= 0", "stamped": "[0, 1]"}
 
