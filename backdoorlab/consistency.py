@@ -1,11 +1,15 @@
-"""FCT: how far an image's features move when it is turned and shifted. A trigger's move far.
+"""FCT: how far an image's features move when it is turned and moved (feature consistency towards
+transformations). A trigger's move far.
 
 Effective Backdoor Defense by Exploiting Sensitivity of Poisoned Samples. W. Chen, B. Wu, H. Wang.
-NeurIPS 2022. The paper was not read; rule and constants are those of the authors' code,
-https://github.com/SCLBD/Effective_backdoor_defense.
+NeurIPS 2022, https://openreview.net/forum?id=AsH-Tx2U0Ug. The paper was not read; rule and
+constants are those of the authors' code, https://github.com/SCLBD/Effective_backdoor_defense.
 
 The network that is asked is trained for a moment only: poison is learned first, so the features of
 poison are then those of its trigger, and others are not yet steady under the transformation.
+
+Departs: the authors' code passes each batch through the model twice in a step, which moves batch
+statistics twice; here once.
 """
 
 import math
@@ -15,109 +19,112 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Split, batches, in_order
-from .engine import Recipe, train
+from .engine import Recipe, make_optimizer, train
+from .features import last_features
 from .models import Classifier
 from .record import DefenderView
 from .run import Run
 
-DEGREES, SHIFT = 180.0, 0.2
-"""Largest angle of the transformation, and largest shift as a share of the side."""
+SHIFT = 0.2
+"""Share of the sides by which an image is moved at most."""
 
 
 def fct_suspicion(
     view: DefenderView,
     images: Split,
     *,
-    train_epochs: int,
-    separate_epochs: int,
+    epochs: int,
+    apart_epochs: int,
     lr: float,
     batch_size: int,
     run: Run,
 ) -> Tensor:
-    """Suspect each image the more its features change when it is turned and shifted.
+    """Suspect each image the more its features change when it is turned and moved.
 
     Args:
+        view: where a new network comes from.
         images: the N training images, on the run's device.
-        train_epochs: passes of ordinary training of a new network, without crops and flips.
-        separate_epochs: passes that then move the classes' mean features apart.
-        lr: learning rate of both.
+        epochs: passes of ordinary training of that network, without augmentation.
+        apart_epochs: passes that then push the labels' centres apart.
+        lr: learning rate of both; both begin the authors' cosine of 100 epochs.
         batch_size: images a step of both.
+        run: draws the random numbers.
 
     Returns:
         float (N,) on the run's device: the mean squared change of the last layer's input.
     """
-    model, size = view.new_model(), min(batch_size, len(images))
-    recipe = Recipe(epochs=train_epochs, batch_size=size, lr=lr, schedule="constant")
-    train(model, images, recipe, run, stage="fct-train")
-    separate(model, images, separate_epochs, lr, size, run)
-    return feature_change(model, images, run)
+    model = view.new_model()
+    recipe = Recipe(epochs, batch_size, lr, schedule_epochs=100)
+    train(model, images, recipe, run, stage="learn")
+    push_apart(model, images, recipe, apart_epochs, run)
+
+    moves = drawn_moves(len(images), view.image_shape, SHIFT, run.generator)
+    return sensitivity(model, images, moves.to(run.device), run)
 
 
-def separate(
-    model: Classifier, images: Split, epochs: int, lr: float, batch_size: int, run: Run
-) -> None:
-    """Train in place so that the mean features of a batch's classes point in unlike directions."""
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, fused=True
-    )
-    for _ in run.epochs("fct-separate", epochs, separated=model, optimizer=optimizer):
+def push_apart(model: Classifier, split: Split, recipe: Recipe, epochs: int, run: Run) -> None:
+    """Fine-tune a model so that the mean features of different labels point away from each
+    other."""
+    optimizer = make_optimizer(model, recipe)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.schedule_epochs or 1)
+    for _ in run.epochs("apart", epochs, parted=model, optimizer=optimizer, schedule=schedule):
         model.train()
-        for batch in batches(
-            images, batch_size, device=run.device, generator=run.generator, drop_last=True
-        ):
+        for batch in batches(split, recipe.batch_size, device=run.device, generator=run.generator):
             with run.autocast():
-                features = pooled(model, batch.images)
-            run.step(optimizer, closeness(features.float(), batch.labels))
+                features = last_features(model, batch.images)
+            run.step(optimizer, alikeness(features.float(), batch.labels))
+        schedule.step()
 
 
-def closeness(features: Tensor, labels: Tensor) -> Tensor:
-    """Mean cosine of the mean features of all pairs of a batch's classes, itself counted as 0.
+def alikeness(features: Tensor, labels: Tensor) -> Tensor:
+    """Mean cosine between the centres of a batch's labels, where that of a label with itself counts
+    as 0: (B, D), int64 (B,) -> ()."""
+    # A row for each label of the batch, which averages its images.
+    own = labels.unique().unsqueeze(1) == labels
+    centres = F.normalize(own.float() @ features / own.sum(1, keepdim=True), dim=1)
+    return (centres @ centres.T).fill_diagonal_(0).mean()
 
-    (B, D), int64 (B,) -> ().
+
+def drawn_moves(
+    count: int, shape: tuple[int, int, int], shift: float, generator: torch.Generator
+) -> Tensor:
+    """Draw a turn by any angle and then a move by whole pixels for each of `count` images.
+
+    Returns:
+        float (2, count, 2, 3): both as maps from places in the new image to places in the old one,
+        in the coordinates of `affine_grid`.
     """
-    means = torch.stack([features[labels == label].mean(0) for label in labels.unique()])
-    means = F.normalize(means, dim=1)
-    cosines = means @ means.T
-    return (cosines - cosines.diag().diag()).mean()
+    _, height, width = shape
+    angle = (2 * torch.rand(count, generator=generator) - 1) * math.pi
+    # A turn of pixels, though both sides are of length 2 in these coordinates.
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(count)
+    turn = [cos, -sin * height / width, zero, sin * width / height, cos, zero]
+
+    sides = torch.tensor([width, height])
+    pixels = ((2 * torch.rand(count, 2, generator=generator) - 1) * shift * sides).round()
+    across, down = (2 * pixels / sides).unbind(1)
+    move = [zero + 1, zero, -across, zero, zero + 1, -down]
+    return torch.stack([torch.stack(entries, 1).view(-1, 2, 3) for entries in (turn, move)])
+
+
+def moved(images: Tensor, moves: Tensor) -> Tensor:
+    """Apply float (2, B, 2, 3) to images (B, C, H, W), one after the other; what comes from outside
+    is black."""
+    for matrix in moves:
+        places = F.affine_grid(matrix, list(images.shape), align_corners=False)
+        images = F.grid_sample(images, places, mode="nearest", align_corners=False)
+    return images
 
 
 @torch.no_grad()
-def feature_change(model: Classifier, images: Split, run: Run) -> Tensor:
-    """Mean squared change of each image's features under one drawn transformation: (N,)."""
+def sensitivity(model: Classifier, split: Split, moves: Tensor, run: Run) -> Tensor:
+    """Mean squared difference of the last features between each image and its moved copy, float
+    (N,)."""
     model.eval()
     found = []
-    for batch in in_order(images, run.device):
-        angle, shift = drawn_moves(len(batch.images), run.generator)
-        moved = turned_and_shifted(batch.images, angle, shift)
+    for batch in in_order(split, run.device):
+        copies = moved(batch.images, moves[:, batch.index])
         with run.autocast():
-            still, after = pooled(model, batch.images), pooled(model, moved)
-        found.append((still.float() - after.float()).square().mean(1))
+            here, there = (last_features(model, x).float() for x in (batch.images, copies))
+        found.append((here - there).square().mean(1))
     return torch.cat(found)
-
-
-def pooled(model: Classifier, images: Tensor) -> Tensor:
-    """The last layer's input: (B, C, H, W) -> (B, D)."""
-    return model.forward_head(model.forward_features(images), pre_logits=True)
-
-
-def drawn_moves(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw an angle in radians, (N,), and a shift to the right and down in sides, (N, 2), of each
-    image."""
-    angle = math.radians(DEGREES) * (2 * torch.rand(count, generator=generator) - 1)
-    return angle, SHIFT * (2 * torch.rand(count, 2, generator=generator) - 1)
-
-
-def turned_and_shifted(images: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
-    """Turn each image about its centre, clockwise, then shift it; what it leaves is black.
-
-    float (B, C, H, W), (B,), (B, 2) -> float (B, C, H, W).
-    """
-    height, width = images.shape[-2:]
-    # From a place of the new image back to that of the old one. A turn is one of pixels, whatever
-    # H and W are.
-    cos, sin = angle.cos(), angle.sin()
-    back = torch.stack([cos, sin * height / width, -sin * width / height, cos], 1).view(-1, 2, 2)
-    # Places are in halves of a side.
-    theta = torch.cat([back, -back @ (2 * shift).unsqueeze(2)], 2).to(images.device)
-    where = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, where, mode="nearest", align_corners=False)

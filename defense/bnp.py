@@ -17,16 +17,16 @@ same has a divergence, too.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import Split, in_order
+from backdoorlab.data import Split
 from backdoorlab.record import DefenderView
-from backdoorlab.repair.pruning import above, batch_norms, prune
+from backdoorlab.repair.pruning import above, batch_norms, prune, watch_inputs
 from backdoorlab.run import Run
 
 ASSUMES = ("model", "trusted")
@@ -71,29 +71,16 @@ def moments(model: nn.Module, split: Split, run: Run) -> dict[str, tuple[Tensor,
     sums: dict[str, list[Tensor]] = {}
     counts: dict[str, int] = {}
 
-    def watch(name: str) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            # Channels are the second dimension, for maps and for vectors. Float64, for the
-            # variance is a difference.
-            values = inputs[0].double().movedim(1, 0).flatten(1)
-            parts = [values.sum(1), values.square().sum(1)]
-            before = sums.get(name, [torch.zeros_like(part) for part in parts])
-            sums[name] = [one + other for one, other in zip(before, parts, strict=True)]
-            counts[name] = counts.get(name, 0) + values.shape[1]
+    def see(name: str, entering: Tensor) -> None:
+        # Channels are the second dimension, for maps and for vectors. Float64, for the variance is
+        # a difference.
+        values = entering.double().movedim(1, 0).flatten(1)
+        parts = [values.sum(1), values.square().sum(1)]
+        before = sums.get(name, [torch.zeros_like(part) for part in parts])
+        sums[name] = [one + other for one, other in zip(before, parts, strict=True)]
+        counts[name] = counts.get(name, 0) + values.shape[1]
 
-        return hook
-
-    hooks = [
-        norm.register_forward_pre_hook(watch(name)) for name, norm in batch_norms(model).items()
-    ]
-    # Evaluation mode, so that nothing moves the statistics that are compared with.
-    model.eval()
-    for batch in in_order(split, run.device):
-        with run.autocast():
-            model(batch.images)
-    for hook in hooks:
-        hook.remove()
-
+    watch_inputs(model, split, run, see)
     found = {}
     for name, (total, squares) in sums.items():
         mean = total / counts[name]

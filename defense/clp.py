@@ -17,9 +17,8 @@ anything else (a residual sum, pooled maps) is left as it is. eps is counted as 
 does, so that a channel with a variance of 0 has a bound, too.
 """
 
-import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.errors import UserError
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.pairs import paired
 from backdoorlab.repair.pruning import BatchNorm, above, batch_norms, prune
 from backdoorlab.run import Run
 
@@ -69,47 +69,6 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         f" normalisations, the others do not follow a convolution{beyond}"
     )
     return model
-
-
-@torch.no_grad()
-def paired(model: nn.Module, image: Tensor) -> dict[str, nn.Conv2d]:
-    """Find the convolution whose output enters each batch normalisation unchanged.
-
-    Args:
-        model: a network.
-        image: any, (1, C, H, W).
-
-    Returns:
-        name of a batch normalisation -> convolution. Those that get something else are left out.
-    """
-    # Outputs are kept, so that no later tensor gets the identity of one.
-    seen: dict[int, tuple[Tensor, int, str]] = {}
-    found: dict[str, str] = {}
-    reader = copy.deepcopy(model).eval()
-
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            seen[id(output)] = (output, output._version, name)
-
-        return hook
-
-    def find(name: str) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            # An addition in place leaves the tensor the same, and counts its version up.
-            _, version, convolution = seen.get(id(inputs[0]), (None, -1, ""))
-            if version == inputs[0]._version:
-                found[name] = convolution
-
-        return hook
-
-    for name, module in reader.named_modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(keep(name))
-    for name, module in batch_norms(reader).items():
-        module.register_forward_pre_hook(find(name))
-    reader(image)
-    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    return {name: convolutions[before] for name, before in found.items()}
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ Departs from the published code:
     as published.
   - It draws the transformation anew after it has set the thresholds, so that the shares are others.
     Here the numbers that are ranked are those that are cut.
-  - A rotation and a shift are one resampling in place of two.
 """
 
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ class Config(DefenseConfig):
     train_epochs: int = 2
     """Passes of ordinary training of the network that is asked; more also teach the clean images,
     whose features then move less."""
-    separate_epochs: int = 10
+    apart_epochs: int = 10
     """Passes that move its classes' features apart, after those."""
     train_lr: float = 0.01
     """Learning rate of both; higher learns faster and may diverge."""
@@ -67,7 +66,7 @@ class Config(DefenseConfig):
         "poisoned_rate": "(0, 1)",
         "clean_rate": "(0, 1)",
         "train_epochs": ">= 0",
-        "separate_epochs": ">= 0",
+        "apart_epochs": ">= 0",
         "train_lr": ">= 0",
         "epochs": ">= 0",
         "lr": ">= 0",
@@ -84,8 +83,8 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         suspicion = fct_suspicion(
             view,
             images,
-            train_epochs=config.train_epochs,
-            separate_epochs=config.separate_epochs,
+            epochs=config.train_epochs,
+            apart_epochs=config.apart_epochs,
             lr=config.train_lr,
             batch_size=config.batch_size,
             run=run,

@@ -139,6 +139,7 @@ def short_flags(method: str) -> tuple[str, ...]:
         "asd": ("--iterations", "3", "--batch_size", "8", "--seeds_per_class", "2"),
         "bu": ("--levels", "0.9", "--hidden", "16", "--accept", "0"),
         "cognitive_distillation": ("--steps", "3"),
+        "nc": ("--works", "0", "--index", "0"),
         "strip": ("--overlays", "10"),
     }
     common = ("--trusted_ratio", "0.3", "--score_every", "0")

@@ -173,7 +173,7 @@ INTERRUPTED = {
         "24",
     ),
     "dbr": (
-        *("--train_epochs", "1", "--separate_epochs", "1", "--epochs", "2"),
+        *("--train_epochs", "1", "--apart_epochs", "1", "--epochs", "2"),
         *("--batch_size", "256"),
     ),
     "ibau": ROUNDS,
@@ -1146,7 +1146,7 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
         ),
         ("--many_classes", "1e9", "--subtask", "anti_learning"),  # so that the other tests run
     ],
-    "dbr": [("--train_epochs", "1", "--separate_epochs", "1", "--epochs", "1")],
+    "dbr": [("--train_epochs", "1", "--apart_epochs", "1", "--epochs", "1")],
     "fp": [("--epochs", "1")],
     "fst": [("--epochs", "1")],
     "anti_learning": [
@@ -1170,6 +1170,11 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
         ("--n_rounds", "1", "--K", "2", "--solver", "fixed_point", "--augment", "True"),
     ],
     "nad": [("--teacher_epochs", "1", "--epochs", "1")],
+    # Every trigger works, and each mask below the median is too small.
+    "nc": [
+        ("--search_epochs", "1", "--works", "0", "--index", "0", "--epochs", "1"),
+    ],
+    "npd": [("--epochs", "1")],
     "rnp": [("--unlearn_epochs", "1", "--recover_epochs", "1")],
     "sau": [("--n_rounds", "1")],
 }

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import Split, batches
 from ..engine import Forward
@@ -90,6 +90,7 @@ def finetune(
     stage: str = "finetune",
     epochs: int | None = None,
     schedule_epochs: int | None = None,
+    change: Callable[[Tensor], Tensor] | None = None,
     after_step: Callable[[], None] | None = None,
 ) -> nn.Module:
     """Train all weights in place on the trusted images, augmented as in ordinary training.
@@ -103,6 +104,8 @@ def finetune(
         stage: name of the stage.
         epochs: in place of the config's.
         schedule_epochs: in which the cosine falls to 0; None: in all of them.
+        change: what a batch of images, (B, C, H, W) in [0, 1], is replaced by, such as some of them
+            with a trigger; labels stay.
         after_step: is called after each step, such as to keep what is pruned at 0.
     """
     total = config.epochs if epochs is None else epochs
@@ -120,8 +123,9 @@ def finetune(
             generator=run.generator,
             augment=view.augment,
         ):
+            images = batch.images if change is None else change(batch.images)
             # Logits are float32 again before the loss, whatever the precision.
-            run.step(optimizer, F.cross_entropy(forward(batch.images).float(), batch.labels))
+            run.step(optimizer, F.cross_entropy(forward(images).float(), batch.labels))
             if after_step is not None:
                 after_step()
         schedule.step()

@@ -25,6 +25,7 @@ from ..data import Split, batches, to_float
 from ..perturb import frozen
 from ..run import Run
 from ..triggers import patch_side
+from .every_target import mean_of_others, of_others, parts
 from .stacked import Mine, Stacked, StackedNorm
 
 SLICE = 16
@@ -241,8 +242,7 @@ def reward(
     """
     count, n, _ = triggers.shape
     slopes, hits = [], []
-    at_once = max(1, (4096 if run.device.type == "cuda" else 512) // n)
-    for part in torch.arange(count).split(at_once):
+    for part in parts(count, n, run.device):
         # Each image with the noisy trigger of each generator of this part.
         leaf = triggers[part].detach().requires_grad_()
         noise = config.noise * torch.randn(leaf.shape, generator=run.generator).to(leaf)
@@ -254,14 +254,14 @@ def reward(
 
         # E[min(p_class, beta)] over the images of other classes.
         wanted = classes[part].repeat_interleave(n)
-        counts = (y.repeat(len(part)) != wanted).float().view(len(part), n)
+        counts = of_others(y, classes[part])
         p = logits.float().softmax(1).gather(1, wanted[:, None]).view(len(part), n)
-        gained = (torch.minimum(p, beta[part, None]) * counts).sum(1) / counts.sum(1).clamp_min(1)
+        gained = mean_of_others(torch.minimum(p, beta[part, None]), counts)
         slopes.append(torch.autograd.grad(gained.sum(), leaf)[0])
 
         places.learn(owners, corners, p.detach().flatten(), counts.flatten())
-        hit = (logits.argmax(1) == wanted).view(len(part), n) * counts
-        hits.append(hit.sum(1) / counts.sum(1).clamp_min(1))
+        hit = (logits.argmax(1) == wanted).view(len(part), n)
+        hits.append(mean_of_others(hit, counts))
     return torch.cat(hits).mean(), torch.cat(slopes)
 
 

@@ -4,6 +4,7 @@ A channel is pruned by a scale of 0, so that it is the same number everywhere. D
 differ in what they rank channels by. Where to stop is decided on trusted images.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from ..data import Split
+from ..data import Split, in_order
 from ..errors import UserError
 from ..features import predictions
 from ..run import Run
@@ -32,6 +33,39 @@ def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
             f" ({network}) has none: choose another defense, such as ft"
         )
     return found
+
+
+@torch.no_grad()
+def watch_inputs(
+    model: nn.Module,
+    split: Split,
+    run: Run,
+    see: Callable[[str, Tensor], None],
+    *,
+    exact: bool = False,
+) -> None:
+    """Show what enters each batch normalisation, in evaluation mode, so that no statistics move.
+
+    Args:
+        model: the network.
+        split: images that pass it, in order.
+        run: the context of the defense.
+        see: is called with a name and (B, C, ...), batch by batch.
+        exact: float32 whatever the precision of the run.
+    """
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, inputs: see(name, inputs[0])
+
+    hooks = [
+        norm.register_forward_pre_hook(watch(name)) for name, norm in batch_norms(model).items()
+    ]
+    model.eval()
+    for batch in in_order(split, run.device):
+        with contextlib.nullcontext() if exact else run.autocast():
+            model(batch.images)
+    for hook in hooks:
+        hook.remove()
 
 
 class Masks(nn.Module):

@@ -36,8 +36,9 @@ ROWS = {
     "asd": Row(asr=0.1, drop=0.05),
     "bnp": Row(),
     "bu": Row(asr=0.1, drop=0.05),
+    "ep": Row(),
     "clp": Row(),  # layers of 16 channels have few that stand out
-    "dbr": Row(("--train_epochs", "2", "--separate_epochs", "2", "--epochs", "2")),
+    "dbr": Row(("--train_epochs", "2", "--apart_epochs", "2", "--epochs", "2")),
     "dau": Row(asr=0.05, precision=0.9, tpr=0.8),
     "ibau": Row(asr=0.1),
     "sau": Row(asr=0.1),
@@ -45,6 +46,11 @@ ROWS = {
     "fst": Row(),  # its ASR is 0, and its RA too near to the limit for other processors
     "ft_sam": Row(("--epochs", "10")),
     "nad": Row(("--teacher_epochs", "5", "--epochs", "10")),
+    # Few passes are enough to find so small a patch.
+    "nc": Row(
+        ("--trusted_count", "40", "--search_epochs", "30", "--patience", "2"), asr=0.3, drop=0.08
+    ),
+    "npd": Row(),
     "rnp": Row(drop=0.05),
     "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
 }

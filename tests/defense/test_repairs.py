@@ -16,7 +16,7 @@ from backdoorlab.data import Augment, Split
 from backdoorlab.errors import UserError
 from backdoorlab.models import Classifier
 from backdoorlab.record import DefenderView
-from backdoorlab.repair import pruning
+from backdoorlab.repair import inserted_layer, masked_triggers, pruning
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
 from backdoorlab.storage import reading
@@ -24,7 +24,7 @@ from backdoorlab.storage import reading
 CPU = torch.device("cpu")
 METHOD: dict[str, Any] = {
     name: methods.load("defense", name).module
-    for name in ("anp", "bnp", "clp", "fp", "fst", "ft_sam", "nad", "rnp")
+    for name in ("anp", "bnp", "clp", "ep", "fp", "fst", "ft_sam", "nad", "nc", "npd", "rnp")
 }
 
 
@@ -68,7 +68,7 @@ def view_of(model: Classifier, trusted: Split) -> DefenderView:
         image_shape=(1, 8, 8),
         class_names=("a", "b", "c"),
         augment=Augment(1),
-        granted={"model": model, "trusted": trusted},
+        granted={"model": model, "trusted": trusted, "train": trusted},
     )
 
 
@@ -160,7 +160,7 @@ def test_a_channel_is_above_by_standard_deviations() -> None:
     assert pruning.above(torch.ones(1), 0.0).tolist() == [False]
 
 
-@pytest.mark.parametrize("name", ["anp", "bnp", "clp", "rnp"])
+@pytest.mark.parametrize("name", ["anp", "bnp", "clp", "ep", "npd", "rnp"])
 def test_a_network_without_batch_normalisation_is_one_line(name: str, tmp_path: Path) -> None:
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), [0.5], [0.5])
     module, run = METHOD[name], Run(tmp_path, seed=0, device=CPU)
@@ -265,6 +265,280 @@ def test_moments_are_those_of_all_trusted_images(
     mean, variance = found["network.layer1.0.bn1"]
     torch.testing.assert_close(mean, entering.mean((0, 2, 3)))
     torch.testing.assert_close(variance, entering.var((0, 2, 3), correction=0))
+
+
+# --- EP
+
+
+def test_the_entropy_is_that_of_each_channels_histogram() -> None:
+    """Against numpy's histogram of the standardised channel, over the range of all channels."""
+    peaks = torch.randn(200, 3, generator=generator()) * torch.tensor([1.0, 5.0, 0.1]) + 7
+    found = METHOD["ep"].entropies(peaks, 0.25)
+    values = ((peaks - peaks.mean(0)) / peaks.std(0)).double().numpy()
+    edges = np.arange(values.min(), values.max() + 0.25, 0.25)
+    for channel in range(3):
+        share = np.histogram(values[:, channel], edges)[0] / 200
+        share = share[share > 0]
+        assert found[channel].item() == pytest.approx(-(share * np.log(share)).sum(), abs=0.02)
+    twice = METHOD["ep"].entropies(torch.tensor([[0.0], [0.0], [1.0], [1.0]]), 0.01)
+    assert twice.item() == pytest.approx(math.log(2))
+
+
+def stamped_corners(count: int) -> Split:
+    """400 images of dim noise; the first `count` of them have a white corner."""
+    pixels = torch.randint(0, 100, (400, 1, 8, 8), dtype=torch.uint8, generator=generator(3))
+    pixels[:count, :, 5:, 5:] = 255
+    return Split(pixels, torch.arange(400) % 3)
+
+
+@pytest.mark.parametrize(("stamped", "pruned"), [(80, True), (0, False)])
+def test_ep_prunes_the_channel_that_answers_to_the_trigger(
+    stamped: int, pruned: bool, tmp_path: Path
+) -> None:
+    """A control: without poison the same channel has one kind of values, and stays."""
+    ep, model = METHOD["ep"], network(width=16)
+    with torch.no_grad():
+        # A channel that is bright where nine neighbours are, among channels of small noise.
+        model.network.conv1.weight[:] = 0.0
+        model.network.conv1.weight[:, :, 1, 1] = 1.0
+        model.network.conv1.weight[:, :, 0, 0] = torch.linspace(-2, -0.5, 16)[:, None]
+        model.network.conv1.weight[5] = 1.0
+    found = ep.defend(
+        view_of(model, stamped_corners(stamped)), ep.Config(), Run(tmp_path, seed=0, device=CPU)
+    )
+    assert (found.network.layer1[0].bn1.weight[5] == 0) == pruned
+    assert (found.network.layer1[0].bn1.weight != 0).sum() == 16 - pruned
+
+
+def test_ep_leaves_a_channel_out_that_is_the_same_for_all_images(tmp_path: Path) -> None:
+    ep, model = METHOD["ep"], network(width=16)
+    with torch.no_grad():
+        model.network.conv1.weight[5] = 0.0
+    found = ep.defend(
+        view_of(model, stamped_corners(0)), ep.Config(), Run(tmp_path, seed=0, device=CPU)
+    )
+    assert found.network.layer1[0].bn1.weight[5] != 0
+
+
+# --- NC
+
+
+class Corner(nn.Module):
+    """Classes 0 to 3 by the brightest band of two rows; a white corner makes it class 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bands: Tensor = 20 * x.view(-1, 4, 16).mean(2)
+        corner = 40 * (x[:, 0, 6:, 6:].mean((1, 2)) - 0.6).relu()
+        return bands + corner[:, None] * torch.tensor([0.0, 1.0, 0.0, 0.0])
+
+
+def bands(count: int = 40) -> Split:
+    """Images that `Corner` sees as their class."""
+    labels = torch.arange(count) % 4
+    pixels = torch.randint(0, 60, (count, 1, 8, 8), dtype=torch.uint8, generator=generator())
+    for i, label in enumerate(labels.tolist()):
+        pixels[i, :, 2 * label : 2 * label + 2] += 100
+    return Split(pixels, labels)
+
+
+def test_the_smallest_mask_is_that_of_the_trigger(tmp_path: Path) -> None:
+    """Other classes need a band of sixteen pixels, and the attacked one a corner of four."""
+    config = masked_triggers.SearchConfig(search_epochs=150)
+    run = Run(tmp_path, seed=0, device=CPU)
+    masks, patterns = masked_triggers.recover_masks(Corner(), bands(), 4, config, run)
+    sizes = masked_triggers.size(masks)
+    assert sizes.argmin() == 1 and sizes[1] < 5 and sizes[[0, 2, 3]].min() > 6
+    assert masks[1, 0, 6:, 6:].sum() > 0.9 * sizes[1]
+    split = bands()
+    x = torch.lerp(split.images.float() / 255, patterns[1], masks[1])
+    assert (Corner()(x).argmax(1) == 1).float().mean() > 0.95
+    assert (Corner()(split.images.float() / 255).argmax(1) == split.labels).all(), "a control"
+
+
+class Zero(nn.Module):
+    """A model that answers with class 0 whatever it sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 50 * torch.eye(4)[[0] * len(x)] + 0 * x.mean()
+
+
+def test_a_mask_that_never_works_is_the_whole_image_and_not_flagged(tmp_path: Path) -> None:
+    run = Run(tmp_path, seed=0, device=CPU)
+    config = masked_triggers.SearchConfig(search_epochs=6)
+    masks, _ = masked_triggers.recover_masks(Zero(), bands(), 4, config, run)
+    sizes = masked_triggers.size(masks)
+    assert sizes[1:].tolist() == [64.0] * 3 and sizes[0] < 64
+    assert METHOD["nc"].outliers(sizes, 2.0)[1].tolist() == [True, False, False, False]
+
+
+def test_the_weight_of_the_size_rises_while_a_trigger_works_and_falls_while_not() -> None:
+    search = masked_triggers.Search(3, (1, 2, 2))
+    config = masked_triggers.SearchConfig(patience=2, size_weight=0.5, size_factor=4.0)
+    rates = [[1.0, 0.0, 1.0]] * 5 + [[0.5, 0.0, 1.0]] * 2
+    seen = []
+    for rate in rates:
+        search.judge(torch.tensor(rate), config)
+        seen.append(search.weights.tolist())
+    assert [row[0] for row in seen] == pytest.approx([0, 0.5, 0.5, 2, 2, 2, 0.25])
+    assert [row[1] for row in seen] == [0] * 7
+    assert [row[2] for row in seen] == pytest.approx([0, 0.5, 0.5, 2, 2, 8, 8])
+
+
+def test_small_masks_are_outliers_and_large_ones_are_not() -> None:
+    """By hand: median 10, median deviation 1."""
+    sizes = torch.tensor([9.0, 11.0, 10.0, 9.0, 2.0, 30.0, 10.5])
+    indices, flagged = METHOD["nc"].outliers(sizes, 2.0)
+    assert indices[4].item() == pytest.approx(8 / 1.4826) and indices[5] > 2
+    assert flagged.tolist() == [False] * 4 + [True] + [False] * 2
+    assert not METHOD["nc"].outliers(sizes, 6.0)[1].any(), "a control"
+    # Two sizes lie equally far from their median.
+    assert not METHOD["nc"].outliers(torch.tensor([1.0, 100.0]), 2.0)[1].any()
+
+
+@pytest.mark.parametrize("stamped", [0.2, 1.0, 0.0])
+def test_a_share_of_the_images_gets_the_flagged_trigger(
+    stamped: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nc, model = METHOD["nc"], network()
+    masks, patterns = torch.full((3, 1, 8, 8), 0.9), torch.zeros(3, 1, 8, 8)
+    masks[1], patterns[1, :, :2] = 0.0, 0.5
+    masks[1, :, :2, :2] = 1.0
+    monkeypatch.setattr(nc, "recover_masks", lambda *_: (masks, patterns))
+    changed: list[Tensor] = []
+
+    def shown(model: nn.Module, *_: Any, change: Callable[[Tensor], Tensor]) -> nn.Module:
+        changed.append(change(torch.ones(2000, 1, 8, 8)))
+        return model
+
+    monkeypatch.setattr(nc, "finetune", shown)
+    run = Run(tmp_path, seed=0, device=CPU)
+    nc.defend(view_of(model, images()), nc.Config(stamped=stamped), run)
+    hit = (changed[0] != 1).flatten(1).any(1)
+    assert hit.float().mean().item() == pytest.approx(stamped, abs=0.03)
+    assert (changed[0][hit][:, :, :2, :2] == 0.5).all(), "the trigger of class 1, and no other"
+    assert (changed[0].sum((1, 2, 3)) == 64 - 2.0 * hit).all()
+
+
+def test_nc_returns_the_model_where_no_class_stands_out(tmp_path: Path) -> None:
+    nc, model = METHOD["nc"], network(width=4)
+    flags = dict(search_epochs=2, works=0, epochs=2, batch_size=9)
+    found = {}
+    for index in (1e9, 0.0):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        config = nc.Config(index=index, **flags)
+        run = Run(folder, seed=0, device=CPU)
+        found[index] = nc.defend(view_of(network(width=4), images()), config, run).state_dict()
+    same = {
+        index: all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+        for index, state in found.items()
+    }
+    assert same == {1e9: True, 0.0: False}, "the second is a control"
+
+
+# --- NPD
+
+
+@pytest.mark.parametrize(
+    ("architecture", "place"),
+    [("preactresnet18", "layer4.1.conv1"), ("preactresnet10", "layer4.0.conv1")],
+)
+def test_the_layer_stands_before_the_last_convolution_that_is_normalised(
+    architecture: str, place: str
+) -> None:
+    """Of PreAct-ResNet18 it is the published place."""
+    model = network(architecture)
+    convolution, norm = inserted_layer.place(model, torch.zeros(1, 1, 8, 8))
+    block = model.network.get_submodule(place.removesuffix(".conv1"))
+    assert convolution is block.conv1 and norm is block.bn2
+
+
+def randomised(layer: inserted_layer.Layer) -> None:
+    """Make a layer anything but the identity."""
+    assert layer.norm.running_mean is not None and layer.norm.running_var is not None
+    with torch.no_grad():
+        layer.mix.weight.add_(0.3 * torch.randn(layer.mix.weight.shape, generator=generator(1)))
+        for tensor in (layer.norm.weight, layer.norm.running_var):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator(2)) + 0.5)
+        for tensor in (layer.norm.bias, layer.norm.running_mean):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator(3)))
+
+
+@pytest.mark.parametrize("architecture", ["preactresnet10", "preactresnet18", "fastnet"])
+def test_a_folded_layer_answers_as_the_layer_did(architecture: str, tmp_path: Path) -> None:
+    run, split = Run(tmp_path, seed=0, device=CPU), images()
+    model, x = network(architecture, 4).eval(), split.images.float() / 255
+    original = model(x)
+    convolution, norm = inserted_layer.place(model, x[:1])
+    padding = convolution.padding
+    with inserted_layer.inserted(model, convolution, split, run) as extended:
+        begun = extended.eval()(x)
+        randomised(extended.layer)
+        answered = extended.eval()(x)
+    torch.testing.assert_close(begun, original, rtol=1e-4, atol=1e-5)
+    assert (answered - original).abs().max() > 0.01, "a control: the layer does something"
+    assert convolution.padding == padding and torch.equal(model(x), original), "taken out again"
+    inserted_layer.fold(extended.layer, convolution, norm)
+    torch.testing.assert_close(model(x), answered, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fold_needs_the_padding_to_pass_the_layer(tmp_path: Path) -> None:
+    """Control: of a layer that sees no padding, the fold is wrong at the border, and only there."""
+    layer = inserted_layer.Layer(3).eval()
+    randomised(layer)
+    convolution, norm = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5).eval()
+    x = torch.randn(2, 3, 6, 6, generator=generator())
+    bare = nn.Conv2d(3, 5, 3)
+    bare.load_state_dict(convolution.state_dict())
+    through = norm(bare(layer(F.pad(x, [1] * 4))))
+    beside = norm(convolution(layer(x)))
+    inserted_layer.fold(layer, convolution, norm)
+    folded = norm(convolution(x))
+    torch.testing.assert_close(folded, through, rtol=1e-4, atol=1e-5)
+    wrong = (folded - beside).abs().amax((0, 1)) > 1e-4
+    assert not wrong[1:-1, 1:-1].any() and wrong[0].all() and wrong[:, -1].all()
+
+
+def test_the_layer_is_the_identity_in_training_mode_too(tmp_path: Path) -> None:
+    run, split = Run(tmp_path, seed=0, device=CPU), images()
+    model, x = network(width=4).eval(), split.images.float() / 255
+    convolution, _ = inserted_layer.place(model, x[:1])
+    original = model(x)
+    with inserted_layer.inserted(model, convolution, split, run) as extended:
+        extended.layer.train()
+        trained = extended(x)
+        extended.layer.norm.reset_parameters()
+        fresh = extended(x)
+    # The running variance is the unbiased one, and so not quite the batch's.
+    apart, control = ((out - original).abs().max() for out in (trained, fresh))
+    assert apart < 0.1 * control, "a control: a fresh normalisation is none"
+
+
+def test_npds_images_move_to_the_second_class_and_stay_in_the_ball(tmp_path: Path) -> None:
+    npd, run, split = METHOD["npd"], Run(tmp_path, seed=0, device=CPU), images()
+    model, x = network(width=4).eval(), split.images.float() / 255
+    std, config = torch.full((1, 1, 1, 1), 0.5), METHOD["npd"].Config(radius=1.0, fooled=1.0)
+    seen, second = npd.perturbed(model, std, x, config, run)
+    before, after = (model(images).softmax(1).gather(1, second[:, None]) for images in (x, seen))
+    assert torch.equal(second, model(x).argsort(1)[:, 1])
+    assert after.mean() > before.mean()
+    assert ((seen - x) / std).flatten(1).norm(dim=1).max() <= 1.0001
+    assert seen.min() >= 0 and seen.max() <= 1
+    still, _ = npd.perturbed(model, std, x, npd.Config(fooled=0.0), run)
+    assert torch.equal(still, x), "a control: all are fooled enough"
+
+
+def test_npd_changes_one_convolution_and_the_mean_behind_it(tmp_path: Path) -> None:
+    npd, run = METHOD["npd"], Run(tmp_path, seed=0, device=CPU)
+    model, before = network(width=4), network(width=4).state_dict()
+    config = npd.Config(epochs=3, batch_size=9, guard_drop=None)
+    after = npd.defend(view_of(model, images()), config, run).state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(before[name], value)}
+    assert after.keys() == before.keys()
+    assert changed == {
+        "network.layer4.0.conv1.weight",
+        "network.layer4.0.bn2.running_mean",
+    }
 
 
 # --- ANP, RNP
@@ -436,6 +710,8 @@ SHORT: dict[str, dict[str, Any]] = {
     "fst": dict(epochs=4, batch_size=9),
     "ft_sam": dict(epochs=4, batch_size=9),
     "nad": dict(teacher_epochs=2, epochs=2, batch_size=9),
+    "nc": dict(search_epochs=2, search_batch_size=9, works=0, index=0, epochs=2, batch_size=9),
+    "npd": dict(epochs=4, batch_size=9),
     "rnp": dict(unlearn_epochs=2, unlearn_until=0.0, recover_epochs=2, batch_size=9),
 }
 
@@ -457,7 +733,7 @@ def test_a_kill_changes_nothing(
     def go(folder: str) -> dict[str, Tensor]:
         (tmp_path / folder).mkdir(exist_ok=True)
         run = Run(tmp_path / folder, seed=0, device=CPU)
-        model = module.defend(view_of(network(), images()), config, run)
+        model = module.defend(view_of(network(width=4), images()), config, run)
         found = {f"model.{key}": value for key, value in model.state_dict().items()}
         for path in (tmp_path / folder).glob("checkpoint-*.safetensors"):
             for key, value in reading.read_tensors(path)[0].items():

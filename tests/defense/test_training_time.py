@@ -1,6 +1,5 @@
 """ABL and D-BR: what is isolated, how an ascent ends, and the metric of D-BR."""
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from backdoorlab import consistency
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
 from backdoorlab.losses import cross_entropy
@@ -114,79 +112,6 @@ def test_abl_unlearns_with_the_batch_statistics_of_what_it_isolated(tmp_path: Pa
 
 
 # --- D-BR
-
-
-def test_images_are_turned_about_their_centre_and_then_shifted() -> None:
-    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    none, nowhere = torch.zeros(2), torch.zeros(2, 2)
-    move = consistency.turned_and_shifted
-    assert torch.equal(move(images, none, nowhere), images)
-    turned = move(images, torch.tensor([math.pi / 2, 0.0]), nowhere)
-    assert torch.equal(turned[0], images[0].rot90(-1, (1, 2))) and torch.equal(turned[1], images[1])
-
-    # A quarter of the side to the right, and nothing comes in from the left.
-    shifted = move(images, none, torch.tensor([[0.25, 0.0], [0.0, -0.25]]))
-    assert torch.equal(shifted[0, :, :, 2:], images[0, :, :, :-2])
-    assert not shifted[0, :, :, :2].any()
-    assert torch.equal(shifted[1, :, :-2], images[1, :, 2:]), "up"
-
-    # An image that is not square is not sheared.
-    wide = torch.rand(1, 1, 4, 8)
-    half = move(wide, torch.tensor([math.pi]), torch.zeros(1, 2))
-    assert torch.equal(half, wide.flip(2, 3))
-    square = torch.zeros(1, 1, 4, 8)
-    square[..., 2:6] = wide[..., 2:6]
-    quarter = move(square, torch.tensor([math.pi / 2]), torch.zeros(1, 2))
-    assert torch.equal(quarter[..., 2:6], square[..., 2:6].rot90(-1, (2, 3)))
-
-
-def test_moves_are_drawn_of_the_whole_range_and_not_beyond() -> None:
-    angle, shift = consistency.drawn_moves(2000, torch.Generator().manual_seed(0))
-    assert 3.1 < float(angle.abs().max()) <= math.pi and abs(float(angle.mean())) < 0.2
-    assert 0.19 < float(shift.abs().max()) <= 0.2 and shift.shape == (2000, 2)
-
-
-def test_closeness_is_the_mean_cosine_of_class_means() -> None:
-    features = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
-    labels = torch.tensor([0, 0, 1, 2])
-    # Of nine pairs three are a class and itself; 45 degrees lie between the last one and others.
-    wanted = 4 * math.cos(math.pi / 4) / 9
-    assert float(consistency.closeness(features, labels)) == pytest.approx(wanted, abs=1e-6)
-    apart = consistency.closeness(features[:3], labels[:3])
-    assert float(apart) == pytest.approx(0, abs=1e-6)
-
-
-class Sees(nn.Module):
-    """Features: one pixel of the image, or its mean, which a turn does not change."""
-
-    def __init__(self, corner: bool) -> None:
-        super().__init__()
-        self.corner = corner
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:, 0, :3, :3].mean((1, 2))[:, None] if self.corner else x.mean((1, 2, 3))[:, None]
-
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        return x
-
-
-def test_suspicion_is_high_where_features_hang_on_a_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Eight images with a bright corner, and eight with a bright square around the centre."""
-    monkeypatch.setattr(consistency, "SHIFT", 0.0)
-    images = torch.zeros(16, 1, 9, 9, dtype=torch.uint8)
-    images[:8, 0, :3, :3] = 255
-    images[8:, 0, 3:6, 3:6] = 255
-    split = Split(images, torch.zeros(16).long())
-    corner: Any = Sees(True)
-    found = consistency.feature_change(corner, split, new_run(tmp_path))
-    assert float(found[:8].mean()) > 0.1 and float(found[8:].max()) == 0
-    blind: Any = Sees(False)
-    unmoved = consistency.feature_change(blind, split, new_run(tmp_path))
-    assert float(unmoved[8:].max()) < 0.01 and float(unmoved[:8].mean()) < 0.1 * float(
-        found[:8].mean()
-    )
 
 
 def test_dbr_unlearns_the_highest_and_relearns_the_lowest(

@@ -590,6 +590,8 @@ QUICK = {
     "ft_sam": ("--epochs", "1"),
     "ibau": ("--n_rounds", "1"),
     "nad": ("--teacher_epochs", "1", "--epochs", "1"),
+    "nc": ("--search_epochs", "2", "--epochs", "1"),
+    "npd": ("--epochs", "1"),
     "rnp": ("--unlearn_epochs", "2", "--recover_epochs", "2"),
     "sau": ("--n_rounds", "2"),
 }
