@@ -14,11 +14,10 @@ Assumes: the poisoned model and a few trusted images.
   3. Fine-tune with the triggers of these classes on a fifth of the images, which keep their labels.
 Where no class stands out the model is returned as it was.
 
-Departs: a class whose trigger never works has the whole image for a mask, and is not flagged; the
-published code takes the last mask, however small. Triggers are used as they were found;
-BackdoorBench stretches them to [0, 1] and stores them as images in between. A guard undoes epochs
-that destroy the model (backdoorlab/repair/guard.py). masked_triggers.py says where the search
-departs.
+Departs: a class whose trigger never works has the whole image for a mask, and is not flagged.
+Triggers are used as they were found; BackdoorBench stretches them to [0, 1] and stores them as
+images in between. A guard undoes epochs that destroy the model (backdoorlab/repair/guard.py).
+masked_triggers.py says where the search departs.
 """
 
 from dataclasses import dataclass

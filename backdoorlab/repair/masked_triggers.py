@@ -8,10 +8,9 @@ class: the loss is CE + c |m|. c rises while they are, and falls while they are 
 learn side by side: their images are one batch for the model.
 
 Departs from the published code: images of the class itself do not count, for they need no trigger.
-After each pass the triggers are judged by all images; there, by the mean of a pass in which they
-change, so that a mask that is kept need not work. All classes have the same number of passes; there
-a class ends where nothing more is gained. The search sees images as they are (BackdoorBench crops
-and mirrors them).
+After each pass the triggers are judged by all images, so that a mask that is kept works. All
+classes have the same number of passes; there a class ends where nothing more is gained. The search
+sees images as they are (BackdoorBench crops and mirrors them).
 """
 
 from collections.abc import Sequence
