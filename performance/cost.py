@@ -57,9 +57,13 @@ def ft(c: Mapping[str, Any], s: Setting) -> Passes:
 
 
 def sau(c: Mapping[str, Any], s: Setting) -> Passes:
-    """An upper bound: an image leaves the search as soon as its perturbation is found."""
+    """An upper bound: an image leaves the search as soon as its perturbation is found.
+
+    The poisoned model's answers are computed once.
+    """
     seen, steps = c["n_rounds"] * s.trusted, 2 * c["pgd_steps"]
-    return seen * (4 + steps) + guard(c, s.trusted, c["n_rounds"]), seen * (2 + steps)
+    judged = guard(c, s.trusted, c["n_rounds"])
+    return s.trusted + seen * (4 + steps) + judged, seen * (2 + steps)
 
 
 def ibau(c: Mapping[str, Any], s: Setting) -> Passes:
