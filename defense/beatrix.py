@@ -1,4 +1,4 @@
-"""Beatrix: correlations of feature maps that no trusted image of the label has.
+"""Beatrix: unusual correlations of feature maps.
 
 The Beatrix Resurrections: Robust Backdoor Detection via Gram Matrices, W. Ma et al., NDSS 2023,
 https://arxiv.org/abs/2209.11715. Of each image, the input of the last stage is raised to the powers

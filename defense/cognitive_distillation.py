@@ -1,5 +1,4 @@
-"""Cognitive Distillation: the smallest part of an image that keeps the model's answer is small in
-poison.
+"""Cognitive Distillation: a small mask decides.
 
 Distilling Cognitive Backdoor Patterns within an Image, H. Huang et al., ICLR 2023,
 https://arxiv.org/abs/2301.10908. For each image a mask in [0, 1] is learned that keeps the logits

@@ -1,4 +1,4 @@
-"""FCT: features that move far when an image is turned and moved, after a short training.
+"""FCT: features that move far when images turn.
 
 Effective Backdoor Defense by Exploiting Sensitivity of Poisoned Samples, W. Chen et al., NeurIPS
 2022, https://openreview.net/forum?id=AsH-Tx2U0Ug: the metric by which D-BR and D-ST tell images

@@ -1,4 +1,4 @@
-"""Spectral: farthest along the main direction of a label.
+"""Spectral: far along a label's main direction.
 
 Spectral Signatures in Backdoor Attacks, B. Tran et al., NeurIPS 2018,
 https://arxiv.org/abs/1811.00636. 1.5 times the poison rate is flagged, as in the paper.

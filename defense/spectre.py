@@ -1,5 +1,4 @@
-"""SPECTRE: farthest along the directions in which a label varies more than its robust covariance
-says.
+"""SPECTRE: far beyond a robust covariance.
 
 SPECTRE: Defending Against Backdoor Attacks Using Robust Statistics, J. Hayase et al., ICML 2021,
 https://arxiv.org/abs/2104.11315. A label's features are whitened by a covariance that leaves out

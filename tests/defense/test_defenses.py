@@ -48,7 +48,7 @@ ROWS = {
     "nad": Row(("--teacher_epochs", "5", "--epochs", "10")),
     # Few passes are enough to find so small a patch.
     "nc": Row(
-        ("--trusted_count", "40", "--search_epochs", "30", "--patience", "2"), asr=0.3, drop=0.08
+        ("--trusted_count", "72", "--search_epochs", "60", "--patience", "3"), asr=0.3, drop=0.08
     ),
     "npd": Row(),
     "rnp": Row(drop=0.05),
@@ -394,7 +394,7 @@ def test_a_file_that_cannot_be_used_is_a_line_and_fails_who_asks_for_it(
     assert main(["defense", "broken", "--result_file", "tiny"]) == 2
     assert said(capsys).startswith(f"error: {why}")
     assert main(["defense", "brokn", "--result_file", "tiny"]) == 2
-    assert "Known: activation_clustering, " in said(capsys)
+    assert "Known: abl, activation_clustering, " in said(capsys)
 
 
 def test_what_a_users_file_does_wrong_names_the_file(

@@ -385,7 +385,7 @@ def test_both_languages_say_the_same() -> None:
         ("--save_folder_name demo\n", "--save_folder_name demo2\n", "blocks"),
         ("docs/howto/choose.md", "docs/depth.md", "links"),
         ("`make demo`", "`make demos`", "code"),
-        ("8 种检测", "9 种检测", "numbers"),
+        ("13 种检测", "14 种检测", "numbers"),
         ("## ", "### ", "headings"),
     ],
 )
