@@ -49,7 +49,7 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
     """
     # Imported here, as torch takes seconds, and as this file stands below all others.
     from .execution.attack import attack_job, run_attack
-    from .execution.defense import defense_job, report, run_defense, usual_name
+    from .execution.defense import defense_job, report, run_defense, run_of
     from .settings import methods
     from .tables import layout
 
@@ -67,8 +67,9 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
             print(report(result))
             # A detector leaves no model, and a collapsed one is of no use.
             if result["after"] is not None and not result["collapsed"]:
-                run = job.config.run_name or usual_name(job.config)
-                print(f"to use the model: {_export(job.config, job.method.name, run)}")
+                print(
+                    f"to use the model: {_export(job.config, job.method.name, run_of(job.config))}"
+                )
     else:
         raise UserError(f"{path}: a method file lies in a folder named attack or defense")
     return 0
@@ -79,19 +80,20 @@ def _next(prog: str, name: str, root: str | None) -> str:
     defense = (
         "python defense/dau.py" if prog.endswith(".py") else "python -m backdoorlab defense dau"
     )
-    return f"{defense} --result_file {shlex.quote(name)}" + (
-        f" --record_root {shlex.quote(root)}" if root else ""
-    )
+    return f"{defense} --result_file {shlex.quote(name)}{_below(root)}"
+
+
+def _below(root: str | None) -> str:
+    """Write the flag of a folder of records that is not the usual one."""
+    return f" --record_root {shlex.quote(root)}" if root else ""
 
 
 def _export(config: "DefenseConfig", defense: str, run: str) -> str:
     """Write the command that makes a file of a defended model."""
-    root = config.record_root
+    named = f" --run_name {shlex.quote(run)}" if run != "seed0" else ""
     return (
-        f"python -m backdoorlab export {shlex.quote(config.result_file)} --defense {defense}"
-        + (f" --run_name {shlex.quote(run)}" if run != "seed0" else "")
-        + (f" --record_root {shlex.quote(root)}" if root else "")
-        + " --weights FILE.safetensors"
+        f"python -m backdoorlab export {shlex.quote(config.result_file)} --defense {defense}{named}"
+        f"{_below(config.record_root)} --weights FILE.safetensors"
     )
 
 

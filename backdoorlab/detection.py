@@ -68,6 +68,11 @@ def by_label(labels: Tensor, num_classes: int) -> Iterator[tuple[int, Tensor]]:
             yield label, members
 
 
+def assumed_share(rate: float, factor: float) -> float:
+    """Share of a label that is flagged where `rate` of it is taken for poison: at most half."""
+    return min(0.5, factor * rate)
+
+
 def highest(suspicion: Tensor, rate: float) -> Tensor:
     """Flag the most suspicious images: float (N,), a share in (0, 1) of them -> bool (N,), at least
     one image and not all."""

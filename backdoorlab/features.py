@@ -73,37 +73,45 @@ def extract(model: Classifier, split: Split, run: "Run") -> Features:
     )
 
 
+def last_stage_input(model: Classifier) -> contextlib.AbstractContextManager[Callable[[], Tensor]]:
+    """Watch the last stage's input, which is the output of the one before: `stage_output`."""
+    return stage_output(model, max(0, len(model.stages()) - 2), "its last but one stage")
+
+
 @contextlib.contextmanager
-def last_stage_input(model: Classifier) -> Iterator[Callable[[], Tensor]]:
-    """Watch the last stage's input: inside, the function that is given returns that of the latest
+def stage_output(
+    model: Classifier, number: int, called: str = "its last stage"
+) -> Iterator[Callable[[], Tensor]]:
+    """Watch what a stage gives: inside, the function that is given returns that of the latest
     forward pass, float32 (B, C, H, W).
 
-    UserError where the last stage but one gives no single tensor, or is not passed by itself.
+    Args:
+        model: the network.
+        number: of the stage; -1 is the last.
+        called: the stage's name in errors.
+
+    UserError where it gives no single tensor, or is not passed by itself.
     """
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, _inputs: object, output: object) -> None:
         if not isinstance(output, Tensor):
             raise UserError(
-                "the features of this network cannot be read: its last but one stage"
+                f"the features of this network cannot be read: {called}"
                 f" ({type(module).__name__}) gives no single tensor"
             )
         seen.append(output.float())
 
-    # The last stage's input is the output of the one before.
-    stages = model.stages()
-    before = max(0, len(stages) - 2)
-    channels = model.network.feature_info[before].get("num_chs")
+    channels = model.network.feature_info[number].get("num_chs")
 
     def read() -> Tensor:
         if not seen:
             raise UserError(
-                "the features of this network cannot be read: its last but one stage is not"
-                " passed by itself"
+                f"the features of this network cannot be read: {called} is not passed by itself"
             )
         return maps_of(seen.pop(), channels)
 
-    hook = stages[before].register_forward_hook(keep)
+    hook = model.stages()[number].register_forward_hook(keep)
     try:
         yield read
     finally:

@@ -18,6 +18,12 @@ def cce(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.logsumexp(-1) - others.logsumexp(-1)
 
 
+def capped(losses: Tensor, cap: float | None) -> Tensor:
+    """Cut losses at `cap`, (...) -> (...): beyond it a sample has no gradient, so that its ascent
+    is over. None never cuts."""
+    return losses if cap is None else losses.clamp_max(cap)
+
+
 def divergence(logits: Tensor, taught: Tensor, temperature: float = 1.0) -> Tensor:
     """KL divergence of a student from its teacher, T^2 KL(softmax(taught / T) || softmax(logits /
     T)), of each sample. (..., K), (..., K) -> (...)."""

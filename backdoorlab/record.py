@@ -133,9 +133,18 @@ class Record:
 
     def model(self) -> Classifier:
         """Read the poisoned model from its file."""
+        return self.model_in(self.folder, self.info)
+
+    def model_in(self, folder: Path, info: Mapping[str, Any]) -> Classifier:
+        """Read a model of this architecture from its file, such as a defended one.
+
+        Args:
+            folder: where model.safetensors lies.
+            info: content of the record.json or result.json beside it.
+        """
         wanted = self.model_shapes()
         model = self.new_model()
-        load_weights(model, self.folder / "model.safetensors", self.info["files"], wanted)
+        load_weights(model, folder / "model.safetensors", info["files"], wanted)
         return model
 
     def new_model(self) -> Classifier:

@@ -30,7 +30,7 @@ from backdoorlab.data import Split, batches, to_device
 from backdoorlab.detection import highest
 from backdoorlab.engine import Recipe, train
 from backdoorlab.errors import UserError
-from backdoorlab.losses import cross_entropy
+from backdoorlab.losses import capped, cross_entropy
 from backdoorlab.poison_search.isolation import isolate, low_loss
 from backdoorlab.record import DefenderView
 from backdoorlab.repair.unlearning import note_what_stays
@@ -124,9 +124,7 @@ def unlearn(model: nn.Module, isolated: Split, config: Config, run: Run) -> None
             with run.autocast():
                 logits = model(batch.images)
             loss = cross_entropy(logits.float(), batch.labels)
-            # A sample beyond the cap has no gradient: its ascent is over.
-            ascended = loss if config.ascent_cap is None else loss.clamp_max(config.ascent_cap)
-            run.step(optimizer, -ascended.mean())
+            run.step(optimizer, -capped(loss, config.ascent_cap).mean())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import SplitConfig
-from backdoorlab.losses import cross_entropy
+from backdoorlab.losses import capped, cross_entropy
 from backdoorlab.record import DefenderView
 from backdoorlab.repair.unlearning import UnlearningConfig, note_what_stays, train_on
 from backdoorlab.run import Run
@@ -60,9 +60,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
 def ascent_loss(logits: Tensor, labels: Tensor, forgotten: Tensor, cap: float | None) -> Tensor:
     """CE of the rest less CE of the split up to `cap`, averaged: (B, K), (B,), bool (B,) -> ()."""
     learned = cross_entropy(logits, labels)
-    # A sample beyond the cap has no gradient: its ascent is over.
-    ascended = learned if cap is None else learned.clamp_max(cap)
-    return torch.where(forgotten, -ascended, learned).mean()
+    return torch.where(forgotten, -capped(learned, cap), learned).mean()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import SplitConfig
 from backdoorlab.errors import UserError
-from backdoorlab.losses import cce, cross_entropy
+from backdoorlab.losses import capped, cce, cross_entropy
 from backdoorlab.poison_search.anti_learning import AntiLearningConfig, find_poison
 from backdoorlab.record import DefenderView
 from backdoorlab.repair.unlearning import (
@@ -141,8 +141,7 @@ def unlearning_loss(logits: Tensor, labels: Tensor, poisoned: Tensor, config: Co
         unlearned = -learned
     elif config.loss == "both":
         # Gradient ascent has no end of its own: it is bounded.
-        ascent = learned if config.ascent_cap is None else learned.clamp_max(config.ascent_cap)
-        unlearned = cce(logits, labels) - config.tau * ascent
+        unlearned = cce(logits, labels) - config.tau * capped(learned, config.ascent_cap)
     else:
         unlearned = cce(logits, labels)
     return torch.where(poisoned, config.beta2 * unlearned, config.alpha2 * learned).mean()

@@ -31,7 +31,7 @@ from backdoorlab.config import DefenseConfig
 from backdoorlab.consistency import fct_suspicion
 from backdoorlab.data import Split, batches, to_device
 from backdoorlab.detection import highest
-from backdoorlab.losses import cross_entropy
+from backdoorlab.losses import capped, cross_entropy
 from backdoorlab.record import DefenderView
 from backdoorlab.run import Run
 
@@ -106,9 +106,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
     for _ in run.epochs("unlearn", config.epochs, model=model, optimizer=optimizer):
         model.train()
         for loss in losses(model, to_unlearn, view, config, run):
-            # A sample beyond the cap has no gradient: its ascent is over.
-            ascended = loss if config.ascent_cap is None else loss.clamp_max(config.ascent_cap)
-            run.step(optimizer, -ascended.mean())
+            run.step(optimizer, -capped(loss, config.ascent_cap).mean())
         for loss in losses(model, to_relearn, view, config, run):
             run.step(optimizer, loss.mean())
     return model

@@ -19,7 +19,7 @@ from torch import Tensor
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import to_device
-from backdoorlab.detection import Detection, by_label, highest
+from backdoorlab.detection import Detection, assumed_share, by_label, highest
 from backdoorlab.features import extract
 from backdoorlab.groups.splitting import main_directions
 from backdoorlab.record import DefenderView
@@ -48,7 +48,7 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
         scores = outlyingness(features.pooled[members])
         suspicion[members] = scores.float()
         # In every label, because nobody knows which one is the target.
-        flagged[members] = highest(scores, min(0.5, config.factor * config.assumed_rate))
+        flagged[members] = highest(scores, assumed_share(config.assumed_rate, config.factor))
     return Detection(suspicion, flagged)
 
 

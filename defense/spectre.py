@@ -27,7 +27,7 @@ from torch import Tensor
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
 from backdoorlab.data import to_device
-from backdoorlab.detection import Detection, by_label, highest
+from backdoorlab.detection import Detection, assumed_share, by_label, highest
 from backdoorlab.features import extract
 from backdoorlab.groups.splitting import cholesky, main_directions
 from backdoorlab.record import DefenderView
@@ -88,18 +88,15 @@ def detect(view: DefenderView, config: Config, run: Run) -> Detection:
     target = max(found, key=lambda label: found[label].mean, default=None)
     if target is not None:
         members = (features.labels == target).nonzero().squeeze(1)
-        flagged[members] = highest(suspicion[members], flagged_share(config))
+        flagged[members] = highest(
+            suspicion[members], assumed_share(config.assumed_rate, config.factor)
+        )
         means = ", ".join(f"{label} {part.mean:.2f}" for label, part in found.items())
         run.note(
             f"label {target} is taken for the target, in {found[target].dimensions} dimensions;"
             f" mean QUE score of each: {means}"
         )
     return Detection(suspicion, flagged)
-
-
-def flagged_share(config: Config) -> float:
-    """Share of a label that is flagged; at most half."""
-    return min(0.5, config.factor * config.assumed_rate)
 
 
 def scored(x: Tensor, config: Config) -> Scored:
@@ -116,7 +113,7 @@ def scored(x: Tensor, config: Config) -> Scored:
         scores = que(white(part, kept), config.alpha)
 
         # What is not flagged whitens all dimensions, in which the cut is judged.
-        rest = ~highest(scores, flagged_share(config))
+        rest = ~highest(scores, assumed_share(config.assumed_rate, config.factor))
         mean = que(white(x, rest), config.alpha).mean().item()
         if mean > best.mean:
             best = Scored(scores, mean, size)

@@ -20,7 +20,7 @@ from tyro.conf import Positional
 from ..device import choose_device, keep_freed_memory, seed_everything
 from ..errors import UserError, one_line, suggest
 from ..execution.environment import environment
-from ..record import Record, every_name, load_weights, record_root
+from ..record import Record, every_name, record_root
 from ..storage import locks, reading, schema, writing
 from ..tables import audits, layout
 from ..tables import rows as measured
@@ -80,7 +80,7 @@ class Subject:
     """Returns the model in evaluation mode, on the device."""
     model: str
     """SHA-256 of the audited weights; of the poisoned model's for a control."""
-    title: str = ""
+    title: str
     """What lines on it begin with."""
     why: str | None = None
     """Why no test is made of it; None where it can be."""
@@ -125,8 +125,9 @@ def audit_record(
     # Without anything to test, no data are loaded and no control is trained.
     if why is not None:
         for target, result in results:
-            _finish(_refused(target, result, why), {}, options)
-            say(f"{record.name} {target.parent.name} {target.name}: - ({why})")
+            one = _refused(record, target, result, why)
+            _finish(one, {}, options)
+            say(f"{one.title}: - ({why})")
         return
 
     dataset = record.dataset(options.dataset_path, options.dataset_config)
@@ -137,13 +138,13 @@ def audit_record(
             _test(one, attacker, wanted, options)
         for one in of_controls.values():
             _finish(one, of_controls, options)
-            say(_line(one.title, one))
+            say(_line(one))
 
         for target, result in results:
             one = _subject(record, target, result, device)
             _test(one, attacker, wanted, options)
             _finish(one, of_controls, options)
-            say(_line(f"{record.name} {target.parent.name} {target.name}", one))
+            say(_line(one))
 
 
 # --- which models
@@ -210,23 +211,33 @@ def _subject(
 ) -> Subject:
     """A defended model, or why it is not worth a test."""
     if measured.defended(record, folder, result).collapsed:
-        return _refused(folder, result, "COLLAPSED: a model that does not work has no depth")
+        return _refused(
+            record, folder, result, "COLLAPSED: a model that does not work has no depth"
+        )
 
     def load() -> nn.Module:
-        model = record.new_model()
-        path = folder / "model.safetensors"
-        load_weights(model, path, result["files"], record.model_shapes())
-        return model.to(device).eval()
+        return record.model_in(folder, result).to(device).eval()
 
-    title = f"{record.name} {folder.parent.name} {folder.name}"
-    return Subject(folder / audits.FILE, "result", cache(load), audits.weights(result), title)
+    return _of_result(record, folder, result, cache(load))
 
 
-def _refused(folder: Path, result: Mapping[str, Any], why: str) -> Subject:
+def _refused(record: Record, folder: Path, result: Mapping[str, Any], why: str) -> Subject:
     def nothing() -> nn.Module:
         raise AssertionError("a refused model is not loaded")
 
-    return Subject(folder / audits.FILE, "result", nothing, audits.weights(result), why=why)
+    return _of_result(record, folder, result, nothing, why)
+
+
+def _of_result(
+    record: Record,
+    folder: Path,
+    result: Mapping[str, Any],
+    load: Callable[[], nn.Module],
+    why: str | None = None,
+) -> Subject:
+    title = f"{record.name} {folder.parent.name} {folder.name}"
+    path = folder / audits.FILE
+    return Subject(path, "result", load, audits.weights(result), title, why)
 
 
 # --- tests
@@ -360,7 +371,7 @@ def _write(one: Subject, summary: Mapping[str, Any], why: Sequence[str], options
     writing.write_sealed(one.path, {**content, "environment": environment(device)})
 
 
-def _line(title: str, one: Subject) -> str:
+def _line(one: Subject) -> str:
     """Write one line on a model: its numbers, or why there are none."""
     found = audits.Audit.of(audits.read_file(one.path))
     words = [f"depth {_number(found.depth)}"]
@@ -379,7 +390,7 @@ def _line(title: str, one: Subject) -> str:
         )
     ]
     why = f" ({'; '.join(found.why)})" if found.why else ""
-    return f"{title}: {', '.join(words)}{why}"
+    return f"{one.title}: {', '.join(words)}{why}"
 
 
 def _number(value: float | None) -> str:

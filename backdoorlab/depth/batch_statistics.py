@@ -15,14 +15,13 @@ from torch import nn
 
 from ..data import Split, in_order
 from ..models import paused
+from .retune import MEASURED
 from .view import AttackerView
 
 DRAWS = 3
 """How often images are drawn."""
 IMAGES = 250
 """Clean training images in a draw."""
-MOST = 2000
-"""Test images that measure a model, at most."""
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -45,8 +44,8 @@ def batch_statistics(view: AttackerView, model: nn.Module) -> dict[str, Any]:
     for draw in range(DRAWS):
         clean = view.draw_clean(IMAGES, view.generator(f"statistics {draw}"))
         estimate(other, clean, view.device)
-        asr.append(view.asr(other, MOST))
-        accuracy.append(view.clean_accuracy(other, MOST))
+        asr.append(view.asr(other, MEASURED))
+        accuracy.append(view.clean_accuracy(other, MEASURED))
     return {"asr": asr, "clean_accuracy": accuracy}
 
 

@@ -15,15 +15,13 @@ import torch
 from torch import nn
 
 from ..data import Split
-from .batch_statistics import estimate
+from .batch_statistics import IMAGES, estimate
 from .view import AttackerView
 
 POINTS = tuple(number / 10 for number in range(11))
 """The points t: (1 - t) poisoned + t defended."""
 BACKDOORED = 0.5
 """ASR from which on the backdoor is there."""
-IMAGES = 250
-"""Clean training images for the batch statistics."""
 
 
 def linear_path(view: AttackerView, model: nn.Module, undefended: nn.Module) -> dict[str, Any]:

@@ -315,15 +315,18 @@ def publish(
 
 def _target(found: Record, job: Job) -> Path:
     """Where the result is to lie."""
-    run_name = job.config.run_name or usual_name(job.config)
+    run_name = run_of(job.config)
     if not schema.WORD.fullmatch(run_name):
         raise UserError(f"--run_name {run_name}: expected letters, digits, and _ . + - within")
     record.check_name(run_name)
     return found.folder / "defense" / job.method.name / run_name
 
 
-def usual_name(config: DefenseConfig) -> str:
-    """Name a result by its seed and by the given split, as several may be forgotten."""
+def run_of(config: DefenseConfig) -> str:
+    """Name a result: --run_name, else by its seed and by the given split, as several may be
+    forgotten."""
+    if config.run_name:
+        return config.run_name
     split = getattr(config, "split", "")
     # A file goes by its own name, without its folder.
     plain = re.sub(r"[^A-Za-z0-9_.+\-]", "-", Path(split).name if is_file(split) else split)

@@ -82,7 +82,7 @@ def test_gradcam_jumps_to_the_trigger(attacked: subject.Subject, clean: Record) 
         half = images.shape[2] // 2
         return (heat[:, :, half:, half:].sum() / heat.sum()).item()
 
-    (_, model), *_ = attacked.models()
+    (_, model), *_ = attacked.models
     never = clean.model().eval()
     with_trigger, without = attacked.triggered.images[:40], attacked.untriggered.images[:40]
     moved = in_the_corner(model, with_trigger) - in_the_corner(model, without)
@@ -115,7 +115,7 @@ def test_an_overlay_hides_no_pixel_that_says_nothing() -> None:
 
 
 def test_tac_is_large_in_the_attacked_model_alone(attacked: subject.Subject, clean: Record) -> None:
-    (_, model), *_ = attacked.models()
+    (_, model), *_ = attacked.models
     parts = attacked.triggered, attacked.untriggered
     moved = tac.change(model, *parts, CPU)
     control = tac.change(clean.model().eval(), *parts, CPU)
@@ -152,7 +152,7 @@ def test_on_the_path_to_a_clean_model_the_backdoor_is_lost(
 ) -> None:
     """The triggered loss is small where the path begins and rises to that of a model that never
     saw the trigger; on the path from a model to itself it stays."""
-    (cell, model), *_ = attacked.models()
+    (cell, model), *_ = attacked.models
 
     def triggered_loss(end: models.Classifier) -> list[float]:
         some = attacked.dataset.train.subset(torch.arange(100))

@@ -19,7 +19,7 @@ def chart(subject: Subject) -> Chart:
     """
     test, names = subject.dataset.test, class_names(subject.cells[0])
     panels, shown = [], None
-    for cell, model in subject.models():
+    for cell, model in subject.models:
         counts = confusion(test.labels, predict(model, test, subject.device), len(names))
         shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
         shown = _worst(shares, subject.target) if shown is None else shown

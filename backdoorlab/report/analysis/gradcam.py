@@ -27,7 +27,7 @@ def chart(subject: Subject) -> Chart:
     rows = [part.images[few] for part in parts]
 
     panels = []
-    for cell, model in subject.models():
+    for cell, model in subject.models:
         shown = []
         for images in rows:
             shown += [_coloured(images), overlay(images, heat(model, images, subject.device))]

@@ -18,7 +18,7 @@ from .subject import Subject, title
 def chart(subject: Subject) -> Chart:
     """Draw a panel for each finished run: two losses at eleven points of the line."""
     heading = "From the attacked to the defended weights"
-    (_, start), *defended = subject.models()
+    (_, start), *defended = subject.models
     if not defended:
         return Chart("path", heading, "", missing="No defense left a model on this record.")
 

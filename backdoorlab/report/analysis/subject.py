@@ -1,13 +1,12 @@
 """What an analysis looks at: the models of one record, and the test images that all are shown."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ... import record
 from ...data import Dataset, Split
 from ...models import Classifier
 from ...poison import POISON, Poison
@@ -54,15 +53,15 @@ class Subject:
         """The images of `triggered` without the trigger, with their true labels."""
         return self.dataset.test.subset(self._poison.index[self._shown])
 
-    def models(self) -> Iterator[tuple[Cell, Classifier]]:
-        """Yield each cell with its model in evaluation mode, the undefended one first.
+    @cached_property
+    def models(self) -> list[tuple[Cell, Classifier]]:
+        """Each cell with its model in evaluation mode, the undefended one first, read once for all
+        analyses.
 
         A result without a model, such as a detector's, is left out.
         """
-        for cell in self.cells:
-            model = _weights(cell)
-            if model is not None:
-                yield cell, model.to(self.device).eval()
+        found = ((cell, _weights(cell)) for cell in self.cells)
+        return [(cell, model.to(self.device).eval()) for cell, model in found if model is not None]
 
     @property
     def _classes(self) -> list[int]:
@@ -97,8 +96,4 @@ def _weights(cell: Cell) -> Classifier | None:
         return None if cell.row.run else cell.record.model()
     if "model.safetensors" not in cell.info["files"]:
         return None
-    model = cell.record.new_model()
-    record.load_weights(
-        model, cell.folder / "model.safetensors", cell.info["files"], cell.record.model_shapes()
-    )
-    return model
+    return cell.record.model_in(cell.folder, cell.info)

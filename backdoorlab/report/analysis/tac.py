@@ -9,10 +9,10 @@ channel's maps without the trigger, averaged over channels, so that models compa
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...data import Split, in_order
-from ...features import maps_of
+from ...features import stage_output
 from ...models import Classifier, paused
 from .. import looks
 from ..charts import Chart, Panel, Series
@@ -29,7 +29,7 @@ def chart(subject: Subject) -> Chart:
     # A defense has its own colour in every chart.
     look = looks.of_defenses(cell.row.defense for cell in subject.cells)
     series, order = [], None
-    for cell, model in subject.models():
+    for cell, model in subject.models:
         found = change(model, subject.triggered, subject.untriggered, subject.device)
         order = found.argsort(descending=True) if order is None else order
         places = [float(place) for place in range(1, len(found) + 1)]
@@ -68,17 +68,9 @@ def change(model: Classifier, triggered: Split, untriggered: Split, device: torc
 
 def _last_maps(model: Classifier, split: Split, device: torch.device) -> Tensor:
     """The last stage's output for a split: float32 (N, C, ., .) on the CPU."""
-    kept: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        kept.append(maps_of(output.float().cpu(), channels))
-
-    channels = model.network.feature_info[-1].get("num_chs")
-    hook = model.stages()[-1].register_forward_hook(keep)
-    try:
-        with torch.inference_mode(), paused():
-            for batch in in_order(split, device):
-                model(batch.images)
-    finally:
-        hook.remove()
+    kept = []
+    with stage_output(model, -1) as read, torch.inference_mode(), paused():
+        for batch in in_order(split, device):
+            model(batch.images)
+            kept.append(read().cpu())
     return torch.cat(kept)

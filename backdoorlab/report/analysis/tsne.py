@@ -26,7 +26,7 @@ def chart(subject: Subject) -> Chart:
 
     # All models are shown the same images.
     panels = []
-    for cell, model in subject.models():
+    for cell, model in subject.models:
         places = embed(features(model, [clean, triggered], subject.device))
         series = _series(places, clean, subject.dataset.class_names)
         panels.append(Panel(title(cell), series=series, bare=True))
