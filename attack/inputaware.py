@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
 from backdoorlab.data import Batch, Dataset, batches, to_device, to_float
-from backdoorlab.device import derived_generator
+from backdoorlab.device import derived_generator, seeded
 from backdoorlab.engine import LRSchedule, make_optimizer
 from backdoorlab.errors import UserError
-from backdoorlab.joint import cross_accuracy, in_batch, labels_of, seeded, snapshot
+from backdoorlab.joint import cross_accuracy, in_batch, labels_of, snapshot
 from backdoorlab.models import Classifier
 from backdoorlab.poison import Labels, Poison, Stamp
 from backdoorlab.poisoning import Outcome, new_model

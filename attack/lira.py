@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import JointConfig
 from backdoorlab.data import Dataset, Split, batches, to_bytes, to_device, to_float
+from backdoorlab.device import seeded
 from backdoorlab.engine import LRSchedule, make_optimizer
 from backdoorlab.errors import UserError
-from backdoorlab.joint import labels_of, psnr, seeded, snapshot, vary
+from backdoorlab.joint import labels_of, psnr, snapshot, vary
 from backdoorlab.models import Classifier
 from backdoorlab.perturb import frozen
 from backdoorlab.poison import Labels, Poison

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
 from backdoorlab.data import Dataset, to_bytes, to_device, to_float
+from backdoorlab.device import seeded
 from backdoorlab.engine import random_batches
 from backdoorlab.errors import UserError
-from backdoorlab.joint import psnr, seeded, vary
+from backdoorlab.joint import psnr, vary
 from backdoorlab.models.unet import UNet
 from backdoorlab.poisoning import Outcome, static_attack
 from backdoorlab.run import Run

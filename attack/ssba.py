@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from backdoorlab.cli import main
 from backdoorlab.config import AttackConfig
 from backdoorlab.data import Dataset, to_bytes, to_device, to_float
-from backdoorlab.device import derived_generator
+from backdoorlab.device import derived_generator, seeded
 from backdoorlab.engine import random_batches
-from backdoorlab.joint import psnr, seeded
+from backdoorlab.joint import psnr
 from backdoorlab.models.unet import UNet
 from backdoorlab.poisoning import Outcome, static_attack
 from backdoorlab.run import Run

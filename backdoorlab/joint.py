@@ -7,9 +7,8 @@ that read the training set get the snapshot. Those that train on it are compared
 model trained on it, the retraining baseline, and not with the attacker's.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -86,20 +85,6 @@ def vary(
     )
     outside = "zeros" if recipe.augment.border == "zero" else "reflection"
     return F.grid_sample(images, where, mode="bilinear", padding_mode=outside, align_corners=False)
-
-
-@contextlib.contextmanager
-def seeded(seed: int, purpose: str) -> Iterator[None]:
-    """Initialise networks made inside from a seed of their own; no other draw changes.
-
-    Args:
-        seed: the run's seed.
-        purpose: another one gives other networks.
-    """
-    # The global state is put back afterwards.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_generator(seed, purpose).initial_seed())
-        yield
 
 
 def labels_of(dataset: Dataset, config: JointConfig) -> Labels:

@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
 from backdoorlab.execution.attack import attack_job, run_attack
@@ -170,6 +171,14 @@ def edit_json(path: Path, **changes: Any) -> None:
     writing.write_sealed(
         path, {key: item for key, item in value.items() if item is not None or key not in changes}
     )
+
+
+def fork() -> int:
+    """`os.fork`; the child computes with one thread, for it would wait for its parent's others."""
+    pid = os.fork()
+    if not pid:
+        torch.set_num_threads(1)
+    return pid
 
 
 def child_environment(**extra: Any) -> dict[str, str]:

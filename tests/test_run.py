@@ -1146,7 +1146,15 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
         ),
         ("--many_classes", "1e9", "--subtask", "anti_learning"),  # so that the other tests run
     ],
+    "cognitive_distillation": [("--steps", "1")],
+    "fct": [("--epochs", "1", "--apart_epochs", "1")],
     "dbr": [("--train_epochs", "1", "--apart_epochs", "1", "--epochs", "1")],
+    "bti_dbf": [
+        (
+            *("--rounds", "1", "--generator_width", "2", "--identity_epochs", "1"),
+            *("--mask_epochs", "1", "--invert_epochs", "1", "--unlearn_epochs", "1"),
+        )
+    ],
     "fp": [("--epochs", "1")],
     "fst": [("--epochs", "1")],
     "anti_learning": [

@@ -12,7 +12,7 @@ from .. import models
 from ..errors import UserError
 from ..metrics import SUMMARY
 from ..poison import POISON
-from ..record import Record, check_name, load_weights, read_result, record_root
+from ..record import Record, check_name, read_result, record_root
 from ..settings.parse import published
 from ..storage.staging import refuse_existing, staged
 from . import backdoorbench, class_order, weights
@@ -83,17 +83,17 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
         )
 
     # The record's own model, or that after a defense, each with its scores.
-    model, scores, precision = record.model(), record.info["scores"], record.info.get("precision")
+    folder, info, scores = record.folder, record.info, record.info["scores"]
     if options.defense is not None:
         folder = _run_folder(record, options.defense, options.run_name)
-        result = read_result(folder)
-        if result["after"] is None:
+        info = read_result(folder)
+        scores = info["after"]
+        if scores is None:
             raise UserError(
                 f"--defense {options.defense}: a detector leaves a split and no model: expected a"
                 " defense or an unlearner"
             )
-        scores, precision = result["after"], result.get("precision")
-        load_weights(model, folder / "model.safetensors", result["files"], record.model_shapes())
+    model = record.model_in(folder, info)
 
     meta = {
         "record": record.name,
@@ -104,7 +104,7 @@ def _export_weights(record: Record, path: Path, options: Export) -> int:
         "num_classes": record.info["num_classes"],
         "class_names": record.info["dataset"]["class_names"],
         "scores": {key: scores[key] for key in SUMMARY},
-        "precision": precision,  # of the scores; the weights are float32
+        "precision": info.get("precision"),  # of the scores; the weights are float32
     }
 
     try:

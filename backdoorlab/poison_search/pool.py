@@ -45,9 +45,10 @@ class SearchConfig:
     many_classes: float = 6.0
     """Robust standard deviations by which a group must also show more classes than parts of labels
     do. Lower values find more poison and raise more false alarms."""
-    apart: float = 2.7
+    apart: float = 3.0
     """Robust standard deviations, among all labels, by which a label's two groups must be farther
-    apart in the last layer for one to be poison. Lower values find more, and more false alarms."""
+    apart in the last layer for one to be poison; those by which it shows more classes count, too.
+    Lower values find more, and more false alarms."""
     nearer: float = 1.75
     """How many times nearer another label must be than the rest of its own for a group to be out of
     its label. Lower values find more poison and raise more false alarms."""
@@ -141,11 +142,7 @@ def shows_many_classes(measured: Measured, config: SearchConfig) -> dict[int, tu
         return {}
     found = {}
     for group in sorted(measured.groups, key=lambda group: group.lacks):
-        # Small groups are compared with small parts, which show less of one class.
-        z = robust_z(
-            group.lacks, [lacks for size, lacks in measured.known if size <= ALIKE * group.size]
-        )
-        shown = 1 - math.exp(-group.lacks)
+        z, shown = many(group, measured), 1 - math.exp(-group.lacks)
         if shown > config.variety and z > config.many_classes:
             what = f"a group shows {shown:.2f} of the other labels' variety"
             found[group.label] = group, f"{what}, {z:.1f} {SPREADS} above parts of labels"
@@ -165,21 +162,22 @@ def shows_one_class(measured: Measured, config: SearchConfig) -> dict[int, tuple
 
 
 def lies_apart(measured: Measured, config: SearchConfig) -> dict[int, tuple[Group, str]]:
-    """Find labels whose two groups are farther apart in the last layer than other labels' groups,
-    while one of them is nearer to another label: the other one is the poison, as no content
-    explains where it lies."""
+    """Find labels of which one group is nearer to another label than to the other group, where no
+    content explains that one's place: it is poison if the two are farther apart in the last layer
+    than other labels' groups, and may also show more classes; the evidence adds up."""
     if not comparable(measured.groups, config):
         return {}
     groups, found = sorted(measured.groups, key=lambda group: group.apart), {}
     # One value a label, its largest: the groups are sorted.
     reference = list({group.label: group.apart for group in groups}.values())
     for group in groups:
-        z = robust_z(group.apart, reference)
+        away, shown = robust_z(group.apart, reference), max(0.0, many(group, measured))
         large = config.label_samples <= min(group.size, group.rest)
         odd = large and group.rest_nearer > max(config.nearer, group.nearer)
-        if odd and z > config.apart:
-            what = "a group is far from the label's rest in the last layer"
-            found[group.label] = group, f"{what}, {z:.1f} {SPREADS} above labels' groups"
+        if odd and away + shown > config.apart:
+            what = f"a group is far from the label's rest in the last layer, {away:.1f}"
+            what += f" {SPREADS} above labels' groups, and shows {shown:.1f} more classes"
+            found[group.label] = group, f"{what} than parts of labels"
     return found
 
 
@@ -189,6 +187,13 @@ TESTS: list[Test] = [shows_many_classes, shows_one_class, lies_apart]
 def comparable(groups: list[Group], config: SearchConfig) -> bool:
     """Whether there are labels enough to compare one with the others."""
     return len({group.label for group in groups}) >= config.reference_labels
+
+
+def many(group: Group, measured: Measured) -> float:
+    """Robust standard deviations by which a group shows more classes than parts of labels do."""
+    # Small groups are compared with small parts, which show less of one class.
+    alike = [lacks for size, lacks in measured.known if size <= ALIKE * group.size]
+    return robust_z(group.lacks, alike)
 
 
 def robust_z(value: float, reference: list[float]) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from backdoorlab import joint
 from backdoorlab.data import Augment, Batch, Dataset, Split, batches
 from backdoorlab.datasets.load import load as load_dataset
-from backdoorlab.device import derived_generator
+from backdoorlab.device import derived_generator, seeded
 from backdoorlab.engine import Recipe
 from backdoorlab.errors import UserError
 from backdoorlab.execution.attack import attack_job
@@ -388,13 +388,8 @@ def test_batch_normalisation_tells_apart_what_comes_in_separate_passes(
 ) -> None:
     """Blind's and LIRA's published code passes clean and triggered images in turns, which works
     with the batch's own statistics only."""
-    lira, blind, dataset, labels, accuracy = (
-        module("lira"),
-        module("blind"),
-        digits(8),
-        Labels(0, "all2one", 10),
-        {},
-    )
+    lira, blind, dataset = module("lira"), module("blind"), digits(8)
+    labels, both = Labels(0, "all2one", 10), {}
     run, trigger = Run(tmp_path, seed=0, device=CPU, precision="fp32"), Paler()
     monkeypatch.setattr(blind, "paint", lambda images, white: lira.triggered(trigger, images, 1.0))
 
@@ -413,7 +408,7 @@ def test_batch_normalisation_tells_apart_what_comes_in_separate_passes(
         ) / 2
 
     for loss_of in (by_lira, by_blind, apart):
-        with joint.seeded(0, "leak"):
+        with seeded(0, "leak"):
             model = build(
                 "preactresnet10",
                 num_classes=10,
@@ -434,12 +429,15 @@ def test_batch_normalisation_tells_apart_what_comes_in_separate_passes(
                 drop_last=True,
             ):
                 run.step(optimizer, loss_of(model, batch.images, batch.labels))
-        found = predict(model, dataset.test, CPU)
-        accuracy[loss_of.__name__] = (found == dataset.test.labels).float().mean().item()
-    assert (
-        min(accuracy["by_lira"], accuracy["by_blind"]) > 0.8
-        and accuracy["apart"] < accuracy["by_lira"] - 0.25
-    ), accuracy
+        # Clean accuracy and ASR: apart, running statistics suit neither kind, or one of them.
+        clean = dataset.test
+        pale = lira.triggered(trigger, clean.images.float() / 255, 1.0)
+        bad = Split((255 * pale).round().byte(), labels.of(clean.labels))
+        both[loss_of.__name__] = sum(
+            (predict(model, split, CPU) == split.labels).float().mean().item()
+            for split in (clean, bad)
+        )
+    assert min(both["by_lira"], both["by_blind"]) > 1.55 and both["apart"] < 1.45, both
 
 
 class Summing(torch.nn.Module):
@@ -587,7 +585,7 @@ def test_trojannns_stain_excites_its_neurons(made: dict[str, Record]) -> None:
 def test_trojannns_activation_is_that_of_the_stain_it_keeps(tmp_path: Path) -> None:
     """Driven to 0, the neurons are the most excited by a stain that is thrown away."""
     trojannn = module("trojannn")
-    with joint.seeded(0, "stain"):
+    with seeded(0, "stain"):
         model = build(
             "preactresnet10",
             num_classes=3,

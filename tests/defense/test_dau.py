@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from backdoorlab.data import NO_AUGMENT, Split, to_float
 from backdoorlab.errors import UserError
 from backdoorlab.features import Features, predictions
-from backdoorlab.groups import content, splitting
+from backdoorlab.groups import content, measuring, splitting
 from backdoorlab.poison_search import anti_learning as detection
 from backdoorlab.poison_search import pool as search
 from backdoorlab.record import Record
@@ -506,6 +506,27 @@ def test_a_group_of_one_class_is_poison_where_it_lies_far_from_all_labels(
         assert any("far from the label's rest in the last layer" in note for note in run.notes)
     else:
         assert not pool.any()
+
+
+@pytest.mark.parametrize(
+    ("apart", "lacks", "found"), [(2.0, 2.0, True), (2.0, -9.0, False), (0.0, 2.0, False)]
+)
+def test_evidence_of_two_kinds_adds_up(apart: float, lacks: float, found: bool) -> None:
+    """A picture that hides half of each image leaves less of the classes to be seen, so that
+    neither their number nor the distance alone is far enough from other labels'."""
+
+    def group(label: int, away: float, shown: float, rest_nearer: float) -> measuring.Group:
+        sure = torch.arange(40) + 40 * label
+        return measuring.Group(label, 40, 60, sure, shown, away, 1.0, rest_nearer, 0.1, 3)
+
+    spread = [(k - 4.5) / 10 for k in range(10)]
+    usual = [group(k, away, away, 1.0) for k, away in enumerate(spread)]
+    unit = 1.4826 * 0.25  # one robust standard deviation of `spread`
+    odd = group(0, apart * unit, lacks * unit, 2.5)
+    measured = measuring.Measured([*usual, odd], [(40, away) for away in spread], 0)
+    assert (not search.shows_many_classes(measured, search.SearchConfig())) and list(
+        search.lies_apart(measured, search.SearchConfig())
+    ) == [0] * found
 
 
 SOURCE = 5

@@ -35,6 +35,9 @@ ROWS = {
     "anp": Row(asr=0.5, drop=0.1),  # .01 to .30, as the processor rounds
     "asd": Row(asr=0.1, drop=0.05),
     "bnp": Row(),
+    "bti_dbf": Row(
+        ("--rounds", "1", "--identity_epochs", "20", "--mask_epochs", "20", "--invert_epochs", "5")
+    ),
     "bu": Row(asr=0.1, drop=0.05),
     "ep": Row(),
     "clp": Row(),  # layers of 16 channels have few that stand out

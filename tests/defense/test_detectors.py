@@ -114,7 +114,7 @@ UNLEARNERS = {
     "finetune_kept": Left(flags=("--epochs", "1")),
     "random_label": Left(asr=0.2),
     "relearn": Left(asr=0.3),
-    "retrain": Left(asr=0.1, drop=1.0, flags=("--epochs", "1")),
+    "retrain": Left(asr=0.1, drop=0.1, flags=("--epochs", "4")),
     "scrub": Left(flags=("--epochs", "1")),
     "ssd": Left(flags=()),
 }

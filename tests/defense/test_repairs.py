@@ -24,7 +24,9 @@ from backdoorlab.storage import reading
 CPU = torch.device("cpu")
 METHOD: dict[str, Any] = {
     name: methods.load("defense", name).module
-    for name in ("anp", "bnp", "clp", "ep", "fp", "fst", "ft_sam", "nad", "nc", "npd", "rnp")
+    for name in (
+        *("anp", "bnp", "bti_dbf", "clp", "ep", "fp", "fst", "ft_sam", "nad", "nc", "npd", "rnp"),
+    )
 }
 
 
@@ -541,6 +543,69 @@ def test_npd_changes_one_convolution_and_the_mean_behind_it(tmp_path: Path) -> N
     }
 
 
+# --- BTI-DBF
+
+
+class Sums(nn.Module):
+    """Features are three sums of pixels; the first two tell the class, the third misleads."""
+
+    num_features, num_classes = 3, 2
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :3]
+
+    def forward_head(self, f: Tensor, pre_logits: bool = False) -> Tensor:
+        told = f[:, 0] - f[:, 1] - f[:, 2]
+        return f if pre_logits else torch.stack([told, -told], 1)
+
+
+def test_a_mask_keeps_the_features_that_tell_the_class(tmp_path: Path) -> None:
+    bti, run = METHOD["bti_dbf"], Run(tmp_path, seed=0, device=CPU)
+    labels = torch.arange(20) % 2
+    pixels = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = 200 * (1 - labels), 200 * labels
+    # Where the class is the first, the third feature is there and speaks for the second.
+    pixels[:, 0, 0, 2] = 250 * (1 - labels)
+    model = Classifier(Sums(), [0.0], [1.0])
+    split, config = Split(pixels, labels), bti.Config(mask_epochs=400, mask_lr=0.05)
+    kept = bti.decouple(model, split, config, run, 1).flatten()
+    assert (kept[:2] > 0.9).all() and kept[2] < 0.1
+    drawn = bti.decouple(model, split, bti.Config(mask_epochs=0), run, 2).flatten()
+    assert ((drawn > 0.1) & (drawn < 0.9)).any(), "a control: it begins at random"
+
+
+def test_a_generator_leaves_benign_features_and_moves_the_others(tmp_path: Path) -> None:
+    """It finds the pixel that only the third feature reads; without leave it stays where it is."""
+    bti, split = METHOD["bti_dbf"], images()
+    model, m = Classifier(Sums(), [0.0], [1.0]), torch.tensor([[1.0, 1.0, 0.0]])
+    moved, settings = [], dict(generator_width=4, batch_size=9, identity_epochs=150)
+    for limit in (0.3, 0.0):
+        config = bti.Config(**settings, invert_epochs=60, image_limit=limit, benign_weight=1.0)
+        (tmp_path / str(limit)).mkdir()
+        run = Run(tmp_path / str(limit), seed=0, device=CPU)
+        torch.manual_seed(0)
+        painter = bti.UNet(1, 1, 4)
+        bti.learn_identity(painter, model, split, config, run)
+        bti.invert(painter, model, m, None, split, config, run, 1)
+        x = split.images.float() / 255
+        with torch.no_grad():
+            change = model.forward_features(bti.painted(painter, x)) - model.forward_features(x)
+        moved.append(change.square().mean(0))
+    assert moved[0][2] > 5 * moved[0][:2].max() and moved[0][2] > 5 * moved[1][2]
+
+
+def test_bti_dbf_needs_features_of_one_tensor(tmp_path: Path) -> None:
+    bti, run = METHOD["bti_dbf"], Run(tmp_path, seed=0, device=CPU)
+
+    class Branches(Sums):
+        def forward_features(self, x: Tensor) -> Any:
+            return [x, x]
+
+    view = view_of(Classifier(Branches(), [0.0], [1.0]), images())
+    with pytest.raises(UserError, match=r"no single tensor \(Branches\), .* another defense$"):
+        bti.defend(view, bti.Config(identity_epochs=0), run)
+
+
 # --- ANP, RNP
 
 
@@ -706,6 +771,15 @@ def test_fst_turns_the_last_layer_away(tmp_path: Path) -> None:
 
 SHORT: dict[str, dict[str, Any]] = {
     "anp": dict(iterations=6, batch_size=6),
+    "bti_dbf": dict(
+        rounds=2,
+        generator_width=2,
+        batch_size=9,
+        identity_epochs=1,
+        mask_epochs=1,
+        invert_epochs=1,
+        unlearn_epochs=1,
+    ),
     "fp": dict(epochs=4, batch_size=9),
     "fst": dict(epochs=4, batch_size=9),
     "ft_sam": dict(epochs=4, batch_size=9),

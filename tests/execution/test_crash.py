@@ -57,7 +57,7 @@ def quick_path(tmp_path: Path) -> Iterator[Path]:
 def forked(work: Callable[[], None], said: Path) -> int:
     """Run `work` in a child that starts as warm as we are; its last words go to the file `said`.
     Returns the pid."""
-    pid = os.fork()
+    pid = helpers.fork()
     if pid:
         return pid
     code = BROKEN

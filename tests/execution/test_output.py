@@ -58,7 +58,7 @@ def test_a_command_goes_on_when_its_reader_ends(
 ) -> None:
     """A whole training whose output nobody reads is finished, with exit code 0."""
     argv = ["attack", "badnet", "--save_folder_name", "r", "--record_root", str(tmp_path)]
-    pid = os.fork()
+    pid = helpers.fork()
     if not pid:
         code = 99
         try:

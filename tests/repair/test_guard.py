@@ -21,7 +21,7 @@ from backdoorlab.storage import reading
 CPU = torch.device("cpu")
 K = 4
 OFF = GuardConfig(guard_drop=None)
-GUARDED = ("bu", "fp", "fst", "ft", "ft_sam", "ibau", "nad", "nc", "npd", "sau")
+GUARDED = ("bti_dbf", "bu", "fp", "fst", "ft", "ft_sam", "ibau", "nad", "nc", "npd", "sau")
 LITE = ("bu", "ibau", "sau")
 
 

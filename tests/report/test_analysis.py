@@ -90,12 +90,15 @@ def test_gradcam_jumps_to_the_trigger(attacked: subject.Subject, clean: Record) 
     assert moved > 0.15 and moved > 3 * abs(control), (moved, control)
 
 
-def test_gradcam_says_which_networks_it_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transformer's tokens are no maps; without captum one line says what to install."""
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_gradcam_says_which_networks_it_cannot_read(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens are no maps, and maps (N, H, W, C) are of another order; without captum one line says
+    what to install."""
     vit = models.build(
-        "vit_tiny_patch16_224", num_classes=3, in_chans=3, mean=[0.5] * 3, std=[0.5] * 3,
-        image_size=32,
-    ).eval()  # fmt: skip
+        name, num_classes=3, in_chans=3, mean=[0.5] * 3, std=[0.5] * 3, image_size=32
+    ).eval()
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(UserError, match="feature maps"):
         gradcam.heat(vit, images, CPU)

@@ -605,7 +605,7 @@ def extra_memory(work: Callable[[], Any], said: Path) -> tuple[int, str]:
             if line.startswith(key)
         )
 
-    pid = os.fork()
+    pid = helpers.fork()
     if pid == 0:
         try:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...data import to_float
 from ...errors import UserError
 from ...execution.preview import one_per_class, sheet
+from ...features import stage_output
 from ...models import Classifier
 from ..charts import Chart, Panel
 from .subject import Subject, title
@@ -61,12 +62,14 @@ def heat(model: Classifier, images: Tensor, device: torch.device) -> Tensor:
         ) from error
 
     pixels = to_float(images).to(device)
-    with torch.no_grad():
+    with torch.no_grad(), stage_output(model, -1) as read:
         predicted = model(pixels).argmax(1)
+        maps = read()
     attribution = LayerGradCam(model, model.stages()[-1]).attribute(
         pixels, target=predicted, relu_attributions=True
     )
-    if attribution.dim() != 4:
+    # Of another order, such as (N, H, W, C), captum would sum over the wrong axis.
+    if attribution.dim() != 4 or attribution.shape[2:] != maps.shape[2:]:
         raise UserError(
             "Grad-CAM needs a network whose last stage gives feature maps (N, C, H, W), which"
             f" {type(model.network).__name__} does not: leave gradcam out of --analysis"
