@@ -27,6 +27,8 @@ from ..run import Run
 SPREADS = "robust standard deviations"
 ALIKE = 2
 """Largest ratio of sizes at which a part of a label is compared with a group."""
+DOUBLED = 2.0
+"""Robust standard deviations that another label's being twice as near counts for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +47,11 @@ class SearchConfig:
     many_classes: float = 6.0
     """Robust standard deviations by which a group must also show more classes than parts of labels
     do. Lower values find more poison and raise more false alarms."""
-    apart: float = 3.0
-    """Robust standard deviations, among all labels, by which a label's two groups must be farther
-    apart in the last layer for one to be poison; those by which it shows more classes count, too.
-    Lower values find more, and more false alarms."""
+    apart: float = 2.4
+    """Evidence that one of a label's two groups is out of its place, above which it is poison: in
+    the last layer it is farther from the other one than other labels' groups, shows more classes,
+    and another label is nearer to the other one. In units of the largest that chance gives among
+    so many labels. Lower values find more, and more false alarms."""
     nearer: float = 1.75
     """How many times nearer another label must be than the rest of its own for a group to be out of
     its label. Lower values find more poison and raise more false alarms."""
@@ -163,21 +166,30 @@ def shows_one_class(measured: Measured, config: SearchConfig) -> dict[int, tuple
 
 def lies_apart(measured: Measured, config: SearchConfig) -> dict[int, tuple[Group, str]]:
     """Find labels of which one group is nearer to another label than to the other group, where no
-    content explains that one's place: it is poison if the two are farther apart in the last layer
-    than other labels' groups, and may also show more classes; the evidence adds up."""
+    content explains that one's place: it is poison if the evidence adds up to enough.
+
+    The evidence is how much farther the two groups are apart in the last layer than other labels'
+    groups, and how many more classes one shows than parts of labels, both in robust standard
+    deviations, and how much nearer another label is: twice counts as two of them.
+    """
     if not comparable(measured.groups, config):
         return {}
     groups, found = sorted(measured.groups, key=lambda group: group.apart), {}
     # One value a label, its largest: the groups are sorted.
     reference = list({group.label: group.apart for group in groups}.values())
     for group in groups:
-        away, shown = robust_z(group.apart, reference), max(0.0, many(group, measured))
         large = config.label_samples <= min(group.size, group.rest)
-        odd = large and group.rest_nearer > max(config.nearer, group.nearer)
-        if odd and away + shown > config.apart:
-            what = f"a group is far from the label's rest in the last layer, {away:.1f}"
-            what += f" {SPREADS} above labels' groups, and shows {shown:.1f} more classes"
-            found[group.label] = group, f"{what} than parts of labels"
+        if not (large and group.rest_nearer > max(config.nearer, group.nearer)):
+            continue
+        away, shown = robust_z(group.apart, reference), max(0.0, many(group, measured))
+        evidence = away + shown + DOUBLED * math.log2(group.rest_nearer)
+        # The largest of so many normal values lies about that many standard deviations out.
+        evidence /= math.sqrt(2 * math.log(len(reference)))
+        if evidence > config.apart:
+            what = f"a group is far from the label's rest in the last layer, {away:.1f} {SPREADS}"
+            what += f" above labels' groups, shows {shown:.1f} more classes than parts of labels,"
+            what += f" and leaves the rest {group.rest_nearer:.1f} times nearer to another label"
+            found[group.label] = group, f"{what} (evidence {evidence:.1f})"
     return found
 
 

@@ -509,9 +509,17 @@ def test_a_group_of_one_class_is_poison_where_it_lies_far_from_all_labels(
 
 
 @pytest.mark.parametrize(
-    ("apart", "lacks", "found"), [(2.0, 2.0, True), (2.0, -9.0, False), (0.0, 2.0, False)]
+    ("apart", "lacks", "ratio", "found"),
+    [
+        (2.0, 2.0, 2.5, True),
+        # Controls: either alone is too little, unless the rest lies far nearer to another label.
+        (2.0, -9.0, 2.5, False),
+        (0.0, 2.0, 2.5, False),
+        (2.0, -9.0, 5.0, True),
+        (4.0, 4.0, 1.5, False),
+    ],
 )
-def test_evidence_of_two_kinds_adds_up(apart: float, lacks: float, found: bool) -> None:
+def test_evidence_adds_up(apart: float, lacks: float, ratio: float, found: bool) -> None:
     """A picture that hides half of each image leaves less of the classes to be seen, so that
     neither their number nor the distance alone is far enough from other labels'."""
 
@@ -519,10 +527,10 @@ def test_evidence_of_two_kinds_adds_up(apart: float, lacks: float, found: bool) 
         sure = torch.arange(40) + 40 * label
         return measuring.Group(label, 40, 60, sure, shown, away, 1.0, rest_nearer, 0.1, 3)
 
-    spread = [(k - 4.5) / 10 for k in range(10)]
-    usual = [group(k, away, away, 1.0) for k, away in enumerate(spread)]
-    unit = 1.4826 * 0.25  # one robust standard deviation of `spread`
-    odd = group(0, apart * unit, lacks * unit, 2.5)
+    spread = [k / 10 for k in range(-5, 6)]
+    usual = [group(k, away, away, 1.0) for k, away in enumerate(spread, 1)]
+    unit = 1.4826 * 0.3  # one robust standard deviation of `spread`
+    odd = group(0, apart * unit, lacks * unit, ratio)
     measured = measuring.Measured([*usual, odd], [(40, away) for away in spread], 0)
     assert (not search.shows_many_classes(measured, search.SearchConfig())) and list(
         search.lies_apart(measured, search.SearchConfig())
