@@ -1,4 +1,4 @@
-"""A small U-Net, for attacks whose trigger is made by a network of their own."""
+"""A small U-Net, for triggers that a network makes, or finds."""
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,8 @@ class UNet(nn.Module):
         if min(given.shape[2:]) < 8:
             height, width = given.shape[2:]
             raise UserError(
-                "the encoder halves images twice and needs 8x8 pixels or more, got"
-                f" {height}x{width}: use --image_size"
+                "the U-Net halves images twice and needs 8x8 pixels or more, got"
+                f" {height}x{width}: an attack makes them larger by --image_size"
             )
 
         full = F.relu(self.enter(given))
