@@ -44,6 +44,7 @@ from backdoorlab.models import Classifier, trained_weights
 from backdoorlab.models.unet import UNet
 from backdoorlab.perturb import frozen
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.finetuning import augmented_batches
 from backdoorlab.repair.guard import GuardConfig, guarded_epochs
 from backdoorlab.run import Run
 
@@ -244,13 +245,7 @@ def unlearn(
         run, f"unlearn{number}", config.unlearn_epochs, trusted, config, model, optimizer
     ):
         model.train()
-        for batch in batches(
-            trusted,
-            config.batch_size,
-            device=run.device,
-            generator=run.generator,
-            augment=view.augment,
-        ):
+        for batch in augmented_batches(trusted, view, config.batch_size, run):
             x, y = batch.images, batch.labels
             count = min(len(x), int(config.painted * len(x)) + 1)
             with torch.no_grad():

@@ -24,10 +24,16 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import batches, to_device
+from backdoorlab.data import to_device
 from backdoorlab.models import linear_classifier
 from backdoorlab.record import DefenderView
-from backdoorlab.repair.finetuning import FinetuneConfig, make_cosine, make_forward, make_sgd
+from backdoorlab.repair.finetuning import (
+    FinetuneConfig,
+    augmented_batches,
+    make_cosine,
+    make_forward,
+    make_sgd,
+)
 from backdoorlab.repair.guard import guarded_epochs
 from backdoorlab.run import Run
 
@@ -68,13 +74,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         if epoch == 0:
             renew(last, run)
         model.train()
-        for batch in batches(
-            trusted,
-            config.batch_size,
-            device=run.device,
-            generator=run.generator,
-            augment=view.augment,
-        ):
+        for batch in augmented_batches(trusted, view, config.batch_size, run):
             loss = F.cross_entropy(forward(batch.images).float(), batch.labels)
             # CE + alpha <w, w_orig>.
             loss = loss + config.alpha * (last.weight * original).sum()

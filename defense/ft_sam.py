@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import Batch, batches, to_device
+from backdoorlab.data import Batch, to_device
 from backdoorlab.engine import Forward
 from backdoorlab.models import trained_weights
 from backdoorlab.record import DefenderView
 from backdoorlab.repair.finetuning import (
     FinetuneConfig,
+    augmented_batches,
     make_cosine,
     make_forward,
     make_sgd,
@@ -65,13 +66,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         run, "finetune", config.epochs, trusted, config, model, optimizer, schedule
     ):
         model.train()
-        for batch in batches(
-            trusted,
-            config.batch_size,
-            device=run.device,
-            generator=run.generator,
-            augment=view.augment,
-        ):
+        for batch in augmented_batches(trusted, view, config.batch_size, run):
             sharpness_aware_step(model, optimizer, forward, batch, view.num_classes, config, run)
         schedule.step()
     return model

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import batches, to_device
+from backdoorlab.data import to_device
 from backdoorlab.errors import UserError
 from backdoorlab.features import maps_of
 from backdoorlab.models import Classifier, trained_weights
 from backdoorlab.record import DefenderView
-from backdoorlab.repair.finetuning import FinetuneConfig, finetune
+from backdoorlab.repair.finetuning import FinetuneConfig, augmented_batches, finetune
 from backdoorlab.repair.guard import guarded_epochs
 from backdoorlab.run import Run
 
@@ -85,13 +85,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
 
     for _ in guarded_epochs(run, "distill", config.epochs, trusted, config, model, optimizer):
         model.train()
-        for batch in batches(
-            trusted,
-            config.batch_size,
-            device=run.device,
-            generator=run.generator,
-            augment=view.augment,
-        ):
+        for batch in augmented_batches(trusted, view, config.batch_size, run):
             # Attention of the teacher, and of the student in the pass that its loss comes from.
             with torch.no_grad(), run.autocast(), stage_maps(teacher, config) as wanted:
                 teacher(batch.images)

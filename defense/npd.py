@@ -36,10 +36,11 @@ from torch import Tensor, nn
 
 from backdoorlab.cli import main
 from backdoorlab.config import DefenseConfig
-from backdoorlab.data import batches, to_device
+from backdoorlab.data import to_device
 from backdoorlab.losses import cce
 from backdoorlab.perturb import frozen, project
 from backdoorlab.record import DefenderView
+from backdoorlab.repair.finetuning import augmented_batches
 from backdoorlab.repair.guard import GuardConfig, guarded_epochs
 from backdoorlab.repair.inserted_layer import fold, inserted, place
 from backdoorlab.run import Run
@@ -106,13 +107,7 @@ def defend(view: DefenderView, config: Config, run: Run) -> nn.Module:
         for _ in guarded_epochs(
             run, "polarize", config.epochs, trusted, config, network, optimizer
         ):
-            for batch in batches(
-                trusted,
-                config.batch_size,
-                device=run.device,
-                generator=run.generator,
-                augment=view.augment,
-            ):
+            for batch in augmented_batches(trusted, view, config.batch_size, run):
                 x, y = batch.images, batch.labels
                 network.eval()
                 seen, second = perturbed(network, model.std, x, config, run)

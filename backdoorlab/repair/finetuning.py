@@ -1,7 +1,7 @@
 """Fine-tune a model on the trusted images by cross-entropy, guarded, as a part of a defense."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Split, batches
+from ..data import Batch, Split, batches
 from ..engine import Forward
 from ..models import trained_weights
 from ..record import DefenderView
@@ -80,6 +80,15 @@ def make_forward(
     return Forward(model.train(), run, trusted, passes * math.ceil(len(trusted) / size), *sizes)
 
 
+def augmented_batches(
+    trusted: Split, view: DefenderView, batch_size: int, run: Run
+) -> Iterator[Batch]:
+    """Iterate once over the trusted images, shuffled and augmented as in ordinary training."""
+    return batches(
+        trusted, batch_size, device=run.device, generator=run.generator, augment=view.augment
+    )
+
+
 def finetune(
     model: nn.Module,
     trusted: Split,
@@ -116,13 +125,7 @@ def finetune(
 
     for _ in guarded_epochs(run, stage, total, trusted, config, model, optimizer, schedule):
         model.train()
-        for batch in batches(
-            trusted,
-            config.batch_size,
-            device=run.device,
-            generator=run.generator,
-            augment=view.augment,
-        ):
+        for batch in augmented_batches(trusted, view, config.batch_size, run):
             images = batch.images if change is None else change(batch.images)
             # Logits are float32 again before the loss, whatever the precision.
             run.step(optimizer, F.cross_entropy(forward(images).float(), batch.labels))

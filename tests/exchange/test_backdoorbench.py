@@ -570,9 +570,8 @@ def test_an_export_does_not_delete_what_it_did_not_write(
     assert main(export) == 0, "a control"
 
 
-TRAINS_ANEW = ("abl", "asd", "dbr")
 QUICK = {
-    "abl": ("--isolation_epochs", "1", "--finetune_epochs", "1", "--unlearn_epochs", "1"),
+    "abl": ("--isolation_epochs", "2", "--finetune_epochs", "10", "--unlearn_epochs", "1"),
     "anp": ("--iterations", "5"),
     "asd": (
         "--stage1_epochs",
@@ -590,7 +589,7 @@ QUICK = {
     ),
     "bu": ("--search_epochs", "1"),
     "dau": (),
-    "dbr": ("--train_epochs", "1", "--apart_epochs", "1", "--epochs", "1"),
+    "dbr": ("--train_epochs", "2", "--apart_epochs", "2", "--epochs", "2"),
     "fp": ("--epochs", "1"),
     "fst": ("--batch_size", "24"),  # its last layer begins anew
     "ft": ("--epochs", "1"),
@@ -613,7 +612,9 @@ def test_an_imported_record_runs_under_every_defense(
     assert bring(tmp_path / "given") == 0
     result = helpers.defend(method, got(tmp_path), "--score_every", "0", *QUICK.get(method, ()))
     assert result is not None and result["before"]["asr"] > 0.9
-    assert method in TRAINS_ANEW or result["after"]["clean_accuracy"] > 0.5
+    assert method == "asd" or result["after"]["clean_accuracy"] > 0.5, (
+        "ASD trains anew, and had no time to"
+    )
     if method == "dau":
         assert result["after"]["asr"] < 0.3 and result["split"]["tpr"] > 0.8
         direct = helpers.defend(
