@@ -21,7 +21,7 @@ from backdoorlab.errors import UserError
 from backdoorlab.execution.defense import defense_job
 from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.poison_search.anti_learning import find_poison
-from backdoorlab.poison_search.pool import draw_pool
+from backdoorlab.poison_search.pool import alone, draw_pool
 from backdoorlab.record import Record, defender_view, record_root
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
@@ -107,9 +107,9 @@ def split(view: Any, pool: str, record: Record, config: Any, run: Run) -> None:
         return
 
     poison = record.train_poison.mask(len(view.train)).nonzero().squeeze(1)
-    size = max(1, round(config.pool_rate * len(view.train)))
-    drawn = draw_pool(poison, size, len(view.train), run)
-    find_poison(view, config, config.batch_size, run, drawn)
+    share = min(0.5, config.pool_rate * len(view.train) / len(poison))
+    drawn = draw_pool(poison, share, len(view.train), run)
+    find_poison(view, config, config.batch_size, run, alone(drawn))
 
 
 def _share(value: float | None, digits: int = 3) -> str:

@@ -24,6 +24,8 @@ class Group(NamedTuple):
     """Samples of the label outside the group."""
     sure: Tensor
     """int64 (m,): samples that surely belong to the group, as positions in the training set."""
+    sure_rest: Tensor
+    """The same of the rest."""
     lacks: float
     """-log of the variety of classes that the group lacks: high where it shows many."""
     apart: float
@@ -88,10 +90,10 @@ def measure(
                 known.append((int(part.sum()), lacks(part, shown, generator)))
 
         # The parts that may be poison.
-        for part, certain in parts(near, lines[0], separation, trim, sure):
+        for part, inside, outside in parts(near, lines[0], separation, trim, sure):
             if part.sum() >= label_samples // 2 <= (~part).sum():
-                members = near.members[certain]
-                groups.append(examine(part, members, far, shown, generator))
+                members, others = near.members[inside], near.members[outside]
+                groups.append(examine(part, members, others, far, shown, generator))
     return Measured(groups, known, left_out)
 
 
@@ -109,15 +111,26 @@ def ends(line: Tensor, size: int) -> list[Tensor]:
 
 def parts(
     label: Whitened, line: Tensor, separation: float, trim: float, sure: float
-) -> list[tuple[Tensor, Tensor]]:
-    """Cut a label by 2-means and by mixtures from both ends of a line (n,): parts, and what surely
-    belongs to them, bool (n,)."""
-    found = [(half, outer(line, half, trim)) for half in halves(line)]
-    # Either side may be the poison, so both are parts.
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Cut a label by 2-means and by mixtures from both ends of a line (n,): parts, what surely
+    belongs to each, and what surely does not, bool (n,)."""
+    cuts = []
+    if len(both := halves(line)) == 2:
+        cuts.append([(half, outer(line, half, trim)) for half in both])
     for p in mixture(label.samples, line, separation):
-        for side in (p, 1 - p):
-            found.append((side > 0.5, side >= side[side > 0.5].median().clamp_max(sure)))
+        cuts.append([(side > 0.5, certain(side, sure)) for side in (p, 1 - p)])
+
+    # Either side may be the poison, so both are parts.
+    found = []
+    for (one, in_one), (other, in_other) in cuts:
+        found += [(one, in_one, in_other), (other, in_other, in_one)]
     return found
+
+
+def certain(p: Tensor, sure: float) -> Tensor:
+    """bool (n,): the surer half of those that belong to a group by their probability (n,), and all
+    above `sure`."""
+    return p >= p[p > 0.5].median().clamp_max(sure)
 
 
 def outer(x: Tensor, half: Tensor, trim: float) -> Tensor:
@@ -127,15 +140,22 @@ def outer(x: Tensor, half: Tensor, trim: float) -> Tensor:
 
 
 def examine(
-    part: Tensor, sure: Tensor, late: Whitened, shown: Discriminant, generator: torch.Generator
+    part: Tensor,
+    sure: Tensor,
+    sure_rest: Tensor,
+    late: Whitened,
+    shown: Discriminant,
+    generator: torch.Generator,
 ) -> Group:
-    """Measure a part, bool (n,), of a label; `sure` are samples of it as positions."""
+    """Measure a part, bool (n,), of a label; `sure` are samples of it, and `sure_rest` of its rest,
+    as positions."""
     belief, source = shown.belief(part)
     return Group(
         label=late.label,
         size=int(part.sum()),
         rest=int((~part).sum()),
         sure=sure,
+        sure_rest=sure_rest,
         lacks=lacks(part, shown, generator),
         apart=distance(late.samples, part),
         nearer=shown.nearer(part),

@@ -23,7 +23,7 @@ from ..losses import cce, cross_entropy
 from ..record import DefenderView
 from ..run import Run
 from .isolation import isolate
-from .pool import SearchConfig, mask, search
+from .pool import Found, SearchConfig, alone, mask, search
 
 AT_ONCE = 20_000
 """Samples on which all heads answer at once; more need more memory."""
@@ -37,7 +37,8 @@ class AntiLearningConfig(SearchConfig):
     """How the first poison is found: bimodal: a label whose features fall into two groups (ours);
     isolation: lowest loss after ABL's training; model_loss: lowest loss of the model."""
     pool_rate: float = 0.01
-    """|P0| / N. Larger pools lead anti-learning better, but contain more of what it should find."""
+    """|P0| / N of isolation and model_loss. Larger pools lead anti-learning better, where the
+    poison is not less than them."""
     isolation_epochs: int = 20
     """Passes of the isolation training."""
     isolation_gamma: float = 0.5
@@ -50,6 +51,12 @@ class AntiLearningConfig(SearchConfig):
     """alpha of anti-learning: weight of learning everything outside the pool."""
     beta1: float = 1000.0
     """beta of anti-learning: weight of unlearning the pool; higher flags more, clean or not."""
+    rest_flagged: float = 0.1
+    """Share of the samples that surely lie in the pool's labels but not in its group, above which a
+    head that flags so many is trained again, with these at `rest_weight`."""
+    rest_weight: float = 4.0
+    """Weight of learning them then. More flags fewer clean samples of the label, and less
+    poison."""
     beta1_fallback: float = 99.0
     """beta1 of a second attempt, where the head breaks down at the first."""
     head_lr: float = 0.1
@@ -75,6 +82,8 @@ class AntiLearningConfig(SearchConfig):
         "isolation_epochs": ">= 0",
         "isolation_lr": ">= 0",
         "heads": ">= 1",
+        "rest_flagged": "[0, 1]",
+        "rest_weight": ">= 0",
         "head_lr": ">= 0",
         "head_batch_size": ">= 1",
         "head_epochs": ">= 0",
@@ -88,12 +97,13 @@ def find_poison(
     config: AntiLearningConfig,
     batch_size: int,
     run: Run,
-    pool: Tensor | None = None,
+    found: Found | None = None,
 ) -> tuple[Tensor, bool]:
-    """Find the poison by steps 1 to 3, or by 2 and 3 from a given pool, bool (N,).
+    """Find the poison by steps 1 to 3, or by 2 and 3 from a given pool.
 
     Args:
         batch_size: images a step in the training of `--pool isolation`.
+        found: the pool.
 
     Returns:
         bool (N,) on the CPU, all False where a guard refuses the split; and whether the poison was
@@ -104,18 +114,21 @@ def find_poison(
     features = extract(view.load_model(), train, run)
 
     # Step 1: the pool.
-    one_class = False
-    if pool is None:
-        pool, one_class = find_pool(view, train, features, config, batch_size, run)
-    if not pool.any():
-        run.report_split(pool)
-        return pool, False
-    run.report_split(pool, "pool")
+    if found is None:
+        found = find_pool(view, train, features, config, batch_size, run)
+    if not found.pool.any():
+        run.report_split(found.pool)
+        return found.pool, False
+    run.report_split(found.pool, "pool")
 
     # Steps 2 and 3, with a smaller beta where the head breaks down.
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
-        log_p = anti_learn(features, pool, head, beta, config, run)
+        log_p = anti_learn(features, found.pool, head, beta, config, run)
         flagged = lost_label(log_p, features, config)
+        if takes_the_rest(flagged, found.rest, config, run):
+            weights = torch.where(found.rest, config.rest_weight, 1.0)
+            log_p = anti_learn(features, found.pool, head, beta, config, run, weights)
+            flagged = lost_label(log_p, features, config)
         if is_intact(log_p, flagged, beta, features, config, run):
             break
     else:
@@ -125,10 +138,10 @@ def find_poison(
     flagged = unless_emptied(flagged, features, config, run)
     if flagged.any():
         counts = torch.bincount(features.labels[flagged], minlength=view.num_classes).tolist()
-        found = [f"{label}: {count}" for label, count in enumerate(counts) if count]
-        run.note("flagged by label: " + ", ".join(found))
+        by_label = [f"{label}: {count}" for label, count in enumerate(counts) if count]
+        run.note("flagged by label: " + ", ".join(by_label))
     run.report_split(flagged, suspicion=doubt(log_p, features, config))
-    return flagged.cpu(), one_class
+    return flagged.cpu(), found.one_class
 
 
 # --- 1. pool
@@ -141,20 +154,16 @@ def find_pool(
     config: AntiLearningConfig,
     batch_size: int,
     run: Run,
-) -> tuple[Tensor, bool]:
-    """Find at most pool_rate N samples that are almost surely poison.
+) -> Found:
+    """Find samples that are almost surely poison.
 
     Args:
         train: the N training samples, on the run's device.
         features: of all of them, by the poisoned model.
         batch_size: images a step in the training of `isolation`.
-
-    Returns:
-        bool (N,), all False where no label looks poisoned; and whether they may show one class.
     """
-    size = max(1, round(config.pool_rate * len(train)))
     if config.pool == "bimodal":
-        return search(features, size, view.num_classes, config, run)
+        return search(features, view.num_classes, config, run)
 
     # Lowest loss, of the poisoned model or of one that was trained for this alone.
     if config.pool == "isolation":
@@ -162,7 +171,8 @@ def find_pool(
         model = isolate(view, train, epochs, batch_size, lr, gamma, run)
         features = extract(model, train, run)
     losses = F.cross_entropy(features.logits, features.labels, reduction="none")
-    return mask(losses.argsort()[:size], len(train)), False
+    size = max(1, round(config.pool_rate * len(train)))
+    return alone(mask(losses.argsort()[:size], len(train)))
 
 
 # --- 2. anti-learning
@@ -182,8 +192,12 @@ def anti_learn(
     beta: float,
     config: AntiLearningConfig,
     run: Run,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Train copies of the model's own head to learn all samples but unlearn the pool, bool (N,).
+
+    Args:
+        weights: float (N,), how much each sample outside the pool counts; None: alike.
 
     Returns:
         log p (N, K), the median over the heads. It is not renormalised over the classes: heads that
@@ -191,6 +205,7 @@ def anti_learn(
     """
     n, num_classes = features.logits.shape
     head, pool = linear(head), pool.to(features.labels.device)
+    alpha = config.alpha1 * (torch.ones(n) if weights is None else weights).to(pool.device)
     weight = head.weight.detach().float().expand(config.heads, -1, -1).clone().requires_grad_()
     bias = head.bias.detach().float().expand(config.heads, -1).clone().requires_grad_()
 
@@ -206,7 +221,7 @@ def anti_learn(
             labels, poisoned = features.labels[index], pool[index]
             logits = torch.einsum("hbd,hkd->hbk", features.pooled[index], weight) + bias[:, None]
             losses = (
-                config.alpha1 * cross_entropy(logits, labels) * ~poisoned
+                alpha[index] * cross_entropy(logits, labels) * ~poisoned
                 + beta * cce(logits, labels) * poisoned
             )
             steps = torch.autograd.grad(losses.mean(1).sum(), [weight, bias])
@@ -251,6 +266,20 @@ def doubt(log_p: Tensor, features: Features, config: AntiLearningConfig) -> Tens
     False), less the anti-learned head's."""
     before = cross_entropy(features.logits, features.labels) if config.relative else 0
     return -log_p.gather(1, features.labels.unsqueeze(1)).squeeze(1) - before
+
+
+def takes_the_rest(flagged: Tensor, rest: Tensor, config: AntiLearningConfig, run: Run) -> bool:
+    """Whether a head flags, bool (N,), too many of the samples that surely are not of the pool's
+    group, bool (N,); say so."""
+    if not rest.any():
+        return False
+    share = flagged[rest.to(flagged.device)].float().mean().item()
+    if share > config.rest_flagged:
+        run.note(
+            f"the anti-learned head flags {share:.2f} of the rest of the pool's label, too: it is"
+            " trained again, with more weight on that"
+        )
+    return share > config.rest_flagged
 
 
 def is_intact(

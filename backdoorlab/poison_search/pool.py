@@ -15,7 +15,7 @@ docs/methods/dau.md gives the reasons, docs/lab/dau.md the numbers.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,9 @@ class SearchConfig:
     sure: float = 0.99
     """Probability under a mixture above which a sample of the poisoned group may enter the pool;
     the surer half of the group always may."""
+    pool_share: float = 0.5
+    """Share of what the search found that is drawn as the pool. Larger pools lead anti-learning
+    better; what stays outside shows how well it finds the rest."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "label_samples": ">= 4",
@@ -77,6 +80,7 @@ class SearchConfig:
         "reference_labels": ">= 3",
         "trim": "[0, 1)",
         "sure": "(0, 1)",
+        "pool_share": "(0, 1]",
     }
 
 
@@ -84,20 +88,26 @@ Test = Callable[[Measured, "SearchConfig"], dict[int, tuple[Group, str]]]
 """Label -> its group of poison, and the evidence in words."""
 
 
-def search(
-    features: Features, size: int, num_classes: int, config: SearchConfig, run: Run
-) -> tuple[Tensor, bool]:
+class Found(NamedTuple):
+    """What a search found."""
+
+    pool: Tensor
+    """bool (N,) on the CPU: samples that are almost surely poison; none where no label looks
+    poisoned."""
+    rest: Tensor
+    """bool (N,) on the CPU: samples that surely belong to the other group of the same labels."""
+    one_class: bool = False
+    """Whether the poison may show one class only, which is what the second test finds."""
+
+
+def search(features: Features, num_classes: int, config: SearchConfig, run: Run) -> Found:
     """Find a small set of samples that are almost surely poison.
 
     Args:
         features: of all N training samples, by the poisoned model.
-        size: largest number of samples to return.
         num_classes: K.
-
-    Returns:
-        bool (N,), all False where no label looks poisoned; and whether the poison may show one
-        class only, which is what the second test finds.
     """
+    n = len(features.labels)
     measured = measure(
         features.early,
         features.pooled,
@@ -125,15 +135,19 @@ def search(
                 run.note(
                     f"label {group.label}: {why}, so {group.size:,} samples are taken for poison"
                 )
-            members = torch.cat([group.sure for group, _ in found.values()])
-            return draw_pool(members, size, len(features.labels), run), test is shows_one_class
+            members, others = (
+                torch.cat(parts)
+                for parts in zip(*((g.sure, g.sure_rest) for g, _ in found.values()), strict=True)
+            )
+            pool = draw_pool(members, config.pool_share, n, run)
+            return Found(pool, mask(others, n), test is shows_one_class)
 
     # A note, so that a reader of the result knows why nothing was done.
     run.note(
         "no poison found: no label has a group of images of many classes, of one other class, or"
         " far from the rest of its label, so the model is returned as it was"
     )
-    return torch.zeros(len(features.labels), dtype=torch.bool), False
+    return alone(torch.zeros(n, dtype=torch.bool))
 
 
 # --- the three tests
@@ -218,12 +232,17 @@ def robust_z(value: float, reference: list[float]) -> float:
 # --- the pool
 
 
-def draw_pool(found: Tensor, size: int, n: int, run: Run) -> Tensor:
-    """Draw a pool from what was found, at most half of it: the rest stays outside, to be detected.
+def alone(pool: Tensor) -> Found:
+    """A pool, bool (N,), of whose labels' other samples nothing is known."""
+    return Found(pool, torch.zeros_like(pool))
+
+
+def draw_pool(found: Tensor, share: float, n: int, run: Run) -> Tensor:
+    """Draw a share of what was found.
 
     Args:
         found: int64 (M,), positions of samples taken for poison.
-        size: largest number of samples to draw.
+        share: in (0, 1].
         n: size of the training set.
 
     Returns:
@@ -231,7 +250,7 @@ def draw_pool(found: Tensor, size: int, n: int, run: Run) -> Tensor:
     """
     # Drawn at random: the most extreme samples would be purer, but unlike the rest.
     order = torch.randperm(len(found), generator=run.generator)
-    drawn = order[: min(size, max(1, len(found) // 2))].to(found.device)
+    drawn = order[: max(1, int(share * len(found)))].to(found.device)
     return mask(found[drawn], n)
 
 

@@ -27,6 +27,11 @@ def test_formulas_are_what_is_counted(cost: Any, small: Record, tmp_path: Any) -
         "model_loss",
         "--breakdown",
         "2",
+        # Flags all that is not certain: the record's model is next to untrained.
+        "--relative",
+        "False",
+        "--threshold",
+        "0.9",
     )
     assert dau is not None and dau["split"]["flagged"], (
         "without poison found, it ends after the features"
