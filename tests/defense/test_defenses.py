@@ -32,7 +32,9 @@ class Row:
 ROWS = {
     # On the digits poison is not learned first, so that its first stage isolates clean images.
     "abl": Row(("--isolation_epochs", "2", "--finetune_epochs", "10", "--unlearn_epochs", "1")),
-    "anp": Row(asr=0.5, drop=0.1),  # .01 to .30, as the processor rounds
+    # Trusted images may lose .05, and 72 of them tell that to two standard errors, .05. ANP leaves
+    # an ASR of .00 to .30 on eleven of thirteen models and .9 on two: test_repairs.py has its effect.
+    "anp": Row(drop=0.1),
     "asd": Row(asr=0.1, drop=0.05),
     "bnp": Row(),
     "bti_dbf": Row(
@@ -54,7 +56,7 @@ ROWS = {
         ("--trusted_count", "72", "--search_epochs", "60", "--patience", "3"), asr=0.3, drop=0.08
     ),
     "npd": Row(),
-    "rnp": Row(drop=0.05),
+    "rnp": Row(drop=0.1),  # as anp
     "ft": Row(("--epochs", "10")),  # on so small a set, a trigger may well survive fine-tuning
 }
 
