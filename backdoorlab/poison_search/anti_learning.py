@@ -52,11 +52,10 @@ class AntiLearningConfig(SearchConfig):
     beta1: float = 1000.0
     """beta of anti-learning: weight of unlearning the pool; higher flags more, clean or not."""
     rest_flagged: float = 0.1
-    """Share of the samples that surely lie in the pool's labels but not in its group, above which a
-    head that flags so many is trained again, with these at `rest_weight`."""
+    """Largest share of what surely lies in the other group of the pool's label that a head may
+    flag. One that flags more is trained again; 1 never is."""
     rest_weight: float = 4.0
-    """Weight of learning them then. More flags fewer clean samples of the label, and less
-    poison."""
+    """Weight of learning that other group then. More flags less of it, and less poison."""
     beta1_fallback: float = 99.0
     """beta1 of a second attempt, where the head breaks down at the first."""
     head_lr: float = 0.1
@@ -269,8 +268,7 @@ def doubt(log_p: Tensor, features: Features, config: AntiLearningConfig) -> Tens
 
 
 def takes_the_rest(flagged: Tensor, rest: Tensor, config: AntiLearningConfig, run: Run) -> bool:
-    """Whether a head flags, bool (N,), too many of the samples that surely are not of the pool's
-    group, bool (N,); say so."""
+    """Whether a head flags, bool (N,), too much of the rest of the pool's label, bool (N,)."""
     if not rest.any():
         return False
     share = flagged[rest.to(flagged.device)].float().mean().item()

@@ -135,10 +135,9 @@ def search(features: Features, num_classes: int, config: SearchConfig, run: Run)
                 run.note(
                     f"label {group.label}: {why}, so {group.size:,} samples are taken for poison"
                 )
-            members, others = (
-                torch.cat(parts)
-                for parts in zip(*((g.sure, g.sure_rest) for g, _ in found.values()), strict=True)
-            )
+            groups = [group for group, _ in found.values()]
+            members = torch.cat([group.sure for group in groups])
+            others = torch.cat([group.sure_rest for group in groups])
             pool = draw_pool(members, config.pool_share, n, run)
             return Found(pool, mask(others, n), test is shows_one_class)
 

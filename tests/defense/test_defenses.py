@@ -33,7 +33,7 @@ ROWS = {
     # On the digits poison is not learned first, so that its first stage isolates clean images.
     "abl": Row(("--isolation_epochs", "2", "--finetune_epochs", "10", "--unlearn_epochs", "1")),
     # Trusted images may lose .05, and 72 of them tell that to two standard errors, .05. ANP leaves
-    # an ASR of .00 to .30 on eleven of thirteen models and .9 on two: test_repairs.py has its effect.
+    # an ASR of .00 to .30 on eleven of thirteen models, .9 on two: test_repairs.py has its effect.
     "anp": Row(drop=0.1),
     "asd": Row(asr=0.1, drop=0.05),
     "bnp": Row(),
