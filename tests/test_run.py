@@ -1145,6 +1145,8 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
             "5",
         ),
         ("--many_classes", "1e9", "--subtask", "anti_learning"),  # so that the other tests run
+        # All that is not certain is flagged, some of the label's other group, too.
+        ("--threshold", "0.99", "--rest_flagged", "0", "--subtask", "anti_learning"),
     ],
     "cognitive_distillation": [("--steps", "1")],
     "fct": [("--epochs", "1", "--apart_epochs", "1")],
@@ -1163,6 +1165,7 @@ DEFENSE_VARIANTS: dict[str, list[tuple[str, ...]]] = {
             *("--breakdown", "1", "--head_epochs", "5"),
         ),
         ("--many_classes", "1e9"),
+        ("--threshold", "0.99", "--rest_flagged", "0"),
     ],
     "isolation": [("--epochs", "1")],
     **{
