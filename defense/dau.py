@@ -19,7 +19,8 @@ Assumes: the poisoned training set and the model trained on it. No clean image, 
 Departs from the port, with reasons and effects in docs/methods/dau.md:
   - The port draws its pool from the true poison. Ours is searched for (poison_search/pool.py).
   - Anti-learning runs on cached evaluation-mode features. The median of several heads decides,
-    because one is noisy; their gradients are clipped, because at beta = 1000 they overshoot.
+    each with its own part of the pool, because one is noisy; their gradients are clipped, because
+    at beta = 1000 they overshoot.
   - What anti-learning took is measured against the poisoned model's own probability, not by a fixed
     1 %, which hard clean samples fail from the start.
   - CCE is computed from logits, unclamped: clamped probabilities have no gradient exactly where the

@@ -21,7 +21,7 @@ from backdoorlab.errors import UserError
 from backdoorlab.execution.defense import defense_job
 from backdoorlab.execution.scores import ScoreLog
 from backdoorlab.poison_search.anti_learning import find_poison
-from backdoorlab.poison_search.pool import alone, draw_pool
+from backdoorlab.poison_search.pool import alone, draw
 from backdoorlab.record import Record, defender_view, record_root
 from backdoorlab.run import Run
 from backdoorlab.settings import methods
@@ -106,10 +106,11 @@ def split(view: Any, pool: str, record: Record, config: Any, run: Run) -> None:
         find_poison(view, dataclasses.replace(config, pool=pool), config.batch_size, run)
         return
 
-    poison = record.train_poison.mask(len(view.train)).nonzero().squeeze(1)
-    share = min(0.5, config.pool_rate * len(view.train) / len(poison))
-    drawn = draw_pool(poison, share, len(view.train), run)
-    find_poison(view, config, config.batch_size, run, alone(drawn))
+    poison = record.train_poison.mask(len(view.train))
+    share = min(0.5, config.pool_rate * len(view.train) / int(poison.sum()))
+    (drawn,) = draw(poison, share, 1, run)
+    whole = dataclasses.replace(config, pool_share=1.0)
+    find_poison(view, whole, config.batch_size, run, alone(drawn))
 
 
 def _share(value: float | None, digits: int = 3) -> str:

@@ -23,7 +23,7 @@ from ..losses import cce, cross_entropy
 from ..record import DefenderView
 from ..run import Run
 from .isolation import isolate
-from .pool import Found, SearchConfig, alone, mask, search
+from .pool import Found, SearchConfig, alone, draw, mask, search
 
 AT_ONCE = 20_000
 """Samples on which all heads answer at once; more need more memory."""
@@ -47,6 +47,9 @@ class AntiLearningConfig(SearchConfig):
     """Learning rate of the isolation training."""
     heads: int = 5
     """Heads trained side by side; their median decides."""
+    pool_share: float = 0.5
+    """Share of what bimodal found that each head unlearns, drawn for each. Larger ones lead
+    anti-learning better and flag more clean samples."""
     alpha1: float = 1.0
     """alpha of anti-learning: weight of learning everything outside the pool."""
     beta1: float = 1000.0
@@ -81,6 +84,7 @@ class AntiLearningConfig(SearchConfig):
         "isolation_epochs": ">= 0",
         "isolation_lr": ">= 0",
         "heads": ">= 1",
+        "pool_share": "(0, 1]",
         "rest_flagged": "[0, 1]",
         "rest_weight": ">= 0",
         "head_lr": ">= 0",
@@ -119,14 +123,17 @@ def find_poison(
         run.report_split(found.pool)
         return found.pool, False
     run.report_split(found.pool, "pool")
+    # The heads' median hangs less on what is drawn where each has its own part of the pool.
+    share = config.pool_share if config.pool == "bimodal" else 1.0
+    pools = draw(found.pool, share, config.heads, run)
 
     # Steps 2 and 3, with a smaller beta where the head breaks down.
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
-        log_p = anti_learn(features, found.pool, head, beta, config, run)
+        log_p = anti_learn(features, pools, head, beta, config, run)
         flagged = lost_label(log_p, features, config)
         if takes_the_rest(flagged, found.rest, config, run):
             weights = torch.where(found.rest, config.rest_weight, 1.0)
-            log_p = anti_learn(features, found.pool, head, beta, config, run, weights)
+            log_p = anti_learn(features, pools, head, beta, config, run, weights)
             flagged = lost_label(log_p, features, config)
         if is_intact(log_p, flagged, beta, features, config, run):
             break
@@ -193,9 +200,10 @@ def anti_learn(
     run: Run,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Train copies of the model's own head to learn all samples but unlearn the pool, bool (N,).
+    """Train copies of the model's own head to learn all samples but unlearn the pool.
 
     Args:
+        pool: bool (N,), or (heads, N), one for each head, of one size.
         weights: float (N,), how much each sample outside the pool counts; None: alike.
 
     Returns:
@@ -203,21 +211,21 @@ def anti_learn(
         send a sample to different ones leave every median low.
     """
     n, num_classes = features.logits.shape
-    head, pool = linear(head), pool.to(features.labels.device)
+    head, pool = linear(head), pool.to(features.labels.device).expand(config.heads, -1)
     alpha = config.alpha1 * (torch.ones(n) if weights is None else weights).to(pool.device)
     weight = head.weight.detach().float().expand(config.heads, -1, -1).clone().requires_grad_()
     bias = head.bias.detach().float().expand(config.heads, -1).clone().requires_grad_()
 
     # A pool smaller than a class is drawn as often as a class.
-    share = n / num_classes / int(pool.sum())
-    odds = torch.where(pool.cpu(), max(1.0, share), 1.0).expand(config.heads, -1)
+    share = n / num_classes / int(pool[0].sum())
+    odds = torch.where(pool.cpu(), max(1.0, share), 1.0)
     total = config.head_epochs * math.ceil(n / config.head_batch_size)
     done = 0
     for _ in range(config.head_epochs):
         order = torch.multinomial(odds, n, replacement=share > 1, generator=run.generator)
         for index in order.to(pool.device).split(config.head_batch_size, dim=1):
             # alpha CE outside the pool + beta CCE on it, for all heads (h) in one product.
-            labels, poisoned = features.labels[index], pool[index]
+            labels, poisoned = features.labels[index], pool.gather(1, index)
             logits = torch.einsum("hbd,hkd->hbk", features.pooled[index], weight) + bias[:, None]
             losses = (
                 alpha[index] * cross_entropy(logits, labels) * ~poisoned

@@ -67,9 +67,6 @@ class SearchConfig:
     sure: float = 0.99
     """Probability under a mixture above which a sample of the poisoned group may enter the pool;
     the surer half of the group always may."""
-    pool_share: float = 0.5
-    """Share of what the search found that is drawn as the pool. Larger pools lead anti-learning
-    better; what stays outside shows how well it finds the rest."""
 
     RANGES: ClassVar[dict[str, str]] = {
         "label_samples": ">= 4",
@@ -80,7 +77,6 @@ class SearchConfig:
         "reference_labels": ">= 3",
         "trim": "[0, 1)",
         "sure": "(0, 1)",
-        "pool_share": "(0, 1]",
     }
 
 
@@ -138,8 +134,7 @@ def search(features: Features, num_classes: int, config: SearchConfig, run: Run)
             groups = [group for group, _ in found.values()]
             members = torch.cat([group.sure for group in groups])
             others = torch.cat([group.sure_rest for group in groups])
-            pool = draw_pool(members, config.pool_share, n, run)
-            return Found(pool, mask(others, n), test is shows_one_class)
+            return Found(mask(members, n), mask(others, n), test is shows_one_class)
 
     # A note, so that a reader of the result knows why nothing was done.
     run.note(
@@ -236,21 +231,16 @@ def alone(pool: Tensor) -> Found:
     return Found(pool, torch.zeros_like(pool))
 
 
-def draw_pool(found: Tensor, share: float, n: int, run: Run) -> Tensor:
-    """Draw a share of what was found.
-
-    Args:
-        found: int64 (M,), positions of samples taken for poison.
-        share: in (0, 1].
-        n: size of the training set.
+def draw(pool: Tensor, share: float, count: int, run: Run) -> Tensor:
+    """Draw a share of a pool, bool (N,) on the CPU, in (0, 1], `count` times.
 
     Returns:
-        bool (n,).
+        bool (count, N).
     """
     # Drawn at random: the most extreme samples would be purer, but unlike the rest.
-    order = torch.randperm(len(found), generator=run.generator)
-    drawn = order[: max(1, int(share * len(found)))].to(found.device)
-    return mask(found[drawn], n)
+    found, size = pool.nonzero().squeeze(1), max(1, int(share * int(pool.sum())))
+    orders = [torch.randperm(len(found), generator=run.generator) for _ in range(count)]
+    return torch.stack([mask(found[order[:size]], len(pool)) for order in orders])
 
 
 def mask(index: Tensor, size: int) -> Tensor:

@@ -371,7 +371,7 @@ def test_the_search_finds_the_planted_group(tmp_path: Path) -> None:
     assert (data.logits.argmax(1) == data.labels).all()
     run = new_run(tmp_path)
     pool, rest, one_class = search.search(data, K, dau.Config(), run)
-    assert 20 <= int(pool.sum()) <= PLANTED // 2 and not (pool & ~planted).any(), "pure"
+    assert int(pool.sum()) >= PLANTED // 2 and not (pool & ~planted).any(), "pure"
     assert int(rest.sum()) >= N_CLASS // 2 and not (rest & planted).any()
     assert not one_class and (data.labels[rest] == TARGET).all()
     said = [note for note in run.notes if "taken for poison" in note]
@@ -587,13 +587,13 @@ def test_where_most_labels_hold_images_of_one_other_class_all_of_them_are_poison
     assert len(data.labels[pool].unique()) == K
 
 
-def test_the_pool_is_a_share_of_the_group_and_drawn_from_the_seed(tmp_path: Path) -> None:
-    data, planted = features()
-    draw = lambda share, seed: pool_of(data, new_run(tmp_path, seed), pool_share=share)  # noqa: E731
-    whole = draw(1.0, 0)
-    assert int(draw(0.5, 0).sum()) == int(whole.sum()) // 2 <= PLANTED // 2
-    assert torch.equal(draw(0.25, 0), draw(0.25, 0)) and not (whole & ~planted).any()
-    assert not torch.equal(draw(0.25, 0), draw(0.25, 1))
+def test_each_head_has_its_own_share_of_the_pool_drawn_from_the_seed(tmp_path: Path) -> None:
+    pool = torch.arange(60) % 3 == 0
+    first, other = (search.draw(pool, 0.5, 3, new_run(tmp_path, seed)) for seed in (0, 1))
+    assert first.sum(1).tolist() == [10] * 3 and not (first & ~pool).any()
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first, other)
+    assert torch.equal(first, search.draw(pool, 0.5, 3, new_run(tmp_path, 0)))
+    assert torch.equal(search.draw(pool, 1.0, 1, new_run(tmp_path))[0], pool)
 
 
 def test_heads_that_disagree_about_where_a_sample_goes_agree_that_its_label_is_gone() -> None:
