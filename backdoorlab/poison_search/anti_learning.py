@@ -124,8 +124,10 @@ def find_poison(
         return found.pool, False
     run.report_split(found.pool, "pool")
     # The heads' median hangs less on what is drawn where each has its own part of the pool.
-    share = config.pool_share if config.pool == "bimodal" else 1.0
-    pools = draw(found.pool, share, config.heads, run)
+    # Published pools are unlearned whole: nothing is drawn.
+    pools = found.pool
+    if config.pool == "bimodal":
+        pools = draw(found.pool, config.pool_share, config.heads, run)
 
     # Steps 2 and 3, with a smaller beta where the head breaks down.
     for beta in dict.fromkeys((config.beta1, config.beta1_fallback)):
@@ -280,12 +282,13 @@ def takes_the_rest(flagged: Tensor, rest: Tensor, config: AntiLearningConfig, ru
     if not rest.any():
         return False
     share = flagged[rest.to(flagged.device)].float().mean().item()
-    if share > config.rest_flagged:
-        run.note(
-            f"the anti-learned head flags {share:.2f} of the rest of the pool's label, too: it is"
-            " trained again, with more weight on that"
-        )
-    return share > config.rest_flagged
+    if share <= config.rest_flagged:
+        return False
+    run.note(
+        f"the anti-learned head flags {share:.2f} of the rest of the pool's label, too: it is"
+        " trained again, with more weight on that"
+    )
+    return True
 
 
 def is_intact(
