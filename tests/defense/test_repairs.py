@@ -659,7 +659,7 @@ def test_anp_prunes_the_channel_that_noise_makes_answer_the_target(
     pull: float, tmp_path: Path
 ) -> None:
     """A control: the same channel, where nothing reads it, stays. On trained models of the digits
-    ANP's effect differs from model to model (docs/methods/repairs.md), and no row promises it."""
+    ANP's effect differs from model to model (docs/lab/repairs.md), and no row promises it."""
     anp, split = METHOD["anp"], bands()
     # Weak noise in the corner of the last band, as elsewhere: nothing but the trigger is bright.
     split.images[:, :, 6:, 6:] = torch.randint(
