@@ -17,9 +17,9 @@ PACKAGE = CHECKOUT / "backdoorlab"
 NAMED = ("README.md", "README_zh.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
 PAGES = sorted([*(CHECKOUT / name for name in NAMED), *(CHECKOUT / "docs").rglob("*.md")])
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
-PROSE, LENGTH = 1200, 1600
-"""Most words of a page without and with its tables; code counts in neither. Scrolling through more
-takes a minute."""
+PROSE, LENGTH, NOTES = 1200, 1600, 2500
+"""Most words of a page without and with its tables, and of a laboratory note; code does not count.
+Scrolling through more takes a minute."""
 SUFFIXES = (".json", ".csv", ".safetensors", ".yaml", ".png", ".md", ".txt", ".html", ".npy")
 """What a code span of a file ends with, where it looks like a name in a module."""
 
@@ -188,11 +188,13 @@ def words(text: str) -> tuple[int, int]:
 
 
 def too_long(text: str, page: str) -> bool:
-    """Whether a page below docs/ is too long: notes may be, and tables of results."""
+    """Whether a page below docs/ is too long: notes may be longer, and tables of results."""
     prose, everything = words(text)
+    if page.startswith("lab/"):
+        return everything > NOTES
     looked_up = page.startswith(("results/", "glossary"))
     whole = everything > LENGTH and not looked_up
-    return not page.startswith("lab/") and (prose > PROSE or whole)
+    return prose > PROSE or whole
 
 
 def test_no_page_is_too_long() -> None:
@@ -204,7 +206,9 @@ def test_no_page_is_too_long() -> None:
     # Controls: of words, of rows, of code.
     assert too_long("word " * (PROSE + 1), "howto/x.md")
     assert too_long("| word | word |\n" * 400, "howto/x.md")
+    assert too_long("word " * (NOTES + 1), "lab/x.md")
     assert not too_long("| word | word |\n" * 400, "results/x.md")
+    assert not too_long("word " * NOTES, "lab/x.md")
     assert not too_long("```\n" + "word " * 2000 + "\n```\n", "howto/x.md")
 
 

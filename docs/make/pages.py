@@ -126,8 +126,9 @@ OPTION_HEAD = ("flag", "default", "allowed", "meaning")
 
 
 def options(config_class: type[Any], names: Iterable[str]) -> str:
-    """Return the table of these options."""
-    return table(OPTION_HEAD, rows_of_options(config_class, names))
+    """Return the table of these options, which docs/site.css stacks on a narrow screen."""
+    rows = table(OPTION_HEAD, rows_of_options(config_class, names))
+    return f'<div class="options" markdown>\n\n{rows}\n\n</div>'
 
 
 # Prose.
