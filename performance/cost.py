@@ -1,16 +1,21 @@
 """The cost of each method in image passes, computed from its settings, and in GPU hours.
 
     python performance/cost.py [RECORD ...] [--record_root FOLDER] [--tflops 50]
+    python performance/cost.py --grid bench_cifar10_fast [--tflops 0.165] [--jobs 2]
 
 With records, it prints the passes counted in their results beside those of the formulas below. Then
-it prints the table of docs/results/cost.md. A forward pass of an image counts once, a backward pass
-twice (gradients of activations and of weights). torch counts the operations of a forward pass on
-the network itself. --tflops is the rate that the GPU is assumed to achieve; hours scale with its
-inverse.
+it prints the table of docs/results/cost.md. With a grid, it prints what the grid costs instead, on
+machines that run so many commands at once, each at this rate.
+
+A forward pass of an image counts once, a backward pass twice (gradients of activations and of
+weights). torch counts the operations of a forward pass on the network itself. --tflops is the rate
+that a GPU or a thread is assumed to achieve; hours scale with its inverse.
 """
 
 import argparse
 import dataclasses
+import functools
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from backdoorlab import models
+from backdoorlab.bench import grid
 from backdoorlab.errors import UserError
 from backdoorlab.record import Record, read_result, record_root
 from backdoorlab.repair.guard import ENOUGH
@@ -139,6 +145,15 @@ SCALES = {
 """Title -> data with 5 % trusted images, network, image side in pixels, epochs of the attack."""
 
 
+SIZES = {
+    "digits": (Setting(1_442, 72, 10), 32),
+    "cifar10": (Setting(50_000, 2_500, 10), 32),
+    "cifar100": (Setting(50_000, 2_500, 100), 32),
+    "gtsrb": (Setting(39_209, 1_960, 43), 32),
+}
+"""Data set -> its size with 5 % trusted images, and the image side."""
+
+
 def counted(names: list[str], root: str | None) -> None:
     """Print the passes that each result counted beside those of the formula.
 
@@ -174,7 +189,8 @@ def counted(names: list[str], root: str | None) -> None:
             )
 
 
-def operations(network: str, side: int, classes: int) -> int:
+@functools.cache
+def operations(network: str, side: int, classes: int, width: int | None = None) -> int:
     """Count the floating-point operations of one image's forward pass.
 
     A multiplication with its addition counts as two.
@@ -183,6 +199,7 @@ def operations(network: str, side: int, classes: int) -> int:
         network: name of an architecture.
         side: height and width of the image in pixels.
         classes: number of classes.
+        width: channels of its first stage; None is the architecture's own.
     """
     stem = "stock" if side > 64 else "small"
     shape = dict(
@@ -190,7 +207,7 @@ def operations(network: str, side: int, classes: int) -> int:
         in_chans=3,
         mean=[0.5] * 3,
         std=[0.5] * 3,
-        width=None,
+        width=width,
         image_size=side,
         stem=stem,
     )
@@ -226,6 +243,49 @@ def scaled(tflops: float) -> None:
             )
 
 
+def of_grid(name: str, tflops: float, jobs: int) -> None:
+    """Print what the cells of a grid cost by the formulas, one line a method.
+
+    An attack is the training of its model; encoders, generators and surrogates come on top of it.
+
+    Args:
+        name: file of a grid, or its name in resource/config/.
+        tflops: rate of each command in TFLOP/s.
+        jobs: commands that run at once.
+    """
+    spent: dict[str, list[float]] = {}
+    unknown = set()
+    trained: dict[str, dict[str, Any]] = {}
+    for cell in grid.cells(grid.read(name)):
+        config = json.loads(cell.settings)
+        if cell.kind == "attack":
+            trained[cell.record] = config
+        attack = trained[cell.record]
+        if attack["dataset"] not in SIZES or (cell.kind == "defense" and cell.method not in COSTS):
+            unknown.add(attack["dataset"] if cell.kind == "attack" else cell.method)
+            continue
+
+        setting, side = SIZES[attack["dataset"]]
+        passes = attack["epochs"] * setting.n
+        forward, backward = (
+            (passes, passes) if cell.kind == "attack" else COSTS[cell.method](config, setting)
+        )
+        flops = operations(attack["model"], side, setting.classes, attack["width"])
+        label = "attack" if cell.kind == "attack" else cell.label
+        line = f"{attack['dataset']}, {attack['model']} w{attack['width']}, {label}"
+        spent.setdefault(line, []).append((forward + 2 * backward) * flops / 1e15)
+
+    print("| method | cells | PFLOP a cell | hours |\n| --- | ---: | ---: | ---: |")
+    hours = {line: sum(each) / tflops / 3.6 / jobs for line, each in spent.items()}
+    for line, each in spent.items():
+        print(f"| {line} | {len(each)} | {sum(each) / len(each):.3g} | {hours[line]:.3g} |")
+    total = sum(map(sum, spent.values()))
+    print(f"| together | {sum(map(len, spent.values()))} | | {sum(hours.values()):.3g} |")
+    print(f"\n{total:.3g} PFLOP at {jobs} x {tflops:g} TFLOP/s.")
+    if unknown:
+        print(f"Not counted: {', '.join(sorted(unknown))}.")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -233,11 +293,15 @@ if __name__ == "__main__":
     parser.add_argument("records", nargs="*")
     parser.add_argument("--record_root")
     parser.add_argument("--tflops", type=float, default=50.0)
+    parser.add_argument("--grid")
+    parser.add_argument("--jobs", type=int, default=1)
     options = parser.parse_args()
 
-    if options.records:
-        try:
+    try:
+        if options.grid:
+            of_grid(options.grid, options.tflops, options.jobs)
+        else:
             counted(options.records, options.record_root)
-        except UserError as error:
-            raise SystemExit(f"error: {error}") from None
-    scaled(options.tflops)
+            scaled(options.tflops)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

@@ -62,3 +62,26 @@ def test_operations_are_counted_on_the_network(cost: Any) -> None:
     assert cost.operations("preactresnet18", 64, 10) / cost.operations(
         "preactresnet18", 32, 10
     ) == pytest.approx(4, rel=0.001)
+
+
+def test_a_grid_costs_the_sum_of_its_cells(
+    cost: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One attack by hand, twice as much for two rates, and half the hours for two jobs."""
+    entry = "cifar10: {model: preactresnet10, width: 8, epochs: 3}"
+    file = tmp_path / "grid.yaml"
+
+    def shown(rates: str, jobs: int) -> list[str]:
+        file.write_text(
+            f"datasets:\n  - {entry}\nattacks: [badnet]\ndefenses: [ft, clp]\n"
+            f"poison_rates: {rates}\nseeds: [0]\n"
+        )
+        cost.of_grid(str(file), 0.1, jobs)
+        return capsys.readouterr().out.splitlines()
+
+    once, twice = shown("[0.1]", 1), shown("[0.1, 0.2]", 2)
+    by_hand = 3 * 50_000 * 3 * cost.operations("preactresnet10", 32, 10, 8) / 1e15
+    line = "| cifar10, preactresnet10 w8, attack | {} | {:.3g} | {:.3g} |"
+    assert once[2] == line.format(1, by_hand, by_hand / 0.1 / 3.6)
+    assert twice[2] == line.format(2, by_hand, by_hand / 0.1 / 3.6)
+    assert once[-1] == "Not counted: clp."
