@@ -36,20 +36,51 @@ def test_requirements_txt_names_the_dependencies_of_the_package() -> None:
     assert [line for line in listed if line] == ["-e .", *project["dependencies"]]
 
 
-@pytest.mark.skipif(
+needs_building = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")),
     reason="building a wheel offline needs pip and setuptools",
 )
-def test_a_wheel_holds_everything_and_runs_without_a_checkout(tmp_path: Path) -> None:
-    source, dist, site, here = (tmp_path / name for name in ("source", "dist", "site", "here"))
-    for part in PARTS:  # a copy, so that building leaves nothing in the checkout
+
+
+def copy_parts(source: Path) -> None:
+    """Copy what is built, so that building leaves nothing in the checkout."""
+    source.mkdir()
+    for part in PARTS:
         if (helpers.CHECKOUT / part).is_dir():
             shutil.copytree(
                 helpers.CHECKOUT / part, source / part, ignore=shutil.ignore_patterns("__pycache__")
             )
         else:
-            source.mkdir(exist_ok=True)
             shutil.copy(helpers.CHECKOUT / part, source / part)
+
+
+@needs_building
+def test_beside_a_checkout_of_its_name_the_package_is_found(tmp_path: Path) -> None:
+    """Python takes the folder that holds the checkout for a package, unless the installed one comes
+    in the same way."""
+    checkout, site = tmp_path / "backdoorlab", tmp_path / "site"
+    copy_parts(checkout)
+    site.mkdir()
+    build = "from setuptools import build_meta; print(build_meta.build_editable({!r}))"
+    done = helpers.command("-c", build.format(str(site)), cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(site.glob("*.whl"))) as archive:
+        archive.extractall(site)
+
+    where = "import backdoorlab; print(backdoorlab.__file__, hasattr(backdoorlab, 'load_exported'))"
+    alone = helpers.command(
+        "-I", "-S", "-c", f"import sys; sys.path[0:0] = ['.']; {where}", cwd=tmp_path
+    )
+    assert alone.stdout.split() == ["None", "False"], "the control: that folder is found"
+    added = f"import sys, site; sys.path[0:0] = ['.']; site.addsitedir({str(site)!r}); {where}"
+    done = helpers.command("-c", added, cwd=tmp_path)
+    assert done.stdout.split() == [str(checkout / "backdoorlab" / "__init__.py"), "True"]
+
+
+@needs_building
+def test_a_wheel_holds_everything_and_runs_without_a_checkout(tmp_path: Path) -> None:
+    source, dist, site, here = (tmp_path / name for name in ("source", "dist", "site", "here"))
+    copy_parts(source)
     pip("wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", str(dist), cwd=source)
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
