@@ -604,9 +604,16 @@ def test_a_misspelt_yaml_key_is_one_line(tmp_path: Path, capsys: Capture) -> Non
 def test_an_existing_record_is_one_line(tiny: Record, tmp_path: Path, capsys: Capture) -> None:
     helpers.copy(tiny, tmp_path / "record")
     assert cli.main(str(BADNET), ["--save_folder_name", "tiny", *helpers.TINY]) == 2
-    assert "exists and is finished: choose another name, or pass --overwrite True" in complaint(
-        capsys.readouterr().err
-    )
+    said = "exists and is finished: choose another --save_folder_name, or pass --overwrite True"
+    assert said in complaint(capsys.readouterr().err)
+
+
+def test_a_name_without_its_flag_is_answered_with_it(capsys: Capture) -> None:
+    for file, flag in ((BADNET, "save_folder_name"), (FT, "result_file")):
+        assert cli.main(str(file), ["demo"]) == 2
+        assert f"'demo' belongs to no flag. Did you mean --{flag} demo?" in complaint(
+            capsys.readouterr().err
+        )
 
 
 def _cut(folder: Path) -> None:

@@ -75,11 +75,12 @@ def scan(options: Scan) -> int:
             f"{suggest(options.detector, known)}"
         )
     plain = options.detector == DEFAULT
-    title, place = ("DAU", "scan") if plain else (options.detector, f"scan-{options.detector}")
+    title = "DAU" if plain else f"the detector {options.detector}"
+    place = "scan" if plain else f"scan-{options.detector}"
     record = Record.load(options.name, record_root(options.record_root))
     dataset = record.dataset(options.dataset_path, options.dataset_config)
     flagged, notes = _found(record, options)
-    _say_if_nothing_was_learned(record)
+    _say_what_was_learned(record)
     train = record.train_poison.apply(dataset.train)
     names = None if options.dataset_path is None else train_files(options.dataset_path)
     if not flagged.any():
@@ -112,14 +113,17 @@ def scan(options: Scan) -> int:
     return 0
 
 
-def _say_if_nothing_was_learned(record: Record) -> None:
-    """Print a line where the model guesses: what it groups, or does not, tells nothing."""
+def _say_what_was_learned(record: Record) -> None:
+    """Print how good the model is: what it has not learned, it groups at random."""
     accuracy = record.info["scores"].get("clean_accuracy")
+    if accuracy is None:
+        return
+    said = f"the model classifies {accuracy:.1%} of the clean test images right"
     if guesses(accuracy, record.info["num_classes"]):
-        print(
-            f"this scan tells nothing: the model classifies {accuracy:.1%} of the clean test images"
-            " right, which is little better than guessing. Train it longer"
-        )
+        said = f"this scan tells nothing: {said}, which is little better than guessing. Train it"
+        print(f"{said} longer")
+    else:
+        print(f"{said}: what it has not learned, no search can tell apart")
 
 
 def _print_classes(
@@ -134,7 +138,11 @@ def _print_classes(
         title = f"label {label}" + (f" ({class_name})" if class_name != str(label) else "")
         shown = ", ".join(str(i) if names is None else names[i] for i in index[:SHOWN])
         rest = ", ..." if len(index) > SHOWN else ""
-        print(f"  {title}: {len(index):,} of {int(own.sum()):,}: {shown}{rest}")
+        total = int(own.sum())
+        print(f"  {title}: {len(index):,} of {total:,}: {shown}{rest}")
+        if 2 * len(index) > total > len(index):
+            others = f"the other {total - len(index):,} may be the strangers"
+            print(f"    more than half of the label: if these look right, {others}")
 
 
 def _says(name: str, there: bytes, now: bytes, names: list[str] | None) -> bool:

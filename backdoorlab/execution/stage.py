@@ -86,13 +86,14 @@ def open_stage(
         The folder `<target>.partial`. It is removed after an error if it holds nothing to continue.
     """
     config = job.config
-    refuse_existing(target, done, config.overwrite)
+    other = {"attack": "--save_folder_name", "defense": "--run_name"}[job.method.kind]
+    refuse_existing(target, done, config.overwrite, other)
     folders.tidy(target.parent)
     folders.sweep(target.parent, partial(_worthless, done=done))
     path = target.with_name(f"{target.name}.partial")
     with locks.locked(path):
         # Another process may have finished while this one waited for the lock.
-        refuse_existing(target, done, config.overwrite)
+        refuse_existing(target, done, config.overwrite, other)
         for torn in path.glob(".*.tmp"):
             folders.remove(torn)
 

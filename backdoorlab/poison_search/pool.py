@@ -194,9 +194,9 @@ def lies_apart(measured: Measured, config: SearchConfig) -> dict[int, tuple[Grou
         # The largest of so many normal values lies about that many standard deviations out.
         evidence /= math.sqrt(2 * math.log(len(reference)))
         if evidence > config.apart:
-            what = f"a group is far from the label's rest in the last layer, {away:.1f} {SPREADS}"
-            what += f" above labels' groups, shows {shown:.1f} more classes than parts of labels,"
-            what += f" and leaves the rest {group.rest_nearer:.1f} times nearer to another label"
+            what = f"a group is far from the label's rest in the last layer ({away:.1f} {SPREADS}"
+            what += f" beyond labels' groups) and more varied than parts of labels ({shown:.1f});"
+            what += f" another label is {group.rest_nearer:.1f} times nearer to that rest"
             found[group.label] = group, f"{what} (evidence {evidence:.1f})"
     return found
 

@@ -4,7 +4,7 @@ Searched are, in this order:
   - attack/ and defense/ of the checkout, or of the installed package;
   - attack/ and defense/ in every folder that BACKDOORLAB_PLUGINS names.
 
-A plugin that cannot be loaded is reported on stderr. It is an error only if it is asked for.
+A file that cannot be loaded is reported on stderr. It is an error only if it is asked for.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from .. import config
 from ..errors import UserError, suggest
 from ..storage.schema import ASSUMABLE, WORD
-from .resources import Kind, home, inform, named
+from .resources import Kind, inform, named
 
 Role = Literal["defense", "detector", "unlearner"]
 """What a file in defense/ is. A detector defines `detect` in place of `defend`, and an unlearner
@@ -70,13 +70,11 @@ class Method:
 
 
 def available(kind: Kind) -> dict[str, Path]:
-    """Return `named` without the plugins that cannot be loaded, each of which is reported."""
-    # Only plugins are loaded: our own files are tested.
+    """Return `named` without the files that cannot be loaded, each of which is reported."""
     found = {}
     for name, path in named(kind).items():
         try:
-            if path.parent != home(kind):
-                from_file(kind, path)
+            from_file(kind, path)
         except UserError as error:
             inform(f"{kind} {name} is left out: {error}")
         else:

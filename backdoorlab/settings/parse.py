@@ -53,6 +53,8 @@ PARTS = {
     "target": ("target_label",),
 }
 """Flag that people type -> what plays its part in methods that lack it."""
+NAMES = ("result_file", "save_folder_name")
+"""Flags of a method that name a record."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,8 @@ def _parse_flags(config_class: type[Any], layers: list[Layer], prog: str) -> Any
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UserError(_misread(config_class, given) or _one_line(complaint.getvalue())) from None
+        said = _misplaced(config_class, loose) or _misread(config_class, given)
+        raise UserError(said or _one_line(complaint.getvalue())) from None
 
 
 def _collected(
@@ -238,6 +241,14 @@ def _flag(name: str, values: Sequence[str]) -> list[str]:
         if len(values) == 1 and values[0].startswith("--")
         else [f"--{name}", *values]
     )
+
+
+def _misplaced(config_class: type[Any], loose: Sequence[str]) -> str:
+    """Say which flag a word before all flags may belong to, in a method; '' if there is none."""
+    flag = next((name for name in NAMES if name in flag_names(config_class)), None)
+    if not loose or flag is None:
+        return ""
+    return f"{loose[0]!r} belongs to no flag. Did you mean --{flag} {loose[0]}? See --help"
 
 
 def _misread(config_class: type[Any], given: Mapping[str, Sequence[str]]) -> str:

@@ -74,10 +74,11 @@ def _filled(stage: Path, target: Path, done: str, overwrite: bool) -> Iterator[P
             folders.remove(stage)
 
 
-def refuse_existing(target: Path, done: str, overwrite: bool) -> None:
+def refuse_existing(target: Path, done: str, overwrite: bool, other: str = "name") -> None:
     """Raise a UserError if `target` exists and may not be replaced.
 
-    It may only with `overwrite`, and only if the file `done` in it shows that it is ours.
+    It may only with `overwrite`, and only if the file `done` in it shows that it is ours. `other`
+    is what the user may choose instead, for the message.
     """
     # ".", "/": no stage can be made beside it and renamed to it.
     if target.name in ("", ".."):
@@ -89,10 +90,10 @@ def refuse_existing(target: Path, done: str, overwrite: bool) -> None:
     if not (target / done).exists():
         raise UserError(
             f"{target} exists but holds no {done}, so it is not ours to replace: choose another"
-            " name"
+            f" {other}"
         )
     if not overwrite:
         raise UserError(
-            f"{target} exists and is finished: choose another name, or pass --overwrite True to"
+            f"{target} exists and is finished: choose another {other}, or pass --overwrite True to"
             " replace it"
         )

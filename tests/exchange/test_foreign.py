@@ -404,7 +404,8 @@ def test_a_scan_says_when_nothing_was_found(tiny: Record, tmp_path: Path, capsys
     assert result is not None and result["split"]["flagged"] == 0
     capsys.readouterr()
     assert main(["scan", "tiny"]) == 0
-    first, *why = capsys.readouterr().out.splitlines()
+    learned, first, *why = capsys.readouterr().out.splitlines()
+    assert learned.startswith("the model classifies ")
     assert first == "nothing found: DAU flags none of the 1,442 training images of tiny"
     assert why == [f"  {note}" for note in result["notes"]] and any(
         "no poison found: no label has a group" in line for line in why
