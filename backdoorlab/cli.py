@@ -80,10 +80,10 @@ def _next(prog: str, name: str, root: str | None) -> str:
     defense = (
         "python defense/dau.py" if prog.endswith(".py") else "python -m backdoorlab defense dau"
     )
-    return f"{defense} --result_file {shlex.quote(name)}{_below(root)}"
+    return f"{defense} --result_file {shlex.quote(name)}{below(root)}"
 
 
-def _below(root: str | None) -> str:
+def below(root: str | None) -> str:
     """Write the flag of a folder of records that is not the usual one."""
     return f" --record_root {shlex.quote(root)}" if root else ""
 
@@ -93,7 +93,7 @@ def _export(config: "DefenseConfig", defense: str, run: str) -> str:
     named = f" --run_name {shlex.quote(run)}" if run != "seed0" else ""
     return (
         f"python -m backdoorlab export {shlex.quote(config.result_file)} --defense {defense}{named}"
-        f"{_below(config.record_root)} --weights FILE.safetensors"
+        f"{below(config.record_root)} --weights FILE.safetensors"
     )
 
 

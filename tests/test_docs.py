@@ -144,8 +144,9 @@ def dead_names(text: str) -> Iterator[str]:
             yield f"backdoorlab.{dotted}"
     for module, imported in re.findall(r"from backdoorlab\.([\w.]+) import ([\w, ]+)", text):
         for name in imported.split(","):
-            if not resolves([*module.split("."), name.strip()]):
-                yield f"backdoorlab.{module}.{name.strip()}"
+            known = name.strip().partition(" as ")[0]
+            if not resolves([*module.split("."), known]):
+                yield f"backdoorlab.{module}.{known}"
 
     # Short forms, `engine.Forward` or `storage/staging`: the first word is a module or a folder.
     for span in code(text):
@@ -235,6 +236,7 @@ DEAD = """# A page
 `data.place(split)`, `storage/holding`, `run.once`, `backdoorlab.data.place`
 ```
 from backdoorlab.data import batches, place
+from backdoorlab.config import DefensesConfig as Config
 python -m backdoorlab tables demo
 make tests
 ```
@@ -270,6 +272,7 @@ def test_what_is_dead_is_found_and_what_is_alive_is_not() -> None:
     ]
     assert sorted(dead_names(DEAD)) == [
         "backdoorlab.benchmarks",
+        "backdoorlab.config.DefensesConfig",
         "backdoorlab.data.place",
         "backdoorlab.data.place",
         "backdoorlab/exchange/pickle.py",

@@ -4,6 +4,7 @@ Nothing in their files is executed.
 """
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from tyro.conf import Positional, arg
 
 from .. import models
+from ..cli import below
 from ..data import Dataset
 from ..datasets import cache
 from ..datasets.load import find as find_dataset
@@ -152,8 +154,11 @@ def import_record(options: Import) -> int:
         _fill(final, found, options, device)
 
     record = Record.load(options.save_folder_name, root)
-    print(layout.text(layout.rows([record])))
+    print(layout.text(layout.rows([record], missing=False)))
     print(f"record written: {record.folder}")
+    needs = "dau" if found.has_train else "sau --trusted_path CLEAN"
+    named = f"--result_file {shlex.quote(record.name)}{below(options.record_root)}"
+    print(f"next: python -m backdoorlab defense {needs} {named}")
     return 0
 
 
