@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..storage.schema import UNKNOWN
 from .rows import PLAIN, UNDEFENDED, Metric, Row
 
 BASELINE = "ft"
@@ -158,7 +159,8 @@ def labels(groups: Sequence[Group]) -> list[Label]:
         {row.key: (_defense_family(row), _traits(row.defense_settings)) for row in rows}
     )
     return [
-        Label(row.attack + attacks[row.attack_key], row.called + defenses[row.key]) for row in rows
+        Label(_attack_name(row) + attacks[row.attack_key], row.called + defenses[row.key])
+        for row in rows
     ]
 
 
@@ -237,9 +239,14 @@ def _families(groups: Sequence[Group], attack: bool) -> list[tuple[str, list[dic
     ]
 
 
+def _attack_name(row: Row) -> str:
+    """The attack; where nobody knows it, the record is named as well."""
+    return f"{UNKNOWN}: {row.record}" if row.attack == UNKNOWN else row.attack
+
+
 def _attack_family(row: Row) -> tuple[Any, ...]:
     """What attacks of one name have in common."""
-    return (row.dataset, row.attack, row.poison_rate)
+    return (row.dataset, _attack_name(row), row.poison_rate)
 
 
 def _defense_family(row: Row) -> tuple[Any, ...]:

@@ -177,6 +177,15 @@ def test_a_missing_asr_says_why(two_records: list[Record], attack: str, why: str
     assert f"clean accuracy 99.00 -> 10.00 %, no ASR ({why}), 7 s" in said
 
 
+def test_means_of_unknown_attacks_name_their_records(two_records: list[Record]) -> None:
+    for width, record in enumerate(two_records, 8):
+        record.info["attack"] = "unknown"  # type: ignore[index]
+        record.info["config"] = {"width": width}  # type: ignore[index]
+    shown = formats.render(layout.table(two_records, mean=True), "text")
+    assert all(f"unknown: {record.name} " in shown for record in two_records)
+    assert "kept apart" not in shown, "nobody says that they are one experiment"
+
+
 def test_a_constant_answer_is_collapsed_in_tables(two_records: list[Record]) -> None:
     """Its clean accuracy and ASR are those of a success; an older result does not say better."""
     sound = {**scores(0.93, 1.0, 0.0), "balanced_accuracy": 0.92, "largest_share": 0.88}
