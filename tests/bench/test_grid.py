@@ -362,7 +362,8 @@ def test_an_unknown_grid_is_answered_with_the_known_ones() -> None:
         UserError,
         match=(
             r"no grid of that name. Did you mean 'bench_digits'\? Grids: bench_cifar10,"
-            r" bench_cifar10_fast, bench_cifar10_w16, bench_datasets, bench_digits"
+            r" bench_cifar10_fast, bench_cifar10_w16, bench_curve, bench_datasets,"
+            r" bench_digits"
         ),
     ):
         grid.read("bench_digit")
