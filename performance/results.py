@@ -137,16 +137,8 @@ def _rows(store: Path) -> list[rows.Row]:
 
 def _said(boards: Iterable[board.Board]) -> str:
     """Describe the heat map for those who do not see it."""
-    sizes = "; ".join(
-        f"{_count(len(one.attacks), 'attack')} and {_count(len(one.defenses) - 1, 'defense')} on"
-        f" {one.dataset}"
-        for one in boards
-    )
-    return f"ASR and depth of {sizes}: the tables of docs/results have the numbers"
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'s' * (number != 1)}"
+    where = ", ".join(dict.fromkeys(one.dataset for one in boards))
+    return f"ASR and depth on {where}: the tables of docs/results have the numbers"
 
 
 # --- what measured a store
