@@ -83,6 +83,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     source = page.file.src_uri
     if source in ALONE:
         page.meta["hide"] = ["navigation"]
+    elif source.startswith("results/"):
+        page.meta["hide"] = ["toc"]  # wide tables get its room
     for method in itertools.chain.from_iterable(pages.every_method().values()):
         if source == f"methods/{method.name}.md" and source in pages.committed():
             markdown += f"\n\n{pages.generated(method)}\n"
