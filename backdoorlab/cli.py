@@ -59,7 +59,7 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
         # The first row is the attacked model; the others are defenses of it.
         print(layout.text(layout.rows([record])[:1]))
         print(f"record written: {record.folder}")
-        print(f"next: {_next(prog, record.name, job.config.record_root)}")
+        print(f"next: {next_command(prog, record.name, job.config.record_root)}")
     elif kind == "defense":
         job = defense_job(methods.from_file("defense", path), argv, prog)
         result = run_defense(job)
@@ -75,15 +75,14 @@ def run_method(kind: str, path: Path, argv: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _next(prog: str, name: str, root: str | None) -> str:
-    """Write the command of a defense, in the form in which the attack was typed."""
-    defense = (
-        "python defense/dau.py" if prog.endswith(".py") else "python -m backdoorlab defense dau"
-    )
-    return f"{defense} --result_file {shlex.quote(name)}{below(root)}"
+def next_command(prog: str, name: str, root: str | None, defense: str = "dau") -> str:
+    """Write the command of a defense on a record, in the form in which the last one was typed."""
+    script = prog.endswith(".py")
+    start = f"python defense/{defense}.py" if script else f"python -m backdoorlab defense {defense}"
+    return f"{start} --result_file {shlex.quote(name)}{_below(root)}"
 
 
-def below(root: str | None) -> str:
+def _below(root: str | None) -> str:
     """Write the flag of a folder of records that is not the usual one."""
     return f" --record_root {shlex.quote(root)}" if root else ""
 
@@ -93,7 +92,7 @@ def _export(config: "DefenseConfig", defense: str, run: str) -> str:
     named = f" --run_name {shlex.quote(run)}" if run != "seed0" else ""
     return (
         f"python -m backdoorlab export {shlex.quote(config.result_file)} --defense {defense}{named}"
-        f"{below(config.record_root)} --weights FILE.safetensors"
+        f"{_below(config.record_root)} --weights FILE.safetensors"
     )
 
 

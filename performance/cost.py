@@ -56,6 +56,12 @@ def guard(c: Mapping[str, Any], trusted: int, epochs: int) -> int:
     return math.ceil(trusted / math.ceil(trusted / ENOUGH)) * (epochs + 1)
 
 
+def training(c: Mapping[str, Any], s: Setting) -> Passes:
+    """An attack: every epoch sees every image. Encoders, generators and surrogates come on top."""
+    seen = c["epochs"] * s.n
+    return seen, seen
+
+
 def ft(c: Mapping[str, Any], s: Setting) -> Passes:
     """Every epoch sees every trusted image."""
     seen = c["epochs"] * s.trusted
@@ -232,7 +238,7 @@ def scaled(tflops: float) -> None:
             "| method | forward / image | backward / image | hours |\n| --- | ---: | ---: | ---: |"
         )
 
-        attack = (float(epochs * setting.n), float(epochs * setting.n))
+        attack = training({"epochs": epochs}, setting)
         for name, (forward, backward) in {
             f"attack, {epochs} epochs": attack,
             **{k: f(defaults[k], setting) for k, f in COSTS.items()},
@@ -245,8 +251,6 @@ def scaled(tflops: float) -> None:
 
 def of_grid(name: str, tflops: float, jobs: int) -> None:
     """Print what the cells of a grid cost by the formulas, one line a method.
-
-    An attack is the training of its model; encoders, generators and surrogates come on top of it.
 
     Args:
         name: file of a grid, or its name in resource/config/.
@@ -261,15 +265,13 @@ def of_grid(name: str, tflops: float, jobs: int) -> None:
         if cell.kind == "attack":
             trained[cell.record] = config
         attack = trained[cell.record]
-        if attack["dataset"] not in SIZES or (cell.kind == "defense" and cell.method not in COSTS):
-            unknown.add(attack["dataset"] if cell.kind == "attack" else cell.method)
+        formula = training if cell.kind == "attack" else COSTS.get(cell.method)
+        if formula is None or attack["dataset"] not in SIZES:
+            unknown.add(cell.method if formula is None else attack["dataset"])
             continue
 
         setting, side = SIZES[attack["dataset"]]
-        passes = attack["epochs"] * setting.n
-        forward, backward = (
-            (passes, passes) if cell.kind == "attack" else COSTS[cell.method](config, setting)
-        )
+        forward, backward = formula(config, setting)
         flops = operations(attack["model"], side, setting.classes, attack["width"])
         label = "attack" if cell.kind == "attack" else cell.label
         line = f"{attack['dataset']}, {attack['model']} w{attack['width']}, {label}"

@@ -4,7 +4,6 @@ Nothing in their files is executed.
 """
 
 import contextlib
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from tyro.conf import Positional, arg
 
 from .. import models
-from ..cli import below
+from ..cli import next_command
 from ..data import Dataset
 from ..datasets import cache
 from ..datasets.load import find as find_dataset
@@ -156,9 +155,10 @@ def import_record(options: Import) -> int:
     record = Record.load(options.save_folder_name, root)
     print(layout.text(layout.rows([record], missing=False)))
     print(f"record written: {record.folder}")
-    needs = "dau" if found.has_train else "sau --trusted_path CLEAN"
-    named = f"--result_file {shlex.quote(record.name)}{below(options.record_root)}"
-    print(f"next: python -m backdoorlab defense {needs} {named}")
+    # Without the training set a defense needs trusted images.
+    defense, trusted = ("dau", "") if found.has_train else ("sau", " --trusted_path CLEAN")
+    following = next_command("import", record.name, options.record_root, defense)
+    print(f"next: {following}{trusted}")
     return 0
 
 

@@ -93,7 +93,8 @@ def load(kind: Kind, name: str) -> Method:
 
 def with_role(role: Role) -> list[str]:
     """List the names of the files in defense/ that have this role."""
-    return [name for name in available("defense") if load("defense", name).role == role]
+    files = available("defense").items()
+    return [name for name, path in files if from_file("defense", path).role == role]
 
 
 def from_file(kind: Kind, path: Path) -> Method:
