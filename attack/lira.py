@@ -36,10 +36,10 @@ from backdoorlab.data import Dataset, Split, batches, to_bytes, to_device, to_fl
 from backdoorlab.device import seeded
 from backdoorlab.engine import LRSchedule, make_optimizer
 from backdoorlab.errors import UserError
-from backdoorlab.joint import labels_of, psnr, snapshot, vary
+from backdoorlab.joint import labels_of, snapshot, vary
 from backdoorlab.models import Classifier
 from backdoorlab.perturb import frozen
-from backdoorlab.poison import Labels, Poison
+from backdoorlab.poison import Labels, Poison, changed_share
 from backdoorlab.poisoning import Outcome, new_model
 from backdoorlab.run import Run
 
@@ -121,13 +121,12 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     train_poison, test_poison = made or snapshot(dataset, config, run, stamp)
 
     # A trigger of less than half a grey level does not survive rounding to bytes.
-    noise = psnr(dataset.test.images[test_poison.index], test_poison.images)
-    if noise is None and len(test_poison):
+    if changed_share(dataset.test, test_poison) == 0:
         run.note(
             "the trigger is lost in rounding to bytes: raise --eps, --trigger_lr or"
             " --trigger_epochs"
         )
-    return Outcome(model, train_poison, test_poison, {"psnr": noise})
+    return Outcome(model, train_poison, test_poison)
 
 
 def refuse_unfit(dataset: Dataset, config: Config) -> None:

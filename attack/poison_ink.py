@@ -30,7 +30,7 @@ from backdoorlab.data import Dataset, to_bytes, to_device, to_float
 from backdoorlab.device import seeded
 from backdoorlab.engine import random_batches
 from backdoorlab.errors import UserError
-from backdoorlab.joint import psnr, vary
+from backdoorlab.joint import vary
 from backdoorlab.models.unet import UNet
 from backdoorlab.poisoning import Outcome, static_attack
 from backdoorlab.run import Run
@@ -97,9 +97,7 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
     # What the reader finds of it in test images, which neither network has learned from.
     seen = dataset.test.images[:1000]
     changed = hide(seen, torch.arange(len(seen)), "test", config, encoder)
-    return replace(
-        outcome, measured={"psnr": psnr(seen, changed), **read_back(reader, seen, changed, config)}
-    )
+    return replace(outcome, measured=read_back(reader, seen, changed, config))
 
 
 def networks(channels: int, config: Config, run: Run) -> tuple[UNet, nn.Module]:

@@ -30,7 +30,6 @@ from backdoorlab.config import AttackConfig
 from backdoorlab.data import Dataset, to_bytes, to_device, to_float
 from backdoorlab.device import derived_generator, seeded
 from backdoorlab.engine import random_batches
-from backdoorlab.joint import psnr
 from backdoorlab.models.unet import UNet
 from backdoorlab.poisoning import Outcome, static_attack
 from backdoorlab.run import Run
@@ -123,7 +122,6 @@ def attack(dataset: Dataset, config: Config, run: Run) -> Outcome:
         measured={
             "universal_share": share,
             "bit_accuracy": bit_accuracy(reader, changed, message),
-            "psnr": psnr(seen, changed),
         },
     )
 

@@ -7,7 +7,6 @@ that read the training set get the snapshot. Those that train on it are compared
 model trained on it, the retraining baseline, and not with the attacker's.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -211,14 +210,3 @@ def cross_accuracy(model: nn.Module, dataset: Dataset, cross: Stamp, run: Run) -
     everything = torch.arange(len(dataset.test))
     changed = Split(stamped(dataset.test, everything, cross, "test"), dataset.test.labels)
     return (predict(model, changed, run.device) == changed.labels).double().mean().item()
-
-
-def psnr(clean: Tensor, changed: Tensor) -> float | None:
-    """Return the peak signal-to-noise ratio in dB; None if nothing differs, or nothing is there.
-
-    Args:
-        clean: uint8 (N, C, H, W).
-        changed: the same images with the trigger, of the same shape.
-    """
-    error = (clean.double() - changed.double()).square().mean().item() if len(clean) else 0.0
-    return 10 * math.log10(255**2 / error) if error else None

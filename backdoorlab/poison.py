@@ -1,5 +1,6 @@
 """Poison a data set: choose images, stamp them, and give them the attacker's labels."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -246,6 +247,13 @@ def changed_share(clean: Split, poison: Poison) -> float | None:
         int((poisoned.images != clean.images[poisoned.index]).count_nonzero())
         / poisoned.images.numel()
     )
+
+
+def psnr(clean: Split, poison: Poison) -> float | None:
+    """Return the peak signal-to-noise ratio of poisoned images in dB; None if nothing differs."""
+    poisoned = poison.of_kind(POISON)
+    error = (poisoned.images.int() - clean.images[poisoned.index].int()).square().sum().item()
+    return 10 * math.log10(255**2 * poisoned.images.numel() / error) if error else None
 
 
 def no_poison(clean: Split) -> Poison:

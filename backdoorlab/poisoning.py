@@ -1,6 +1,6 @@
 """Attacks that only poison the training set: from the stamp to the trained model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,8 +29,8 @@ class Outcome:
     """What it was trained on, as far as that differs from the clean training set."""
     test_poison: Poison
     """The triggered test images, on which ASR is measured."""
-    measured: dict[str, float | None] = field(default_factory=dict)
-    """Other facts about the attack, for record.json: accuracy on cross images, PSNR, ..."""
+    measured: Mapping[str, float | None] = field(default_factory=dict)
+    """Other facts about the attack, for record.json: accuracy on cross images, ..."""
 
 
 Choice = Callable[[torch.Tensor, str, Any], torch.Tensor]

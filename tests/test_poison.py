@@ -1,5 +1,6 @@
 """Who is poisoned and how."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from backdoorlab.poison import (
     no_poison,
     poison_test,
     poison_train,
+    psnr,
 )
 from backdoorlab.record import Record
 from backdoorlab.settings import methods
@@ -376,6 +378,16 @@ def test_the_share_of_changed_values_is_counted() -> None:
     assert changed_share(clean, poison) == 9 / 1024
     assert changed_share(clean, poison_test(clean, stamp_of("blended", alpha=0.001), labels)) == 0
     assert changed_share(clean, no_poison(clean)) is None
+
+
+def test_psnr_is_that_of_the_error_written_out() -> None:
+    """A patch of white pixels, added up pixel by pixel; a trigger lost in rounding has none."""
+    clean, labels = pictures(), Labels(0, "all2one", 10)
+    poison = poison_test(clean, stamp_of("badnet"), labels)
+    error = np.square(poison.images.numpy() - clean.images[poison.index].numpy().astype(float))
+    assert psnr(clean, poison) == pytest.approx(20 * math.log10(255 / math.sqrt(error.mean())))
+    assert psnr(clean, poison_test(clean, stamp_of("blended", alpha=0.001), labels)) is None
+    assert psnr(clean, no_poison(clean)) is None
 
 
 @pytest.mark.parametrize("channels", [1, 3])

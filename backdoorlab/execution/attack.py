@@ -15,7 +15,7 @@ from ..datasets.load import load as load_dataset
 from ..device import choose_device, keep_freed_memory, seed_everything
 from ..errors import UserError, described
 from ..metrics import Scores, learned_nothing
-from ..poison import POISON, changed_share, check_rate, check_target, left_by_crops
+from ..poison import POISON, changed_share, check_rate, check_target, left_by_crops, psnr
 from ..poisoning import Outcome, network_of, new_model, poison_and_train, static_attack
 from ..record import Record
 from ..run import Run
@@ -263,7 +263,7 @@ def _info(
         poisoned=int((outcome.train_poison.kind == POISON).sum()),
         scores=scores.to_json(),
         joint=joint,
-        measured=outcome.measured,
+        measured={"psnr": psnr(dataset.test, outcome.test_poison), **outcome.measured},
         notes=run.notes,
         costs=costs,
         environment=made_on(run.folder),

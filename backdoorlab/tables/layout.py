@@ -52,7 +52,9 @@ AUDITED: dict[str, Metric] = {
     "similarity": "similarity",
 }
 """The same of audits: columns that a table has where a model was audited."""
-AS_THEY_ARE = ("depth", "t50", "similarity")
+OF_ATTACKS: dict[str, Metric] = {"PSNR dB": "psnr"}
+"""Columns that a table has only where they are asked for."""
+AS_THEY_ARE = ("depth", "t50", "similarity", "psnr")
 """Metrics that are no percentages."""
 RANKING: dict[str, Metric] = {"AUROC %": "auroc"}
 """Further columns of numbers, shown beside FPR where there is a detector."""
@@ -92,7 +94,8 @@ def table(
 
     every = list(records)
     controls = notes.of_controls(every)
-    made = only(_of_runs(rows(every, on_damage, missing), controls), columns)
+    shown = rows(every, on_damage, missing)
+    made = only(_of_runs(shown, controls, () if columns is None else OF_ATTACKS), columns)
     # What explains the columns of audits goes with them.
     if not any(name in AUDITED for name in made.columns):
         left = [note for note in made.notes if note not in (notes.DEPTH, *controls)]
@@ -196,7 +199,9 @@ def assumes(words: Sequence[str]) -> str:
     return " + ".join(ASSUMABLE[word].removeprefix("poisoned ") for word in words) or "nothing"
 
 
-def _of_runs(found: Sequence[Row], of_audits: Sequence[str] = ()) -> Table:
+def _of_runs(
+    found: Sequence[Row], of_audits: Sequence[str] = (), further: Iterable[str] = ()
+) -> Table:
     # Of a defense that was not run, nothing is known at all.
     without = [
         (row["record"].text, row["attack"].text)
@@ -209,8 +214,8 @@ def _of_runs(found: Sequence[Row], of_audits: Sequence[str] = ()) -> Table:
         for name in AUDITED
         if any(name in row and (name == "depth" or row[name] != EMPTY) for row in found)
     ]
-    columns = [*_with_extras(COLUMNS, found), *audited]
-    numbers = [*SCORES, *RANKING, *audited]
+    columns = [*_with_extras(COLUMNS, found), *audited, *further]
+    numbers = [*SCORES, *RANKING, *OF_ATTACKS, *audited]
     oracles = any(ORACLE in row["defense"].text for row in found)
     return Table(
         columns,
@@ -247,6 +252,7 @@ def _run(row: measured.Row) -> Row:
         ),
         "assumes": _assumes(row),
         **_own_scores(row),
+        **_own_scores(row, OF_ATTACKS),
         **(_own_scores(row, AUDITED) if row.audit else {}),
         **_extras(row),
     }

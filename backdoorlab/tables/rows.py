@@ -51,9 +51,11 @@ Metric = Literal[
     "excess",
     "t50",
     "similarity",
+    "psnr",
 ]
 """What a Row measures. Scores and rates are fractions in [0, 1]. Seconds are without evaluation.
-`forward` and `backward` count images. From `depth` on, an audit measured them (audits.py)."""
+`forward` and `backward` count images. From `depth` to `similarity`, an audit measured them
+(audits.py). `psnr` is in dB, of an attack's triggered test images."""
 
 UNDEFENDED = "none"
 """The `defense` of a row that shows a record as it was attacked."""
@@ -137,6 +139,8 @@ class Row:
     """Whether that split was made from the true poison, which no defender knows."""
     audit: audits.Audit | None = None
     """What an audit found; None where none was made."""
+    psnr: float | None = None
+    """Of the triggered test images; None for a defense, and where nobody measured it."""
     is_solved: bool | None = None
     """Whether the defense did all that it is for (`audits.solved`); None where an audit is
     missing, or has no depth."""
@@ -365,6 +369,7 @@ def _undefended(record: Measured) -> Row:
         collapsed=False,
         defense_settings="",
         audit=audits.read(record.folder / "controls" / "undefended.json", info),
+        psnr=(info.get("measured") or {}).get("psnr"),
     )
 
 

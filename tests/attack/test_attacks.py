@@ -418,10 +418,14 @@ def test_counts_and_labels(attack: str, record: Callable[..., Record]) -> None:
 
 
 @every
-def test_what_crops_leave_of_the_trigger_is_logged(
+def test_how_visible_the_trigger_is_and_what_crops_leave_of_it_is_logged(
     attack: str, record: Callable[..., Record]
 ) -> None:
     found = record(attack)
+    clean, changed = found.dataset().test.images, found.test_poison
+    assert found.info["measured"]["psnr"] == pytest.approx(
+        psnr(clean[changed.index], changed.images)
+    )
     crops = found.info["trigger_in_crops"]
     assert crops == left_by_crops(
         found.dataset().train, found.train_poison, found.info["config"]["crop_padding"]

@@ -126,6 +126,7 @@ def two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Record]
         "attack": "badnet",
         "scores": scores(0.9182, 0.9379, 0.0512),
         "seconds": 60.7,
+        "measured": {"psnr": 25.0},
         **shared,
     }
     second = {"attack": "none", "scores": scores(0.99, None, None), "seconds": 5.2, **shared}
@@ -346,6 +347,10 @@ def test_latex_escapes() -> None:
 def test_some_columns_and_no_rows_of_what_was_not_run(two_records: list[Record]) -> None:
     chosen = layout.table(two_records, missing=False, columns="defense, ASR,der %")
     assert chosen.columns == ["defense", "ASR %", "DER %"] == ["defense", *chosen.numbers]
+    # What is known of an attack's trigger is shown where it is asked for, in the attack's row.
+    seen = layout.table(two_records, missing=False, columns="record,PSNR dB")
+    assert [row["PSNR dB"] != formats.EMPTY for row in seen.rows[:2]] == [True, False]
+    assert "PSNR dB" not in layout.table(two_records).columns
     shown = formats.render(chosen, "text").splitlines()
     assert shown[3].split() == ["dau", "1.00", "95.48"]
     names = [row["defense"].text for row in chosen.rows if row["record"].text == "clean"]
