@@ -56,6 +56,9 @@ class Table:
     the depth where it was audited."""
     missing: bool = True
     """Show each defense that was not run as a row without numbers."""
+    defenses: str | None = None
+    """Methods to show beside the attacked models, separated by commas, such as dau,ft. None: all
+    that have a result."""
     columns: str | None = None
     """Columns to show, separated by commas, such as "defense,clean acc,ASR". None: all."""
     record_root: str | None = None
@@ -158,6 +161,8 @@ class Pull:
 
 def table(options: Table) -> int:
     """Print records and their defenses; exit code 2 if some could not be read."""
+    only = None if options.defenses is None else measured.OfMethods(_methods(options.defenses))
+
     # A damaged record is left out and reported, unless the user named it or wants a traceback.
     root = record_root(options.record_root)
     damaged: list[measured.Damaged] = []
@@ -166,7 +171,7 @@ def table(options: Table) -> int:
         _names(options.names, root), root, measured.refuse if options.names else on_damage
     )
     if options.wide:
-        shown = board.table(measured.rows(records, on_damage=on_damage))
+        shown = board.table(measured.rows(records, only, on_damage))
     else:
         shown = layout.table(
             records,
@@ -175,10 +180,21 @@ def table(options: Table) -> int:
             worst=options.worst,
             missing=options.missing,
             columns=options.columns,
+            only=only,
             on_damage=on_damage,
         )
     layout.show(shown, options.format)
     return layout.complain(damaged)
+
+
+def _methods(names: str) -> tuple[str, ...]:
+    """Split the names of --defenses, and refuse one that is no method."""
+    known = methods.available("defense")
+    found = tuple(name.strip() for name in names.split(","))
+    for name in found:
+        if name not in known:
+            raise UserError(f"no defense {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
+    return found
 
 
 def showing_matrix(options: Matrix) -> int:

@@ -3,9 +3,9 @@
     python performance/cost.py [RECORD ...] [--record_root FOLDER] [--tflops 50]
     python performance/cost.py --grid bench_cifar10_fast [--tflops 0.165] [--jobs 2]
 
-With records, it prints the passes counted in their results beside those of the formulas below. Then
-it prints the table of docs/results/cost.md. With a grid, it prints what the grid costs instead, on
-machines that run so many commands at once, each at this rate.
+With records, it prints the passes counted in their results beside those of the formulas below. With
+a grid, it prints what the grid costs, on machines that run so many commands at once, each at this
+rate. Else it prints what the methods cost with their published settings on three data sets.
 
 A forward pass of an image counts once, a backward pass twice (gradients of activations and of
 weights). torch counts the operations of a forward pass on the network itself. --tflops is the rate
@@ -144,11 +144,14 @@ COSTS: dict[str, Callable[[Mapping[str, Any], Setting], Passes]] = {
     "bu": bu,
 }
 SCALES = {
-    "CIFAR-10, PreAct-ResNet18": (Setting(50_000, 2_500, 10), "preactresnet18", 32, 100),
-    "Tiny ImageNet, PreAct-ResNet18": (Setting(100_000, 5_000, 200), "preactresnet18", 64, 200),
-    "ImageNet, ResNet-50": (Setting(1_281_167, 64_058, 1000), "resnet50", 224, 90),
+    "CIFAR-10": (Setting(50_000, 2_500, 10), "preactresnet18", 32, 100),
+    "Tiny ImageNet": (Setting(100_000, 5_000, 200), "preactresnet18", 64, 200),
+    "ImageNet": (Setting(1_281_167, 64_058, 1000), "resnet50", 224, 90),
 }
-"""Title -> data with 5 % trusted images, network, image side in pixels, epochs of the attack."""
+"""Data set -> its size with 5 % trusted images, network, image side in pixels, epochs of the
+attack."""
+PUBLISHED = {"Tiny ImageNet": {"sau": {"n_rounds": 20}}}
+"""Settings by which a publication departs from a method's defaults there."""
 
 
 SIZES = {
@@ -225,28 +228,50 @@ def operations(network: str, side: int, classes: int, width: int | None = None) 
 
 def scaled(tflops: float) -> None:
     """Print passes per training image and hours for every method at its published settings."""
-    defaults = {
-        name: dataclasses.asdict(methods.load("defense", name).config_class()) for name in COSTS
-    }
-    for title, (setting, network, side, epochs) in SCALES.items():
-        flops = operations(network, side, setting.classes)
-        print(
-            f"\n{title}: {setting.n:,} images, {setting.trusted:,} trusted, {flops / 1e9:.2f} GFLOP"
-            f" a forward pass, {tflops:g} TFLOP/s achieved\n"
+    every = [_costs(title, tflops) for title in SCALES]
+    heads = [f"{title}: forward / backward | hours" for title in SCALES]
+    print(f"| method | {' | '.join(heads)} |\n| --- |{' ---: |' * 2 * len(SCALES)}")
+    for name in ("attack", *COSTS):
+        shown = (
+            f"{forward:.4g} / {backward:.4g} | {hours:.3g}"
+            for forward, backward, hours in (costs[name] for costs in every)
         )
+        print(f"| `{name}` | {' | '.join(shown)} |")
+    of_record = [sum(hours for _, _, hours in costs.values()) for costs in every]
+    for name, times in (("a record with these defenses", 1), ("ten attacks, three seeds", 30)):
+        print(f"| {name} | {' | '.join(f'| {times * hours:.3g}' for hours in of_record)} |")
+
+    print(f"\nPasses are per training image; hours at {tflops:g} TFLOP/s.\n")
+    for title, (setting, network, side, epochs) in SCALES.items():
         print(
-            "| method | forward / image | backward / image | hours |\n| --- | ---: | ---: | ---: |"
+            f"- {title}: {setting.n:,} images of {side} pixels, {setting.trusted:,} trusted,"
+            f" {network} of {operations(network, side, setting.classes) / 1e9:.2f} GFLOP a forward"
+            f" pass, attack of {epochs} epochs{_departures(title)}."
         )
 
-        attack = training({"epochs": epochs}, setting)
-        for name, (forward, backward) in {
-            f"attack, {epochs} epochs": attack,
-            **{k: f(defaults[k], setting) for k, f in COSTS.items()},
-        }.items():
-            hours = (forward + 2 * backward) * flops / (tflops * 1e12) / 3600
-            print(
-                f"| {name} | {forward / setting.n:.4g} | {backward / setting.n:.4g} | {hours:.3g} |"
-            )
+
+def _costs(title: str, tflops: float) -> dict[str, tuple[float, float, float]]:
+    """Each method -> forward and backward passes per training image, and hours."""
+    setting, network, side, epochs = SCALES[title]
+    passes = {"attack": training({"epochs": epochs}, setting)}
+    for name, formula in COSTS.items():
+        config = methods.load("defense", name).config_class(
+            **PUBLISHED.get(title, {}).get(name, {})
+        )
+        passes[name] = formula(dataclasses.asdict(config), setting)
+    rate = operations(network, side, setting.classes) / (tflops * 1e12) / 3600
+    return {
+        name: (forward / setting.n, backward / setting.n, (forward + 2 * backward) * rate)
+        for name, (forward, backward) in passes.items()
+    }
+
+
+def _departures(title: str) -> str:
+    return "".join(
+        f", {name} with {option} {value}"
+        for name, values in PUBLISHED.get(title, {}).items()
+        for option, value in values.items()
+    )
 
 
 def of_grid(name: str, tflops: float, jobs: int) -> None:
@@ -302,8 +327,9 @@ if __name__ == "__main__":
     try:
         if options.grid:
             of_grid(options.grid, options.tflops, options.jobs)
-        else:
+        elif options.records:
             counted(options.records, options.record_root)
+        else:
             scaled(options.tflops)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None

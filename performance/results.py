@@ -13,6 +13,8 @@ The command's output is put between them. It is one of
     python -m backdoorlab matrix ...             likewise
     python performance/results.py about STORE    what measured a store: command, hardware, versions
     python performance/results.py heat_map FILE STORE ...    a picture of attacks x defenses
+    python performance/printed.py FILE ...       a table of what a benchmark printed
+    python performance/cost.py ...               what methods or grids cost
 
 Nothing is trained or scored. --check writes nothing, and fails where a page is not what its
 commands give.
@@ -23,9 +25,10 @@ import contextlib
 import io
 import os
 import re
+import runpy
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,8 @@ BLOCK = re.compile(r"^<!-- made by: (?P<command>.+?) -->\n(?P<made>.*?)^<!-- end
 PAGES = ("README*.md", "docs/**/*.md")
 TABLES = ("table", "matrix")
 """Commands of backdoorlab that a block may have: those that read a store."""
+SCRIPTS = ("performance/printed.py", "performance/cost.py")
+"""Scripts that a block may have."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +111,11 @@ def block(command: str, path: Path, root: Path) -> tuple[str, dict[Path, bytes]]
     with contextlib.chdir(root):
         match words:
             case ["python", "-m", "backdoorlab", name, *_] if name in TABLES:
-                return _table(words[3:], command), {}
+                made = _printed(lambda: commands.main(words[3:]), command)
+                return (f"\n{made}\n" if "markdown" in words else f"```\n{made}```\n"), {}
+            case ["python", script, *_] if script in SCRIPTS:
+                made = _printed(lambda: _run(script, words[2:]), command)
+                return f"\n{made.strip()}\n\n", {}
             case ["python", "performance/results.py", "about", store]:
                 return about(Path(store)), {}
             case ["python", "performance/results.py", "heat_map", file, *stores] if stores:
@@ -120,15 +129,28 @@ def block(command: str, path: Path, root: Path) -> tuple[str, dict[Path, bytes]]
     raise UserError(f"{path}: no block is made by {command!r}: see performance/results.py")
 
 
-def _table(argv: Sequence[str], command: str) -> str:
-    """Return what a command prints, in a fence where it is plain text."""
+def _printed(work: Callable[[], int], command: str) -> str:
+    """Return what a command prints."""
     printed, complaints = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaints):
-        code = commands.main(list(argv))
+        code = work()
     if code != 0:
         raise UserError(f"{command}: {complaints.getvalue().strip()}")
-    text = printed.getvalue()
-    return f"\n{text}\n" if "markdown" in argv else f"```\n{text}```\n"
+    return printed.getvalue()
+
+
+def _run(script: str, argv: Sequence[str]) -> int:
+    """Run a script of the checkout in this process, as `python SCRIPT ARGV` does."""
+    before, sys.argv = sys.argv, [script, *argv]
+    try:
+        runpy.run_path(str(CHECKOUT / script), run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return int(bool(end.code))
+    finally:
+        sys.argv = before
+    return 0
 
 
 def _rows(store: Path) -> list[rows.Row]:

@@ -72,6 +72,7 @@ def table(
     worst: bool = False,
     missing: bool = True,
     columns: str | None = None,
+    only: measured.Only | None = None,
     on_damage: Callable[[Damaged], None] = measured.refuse,
 ) -> Table:
     """Make the table of `python -m backdoorlab table`.
@@ -83,19 +84,20 @@ def table(
         worst: As `mean`, but show the worst seed's own numbers.
         missing: Show each known defense that was not run as a row without numbers.
         columns: The columns to show, separated by commas; None for all.
+        only: The results to show beside the attacked models; None for all.
         on_damage: Called with each damaged result, which is then left out. The default raises.
 
     Returns:
         A row for each run, or for each experiment.
     """
     if mean or worst:
-        made = means(measured.rows(records, on_damage=on_damage), form, worst=worst)
-        return only(made, columns)
+        made = means(measured.rows(records, only, on_damage), form, worst=worst)
+        return with_columns(made, columns)
 
     every = list(records)
     controls = notes.of_controls(every)
-    shown = rows(every, on_damage, missing)
-    made = only(_of_runs(shown, controls, () if columns is None else OF_ATTACKS), columns)
+    shown = rows(every, on_damage, missing, only)
+    made = with_columns(_of_runs(shown, controls, () if columns is None else OF_ATTACKS), columns)
     # What explains the columns of audits goes with them.
     if not any(name in AUDITED for name in made.columns):
         left = [note for note in made.notes if note not in (notes.DEPTH, *controls)]
@@ -103,7 +105,7 @@ def table(
     return made
 
 
-def only(table: Table, columns: str | None) -> Table:
+def with_columns(table: Table, columns: str | None) -> Table:
     """Keep some columns of a table, in the order given.
 
     Args:
@@ -150,25 +152,27 @@ def rows(
     records: Iterable[measured.Measured],
     on_damage: Callable[[Damaged], None] = measured.refuse,
     missing: bool = True,
+    only: measured.Only | None = None,
 ) -> list[Row]:
     """List each record as it was attacked, then each known defense on it.
 
     A defense that was not run, or whose result is damaged, is a row without numbers; without
     `missing`, only those that are damaged are. `on_damage` is called with each damaged result; the
-    default raises.
+    default raises. `only` has the results to show; None is all.
     """
     found = []
     for record in records:
         # Damage is kept first, as each damaged result is a row, too.
         damaged: list[Damaged] = []
-        every = measured.rows([record], on_damage=damaged.append)
+        every = measured.rows([record], only, damaged.append)
         for one in damaged:
             on_damage(one)
 
         # A defense that is not installed here is shown if it has a result.
         # Detectors and unlearners have a row for each result only.
+        wanted = methods.with_role("defense") if missing else ()
         known = {
-            *(methods.with_role("defense") if missing else ()),
+            *(name for name in wanted if only is None or (record.name, name, "") in only),
             *(row.defense for row in every),
             *(one.defense for one in damaged),
         }

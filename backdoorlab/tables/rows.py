@@ -252,6 +252,16 @@ Only = Container[tuple[str, str, str]]
 """The results to show, as (record, defense, run)."""
 
 
+@dataclass(frozen=True)
+class OfMethods:
+    """All results of some methods, as an `Only`."""
+
+    methods: tuple[str, ...]
+
+    def __contains__(self, place: object) -> bool:
+        return isinstance(place, tuple) and place[1] in self.methods
+
+
 def refuse(damaged: Damaged) -> None:
     """Raise a UserError for a damaged result; the default of every `on_damage`."""
     raise UserError(damaged.why)

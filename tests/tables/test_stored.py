@@ -1,9 +1,12 @@
 """Numbers on pages are those of the stored results: nothing is typed by hand, nothing changes
 unseen."""
 
+import contextlib
 import dataclasses
 import getpass
+import io
 import re
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -268,6 +271,37 @@ def test_check_fails_on_a_difference_and_writes_nothing(
     assert results.main(["--check"]) == 1 and page.read_bytes() == before
     assert results.main([]) == 0 and b"Precision: fp32." in page.read_bytes()
     assert results.main(["--check"]) == 0
+
+
+def test_a_block_has_what_a_benchmark_printed(results: ModuleType, tmp_path: Path) -> None:
+    """Names longer than their column, and words by which rows are chosen."""
+    measure = helpers.script("performance/measure.py")
+    rows_of = [
+        measure.Row("a | b", ">= 2.5", (1.0, 2.0, 4.0), detail="3 and 6 ms"),
+        measure.Row("a name that is longer than its column of 44", "<= 10 %", (0.5,), True),
+        measure.Row("nothing", "-", detail="not on this machine"),
+    ]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        measure.report({"machine": "of some kind", "date": "today"}, rows_of, None)
+    (tmp_path / "of.txt").write_text(printed.getvalue())
+
+    def made(*words: str) -> list[str]:
+        command = shlex.join(["python", "performance/printed.py", "of.txt", *words])
+        return str(results.block(command, tmp_path / "page.md", tmp_path)[0]).strip().splitlines()
+
+    assert made() == [
+        "machine: of some kind; date: today.",
+        "",
+        "| what | goal | measured, median (min to max) | detail |",
+        "| --- | ---: | ---: | --- |",
+        r"| a \| b | >= 2.5 | 2.00 (1.00 to 4.00) | 3 and 6 ms |",
+        "| a name that is longer than its column of 44 | <= 10 % | 50.0 % (50.0 % to 50.0 %) |  |",
+        "| nothing | - | not applicable | not on this machine |",
+    ]
+    assert made("longer", "nothing") == [line for line in made() if "3 and 6" not in line]
+    with pytest.raises(UserError, match="no row with neither"):
+        made("neither")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 
+from backdoorlab.__main__ import main
 from backdoorlab.data import Split
 from backdoorlab.errors import UserError
 from backdoorlab.execution.defense import report
@@ -342,6 +344,21 @@ def test_a_line_break_in_a_name_splits_no_row(form: formats.Format) -> None:
 def test_latex_escapes() -> None:
     line = layout.render([named("a_b&c%d#e")], "latex").splitlines()[4]
     assert line.startswith(r"a\_b\&c\%d\#e &")
+
+
+def test_some_methods_beside_the_attacked_models(two_records: list[Record]) -> None:
+    only = measured.OfMethods(("ft",))
+    shown = [row["defense"].text for row in layout.table(two_records, only=only).rows]
+    assert shown == ["none", "ft", "ft (long)", "none", "ft"], "the last one was not run"
+    mean = layout.table(two_records, mean=True, only=only)
+    assert {row["defense"].text for row in mean.rows} == {"none", "ft", "ft long"}
+    everything = [row["defense"].text for row in layout.table(two_records).rows]
+    assert "dau" in everything, "a control"
+
+
+def test_a_method_that_does_not_exist_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", "--defenses", "dau,fft", "--record_root", str(helpers.CHECKOUT)]) == 2
+    assert "no defense 'fft'. Did you mean 'ft'?" in capsys.readouterr().err
 
 
 def test_some_columns_and_no_rows_of_what_was_not_run(two_records: list[Record]) -> None:
