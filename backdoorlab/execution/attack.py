@@ -191,7 +191,13 @@ def execute(prepared: Prepared, run: Run, log: ScoreLog) -> tuple[Outcome, Score
     _introduce(prepared, run)
 
     # The attack's own file decides what happens; it returns, and scores nothing.
+    given = _changes(dataset)
     outcome = _attack_function(job.method)(dataset, config, run)
+    if _changes(dataset) != given:
+        raise UserError(
+            f"{job.method.path}: the attack changed the clean data set in place, by which it is"
+            " scored: expected changed images in its Outcome; change a copy, images.clone()"
+        )
     if not isinstance(outcome, Outcome):
         raise UserError(
             f"{job.method.path}: attack returned {described(outcome)}: expected a"
@@ -290,6 +296,12 @@ def _introduce(prepared: Prepared, run: Run) -> None:
             f"{len(absent)} of the {dataset.num_classes} classes have no training image"
             f" ({', '.join(absent[:5])}{', ...' * (len(absent) > 5)})"
         )
+
+
+def _changes(dataset: Dataset) -> list[int]:
+    """Count the changes in place of each tensor of the data, as torch does."""
+    splits = (dataset.train, dataset.test)
+    return [tensor._version for split in splits for tensor in (split.images, split.labels)]
 
 
 def _attack_function(method: Method) -> Callable[[Dataset, Any, Run], Outcome]:
