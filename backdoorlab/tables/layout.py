@@ -1,5 +1,6 @@
 """Records and defenses side by side: a row for each run, or a row for each mean over seeds."""
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,7 @@ from typing import Any
 from ..errors import UserError, one_line, suggest
 from ..settings import methods
 from ..storage.schema import ASSUMABLE, DETECTOR
-from . import formats, notes
+from . import clean_control, formats, notes
 from . import groups as grouping
 from . import rows as measured
 from .formats import EMPTY, Cell, Format, Row, Table
@@ -52,9 +53,13 @@ AUDITED: dict[str, Metric] = {
     "similarity": "similarity",
 }
 """The same of audits: columns that a table has where a model was audited."""
-OF_ATTACKS: dict[str, Metric] = {"PSNR dB": "psnr"}
+FURTHER: dict[str, Metric] = {
+    "trainings": "trainings",
+    "no-attack cost %": "no_attack_cost",
+    "PSNR dB": "psnr",
+}
 """Columns that a table has only where they are asked for."""
-AS_THEY_ARE = ("depth", "t50", "similarity", "psnr")
+AS_THEY_ARE = ("depth", "t50", "similarity", "trainings", "psnr")
 """Metrics that are no percentages."""
 RANKING: dict[str, Metric] = {"AUROC %": "auroc"}
 """Further columns of numbers, shown beside FPR where there is a detector."""
@@ -90,14 +95,15 @@ def table(
     Returns:
         A row for each run, or for each experiment.
     """
+    further = () if columns is None else tuple(FURTHER)
     if mean or worst:
-        made = means(measured.rows(records, only, on_damage), form, worst=worst)
-        return with_columns(made, columns)
+        found = measured.rows(records, only, on_damage)
+        return with_columns(means(found, form, worst=worst, further=further), columns)
 
     every = list(records)
     controls = notes.of_controls(every)
     shown = rows(every, on_damage, missing, only)
-    made = with_columns(_of_runs(shown, controls, () if columns is None else OF_ATTACKS), columns)
+    made = with_columns(_of_runs(shown, controls, further), columns)
     # What explains the columns of audits goes with them.
     if not any(name in AUDITED for name in made.columns):
         left = [note for note in made.notes if note not in (notes.DEPTH, *controls)]
@@ -160,31 +166,45 @@ def rows(
     `missing`, only those that are damaged are. `on_damage` is called with each damaged result; the
     default raises. `only` has the results to show; None is all.
     """
-    found = []
+    read: list[tuple[list[measured.Row], list[Damaged]]] = []
     for record in records:
         # Damage is kept first, as each damaged result is a row, too.
         damaged: list[Damaged] = []
-        every = measured.rows([record], only, damaged.append)
+        read.append((measured.rows([record], only, damaged.append), damaged))
         for one in damaged:
             on_damage(one)
 
-        # A defense that is not installed here is shown if it has a result.
-        # Detectors and unlearners have a row for each result only.
-        wanted = methods.with_role("defense") if missing else ()
-        known = {
-            *(name for name in wanted if only is None or (record.name, name, "") in only),
-            *(row.defense for row in every),
-            *(one.defense for one in damaged),
-        }
+    # A record's rows say what the defenses cost on another record, the clean control.
+    priced = iter(clean_control.priced([row for every, _ in read for row in every]))
+    shown = ((list(itertools.islice(priced, len(every))), damaged) for every, damaged in read)
+    wanted = methods.with_role("defense") if missing else ()
+    return [row for every, damaged in shown for row in _of_record(every, damaged, wanted, only)]
 
-        for name in (UNDEFENDED, *sorted(known - {UNDEFENDED})):
-            shown = [_run(row) for row in every if row.defense == name]
-            shown += [
-                _not_run(every[0], name, _called(name, one.run))
-                for one in damaged
-                if one.defense == name
-            ]
-            found += shown or [_not_run(every[0], name, name)]
+
+def _of_record(
+    every: Sequence[measured.Row],
+    damaged: Sequence[Damaged],
+    wanted: Iterable[str],
+    only: measured.Only | None,
+) -> list[Row]:
+    """Show the rows of one record, by method; `wanted` are shown where they were not run, too."""
+    # A defense that is not installed here is shown if it has a result.
+    # Detectors and unlearners have a row for each result only.
+    known = {
+        *(name for name in wanted if only is None or (every[0].record, name, "") in only),
+        *(row.defense for row in every),
+        *(one.defense for one in damaged),
+    }
+
+    found = []
+    for name in (UNDEFENDED, *sorted(known - {UNDEFENDED})):
+        shown = [_run(row) for row in every if row.defense == name]
+        shown += [
+            _not_run(every[0], name, _called(name, one.run))
+            for one in damaged
+            if one.defense == name
+        ]
+        found += shown or [_not_run(every[0], name, name)]
     return found
 
 
@@ -219,7 +239,7 @@ def _of_runs(
         if any(name in row and (name == "depth" or row[name] != EMPTY) for row in found)
     ]
     columns = [*_with_extras(COLUMNS, found), *audited, *further]
-    numbers = [*SCORES, *RANKING, *OF_ATTACKS, *audited]
+    numbers = [*SCORES, *RANKING, *FURTHER, *audited]
     oracles = any(ORACLE in row["defense"].text for row in found)
     return Table(
         columns,
@@ -256,7 +276,7 @@ def _run(row: measured.Row) -> Row:
         ),
         "assumes": _assumes(row),
         **_own_scores(row),
-        **_own_scores(row, OF_ATTACKS),
+        **_own_scores(row, FURTHER),
         **(_own_scores(row, AUDITED) if row.audit else {}),
         **_extras(row),
     }
@@ -315,6 +335,7 @@ def means(
     *,
     missing: Sequence[Missing] = (),
     worst: bool = False,
+    further: Sequence[str] = (),
 ) -> Table:
     """Show mean ± standard deviation over seeds for each data set, attack, rate and defense.
 
@@ -326,10 +347,12 @@ def means(
         missing: What was to be run and has no result. Each is a row without numbers, below the
             rows of its attack, or at the end.
         worst: Show the worst seed's own numbers in place of the mean.
+        further: Columns of FURTHER to add.
 
     Returns:
         The table. The value of a mean is not rounded; a score's is a fraction.
     """
+    found = clean_control.priced(found)
     groups = grouping.grouped(found)
     labels = grouping.labels(groups)
     weak = grouping.no_better_than_baseline(groups)
@@ -349,7 +372,7 @@ def means(
     if form == "csv" and not worst:
         scores = [name for column in shown for name in (column, f"{column} sd")]
     count = "seed" if worst else "n"
-    columns = ["data", "attack", "poison %", "defense", "assumes", count, *scores]
+    columns = ["data", "attack", "poison %", "defense", "assumes", count, *scores, *further]
     columns = _with_extras(columns, lines)
     if any("reported" in line for line in lines):
         columns.append("reported")
@@ -357,7 +380,7 @@ def means(
     return Table(
         columns,
         [{column: line.get(column, EMPTY) for column in columns} for line in lines],
-        numbers=["poison %", "n", "seed", *scores, *RANKING],
+        numbers=["poison %", "n", "seed", *scores, *RANKING, *further],
         block=["data", "attack", "poison %"],
         notes=notes.below(found, groups, weak, form, worst),
     )
@@ -392,7 +415,7 @@ def _experiment(
     return cells | ({"reported": Cell("; ".join(published))} if published else {})
 
 
-EVERY: dict[str, Metric] = {**SCORES, **AUDITED}
+EVERY: dict[str, Metric] = {**SCORES, **AUDITED, **FURTHER}
 
 
 def _own_scores(row: measured.Row, shown: Mapping[str, Metric] = SCORES) -> dict[str, Cell]:

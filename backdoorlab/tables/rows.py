@@ -52,10 +52,13 @@ Metric = Literal[
     "t50",
     "similarity",
     "psnr",
+    "trainings",
+    "no_attack_cost",
 ]
 """What a Row measures. Scores and rates are fractions in [0, 1]. Seconds are without evaluation.
 `forward` and `backward` count images. From `depth` to `similarity`, an audit measured them
-(audits.py). `psnr` is in dB, of an attack's triggered test images."""
+(audits.py). `psnr` is in dB, of an attack's triggered test images; `trainings` are trainings of the
+model, and `no_attack_cost` is clean accuracy lost, in [-1, 1]."""
 
 UNDEFENDED = "none"
 """The `defense` of a row that shows a record as it was attacked."""
@@ -141,6 +144,11 @@ class Row:
     """What an audit found; None where none was made."""
     psnr: float | None = None
     """Of the triggered test images; None for a defense, and where nobody measured it."""
+    trainings: float | None = None
+    """Cost in units of one plain training of the attacked model, by image passes: a forward pass
+    counts once, a backward pass twice."""
+    no_attack_cost: float | None = None
+    """Clean accuracy that the same defense takes from the clean control (clean_control.py)."""
     is_solved: bool | None = None
     """Whether the defense did all that it is for (`audits.solved`); None where an audit is
     missing, or has no depth."""
@@ -366,7 +374,7 @@ def _undefended(record: Measured) -> Row:
     info = record.info
     return Row(
         **_shared(record),
-        **_costs(info),
+        **_costs(info, info),
         run="",
         defense=UNDEFENDED,
         assumes=(),
@@ -387,7 +395,13 @@ def _plain(record: Measured) -> Row:
     plain = record.info["plain_scores"]
     scores = {key: plain[key] for key in metrics.SUMMARY}
     # Of plain training nothing but its time was measured.
-    costs = dict(seconds=plain["seconds"], forward=None, backward=None, peak_memory_bytes=None)
+    costs = dict(
+        seconds=plain["seconds"],
+        forward=None,
+        backward=None,
+        trainings=None,
+        peak_memory_bytes=None,
+    )
     return replace(
         _undefended(record),
         audit=None,
@@ -417,7 +431,7 @@ def defended(record: Measured, folder: Path, result: Mapping[str, Any]) -> Row:
     solved = None if audit is None else audits.solved(before, after, collapsed, audit.depth)
     return Row(
         **_shared(record),
-        **_costs(result),
+        **_costs(result, record.info),
         run=folder.name,
         defense=folder.parent.name,
         assumes=tuple(result["assumes"]),
@@ -479,16 +493,27 @@ def _rate(info: Mapping[str, Any]) -> float | None:
     return round(poisoned / size, 4)
 
 
-def _costs(info: Mapping[str, Any]) -> dict[str, Any]:
+def _costs(info: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
     # Older records have no count of images.
     passes = info.get("image_passes") or {}
     return {
         "seconds": info.get("seconds"),
         "forward": passes.get("forward"),
         "backward": passes.get("backward"),
+        "trainings": _trainings(record, passes),
         "peak_memory_bytes": info.get("peak_memory_bytes"),
         "device": info.get("device"),
     }
+
+
+def _trainings(record: Mapping[str, Any], passes: Mapping[str, int]) -> float | None:
+    """Divide image passes by those of a plain training of the record's model."""
+    epochs = record.get("config", {}).get("epochs")
+    if not epochs or not passes:
+        return None
+    return (passes["forward"] + 2 * passes["backward"]) / (
+        3 * epochs * record["dataset"]["train_size"]
+    )
 
 
 def _settings(info: Mapping[str, Any]) -> str:
