@@ -362,7 +362,7 @@ def test_an_unknown_grid_is_answered_with_the_known_ones() -> None:
         UserError,
         match=(
             r"no grid of that name. Did you mean 'bench_digits'\? Grids: bench_cifar10,"
-            r" bench_cifar10_fast, bench_cifar10_w16, bench_curve, bench_datasets,"
+            r" bench_cifar10_fast, bench_cifar10_w16, bench_curve, bench_datasets, bench_depth,"
             r" bench_digits"
         ),
     ):
