@@ -59,6 +59,8 @@ FURTHER: dict[str, Metric] = {
     "PSNR dB": "psnr",
 }
 """Columns that a table has only where they are asked for."""
+SUMMARIES = ("depth", "solved %")
+"""Those of AUDITED that sum up the others."""
 AS_THEY_ARE = ("depth", "t50", "similarity", "trainings", "psnr")
 """Metrics that are no percentages."""
 RANKING: dict[str, Metric] = {"AUROC %": "auroc"}
@@ -102,13 +104,14 @@ def table(
 
     every = list(records)
     controls = notes.of_controls(every)
+    gaps = [note for record in every for note in notes.of_gaps(record)]
     shown = rows(every, on_damage, missing, only)
-    made = with_columns(_of_runs(shown, controls, further), columns)
-    # What explains the columns of audits goes with them.
-    if not any(name in AUDITED for name in made.columns):
-        left = [note for note in made.notes if note not in (notes.DEPTH, *controls)]
-        made = replace(made, notes=left)
-    return made
+    made = with_columns(_of_runs(shown, [*controls, *gaps], further), columns)
+    # What is said of audits goes with the columns that have it.
+    audited = [name for name in made.columns if name in AUDITED]
+    unsaid = [] if set(audited) - {*SUMMARIES} else controls
+    unsaid = unsaid if audited else [*controls, *gaps]
+    return replace(made, notes=[note for note in made.notes if note not in unsaid])
 
 
 def with_columns(table: Table, columns: str | None) -> Table:
@@ -130,7 +133,14 @@ def with_columns(table: Table, columns: str | None) -> Table:
         if name not in known:
             raise UserError(f"no column {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
     kept = [known[name] for name in dict.fromkeys(wanted)]
-    return replace(table, columns=kept, numbers=[name for name in table.numbers if name in kept])
+    # What explains a column goes with it.
+    gone = notes.of_columns(name for name in table.columns if name not in kept)
+    return replace(
+        table,
+        columns=kept,
+        numbers=[name for name in table.numbers if name in kept],
+        notes=[note for note in table.notes if note not in gone],
+    )
 
 
 def _heading(name: str) -> str:
@@ -249,7 +259,7 @@ def _of_runs(
         notes=[
             *notes.without_asr(without),
             *[notes.ABOUT_ORACLE] * oracles,
-            *[notes.DEPTH] * bool(audited),
+            *notes.of_columns(columns),
             *of_audits,
         ],
     )
@@ -382,7 +392,7 @@ def means(
         [{column: line.get(column, EMPTY) for column in columns} for line in lines],
         numbers=["poison %", "n", "seed", *scores, *RANKING, *further],
         block=["data", "attack", "poison %"],
-        notes=notes.below(found, groups, weak, form, worst),
+        notes=[*notes.below(found, groups, weak, form, worst), *notes.of_columns(columns)],
     )
 
 

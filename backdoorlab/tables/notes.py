@@ -18,17 +18,31 @@ ABOUT_ORACLE = (
     f"{ORACLE.strip()}: was given the true poison, which no defender knows; not ranked with others."
 )
 """What the mark of an oracle means."""
-DEPTH = (
-    "Depth (audit): 1 is a model that was never poisoned, 0 the undefended one, by the ASR after"
-    " fine-tuning on a few clean images and 5 poisoned ones (P-ASR 5). Solved: ASR below 5 %, at"
-    " most 3 points of clean accuracy lost, RA within 10 points of it, depth at least .8. BN-ASR:"
-    " the ASR after the batch statistics were estimated anew on clean images."
-)
-"""Explains the columns of audits."""
+ABOUT = {
+    "depth": (
+        "Depth (audit): 1 is a model that was never poisoned, 0 the undefended one, by the ASR"
+        " after fine-tuning on a few clean images and 5 poisoned ones (P-ASR 5)."
+    ),
+    "solved %": (
+        "Solved: ASR below 5 %, at most 3 points of clean accuracy lost, RA within 10 points of it,"
+        " depth at least .8."
+    ),
+    "BN-ASR %": "BN-ASR: the ASR after the batch statistics were estimated anew on clean images.",
+    "trainings": "Trainings: cost by image passes, in units of one training of the attacked model.",
+    "no-attack cost %": (
+        "No-attack cost: clean accuracy that the same defense takes from the clean control."
+    ),
+}
+"""Column -> what it is, where its heading does not say so."""
+
+
+def of_columns(columns: Iterable[str]) -> list[str]:
+    """Explain the columns of a table."""
+    return [ABOUT[name] for name in columns if name in ABOUT]
 
 
 def of_controls(records: Iterable[Measured]) -> list[str]:
-    """Say what the controls of audited records give, and why numbers of an audit are missing."""
+    """Say what the controls of audited records give."""
     said = []
     for record in records:
         controls = {
@@ -38,7 +52,6 @@ def of_controls(records: Iterable[Measured]) -> list[str]:
         shown = [f"{name} {_p_asr(found)}" for name, found in controls.items() if found]
         if shown:
             said.append(f"{record.name}, P-ASR % at n = 0, 1, 5, 20: {'; '.join(shown)}.")
-        said += _missing(record)
     return said
 
 
@@ -54,7 +67,7 @@ def _p_asr(found: audits.Audit) -> str:
     return " ".join("-" if value is None else f"{100 * value:.0f}" for value in found.p_asr)
 
 
-def _missing(record: Measured) -> list[str]:
+def of_gaps(record: Measured) -> list[str]:
     """Say once for each reason why audited results of a record lack a number."""
     reasons: dict[str, list[str]] = {}
     for folder in result_folders(record.folder):
@@ -130,7 +143,7 @@ def below(
     if any(row.oracle for row in rows):
         said.append(ABOUT_ORACLE)
     if any(row.audit for row in rows):
-        said += [DEPTH, *solved(groups)]
+        said += solved(groups)
 
     # What was kept apart or left out, and what the comparison shows.
     said += [remark + "." for remark in grouping.remarks(rows)]
