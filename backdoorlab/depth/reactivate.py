@@ -32,7 +32,7 @@ LEAST = 20
 def refusal(view: AttackerView) -> str | None:
     """Say why there are not images enough; None where there are."""
     # An image of the target class needs no perturbation, as in clean-label attacks.
-    return too_few(len(_of_other_classes(view)), LEAST)
+    return too_few(len(_of_other_classes(view)), LEAST, " of other classes")
 
 
 def reactivate(view: AttackerView, model: nn.Module) -> dict[str, Any]:

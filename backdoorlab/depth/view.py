@@ -110,8 +110,9 @@ def refusal(record: Record) -> str | None:
     return None
 
 
-def too_few(found: int, needed: int) -> str | None:
-    """Say why a test that takes `needed` poisoned training images cannot be made."""
+def too_few(found: int, needed: int, which: str = "") -> str | None:
+    """Say why a test that takes `needed` poisoned training images, `which` says of what kind,
+    cannot be made."""
     if found >= needed:
         return None
-    return f"it takes {needed} poisoned training images, and the record has {found}"
+    return f"it takes {needed} poisoned training images{which}, and the record has {found}"
