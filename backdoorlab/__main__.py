@@ -62,7 +62,7 @@ class Table:
     columns: str | None = None
     """Columns to show, separated by commas, such as "defense,clean acc,ASR". None: all but
     trainings (cost in trainings of the model, by image passes), "no-attack cost" (clean accuracy
-    that the same defense takes from the clean control) and "PSNR dB" (of the trigger)."""
+    that the same defense takes from the clean control) and PSNR (of the trigger)."""
     record_root: str | None = None
     """Folder of the records. None: $BACKDOORLAB_RECORDS, else record/ of the checkout, else
     ./record."""

@@ -119,8 +119,8 @@ def with_columns(table: Table, columns: str | None) -> Table:
 
     Args:
         table: the whole table.
-        columns: headings, separated by commas; the sign % and capitals may be left out. None keeps
-            all.
+        columns: headings, separated by commas; units (%, dB) and capitals may be left out. None
+            keeps all.
 
     Raises:
         UserError: the table has no such column.
@@ -144,7 +144,7 @@ def with_columns(table: Table, columns: str | None) -> Table:
 
 
 def _heading(name: str) -> str:
-    return name.strip().lower().removesuffix("%").strip()
+    return name.strip().lower().removesuffix("%").removesuffix("db").strip()
 
 
 def show(table: Table, form: Format) -> None:

@@ -365,7 +365,7 @@ def test_some_columns_and_no_rows_of_what_was_not_run(two_records: list[Record])
     chosen = layout.table(two_records, missing=False, columns="defense, ASR,der %")
     assert chosen.columns == ["defense", "ASR %", "DER %"] == ["defense", *chosen.numbers]
     # What is known of an attack's trigger is shown where it is asked for, in the attack's row.
-    seen = layout.table(two_records, missing=False, columns="record,PSNR dB")
+    seen = layout.table(two_records, missing=False, columns="record,psnr")
     assert [row["PSNR dB"] != formats.EMPTY for row in seen.rows[:2]] == [True, False]
     assert "PSNR dB" not in layout.table(two_records).columns
     shown = formats.render(chosen, "text").splitlines()
