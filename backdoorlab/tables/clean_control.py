@@ -34,7 +34,7 @@ def _costs(found: Iterable[Row]) -> list[tuple[Row, float]]:
         for row in found
         if row.attack == CONTROL and row.clean_accuracy is not None
     ]
-    before = {row.record: found for row, found in accuracies if row.defense == UNDEFENDED}
+    before = {row.record: accuracy for row, accuracy in accuracies if row.defense == UNDEFENDED}
     return [
         (row, before[row.record] - after)
         for row, after in accuracies
