@@ -316,9 +316,10 @@ def _called(defense: str, run: str) -> str:
 
 def _needs(defense: str) -> Cell:
     """What a defense that was not run assumes; EMPTY for one that is not known here."""
-    if defense not in methods.available("defense"):
+    try:
+        return Cell(assumes(methods.load("defense", defense).assumes))
+    except UserError:
         return EMPTY
-    return Cell(assumes(methods.load("defense", defense).assumes))
 
 
 # --- a row for each mean
