@@ -42,7 +42,7 @@ from backdoorlab.poisoning import Outcome, new_model
 from backdoorlab.run import Run
 from backdoorlab.triggers import quantised
 
-LIMITS = "digits: ASR 55 to 66 %; with larger masks it paints zeros, the target itself"
+LIMITS = "digits: ASR 42 to 66 %; with larger masks it paints zeros, the target itself"
 
 
 @dataclass(frozen=True, kw_only=True)

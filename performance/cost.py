@@ -3,9 +3,10 @@
     python performance/cost.py [RECORD ...] [--record_root FOLDER] [--tflops 50]
     python performance/cost.py --grid bench_cifar10_fast [--tflops 0.165] [--jobs 2]
 
-With records, it prints the passes counted in their results beside those of the formulas below. With
-a grid, it prints what the grid costs, on machines that run so many commands at once, each at this
-rate. Else it prints what the methods cost with their published settings on three data sets.
+With records, which may be those of a store, it prints the passes counted in their results beside
+those of the formulas below. With a grid, it prints what the grid costs, on machines that run so
+many commands at once, each at this rate. Else it prints what the methods cost with their published
+settings on three data sets.
 
 A forward pass of an image counts once, a backward pass twice (gradients of activations and of
 weights). torch counts the operations of a forward pass on the network itself. --tflops is the rate
@@ -26,10 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from backdoorlab import models
 from backdoorlab.bench import grid
 from backdoorlab.errors import UserError
-from backdoorlab.record import Record, read_result, record_root
+from backdoorlab.record import read_result, record_root
 from backdoorlab.repair.guard import ENOUGH
 from backdoorlab.repair.mesa import TRIALS
 from backdoorlab.settings import methods
+from backdoorlab.tables import stored
 from backdoorlab.tables.rows import result_folders
 
 Passes = tuple[float, float]
@@ -81,7 +83,7 @@ def sau(c: Mapping[str, Any], s: Setting) -> Passes:
 def ibau(c: Mapping[str, Any], s: Setting) -> Passes:
     """The steps that search delta, then a pass over the trusted images.
 
-    The implicit term takes a backward pass for each of K steps, and two more.
+    The implicit term takes a backward pass for each of K steps at most, and two more.
     """
     batches = math.ceil(s.trusted / c["batch_size"])
     searched = s.trusted * (c["delta_steps"] or batches) / batches
@@ -170,31 +172,29 @@ def counted(names: list[str], root: str | None) -> None:
         names: records.
         root: folder of records; None for the default.
     """
-    column = max(map(len, names), default=0) + 2
+    root_folder = record_root(root)
     print(
-        f"{'record':<{column}}{'defense':<20}{'forward':>12}{'formula':>12}{'backward':>12}{'formula':>12}"
+        "| record | defense | forward | formula | backward | formula |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: |"
     )
-    for name in names:
-        record = Record.load(name, record_root(root))
+    for record in stored.readable(names, root_folder):
+        size, classes = record.info["dataset"]["train_size"], record.info["num_classes"]
         for folder in result_folders(record.folder):
             result, method = read_result(folder), folder.parent.name
-            share = record.info["dataset"]["train_size"] * result["config"].get("trusted_ratio", 0)
-            trusted = (
-                (result.get("trusted") or {}).get("count")
-                or result["config"].get("trusted_count")
-                or round(share)
-            )
             if method not in COSTS or "image_passes" not in result:
                 continue
 
-            forward, backward = COSTS[method](
-                result["config"],
-                Setting(record.info["dataset"]["train_size"], trusted, record.info["num_classes"]),
+            config, trusted = result["config"], (result.get("trusted") or {}).get("count")
+            trusted = (
+                trusted
+                or config.get("trusted_count")
+                or round(size * config.get("trusted_ratio", 0))
             )
+            forward, backward = COSTS[method](config, Setting(size, trusted, classes))
             seen = result["image_passes"]
-            shown = f"{method} {folder.name}"
             print(
-                f"{name:<{column}}{shown:<20}{seen['forward']:>12,}{forward:>12,.0f}{seen['backward']:>12,}{backward:>12,.0f}"
+                f"| {record.name} | {method} {folder.name} | {seen['forward']:,} | {forward:,.0f}"
+                f" | {seen['backward']:,} | {backward:,.0f} |"
             )
 
 

@@ -171,8 +171,9 @@ def about(store: Path) -> str:
     infos = _infos(store)
     models = len(infos)
     hours = sum(info["seconds"] for info in infos) / 3600
+    command = stored.contents(store)["command"]
     facts = {
-        "Command": f"`{stored.contents(store)['command']}`",
+        "Command": ", then ".join(f"`{one}`" for one in command.split("; ")),
         "Measured": f"{models} models in {hours:.1f} hours, without evaluation",
         "Seeds": _every(_seeds(infos)),
         "Hardware": _every(info["device"] for info in infos),

@@ -42,7 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("records", type=Path)
     parser.add_argument("store", type=Path)
-    parser.add_argument("--command", required=True, help="what measured the records")
+    parser.add_argument(
+        "--command",
+        required=True,
+        help="what measured the records; several commands separated by semicolons",
+    )
     parser.add_argument("--only", default="*", help="records of such names, as in a shell")
     options = parser.parse_args(argv)
     try:

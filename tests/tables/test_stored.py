@@ -237,6 +237,24 @@ def test_every_page_is_what_its_commands_give(results: ModuleType) -> None:
     assert any(path.suffix == ".svg" for path in made)
 
 
+def typed(text: str) -> list[str]:
+    """The rows of tables outside of blocks that have a cell which is a number, or several."""
+    outside = re.sub(r"^<!-- made by: .*?^<!-- end -->$", "", text, flags=re.M | re.S)
+    return [
+        line
+        for line in outside.splitlines()
+        if any(re.fullmatch(r"[\d.,/%±x ]*\d[\d.,/%±x ]*", cell) for cell in line.split("|")[1:-1])
+    ]
+
+
+def test_no_table_of_results_is_typed_by_hand() -> None:
+    results_of = helpers.CHECKOUT / "docs" / "results"
+    for path in [README, CHINESE, *sorted(results_of.glob("*.md"))]:
+        assert not typed(path.read_text()), path.name
+    assert any(typed(path.read_text()) for path in (results_of / "archive").glob("*.md"))
+    assert typed("| ft | 98.3 / 0.0 |\n| a | b 3 |") == ["| ft | 98.3 / 0.0 |"], "a control"
+
+
 def test_a_changed_number_is_seen(results: ModuleType, tmp_path: Path) -> None:
     """On the page, and in the store."""
     page = tmp_path / "docs" / "page.md"
