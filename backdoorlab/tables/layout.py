@@ -133,8 +133,10 @@ def with_columns(table: Table, columns: str | None) -> Table:
         if name not in known:
             raise UserError(f"no column {name!r}.{suggest(name, known)} Known: {', '.join(known)}")
     kept = [known[name] for name in dict.fromkeys(wanted)]
-    # What explains a column goes with it.
+    # What explains a column goes with it, and so do the sources of published numbers.
     gone = notes.of_columns(name for name in table.columns if name not in kept)
+    if "reported" not in kept:
+        gone += [note for note in table.notes if note.startswith(notes.SOURCE)]
     return replace(
         table,
         columns=kept,

@@ -36,6 +36,10 @@ ABOUT = {
 """Column -> what it is, where its heading does not say so."""
 
 
+SOURCE = "["
+"""Begins a note on where published numbers are from."""
+
+
 def of_columns(columns: Iterable[str]) -> list[str]:
     """Explain the columns of a table."""
     return [ABOUT[name] for name in columns if name in ABOUT]
@@ -155,7 +159,7 @@ def below(
     # Where the published numbers come from, each source once.
     sources = {number.key: number for group in groups for number in beside(group.first)}
     return said + [
-        f"[{key}] clean acc / ASR %: {number.source}; {number.protocol}."
+        f"{SOURCE}{key}] clean acc / ASR %: {number.source}; {number.protocol}."
         for key, number in sources.items()
     ]
 

@@ -874,3 +874,6 @@ def test_a_published_number_stands_beside_the_same_experiment_only() -> None:
         note.startswith("[ftsam] ") for note in table.notes
     )
     assert "reported" not in layout.means([dataclasses.replace(ours, dataset="digits")]).columns
+    for columns, said in (("defense,reported", True), ("defense,ASR", False)):
+        notes = layout.with_columns(table, columns).notes
+        assert any(note.startswith("[ftsam]") for note in notes) == said
