@@ -441,7 +441,8 @@ def _mean_scores(group: Group, form: Format) -> dict[str, Cell]:
     for column, metric in EVERY.items():
         score = group.score(metric)
         mean = _number(metric, score and score.mean)
-        spread = _number(metric, score and score.sd)
+        # A no-attack cost is that of all seeds, and cost and PSNR hardly depend on one.
+        spread = EMPTY if column in FURTHER else _number(metric, score and score.sd)
         if form == "csv":
             cells |= {column: mean, f"{column} sd": spread}
         else:
