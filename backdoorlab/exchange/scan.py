@@ -80,7 +80,7 @@ def scan(options: Scan) -> int:
     record = Record.load(options.name, record_root(options.record_root))
     dataset = record.dataset(options.dataset_path, options.dataset_config)
     flagged, notes = _found(record, options)
-    _say_what_was_learned(record)
+    _say_what_was_learned(record, flagged)
     train = record.train_poison.apply(dataset.train)
     names = None if options.dataset_path is None else train_files(options.dataset_path)
     if not flagged.any():
@@ -113,7 +113,7 @@ def scan(options: Scan) -> int:
     return 0
 
 
-def _say_what_was_learned(record: Record) -> None:
+def _say_what_was_learned(record: Record, flagged: Tensor) -> None:
     """Print how good the model is: what it has not learned, it groups at random."""
     accuracy = record.info["scores"].get("clean_accuracy")
     if accuracy is None:
@@ -124,6 +124,11 @@ def _say_what_was_learned(record: Record) -> None:
         print(f"{said} longer")
     else:
         print(f"{said}: what it has not learned, no search can tell apart")
+        if flagged.any() and 1 - accuracy > flagged.double().mean().item():
+            print(
+                "it gets more images wrong than are flagged, which may be just those: train it"
+                " longer, or at a lower --lr, and see whether they are flagged again"
+            )
 
 
 def _print_classes(

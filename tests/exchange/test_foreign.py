@@ -19,6 +19,7 @@ from backdoorlab import models
 from backdoorlab.__main__ import main
 from backdoorlab.data import Split
 from backdoorlab.datasets.load import load as load_dataset
+from backdoorlab.exchange import scan
 from backdoorlab.exchange.weights import describe, load_exported, write_weights
 from backdoorlab.record import DefenderView, Record
 from backdoorlab.run import Run
@@ -434,6 +435,21 @@ def test_a_scan_says_why_a_search_ended_without_a_find(
         assert (
             guesses.startswith("this scan tells nothing") and "train it longer" in guesses.lower()
         )
+
+
+@pytest.mark.parametrize(("accuracy", "doubted"), [(0.6, True), (0.95, False)])
+def test_flags_of_a_model_that_gets_more_wrong_are_doubted(
+    accuracy: float, doubted: bool, tiny: Record, tmp_path: Path, capsys: Capture
+) -> None:
+    """A tenth of the images are flagged."""
+    record = helpers.copy(tiny, tmp_path)
+    scores = {**record.info["scores"], "clean_accuracy": accuracy}
+    helpers.edit_json(record.folder / "record.json", scores=scores)
+    flagged = torch.arange(1000) % 10 == 0
+    scan._say_what_was_learned(Record.load(record.name, tmp_path), flagged)
+    said = capsys.readouterr().out
+    assert f"{accuracy:.1%} of the clean test images right" in said
+    assert ("gets more images wrong than are flagged" in said) == doubted
 
 
 @pytest.fixture(scope="module")
