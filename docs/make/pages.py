@@ -203,7 +203,9 @@ def rows_about(name: str) -> Iterator[tuple[str, str, list[str]]]:
         found = []
         for block in re.findall(r"(?m)(?:^\|.*\n){3,}", text):
             head, rule, *rows = block.splitlines()
-            mine = [row for row in rows if re.match(rf"\| *\[?`{name}`", row)]
+            # A table that a command made has plain names; one with a PSNR is about attacks.
+            plain = rf"|\| *{name} *\|" * ("PSNR" in block)
+            mine = [row for row in rows if re.match(rf"\| *\[?`{name}`{plain}", row)]
             if mine:
                 found.append(relative("\n".join([head, rule, *mine]), page))
         if found:

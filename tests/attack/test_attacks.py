@@ -422,7 +422,7 @@ def test_how_visible_the_trigger_is_and_what_crops_leave_of_it_is_logged(
     attack: str, record: Callable[..., Record]
 ) -> None:
     found = record(attack)
-    clean, changed = found.dataset().test.images, found.test_poison
+    clean, changed = found.dataset().test.images, found.test_poison.of_kind(POISON)
     assert found.info["measured"]["psnr"] == pytest.approx(
         psnr(clean[changed.index], changed.images)
     )
