@@ -65,8 +65,8 @@ def _rows(dataset: Dataset, repetitions: int) -> Iterator[Row]:
             work = partial(_stamp_all, dataset, method.module, method.config_class(**values))
             begin = time.process_time()
             found = [timed(work, CPU) for _ in range(repetitions)]
-            visible = psnr(dataset.train, found[0][1])
             spent = (time.process_time() - begin) / repetitions
+            visible = psnr(dataset.train, found[0][1])
             yield Row(
                 " ".join([name, *values.values()]),
                 f"<= {GOAL:.0f} s",
