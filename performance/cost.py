@@ -172,21 +172,20 @@ def counted(names: list[str], root: str | None) -> None:
         names: records.
         root: folder of records; None for the default.
     """
-    root_folder = record_root(root)
     print(
         "| record | defense | forward | formula | backward | formula |\n"
         "| --- | --- | ---: | ---: | ---: | ---: |"
     )
-    for record in stored.readable(names, root_folder):
+    for record in stored.readable(names, record_root(root)):
         size, classes = record.info["dataset"]["train_size"], record.info["num_classes"]
         for folder in result_folders(record.folder):
             result, method = read_result(folder), folder.parent.name
             if method not in COSTS or "image_passes" not in result:
                 continue
 
-            config, trusted = result["config"], (result.get("trusted") or {}).get("count")
+            config = result["config"]
             trusted = (
-                trusted
+                (result.get("trusted") or {}).get("count")
                 or config.get("trusted_count")
                 or round(size * config.get("trusted_ratio", 0))
             )

@@ -106,12 +106,11 @@ def table(
     controls = notes.of_controls(every)
     gaps = [note for record in every for note in notes.of_gaps(record)]
     shown = rows(every, on_damage, missing, only)
-    made = with_columns(_of_runs(shown, [*controls, *gaps], further), columns)
+    made = with_columns(_of_runs(shown, further), columns)
     # What is said of audits goes with the columns that have it.
-    audited = [name for name in made.columns if name in AUDITED]
-    unsaid = [] if set(audited) - {*SUMMARIES} else controls
-    unsaid = unsaid if audited else [*controls, *gaps]
-    return replace(made, notes=[note for note in made.notes if note not in unsaid])
+    audited = {name for name in made.columns if name in AUDITED}
+    said = [*(controls if audited - {*SUMMARIES} else []), *(gaps if audited else [])]
+    return replace(made, notes=[*made.notes, *said])
 
 
 def with_columns(table: Table, columns: str | None) -> Table:
@@ -235,9 +234,7 @@ def assumes(words: Sequence[str]) -> str:
     return " + ".join(ASSUMABLE[word].removeprefix("poisoned ") for word in words) or "nothing"
 
 
-def _of_runs(
-    found: Sequence[Row], of_audits: Sequence[str] = (), further: Iterable[str] = ()
-) -> Table:
+def _of_runs(found: Sequence[Row], further: Iterable[str] = ()) -> Table:
     # Of a defense that was not run, nothing is known at all.
     without = [
         (row["record"].text, row["attack"].text)
@@ -262,7 +259,6 @@ def _of_runs(
             *notes.without_asr(without),
             *[notes.ABOUT_ORACLE] * oracles,
             *notes.of_columns(columns),
-            *of_audits,
         ],
     )
 
