@@ -47,7 +47,7 @@ tutorial: $(VENV)/installed
 coverage: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist loadfile --cov --cov-report=term
 
-# As other processors round, with one thread and two: hours. ONLY="avx2-fp32" takes one of them.
+# As other processors round, with one thread and two: half an hour each. ONLY="avx2-fp32" takes one of them.
 test-processors: $(VENV)/installed-dev
 	$(RUN) tests/processors.py $(if $(ONLY),--only $(ONLY))
 

@@ -46,10 +46,12 @@ SETTINGS = {
 
 
 def run(setting: Setting, threads: int, arguments: list[str]) -> tuple[int, str]:
-    """pytest's exit code and last line; as many workers as leave each its threads."""
+    """pytest's exit code and last line; a worker for each core, whatever its number of threads."""
     environment = os.environ | {
         "TEST_THREADS": str(threads),
+        "TEST_ONE_CORE": "1",
         "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",
         "BACKDOORLAB_PRECISION": setting.precision,
     }
     for name, value in (
@@ -59,8 +61,8 @@ def run(setting: Setting, threads: int, arguments: list[str]) -> tuple[int, str]
         environment.pop(name, None)
         if value is not None:
             environment[name] = value
-    workers = max(1, usable_cores() // threads)
-    command = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadfile", *arguments]
+    command = [sys.executable, "-m", "pytest", "-n", str(usable_cores()), "--dist", "loadfile"]
+    command += arguments
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
     )

@@ -36,10 +36,12 @@ STEP_SECONDS = 0.2
 MOST_IMAGES = 32
 """Images of a timed step at most; at least 2, as batch normalisation needs two."""
 REPEAT_SECONDS = 0.3
-"""Pairs of timed steps are repeated until this much time has passed, three times at most."""
+"""There are two pairs of timed steps, and a third one if this much time has not passed by then."""
+STEADY = 1.5
+"""Several threads are believed if their longest step takes at most so many times their shortest."""
 HOPELESS, GRACE_SECONDS, TRIES = 2.0, 0.05, 3
 """A step in bf16 is given up if, at any layer, it has taken more than HOPELESS times as long as in
-fp32, plus GRACE_SECONDS, and if that happens TRIES times in a row."""
+fp32, plus GRACE_SECONDS, and if that happens TRIES times in a row with one thread."""
 
 
 @dataclass(frozen=True)
@@ -196,53 +198,84 @@ def _place(network: dict[str, Any]) -> Path:
 def measure(model: nn.Module, image_shape: tuple[int, int, int]) -> Timing:
     """Time training steps of a network on the CPU.
 
-    The time is the processor's, of all threads: other work on the machine does not count.
+    The time is the processor's, of all threads: other work on the machine does not count. But
+    threads that wait for one another on a busy machine can take several times as long as the step
+    itself. So where the steps of several threads do not agree, one thread decides.
 
     Args:
         model: its weights stay as they are, its batch statistics change.
         image_shape: (C, H, W).
     """
-    images = _images(2, image_shape)
+    threads = torch.get_num_threads()
     with paused():
-        try:
-            # The first steps also make the kernels.
+        pairs = _pairs(model, image_shape)
+        if threads > 1 and not _agree(pairs):
+            torch.set_num_threads(1)
+            try:
+                pairs = _pairs(model, image_shape)
+            finally:
+                torch.set_num_threads(threads)
+
+    # The shortest is the least disturbed.
+    fp32, bf16 = min(pair.fp32 for pair in pairs), [pair.bf16 for pair in pairs]
+    return Timing(pairs[0].images, fp32, None if None in bf16 else min(filter(None, bf16)))
+
+
+def _agree(pairs: Sequence[Timing]) -> bool:
+    """Whether each precision's steps take about the same time, and all pairs name one as faster."""
+    fp32, bf16 = [pair.fp32 for pair in pairs], [pair.bf16 for pair in pairs]
+    return (
+        None not in bf16
+        and all(max(times) <= STEADY * min(times) for times in (fp32, list(filter(None, bf16))))
+        and len({pair.ratio < WORTH_IT for pair in pairs}) == 1
+    )
+
+
+def _pairs(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Timing]:
+    """Time pairs of steps, two or three of them; one alone where bf16 has fallen behind."""
+    images = _images(2, image_shape)
+    try:
+        # The first steps also make the kernels.
+        _pair(model, images)
+        pairs = [_pair(model, images)]
+
+        # As many images as a timed step has room for: on few of them, what a layer costs whatever
+        # their number would decide.
+        room = min(MOST_IMAGES // 2, int(STEP_SECONDS / pairs[0].fp32))
+        if room > 1:
+            images = _images(2 * room, image_shape)
             _pair(model, images)
+            pairs = []
 
-            # As many images as a timed step has room for: on few of them, what a layer costs
-            # whatever their number would decide.
-            seconds = _pair(model, images)[0]
-            room = min(MOST_IMAGES // 2, int(STEP_SECONDS / seconds))
-            if room > 1:
-                images = _images(2 * room, image_shape)
-                _pair(model, images)
-
-            # In turns, so that whatever else the machine does meets both. The shortest is the
-            # least disturbed.
-            began = time.perf_counter()
-            pairs = [_pair(model, images)]
-            while len(pairs) < 3 and time.perf_counter() - began < REPEAT_SECONDS:
-                pairs.append(_pair(model, images))
-        except _Hopeless as late:
-            return Timing(len(images), late.fp32, None)
-    return Timing(len(images), min(fp32 for fp32, _ in pairs), min(bf16 for _, bf16 in pairs))
+        # In turns, so that whatever else the machine does meets both.
+        began = time.perf_counter()
+        while len(pairs) < 2 or (len(pairs) < 3 and time.perf_counter() - began < REPEAT_SECONDS):
+            pairs.append(_pair(model, images))
+    except _Hopeless as late:
+        return [Timing(len(images), late.fp32, None)]
+    return pairs
 
 
-def _pair(model: nn.Module, images: Tensor, tries: int = TRIES) -> tuple[float, float]:
+def _pair(model: nn.Module, images: Tensor) -> Timing:
     """Take a step in fp32 and one in bf16, and return the processor seconds of both.
 
     A step in bf16 that falls far behind is taken again, because what is found here is kept for
-    good, and on a busy machine threads that wait for one another take time.
+    good. Several threads have one try: they are not believed anyway.
 
     Raises:
         _Hopeless: without hardware for bf16, a step in it can take seconds; each try is given up.
     """
-    marks = _step(model, images, "fp32")
-    try:
-        return marks[-1], _step(model, images, "bf16", behind=marks)[-1]
-    except _Hopeless:
-        if tries == 1:
-            raise
-    return _pair(model, images, tries - 1)
+    tries = TRIES if torch.get_num_threads() == 1 else 1
+    while True:
+        marks = _step(model, images, "fp32")
+        try:
+            bf16 = _step(model, images, "bf16", behind=marks)
+        except _Hopeless:
+            tries -= 1
+            if tries == 0:
+                raise
+        else:
+            return Timing(len(images), marks[-1], bf16[-1])
 
 
 class _Hopeless(Exception):
