@@ -419,6 +419,36 @@ def test_a_record_goes_out_and_comes_back_equal(backdoored: Record, tmp_path: Pa
     assert again.info["scores"] == record.info["scores"] and record.info["scores"]["asr"] > 0.9
 
 
+def test_an_imported_record_shows_the_last_numbers_of_the_other_benchmark(
+    backdoored: Record, tmp_path: Path
+) -> None:
+    """Those of a plain fp32 pass over its files, equal to the image, whatever surrounds ours."""
+    record = helpers.copy(backdoored, tmp_path / "record")
+    out = tmp_path / "given"
+    assert main(["export", "--to", "backdoorbench", record.name, str(out)]) == 0
+
+    # Its triggered test images are PNGs, each with the attacker's and the original label.
+    content = torch.load(out / "attack_result.pt", weights_only=False)
+    stored = content["bd_test"]["bd_data_container"]["data_dict"].values()
+    files = [out.joinpath(*entry["path"].split("/")[-3:]) for entry in stored]
+    images = torch.from_numpy(np.stack([np.array(Image.open(file)) for file in files]))[:, None]
+    attacked, original = torch.tensor([entry["other_info"] for entry in stored]).T
+
+    model = record.model()
+    network = model.network.eval()
+    network.load_state_dict(content["model"])
+    with torch.no_grad():
+        answers = network((images / 255 - model.mean) / model.std).argmax(1)
+    asr, robust = (int((answers == labels).sum()) for labels in (attacked, original))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert bring(out) == 0
+    scores = got(tmp_path).info["scores"]
+    assert scores["asr"] * len(images) == pytest.approx(asr, abs=1e-6)
+    assert scores["robust_accuracy"] * len(images) == pytest.approx(robust, abs=1e-6)
+    assert 0.9 * len(images) < asr, "it has a backdoor"
+
+
 def test_what_goes_out_is_in_the_layout(tiny: Record, tmp_path: Path, capsys: Capture) -> None:
     helpers.copy(tiny, tmp_path / "record")
     out = tmp_path / "record_of_theirs" / "given"
