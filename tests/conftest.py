@@ -18,10 +18,10 @@ from backdoorlab.record import Record
 torch.set_num_threads(helpers.THREADS)
 
 # Threads that share one core round as they do on several, and wait for nobody else's.
-if "TEST_ONE_CORE" in os.environ and hasattr(os, "sched_setaffinity"):
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker and "TEST_ONE_CORE" in os.environ and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    os.sched_setaffinity(0, {cores[worker % len(cores)]})
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 @pytest.fixture(scope="session")
