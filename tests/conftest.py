@@ -19,7 +19,7 @@ torch.set_num_threads(helpers.THREADS)
 
 # Threads that share one core round as they do on several, and wait for nobody else's.
 worker = os.environ.get("PYTEST_XDIST_WORKER")
-if worker and "TEST_ONE_CORE" in os.environ and hasattr(os, "sched_setaffinity"):
+if worker and os.environ.get("TEST_ONE_CORE") and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 

@@ -46,10 +46,15 @@ SETTINGS = {
 
 
 def run(setting: Setting, threads: int, arguments: list[str]) -> tuple[int, str]:
-    """pytest's exit code and last line; a worker for each core, whatever its number of threads."""
+    """pytest's exit code and last line.
+
+    In fp32 there is a worker for each core, which its threads share. In bf16 oneDNN's threads spin
+    while they wait for one another, so that each needs a core.
+    """
+    workers = usable_cores() if setting.precision == "fp32" else usable_cores() // threads
     environment = os.environ | {
         "TEST_THREADS": str(threads),
-        "TEST_ONE_CORE": "1",
+        "TEST_ONE_CORE": "1" * (setting.precision == "fp32"),
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
         "BACKDOORLAB_PRECISION": setting.precision,
@@ -61,7 +66,7 @@ def run(setting: Setting, threads: int, arguments: list[str]) -> tuple[int, str]
         environment.pop(name, None)
         if value is not None:
             environment[name] = value
-    command = [sys.executable, "-m", "pytest", "-n", str(usable_cores()), "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", "-n", str(max(1, workers)), "--dist", "loadfile"]
     command += arguments
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
