@@ -51,10 +51,11 @@ def run(setting: Setting, threads: int, arguments: list[str]) -> tuple[int, str]
     In fp32 there is a worker for each core, which its threads share. In bf16 oneDNN's threads spin
     while they wait for one another, so that each needs a core.
     """
-    workers = usable_cores() if setting.precision == "fp32" else usable_cores() // threads
+    share = setting.precision == "fp32"
+    workers = usable_cores() if share else max(1, usable_cores() // threads)
     environment = os.environ | {
         "TEST_THREADS": str(threads),
-        "TEST_ONE_CORE": "1" * (setting.precision == "fp32"),
+        "TEST_ONE_CORE": "1" if share else "",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
         "BACKDOORLAB_PRECISION": setting.precision,
@@ -66,8 +67,7 @@ def run(setting: Setting, threads: int, arguments: list[str]) -> tuple[int, str]
         environment.pop(name, None)
         if value is not None:
             environment[name] = value
-    command = [sys.executable, "-m", "pytest", "-n", str(max(1, workers)), "--dist", "loadfile"]
-    command += arguments
+    command = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadfile", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
     )

@@ -260,7 +260,7 @@ def _pair(model: nn.Module, images: Tensor) -> Timing:
     """Take a step in fp32 and one in bf16, and return the processor seconds of both.
 
     A step in bf16 that falls far behind is taken again, because what is found here is kept for
-    good. Several threads have one try: they are not believed anyway.
+    good. Several threads have one try, because after it one thread decides.
 
     Raises:
         _Hopeless: without hardware for bf16, a step in it can take seconds; each try is given up.
